@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Normalizing-flow guides for Pyro: swap ``AutoNormal(model)`` for ``AutoFlowGuide(model)``."""
+
+from pyro_flows import flows
+from pyro_flows.flows import Flow, FlowSpec
+from pyro_flows.guides import AutoFlowGuide
+
+__version__ = "0.1.0"
+
+__all__ = ["AutoFlowGuide", "Flow", "FlowSpec", "flows"]

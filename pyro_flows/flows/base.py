@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L2. A flow's recipe (:class:`FlowSpec`), its module (:class:`Flow`) and the distribution that a module gives
+(:class:`FlowDistribution`). The only file that knows how path gradients reach Pyro."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.score_parts import ScoreParts
+from torch import Tensor, nn
+
+from pyro_flows._checks import check_choice, check_int
+from pyro_flows.transforms import (
+    AffineHead,
+    BoundTransform,
+    Chain,
+    DiagonalAffine,
+    FlowTransform,
+    FullRankAffine,
+    LowRankAffine,
+    expand_context,
+)
+
+__all__ = ["Flow", "FlowDistribution", "FlowSpec"]
+
+HEADS = ("diagonal", "low_rank", "full_rank")
+
+
+class FlowDistribution(dist.TransformedDistribution):
+    r"""Standard normal noise through a flow.
+
+    ``log_prob`` is the ordinary density, differentiable in the value and in the parameters. What Pyro's ELBOs take
+    their gradient from is ``score_parts(value).entropy_term``; for this distribution's own draw it has the value
+    :math:`\log q(z)` and the *path* gradient
+
+    .. math::
+        \nabla_\theta = \Big(\frac{\partial z}{\partial \theta}\Big)^{\!\top} \nabla_z \log q(z),
+
+    which leaves out the score term: its mean is zero, its variance is not, and without it the gradient of the ELBO
+    vanishes draw by draw where q is the posterior ("sticking the landing"). Any other value, such as a replayed one,
+    gets the ordinary density.
+
+    Args:
+        base_dist: Noise with event shape ``(input_dim,)``; a standard normal.
+        transform: The flow's map.
+        context: Optional context, ``batch_shape + (context_dim,)``.
+        path_gradient: Whether draws carry the path gradient. Needs grad mode; skipped under ``torch.no_grad()``
+            and where ``transform.has_score`` is false.
+
+    References:
+        Roeder, Wu, Duvenaud. Sticking the Landing. NeurIPS 2017. arXiv:1703.09194, eq. (8).
+    """
+
+    def __init__(
+        self,
+        base_dist: dist.TorchDistribution,
+        transform: FlowTransform,
+        context: Tensor | None = None,
+        path_gradient: bool = True,
+    ) -> None:
+        self._bound = BoundTransform(transform, context)
+        self._path_gradient = path_gradient and transform.has_score
+        self._draw: tuple[Tensor, Tensor] | None = None  # (value, its score)
+        super().__init__(base_dist, [self._bound])
+
+    def expand(self, batch_shape: torch.Size, _instance: object = None) -> FlowDistribution:
+        base_dist = self.base_dist.expand(batch_shape)
+        return FlowDistribution(base_dist, self._bound.transform, self._bound.context, self._path_gradient)
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        eps = self.base_dist.rsample(sample_shape)
+        # torch.jit.trace would bake the score in as a constant.
+        if not (self._path_gradient and torch.is_grad_enabled()) or torch._C._get_tracing_state():
+            self._draw = None
+            return self._bound(eps)
+        value, score = self._bound.call_with_score(eps.requires_grad_(), -eps.detach())
+        self._draw = (value, score)
+        return value
+
+    def rsample_and_log_prob(self, sample_shape: torch.Size = torch.Size()) -> tuple[Tensor, Tensor]:
+        """A reparameterised draw and its log density, from one pass."""
+        value = self.rsample(sample_shape)
+        return value, self.log_prob(value)
+
+    def score_parts(self, value: Tensor) -> ScoreParts:
+        """Ingredients of Pyro's gradient estimators; see the class for the entropy term."""
+        log_prob = self.log_prob(value)
+        entropy_term = log_prob
+        if self._draw is not None and self._draw[0] is value:
+            path = (value * self._draw[1]).sum(-1)
+            entropy_term = log_prob.detach() + (path - path.detach())
+        return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=entropy_term)
+
+
+class Flow(nn.Module):
+    """A flow with its parameters. Calling it gives the distribution, with or without a context.
+
+    Usable anywhere that Pyro takes a distribution: in a guide, or inside a model as a learned prior or likelihood.
+
+    Args:
+        layers: Transforms from the base outwards; may be empty.
+        head: The outermost, affine transform.
+
+    Example:
+        >>> from pyro_flows import flows
+        >>> flow = flows.get("realnvp").build(input_dim=3)
+        >>> z, log_q = flow().rsample_and_log_prob((5,))
+        >>> z.shape, log_q.shape
+        (torch.Size([5, 3]), torch.Size([5]))
+    """
+
+    def __init__(self, layers: Sequence[FlowTransform], head: AffineHead) -> None:
+        super().__init__()
+        self.input_dim = head.input_dim
+        self.context_dim = head.context_dim
+        self.transform = Chain([*layers, head])
+
+    @property
+    def head(self) -> AffineHead:
+        """The outermost transform."""
+        head = self.transform.parts[-1]
+        assert isinstance(head, AffineHead)
+        return head
+
+    @property
+    def base_dist(self) -> dist.TorchDistribution:
+        """Standard normal noise of event shape ``(input_dim,)``, where the parameters live."""
+        reference = self.head.raw.value
+        zeros = reference.new_zeros(self.input_dim)
+        # Constants of ours: checking them at every step would cost more than drawing.
+        return dist.Normal(zeros, torch.ones_like(zeros), validate_args=False).to_event(1)
+
+    def forward(self, context: Tensor | None = None, *, path_gradient: bool = True) -> FlowDistribution:
+        """The distribution given a context.
+
+        Args:
+            context: ``batch_shape + (context_dim,)``, or None for an unconditional flow.
+            path_gradient: See :class:`FlowDistribution`.
+
+        Raises:
+            ValueError: If the context is missing, unasked for, or of the wrong length.
+        """
+        found = 0 if context is None else context.shape[-1]
+        if found != self.context_dim:
+            raise ValueError(
+                f"Flow: expected a context of length {self.context_dim}, but got "
+                f"{'none' if context is None else f'shape {tuple(context.shape)}'}. "
+                "Build the flow with context_dim equal to the context's last dimension."
+            )
+        base_dist = self.base_dist
+        if context is not None:
+            base_dist = base_dist.expand(context.shape[:-1])
+        return FlowDistribution(base_dist, self.transform, context, path_gradient)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowSpec:
+    """Recipe of a flow: hyper-parameters only, so it compares, prints and pickles as data.
+
+    A family is a subclass that says which layers stand between the noise and the affine head.
+
+    Args:
+        head: Outermost affine layer: ``"diagonal"``, ``"low_rank"`` or ``"full_rank"``.
+    """
+
+    # What a family can do; documented in docs/choosing_a_flow.rst.
+    has_inverse: ClassVar[bool] = True
+    min_dim: ClassVar[int] = 1
+    identity_start: ClassVar[bool] = True
+    one_pass_sampling: ClassVar[bool] = True
+
+    head: str = "diagonal"
+
+    def __post_init__(self) -> None:
+        check_choice(type(self).__name__, "head", self.head, HEADS)
+
+    def layers(self, input_dim: int, context_dim: int) -> list[FlowTransform]:
+        """The transforms between the noise and the head, base side first."""
+        raise NotImplementedError
+
+    def with_blocks(self, block_sizes: Sequence[int]) -> FlowSpec:
+        """This recipe for a vector made of blocks in a meaningful order, such as a model's sites."""
+        return self
+
+    def build(self, input_dim: int, context_dim: int = 0) -> Flow:
+        """Make a flow with fresh parameters, in torch's default dtype and on its default device.
+
+        Args:
+            input_dim: Length of the flow's vector, at least ``min_dim``.
+            context_dim: Length of the context vector. 0 means unconditional.
+
+        Raises:
+            ValueError: If ``input_dim`` is below what the family needs.
+        """
+        owner = type(self).__name__
+        check_int(owner, "context_dim", context_dim, 0)
+        check_int(owner, "input_dim", input_dim, 1)
+        if input_dim < self.min_dim:
+            raise ValueError(
+                f"{owner}: expected input_dim >= {self.min_dim}, but got {input_dim}. "
+                'Use "spline" or "auto" for a single latent.'
+            )
+        head: AffineHead
+        if self.head == "full_rank":
+            head = FullRankAffine(input_dim, context_dim)
+        elif self.head == "low_rank":
+            head = LowRankAffine(input_dim, context_dim, rank=min(input_dim, math.ceil(math.sqrt(input_dim)) + 2, 20))
+        else:
+            head = DiagonalAffine(input_dim, context_dim)
+        return Flow(self.layers(input_dim, context_dim), head)

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L2. A user's own transforms as a family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pyro_flows.flows.base import FlowSpec
+from pyro_flows.transforms import FlowTransform, adapt
+
+__all__ = ["CustomFlow"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CustomFlow(FlowSpec):
+    """Transforms that a function makes, such as ``AutoNormalizingFlow`` takes, under the affine head.
+
+    Gradients are ordinary ones where a part is not this library's: path gradients need a score through every part. A
+    context, where there is one, reaches this library's parts and the head; foreign transforms ignore it.
+
+    Args:
+        function: Takes ``input_dim`` and returns a Pyro or torch transform, a composition, one of this library's
+            transforms, or a list of them, base side first.
+
+    Raises:
+        TypeError: If ``function`` is not callable; in :meth:`build`, if it does not return transforms.
+        ValueError: In :meth:`build`, if a transform has the wrong dimension, or its density is known to be wrong.
+
+    Example:
+        >>> import pyro.distributions.transforms as T
+        >>> from pyro_flows import flows
+        >>> spec = flows.CustomFlow(function=lambda input_dim: [T.planar(input_dim), T.radial(input_dim)])
+        >>> spec.build(3)().rsample((5,)).shape
+        torch.Size([5, 3])
+    """
+
+    # What the transforms can do is known once they exist; see `has_inverse` of the built flow's transform.
+    has_inverse: ClassVar[bool] = False
+    identity_start: ClassVar[bool] = False
+
+    function: Callable[[int], Any]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not callable(self.function):
+            raise TypeError(f"CustomFlow: expected function to be callable, but got {self.function!r}.")
+
+    def layers(self, input_dim: int, context_dim: int) -> list[FlowTransform]:
+        return adapt(self.function(input_dim), input_dim, context_dim)

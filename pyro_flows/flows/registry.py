@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L2. Families by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyro_flows._checks import check_choice
+from pyro_flows.flows.base import FlowSpec
+
+__all__ = ["get", "names", "register"]
+
+_FAMILIES: dict[str, type[FlowSpec]] = {}
+
+
+def register(name: str, spec_class: type[FlowSpec]) -> None:
+    """Add a family, so that ``AutoFlowGuide(model, flow=name)`` finds it.
+
+    Args:
+        name: New name; a Python identifier.
+        spec_class: Frozen dataclass that extends :class:`FlowSpec`, constructible without arguments.
+
+    Raises:
+        TypeError: If ``spec_class`` is not a subclass of :class:`FlowSpec`.
+        ValueError: If the name is taken by another class or is no identifier.
+    """
+    if not (isinstance(spec_class, type) and issubclass(spec_class, FlowSpec)):
+        raise TypeError(f"register: expected spec_class to be a subclass of FlowSpec, but got {spec_class!r}.")
+    if not name.isidentifier():
+        raise ValueError(f"register: expected name to be an identifier, but got {name!r}.")
+    if _FAMILIES.get(name, spec_class) is not spec_class:
+        raise ValueError(f"register: expected a new name, but {name!r} is {_FAMILIES[name].__name__}. Choose another.")
+    _FAMILIES[name] = spec_class
+
+
+def names() -> tuple[str, ...]:
+    """Names of all registered families, sorted."""
+    return tuple(sorted(_FAMILIES))
+
+
+def get(name: str, **hyper: Any) -> FlowSpec:
+    """A family's recipe.
+
+    Args:
+        name: One of :func:`names`.
+        hyper: Hyper-parameters of that family; what is not given takes the family's default.
+
+    Raises:
+        ValueError: If the name is unknown; the message lists the known ones.
+
+    Example:
+        >>> from pyro_flows import flows
+        >>> flows.get("realnvp", num_transforms=6).num_transforms
+        6
+    """
+    check_choice("flows.get", "name", name, names())
+    return _FAMILIES[name](**hyper)

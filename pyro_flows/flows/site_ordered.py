@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L2. The model-ordered flow, and the default stack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from pyro_flows._checks import check_int, check_sizes
+from pyro_flows.flows.base import FlowSpec
+from pyro_flows.transforms import AffineCouplings, FlowTransform, SiteOrderedAffine, Spline
+
+__all__ = ["Auto", "SiteOrdered"]
+
+# More blocks than this are merged with their neighbours: drawing takes a step a block.
+MAX_BLOCKS = 16
+# Above this dimension the linear parts have this rank, so that parameters grow linearly.
+FULL_RANK_DIM = 300
+RANK = 16
+# Above this dimension the default has no couplings: one conditioner a block is what the time buys best.
+COUPLINGS_DIM = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteOrdered(FlowSpec):
+    """Model-ordered flow: each site is affine in its noise given the sites before it, after an elementwise spline.
+
+    The family for hierarchies: contains every Gaussian, every non-centring and funnels.
+
+    Args:
+        block_sizes: Sizes of the blocks in order; the guide fills in the model's sites. None makes every coordinate a
+            block. More than 16 are merged with their neighbours.
+        hidden_dims: Widths of each block's network.
+        count_bins: Bins per spline, in [2, 128].
+
+    References:
+        Ko, Domke. Model-Informed Flows for Bayesian Inference. NeurIPS 2025. arXiv:2505.24243.
+    """
+
+    block_sizes: tuple[int, ...] | None = None
+    hidden_dims: tuple[int, ...] = (32, 32)
+    count_bins: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        owner = type(self).__name__
+        if self.block_sizes is not None:
+            check_sizes(owner, "block_sizes", self.block_sizes)
+        check_sizes(owner, "hidden_dims", self.hidden_dims)
+        check_int(owner, "count_bins", self.count_bins, 2, 128)
+
+    def with_blocks(self, block_sizes: Sequence[int]) -> FlowSpec:
+        return self if self.block_sizes is not None else replace(self, block_sizes=tuple(block_sizes))
+
+    def layers(self, input_dim: int, context_dim: int) -> list[FlowTransform]:
+        sizes = self.block_sizes or (1,) * input_dim
+        if sum(sizes) != input_dim:
+            raise ValueError(
+                f"{type(self).__name__}: expected block_sizes to add up to input_dim, but got {sizes} and {input_dim}. "
+                "Leave block_sizes out to let the guide fill in the model's sites."
+            )
+        return [
+            Spline(input_dim, context_dim, count_bins=self.count_bins),
+            SiteOrderedAffine(
+                input_dim,
+                context_dim,
+                block_sizes=_merge(sizes, MAX_BLOCKS),
+                hidden_dims=self.hidden_dims,
+                rank=RANK if input_dim > FULL_RANK_DIM else None,
+            ),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Auto(SiteOrdered):
+    """The default: couplings, then the model-ordered flow.
+
+    Site order carries the hierarchy; couplings carry what is left inside and between sites. A single latent needs
+    only its spline, with more bins; above 1000 dimensions couplings are left out.
+
+    Args:
+        num_transforms: Number of affine couplings, >= 0; used for 2 to 1000 dimensions.
+        coupling_dims: Widths of each coupling's hidden layers.
+    """
+
+    num_transforms: int = 2
+    coupling_dims: tuple[int, ...] = (64, 64)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("Auto", "num_transforms", self.num_transforms, 0)
+        check_sizes("Auto", "coupling_dims", self.coupling_dims)
+
+    def layers(self, input_dim: int, context_dim: int) -> list[FlowTransform]:
+        if input_dim == 1:
+            return [Spline(input_dim, context_dim, count_bins=2 * self.count_bins)]
+        layers = super().layers(input_dim, context_dim)
+        if self.num_transforms and input_dim <= COUPLINGS_DIM:
+            couplings = AffineCouplings(
+                input_dim, context_dim, num_transforms=self.num_transforms, hidden_dims=self.coupling_dims
+            )
+            layers.insert(0, couplings)
+        return layers
+
+
+def _merge(sizes: Sequence[int], count: int) -> tuple[int, ...]:
+    """At most ``count`` blocks of neighbours, by repeatedly joining the smallest adjacent pair."""
+    merged = list(sizes)
+    while len(merged) > count:
+        index = min(range(len(merged) - 1), key=lambda i: merged[i] + merged[i + 1])
+        merged[index : index + 2] = [merged[index] + merged[index + 1]]
+    return tuple(merged)

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L3. From a model to the trace that a guide is built on: which sites are latent, and which cannot be."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.utils import helpful_support_errors
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
+from torch.distributions import biject_to
+
+__all__ = ["checked_init", "hide_from_guide", "refuse_subsampled", "trace_latents"]
+
+OWNER = "AutoFlowGuide"
+# Their support is the circle, though torch declares the real line.
+CIRCULAR = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
+
+
+def hide_from_guide(site: dict[str, Any]) -> bool:
+    """Whether a site is no business of the guide: not a sample, observed, a subsample, or enumerated by the ELBO."""
+    return (
+        site["type"] != "sample"
+        or site["is_observed"]
+        or site_is_subsample(site)
+        or bool(site["infer"].get("enumerate"))
+    )
+
+
+def checked_init(init_loc_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """An ``init_loc_fn`` that is asked about the guide's own sites only, and whose errors say what to write."""
+
+    @functools.wraps(init_loc_fn)
+    def init(site: dict[str, Any]) -> Any:
+        if bool(site["infer"].get("enumerate")):
+            return site["fn"].sample()
+        with _remedies(site["name"]), helpful_support_errors(site):
+            return init_loc_fn(site)
+
+    return init
+
+
+@torch.no_grad()
+def trace_latents(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+    """Run the model once and keep its latent sites, all of which the guide can handle.
+
+    Runs apart from any handler that is active outside (particles, replays) and without gradients, so that the trace
+    holds no graph and can be copied and pickled.
+
+    Raises:
+        RuntimeError: If there are no latents.
+        ValueError: If a site is discrete and not enumerated, or spherical, or circular, or starts at a value that is
+            not inside its support.
+        NotImplementedError: If a site is in a sequential or in a subsampled plate.
+    """
+    hidden = poutine.block(model, hide_fn=hide_from_guide)
+    trace = poutine.block(poutine.trace(hidden).get_trace)(*args, **kwargs)
+    trace.remove_node("_INPUT")
+    trace.remove_node("_RETURN")
+    for name, site in trace.iter_stochastic_nodes():
+        _check_plates(name, site, trace)
+        _check_support(name, site)
+        _check_start(name, site)
+        _detach(site["fn"])
+    if not any(site["value"].numel() for _, site in trace.iter_stochastic_nodes()):
+        raise RuntimeError(
+            f"{OWNER} found no latent variables; Use an empty guide instead, such as "
+            "`guide = lambda *args, **kwargs: None`."
+        )
+    return trace
+
+
+def _check_plates(name: str, site: dict[str, Any], trace: Trace) -> None:
+    for frame in site["cond_indep_stack"]:
+        if not frame.vectorized:
+            raise NotImplementedError(
+                f"{OWNER} does not support sequential pyro.plate, but site '{name}' is in the sequential plate "
+                f"'{frame.name}'. Write `with pyro.plate('{frame.name}', {frame.size}):` instead of iterating over "
+                "it, or use a Python range and name each site by its index."
+            )
+        full_size = frame.full_size or frame.size
+        if frame.size != full_size:
+            local = [
+                other
+                for other, node in trace.iter_stochastic_nodes()
+                if any(f.name == frame.name for f in node["cond_indep_stack"])
+            ]
+            refuse_subsampled(local, frame.name, frame.size, full_size)
+
+
+def refuse_subsampled(sites: Sequence[str], plate: str, size: int, full_size: int) -> None:
+    """Raise the error for the latent sites in a subsampled plate."""
+    raise NotImplementedError(
+        f"{OWNER}: expected latent site '{sites[0]}' to cover its plate '{plate}', but the plate is subsampled "
+        f"({size} of {full_size}). Run the model on the full plate (no subsample_size), or give the sites of this "
+        "plate to another guide: `guide = AutoGuideList(model)` (with create_plates there, if any), "
+        f"`guide.append(AutoNormal(poutine.block(model, expose={list(sites)})))` and "
+        f"`guide.append({OWNER}(poutine.block(model, hide={list(sites)})))`."
+    )
+
+
+def _detach(fn: torch.distributions.Distribution) -> None:
+    """Cut a distribution off from the model's parameters, whose weak references to one another cannot be pickled."""
+    for name, value in vars(fn).items():
+        if isinstance(value, torch.Tensor):
+            vars(fn)[name] = value.detach()
+        elif isinstance(value, torch.distributions.Distribution):
+            _detach(value)
+
+
+def _check_start(name: str, site: dict[str, Any]) -> None:
+    value = site["value"]
+    if not value.is_floating_point() or not biject_to(site["fn"].support).inv(value).isfinite().all():
+        raise ValueError(
+            f"{OWNER}: expected latent site '{name}' to start at finite floating-point numbers inside its support "
+            f"{site['fn'].support}, but got {value}. Pass an init_loc_fn that gives such a value, for example "
+            f"`init_to_value(values={{'{name}': ...}})`."
+        )
+
+
+def _check_support(name: str, site: dict[str, Any]) -> None:
+    fn = site["fn"]
+    while hasattr(fn, "base_dist") and not isinstance(fn, CIRCULAR):
+        fn = fn.base_dist
+    if isinstance(fn, CIRCULAR):
+        raise ValueError(
+            f"{OWNER}: expected latent site '{name}' to live on a line, but {type(fn).__name__} lives on a circle, "
+            "where a flow on the line has no proper density. Use a projected normal instead: write "
+            f"`v = pyro.sample('{name}', dist.ProjectedNormal(concentration * "
+            "torch.stack([loc.cos(), loc.sin()], -1)))` "
+            f"with `poutine.reparam(model, config={{'{name}': ProjectedNormalReparam()}})`, and take the angle by "
+            "`torch.atan2(v[..., 1], v[..., 0])`."
+        )
+    with _remedies(name), helpful_support_errors(site):
+        biject_to(site["fn"].support)
+
+
+@contextmanager
+def _remedies(name: str) -> Iterator[None]:
+    """Pyro's message names the site and the cause; ours adds the line to write with this guide."""
+    try:
+        yield
+    except ValueError as error:
+        if "cannot handle discrete" in str(error):
+            raise ValueError(
+                f"{error} With {OWNER} the shortest way is to mark it: `model = config_enumerate(model)` or "
+                f"`pyro.sample('{name}', ..., infer={{'enumerate': 'parallel'}})`, and to train with "
+                f"TraceEnum_ELBO; {OWNER} then leaves it out by itself."
+            ) from None
+        raise
+    except NotImplementedError as error:
+        raise NotImplementedError(
+            f"{OWNER}: expected latent site '{name}' to have a support that biject_to knows, but got another "
+            f"({error}). Reparameterise the site with poutine.reparam, or transform it in the model."
+        ) from None

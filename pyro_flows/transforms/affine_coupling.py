@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L1. Affine couplings (RealNVP)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyro_flows.transforms.coupling import Couplings
+
+__all__ = ["AffineCouplings"]
+
+
+class AffineCouplings(Couplings):
+    r"""A stack of affine couplings: :math:`y_b = x_b \odot e^{s(x_a)} + t(x_a)`, :math:`y_a = x_a`.
+
+    Log-scales are bounded by :math:`c \tanh(\cdot / c)`; Pyro clamps them, with a gradient that is not the derivative
+    of the value. Starts at the identity.
+
+    Shape:
+        As in :class:`FlowTransform`.
+
+    Args:
+        input_dim: Length of the transformed vector, at least 2.
+        context_dim: Length of the context vector. 0 means unconditional.
+        num_transforms: Number of couplings; at least 1.
+        hidden_dims: Widths of each network's hidden layers.
+        log_scale_bound: Largest absolute log-scale of one coupling, > 0.
+
+    References:
+        Dinh, Sohl-Dickstein, Bengio. Density estimation using Real NVP. ICLR 2017. arXiv:1605.08803, eq. (7)-(8).
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        context_dim: int = 0,
+        *,
+        num_transforms: int = 4,
+        hidden_dims: Sequence[int] = (64, 64),
+        log_scale_bound: float = 1.0,
+    ) -> None:
+        super().__init__(
+            input_dim, context_dim, num_transforms=num_transforms, hidden_dims=hidden_dims, count_raw=2
+        )
+        self.log_scale_bound = log_scale_bound
+
+    def _shift_log_scale(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        shift, log_scale = raw.chunk(2, -1)
+        return shift, self.log_scale_bound * torch.tanh(log_scale / self.log_scale_bound)
+
+    def _map(self, b: Tensor, raw: Tensor, *, with_slope: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+        shift, log_scale = self._shift_log_scale(raw)
+        return torch.addcmul(shift, b, log_scale.exp()), log_scale, None  # the slope does not depend on b
+
+    def _unmap(self, b: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
+        shift, log_scale = self._shift_log_scale(raw)
+        return (b - shift) * (-log_scale).exp(), -log_scale

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L1. What autoregressive maps share: the masked network, the inverse by fixed-point iteration and the score through
+a triangular Jacobian."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from pyro.nn.auto_reg_nn import MaskedLinear, create_mask
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pyro_flows.transforms.base import FlowTransform, expand_context
+from pyro_flows.transforms.networks import ContextParameters
+
+__all__ = ["AutoregressiveTransform", "MaskedNetwork", "pull_score", "resolve_order"]
+
+
+class AutoregressiveTransform(FlowTransform):
+    r"""Base of the maps :math:`y_i = f(x_i;\, h_i(x_{<i}, c))`, increasing in :math:`x_i`, in some order of the
+    coordinates.
+
+    Drawing and scoring one's own draw is one pass of the network. The log-determinant is the sum of
+    :math:`\log \partial f / \partial x_i`. Scoring any other value takes up to :math:`D` passes.
+
+    A subclass gives :meth:`_map`, and :meth:`_unmap` where :math:`f` has an inverse.
+    """
+
+    def _map(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``y`` and the elementwise ``log df/dx``, both of the shape of ``x``."""
+        raise NotImplementedError(f"{type(self).__name__} must implement _map.")
+
+    def _unmap(self, y: Tensor, given: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The ``x`` with ``f(x; h(given)) = y``, and the elementwise ``log df/dx`` there."""
+        raise NotImplementedError(f"{type(self).__name__} must implement _unmap.")
+
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y, log_slope = self._map(x, context)
+        return y, log_slope.sum(-1)
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""Map latent to base by the iteration :math:`x \leftarrow f^{-1}(y;\, h(x))`.
+
+        After k steps the first k coordinates (in the map's order) are exact, so D steps suffice; it stops before
+        where nothing changes any more. Gradients go through the iteration. Returns ``(x, log|det dx/dy|)``.
+        """
+        if not self.has_inverse:
+            return super().inverse_and_ladj(y, context)
+        tolerance = 4.0 * torch.finfo(y.dtype).eps
+        # Coordinates that are not exact yet may be anything; finite, they meet only zeros of the masks.
+        limit = torch.finfo(y.dtype).max ** 0.5
+        x, log_slope = self._unmap(y, torch.zeros_like(y), context)
+        for _ in range(self.input_dim - 1):
+            given = x.clamp(-limit, limit)
+            x, log_slope = self._unmap(y, given, context)
+            if bool(((x - given).abs() <= tolerance * (1.0 + given.abs())).all()):
+                break
+        return x, -log_slope.sum(-1)
+
+    def forward_with_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, log_slope = self._map(x, context)
+        ladj = log_slope.sum(-1)
+        return y, ladj, pull_score(x, y, ladj, log_slope.detach().exp(), score)
+
+
+def pull_score(x: Tensor, y: Tensor, ladj: Tensor, slope: Tensor, score: Tensor) -> Tensor:
+    r"""Score of ``y`` from the score of ``x`` where the Jacobian is triangular in some order of the coordinates.
+
+    Solves :math:`J^\top g_y = v`, :math:`v = g_x - \nabla_x \log|\det J|`, by the Jacobi iteration
+    :math:`g \leftarrow g + (v - J^\top g) / d` with :math:`d = \mathrm{diag}\, J`. Each step is one vector-Jacobian
+    product. :math:`D - 1` steps are exact; a few are enough for most maps, whatever :math:`D` is, so the iteration
+    stops where the residual is rounding.
+
+    Shape:
+        - x, y, slope, score, output: ``batch_shape + (D,)``.
+        - ladj: ``batch_shape``.
+
+    Args:
+        x: Input of the map; requires grad.
+        y: Output of the map, with its graph.
+        ladj: Log-determinant, with its graph.
+        slope: The Jacobian's diagonal :math:`d > 0`, detached.
+        score: :math:`g_x`, detached.
+
+    Returns:
+        :math:`g_y`, detached. The graphs of ``y`` and ``ladj`` are kept.
+
+    References:
+        Vaitl, Winkler, Richter, Kessel. Fast and unified path gradient estimators for normalizing flows.
+        ICLR 2024. arXiv:2403.15881, algorithm 1.
+    """
+    target = score.detach()
+    if ladj.requires_grad:
+        (gradient,) = torch.autograd.grad(
+            ladj, x, torch.ones_like(ladj), retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        target = target - gradient
+    tolerance = 1e-12 if x.dtype == torch.float64 else 1e-6
+    with torch.no_grad():
+        result = target / slope
+    for _ in range(x.shape[-1] - 1):
+        (product,) = torch.autograd.grad(y, x, result, retain_graph=True)
+        with torch.no_grad():
+            residual = target - product
+            # Against the size of the terms: where they cancel, rounding is all that is left of the residual.
+            size = target.norm(dim=-1) + (slope * result).norm(dim=-1)
+            result = result + residual / slope
+            if bool((residual.norm(dim=-1) <= tolerance * size).all()):
+                break
+    return result
+
+
+def resolve_order(owner: str, input_dim: int, order: Sequence[int] | Tensor | None) -> Tensor:
+    """``order`` as indices; None means 0 to ``input_dim - 1``.
+
+    Raises:
+        ValueError: If it is not a permutation of ``range(input_dim)``.
+    """
+    indices = torch.arange(input_dim) if order is None else torch.as_tensor(order).long()
+    if sorted(indices.tolist()) != list(range(input_dim)):
+        raise ValueError(
+            f"{owner}: expected order to hold 0 to {input_dim - 1} once each, but got {indices.tolist()}. "
+            "Use torch.arange(input_dim) or torch.randperm(input_dim)."
+        )
+    return indices
+
+
+class MaskedNetwork(nn.Module):
+    r"""Network whose i-th row of outputs depends on the coordinates before the i-th, and on the context (MADE).
+
+    Pyro's masks and masked layers, with SiLU, a linear skip from the input to the output, and outputs that start at
+    ``init`` for every input: last layer and skip are zero. Both are scaled by the root of their fan-in, because
+    an Adam step moves every weight by the learning rate.
+
+    A single coordinate has nothing before it: then this is a free tensor, or a network of the context.
+
+    Shape:
+        - x: ``batch_shape + (D,)``; context: ``(..., context_dim)``.
+        - output: ``batch_shape + (D, P)``, or broadcastable to it for ``D == 1``.
+
+    Args:
+        input_dim: Number of coordinates :math:`D`.
+        context_dim: Length of the context vector. 0 means unconditional.
+        init: Outputs at the start, ``(D, P)``.
+        hidden_dims: Widths of the hidden layers, at least one; raised to ``2 * input_dim`` where below it, since every
+            coordinate needs units of its own.
+        order: Coordinates from first to last.
+
+    Raises:
+        ValueError: If ``hidden_dims`` is empty.
+
+    References:
+        Germain, Gregor, Murray, Larochelle. MADE: Masked Autoencoder for Distribution Estimation. ICML 2015.
+        arXiv:1502.03509.
+    """
+
+    def __init__(
+        self, input_dim: int, context_dim: int, init: Tensor, hidden_dims: Sequence[int], order: Tensor
+    ) -> None:
+        super().__init__()
+        if not hidden_dims:
+            raise ValueError("MaskedNetwork: expected hidden_dims to have at least one width, but got none. Use (64,).")
+        self.free: ContextParameters | None = None
+        self.layers = nn.ModuleList()
+        self.skip: MaskedLinear | None = None
+        if input_dim == 1:
+            self.free = ContextParameters(init, context_dim, hidden_dims)
+            return
+        count_params = init.shape[-1]
+        given_dim = input_dim + context_dim
+        hidden = [max(width, 2 * input_dim) for width in hidden_dims]
+        masks, mask_skip = create_mask(input_dim, context_dim, hidden, order, count_params)  # type: ignore[arg-type]
+        # Pyro's rows are (P, D); ours are (D, P), so that the parameters of a coordinate lie together.
+        rows = torch.arange(count_params * input_dim).reshape(count_params, input_dim).T.flatten()
+        masks[-1], mask_skip = masks[-1][rows], mask_skip[rows]
+        sizes = [given_dim, *hidden, count_params * input_dim]
+        for size_in, size_out, mask in zip(sizes[:-1], sizes[1:], masks, strict=True):
+            self.layers.append(MaskedLinear(size_in, size_out, mask))
+        self.skip = MaskedLinear(given_dim, count_params * input_dim, mask_skip, bias=False)
+        self.head_gain = 1.0 / math.sqrt(hidden[-1])
+        self.skip_gain = 1.0 / math.sqrt(given_dim)
+        with torch.no_grad():
+            head = self.layers[-1]
+            assert isinstance(head, MaskedLinear)
+            head.weight.zero_()
+            head.bias.copy_(init.flatten())
+            self.skip.weight.zero_()
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        if self.free is not None:
+            free: Tensor = self.free(context)
+            return free
+        assert self.skip is not None
+        # Pyro's masks expect the context first.
+        given = x if context is None else torch.cat([expand_context(context, x), x], -1)
+        hidden = given
+        for layer in self.layers[:-1]:
+            hidden = F.silu(layer(hidden))
+        out: Tensor = self.layers[-1](self.head_gain * hidden) + self.skip(self.skip_gain * given)
+        return out.reshape((*x.shape, -1))

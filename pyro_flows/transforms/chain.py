@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L1. Composition: several transforms as one, with the context and the score handed through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from pyro_flows.transforms.base import FlowTransform
+
+__all__ = ["Chain"]
+
+
+class Chain(FlowTransform):
+    """The composition ``parts[-1] o ... o parts[0]``.
+
+    Args:
+        parts: At least one transform, all with the same ``input_dim`` and ``context_dim``, base side first.
+    """
+
+    def __init__(self, parts: Iterable[FlowTransform]) -> None:
+        parts = list(parts)
+        super().__init__(parts[0].input_dim, parts[0].context_dim)
+        self.parts = nn.ModuleList(parts)
+        self.has_inverse = all(part.has_inverse for part in parts)  # type: ignore[misc]
+        self.has_score = all(part.has_score for part in parts)  # type: ignore[misc]
+
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        total: Tensor | float = 0.0
+        for part in self.parts:
+            x, ladj = part.forward_and_ladj(x, context)
+            total = total + ladj
+        assert isinstance(total, Tensor)
+        return x, total
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        total: Tensor | float = 0.0
+        for part in reversed(self.parts):
+            y, ladj = part.inverse_and_ladj(y, context)
+            total = total + ladj
+        assert isinstance(total, Tensor)
+        return y, total
+
+    def forward_with_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        total: Tensor | float = 0.0
+        for part in self.parts:
+            x, ladj, score = part.forward_with_score(x, score, context)
+            total = total + ladj
+        assert isinstance(total, Tensor)
+        return x, total, score

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L1. What all couplings share: who moves when, and the networks, as one stack whose weights are stored together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pyro_flows.transforms.base import FlowTransform, expand_context
+from pyro_flows.transforms.networks import reference_noise
+
+__all__ = ["Couplings"]
+
+
+class Couplings(FlowTransform):
+    r"""A stack of couplings: :math:`y_a = x_a`, and :math:`y_b = f(x_b;\, \phi(x_a))` elementwise.
+
+    Pyro's couplings always steer the same half and leave the other to a ``Permute`` whose permutation is lost on
+    save. Here couplings come in pairs that see one random order forwards and backwards, so that a pair moves every
+    coordinate, and the orders are buffers. All couplings keep their weights in one tensor per layer, since an
+    optimiser's step costs by the tensor. The networks are centred over standard normal inputs (see
+    :class:`~pyro_flows.transforms.networks.CenteredNetwork`), and their last hidden layer is scaled by :math:`1/H`:
+    Adam moves each weight by the learning rate, so a sum over H of them would move H times as fast, and couplings are
+    to refine what the other layers have found.
+
+    The networks' outputs are zero at the start. A subclass says what the map does with them: :meth:`_map` and
+    :meth:`_unmap`, which make the identity of zeros.
+
+    Args:
+        input_dim: Length of the transformed vector, at least 2.
+        context_dim: Length of the context vector. 0 means unconditional.
+        num_transforms: Number of couplings; at least 1.
+        hidden_dims: Widths of each network's hidden layers.
+        count_raw: Number of network outputs per moving coordinate.
+    """
+
+    orders: Tensor
+    final_order: Tensor
+    reference: Tensor
+
+    def __init__(
+        self, input_dim: int, context_dim: int, *, num_transforms: int, hidden_dims: Sequence[int], count_raw: int
+    ) -> None:
+        super().__init__(input_dim, context_dim)
+        self.split_dim = input_dim // 2
+        sizes = [self.split_dim + context_dim, *hidden_dims, count_raw * (input_dim - self.split_dim)]
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+        for layer, (size_in, size_out) in enumerate(pairwise(sizes)):
+            bound = 0.0 if layer == len(hidden_dims) else 1.0 / math.sqrt(size_in)
+            self.weights.append(nn.Parameter(torch.empty(num_transforms, size_out, size_in).uniform_(-bound, bound)))
+            self.biases.append(nn.Parameter(torch.empty(num_transforms, size_out).uniform_(-bound, bound)))
+
+        absolute: list[Tensor] = []
+        for index in range(num_transforms):
+            absolute.append(torch.randperm(input_dim) if index % 2 == 0 else absolute[-1].flip(0))
+        # Each coupling gathers from the layout that the one before left, so a coupling costs one gather.
+        current = torch.arange(input_dim)
+        orders = []
+        for order in absolute:
+            orders.append(current.argsort()[order])
+            current = order
+        self.register_buffer("orders", torch.stack(orders))
+        self.register_buffer("final_order", current.argsort())
+        self.register_buffer("reference", reference_noise(sizes[0]))
+
+    def _map(self, b: Tensor, raw: Tensor, *, with_slope: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Map the moving half; returns it, elementwise log-slopes and, if asked for, their derivatives in ``b``.
+
+        Shape:
+            - b: ``(..., n)``.
+            - raw: ``(..., count_raw * n)``.
+        """
+        raise NotImplementedError
+
+    def _unmap(self, b: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """Inverse of :meth:`_map`; returns the half and the elementwise log-slopes of the inverse."""
+        raise NotImplementedError
+
+    def _layers(self) -> Iterator[tuple[Tensor, ...]]:
+        """One tuple (order, weight, bias, weight, bias, ...) a coupling."""
+        columns = [column for pair in zip(self.weights, self.biases, strict=True) for column in pair]
+        return zip(self.orders.unbind(0), *(column.unbind(0) for column in columns), strict=True)
+
+    def _condition(self, a: Tensor, layer: Sequence[Tensor], context: Tensor | None) -> Tensor:
+        """The network: raw parameters from the half that stays."""
+        hidden = a if context is None else torch.cat([a, expand_context(context, a)], -1)
+        center = self.reference
+        *inner, weight, bias = layer
+        for w, b in zip(inner[::2], inner[1::2], strict=True):
+            hidden, center = F.silu(F.linear(hidden, w, b)), F.silu(F.linear(center, w, b))
+        return F.linear((hidden - center.mean(0)) / hidden.shape[-1], weight, bias)
+
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        total = x.new_zeros(x.shape[:-1])
+        for order, *layer in self._layers():
+            x = x[..., order]
+            a, b = x[..., : self.split_dim], x[..., self.split_dim :]
+            b, log_slope, _ = self._map(b, self._condition(a, layer, context))
+            x = torch.cat([a, b], -1)
+            total = total + log_slope.sum(-1)
+        return x[..., self.final_order], total
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        total = y.new_zeros(y.shape[:-1])
+        y = y[..., self.final_order.argsort()]
+        for order, *layer in reversed(list(self._layers())):
+            a, b = y[..., : self.split_dim], y[..., self.split_dim :]
+            b, log_slope = self._unmap(b, self._condition(a, layer, context))
+            y = torch.cat([a, b], -1)[..., order.argsort()]
+            total = total + log_slope.sum(-1)
+        return y, total
+
+    def forward_with_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        total = x.new_zeros(x.shape[:-1])
+        for order, *layer in self._layers():
+            x, score = x[..., order], score[..., order]
+            a, b = x[..., : self.split_dim], x[..., self.split_dim :]
+            b, log_slope, d_log_slope = self._map(b, self._condition(a, layer, context), with_slope=True)
+            with torch.no_grad():
+                score_a, score_b = score[..., : self.split_dim], score[..., self.split_dim :]
+                if d_log_slope is not None:
+                    score_b = score_b - d_log_slope
+                score_b = score_b * (-log_slope).exp()
+            # The network's graph is there already: one vector-Jacobian product through it is the whole cost.
+            (through_a,) = torch.autograd.grad(
+                (b, log_slope), a, (score_b, torch.ones_like(log_slope)), retain_graph=True
+            )
+            score = torch.cat([score_a - through_a, score_b], -1).detach()
+            x = torch.cat([a, b], -1)
+            total = total + log_slope.sum(-1)
+        return x[..., self.final_order], total, score[..., self.final_order]

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L1. The small networks inside transforms. Every head is zero at the start, so that a transform built on one
+starts where its free parameters put it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["CenteredNetwork", "ContextParameters", "dense", "reference_noise"]
+
+
+# Inputs of steering networks are in scales of their own marginal; beyond this many a draw is an outlier, whose
+# descendants should not be thrown further still.
+INPUT_BOUND = 5.0
+# Draws of N(0, I) over which a network is centred; half of them mirror the other half.
+COUNT_REFERENCE = 32
+
+
+def dense(input_dim: int, hidden_dims: Sequence[int], output_dim: int) -> nn.Sequential:
+    """A SiLU multilayer perceptron whose output is zero until it is trained."""
+    head = nn.Linear(hidden_dims[-1] if hidden_dims else input_dim, output_dim)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return nn.Sequential(*_hidden_layers(input_dim, hidden_dims), head)
+
+
+def reference_noise(input_dim: int) -> Tensor:
+    """Antithetic standard normal draws, ``(COUNT_REFERENCE, input_dim)``."""
+    half = torch.randn(COUNT_REFERENCE // 2, input_dim)
+    return torch.cat([half, -half])
+
+
+class CenteredNetwork(nn.Module):
+    r"""A SiLU multilayer perceptron less its mean over standard normal inputs; zero at the start.
+
+    Location and scale that do not depend on the input are the affine head's business. Without the centring every
+    network in a flow learns them too, at once and in the same direction, and the first steps overshoot together: far
+    from the posterior all gradients ask for the same thing, and Adam moves each weight by the learning rate.
+    For that reason too the last layer is scaled by :math:`1/\sqrt{H}`.
+
+    Args:
+        input_dim: Length of the input.
+        hidden_dims: Widths of the hidden layers, at least one.
+        output_dim: Length of the output.
+    """
+
+    reference: Tensor
+
+    def __init__(self, input_dim: int, hidden_dims: Sequence[int], output_dim: int) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(*_hidden_layers(input_dim, hidden_dims))
+        self.head = nn.Linear(hidden_dims[-1], output_dim, bias=False)
+        nn.init.zeros_(self.head.weight)
+        self.register_buffer("reference", reference_noise(input_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.trunk(x.clamp(-INPUT_BOUND, INPUT_BOUND)) - self.trunk(self.reference).mean(0)
+        out: Tensor = self.head(hidden / math.sqrt(hidden.shape[-1]))
+        return out
+
+
+def _hidden_layers(input_dim: int, hidden_dims: Sequence[int]) -> Iterator[nn.Module]:
+    for size_in, size_out in pairwise([input_dim, *hidden_dims]):
+        yield nn.Linear(size_in, size_out)
+        yield nn.SiLU()
+
+
+class ContextParameters(nn.Module):
+    """A free tensor, plus a network of the context where there is one.
+
+    This is what makes a conditional transform the same class as an unconditional one.
+
+    Shape:
+        - context: ``(..., context_dim)`` or None.
+        - output: ``(..., *init.shape)``, or ``init.shape`` without a context.
+
+    Args:
+        init: Value at the start, for every context.
+        context_dim: Length of the context. 0 means that :meth:`forward` returns the free tensor itself.
+        hidden_dims: Widths of the network's hidden layers.
+    """
+
+    def __init__(self, init: Tensor, context_dim: int = 0, hidden_dims: Sequence[int] = (64,)) -> None:
+        super().__init__()
+        self.value = nn.Parameter(init.clone())
+        self.network = dense(context_dim, hidden_dims, math.prod(init.shape)) if context_dim else None
+
+    def forward(self, context: Tensor | None = None) -> Tensor:
+        if self.network is None:
+            return self.value
+        assert context is not None
+        return self.value + self.network(context).reshape(context.shape[:-1] + self.value.shape)
+
+    @torch.no_grad()
+    def set(self, value: Tensor) -> None:
+        """Overwrite the free tensor, which is the value at the start."""
+        self.value.copy_(value)

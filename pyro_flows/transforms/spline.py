@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L1. The rational-quadratic spline, elementwise. Spline couplings and spline autoregressive maps use its pieces."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyro_flows.transforms.base import FlowTransform
+from pyro_flows.transforms.networks import ContextParameters
+
+__all__ = ["RationalQuadratic", "Spline"]
+
+# Smallest width and height of a bin as a share of the box, and smallest slope at a knot (Durkan et al., section 4.1).
+MIN_BIN_SHARE = 1e-3
+MIN_SLOPE = 1e-3
+# softplus(SLOPE_OFFSET) + MIN_SLOPE == 1, so raw parameters of zero make the identity.
+SLOPE_OFFSET = math.log(math.expm1(1.0 - MIN_SLOPE))
+
+
+class _Bins(NamedTuple):
+    """The bin of every coordinate: left knot, width, bottom, height, and the slopes at its two knots."""
+
+    left: Tensor
+    width: Tensor
+    bottom: Tensor
+    height: Tensor
+    slope_left: Tensor
+    slope_right: Tensor
+
+
+class RationalQuadratic:
+    r"""Monotone rational-quadratic splines, one for every coordinate, built from raw parameters.
+
+    Each is linear outside ``[-bound, bound]`` and passes through (-1, -1) and (1, 1): location and scale are left to
+    an affine layer. A free spline takes them too, and stretches its box until tails pile up at the edges. The
+    identity where raw parameters are zero.
+
+    Shape:
+        - raw: ``(..., D, 3 * count_bins - 1)``: widths, heights, inner slopes.
+        - x, y: ``(..., D)``, broadcastable with ``raw`` without its last dimension.
+
+    References:
+        Durkan, Bekasov, Murray, Papamakarios. Neural Spline Flows. NeurIPS 2019. arXiv:1906.04032, eq. (4)-(8).
+    """
+
+    def __init__(self, raw: Tensor, bound: float) -> None:
+        self.bound = bound
+        self.count_bins = (raw.shape[-1] + 1) // 3
+        shares = raw[..., : 2 * self.count_bins].unflatten(-1, (2, self.count_bins)).softmax(-1)
+        shares = MIN_BIN_SHARE + (1.0 - MIN_BIN_SHARE * self.count_bins) * shares
+        lengths = 2.0 * bound * shares
+        knots = F.pad(lengths[..., :-1].cumsum(-1), (1, 0)) - bound  # left edges; (..., D, 2, K)
+        slopes = F.softplus(raw[..., 2 * self.count_bins :] + SLOPE_OFFSET) + MIN_SLOPE
+        slopes = F.pad(slopes, (1, 1), value=1.0)
+        self.x_knots, self.y_knots = knots.unbind(-2)
+        width, height = lengths.unbind(-2)
+        self._table = torch.stack(
+            [self.x_knots, width, self.y_knots, height, slopes[..., :-1], slopes[..., 1:]], -1
+        )  # (..., D, K, 6)
+        self._center, self._half = self._standardize()
+
+    def _select(self, value: Tensor, knots: Tensor) -> _Bins:
+        index = (value.unsqueeze(-1) >= knots[..., 1:]).sum(-1)  # (..., D)
+        table = self._table.expand(value.shape + self._table.shape[-2:])
+        picked = table.gather(-2, index[..., None, None].expand(index.shape + (1, 6)))
+        return _Bins(*picked.squeeze(-2).unbind(-1))
+
+
+    def _standardize(self) -> tuple[Tensor, Tensor]:
+        """Middle and half-width of the image of [-1, 1] under the spline in the box."""
+        ends = torch.ones_like(self.x_knots[..., 0])
+        low, high = self._evaluate(torch.stack([-ends, ends]))[0].unbind(0)
+        return 0.5 * (high + low), 0.5 * (high - low)
+
+    def _evaluate(self, x: Tensor, *, with_slope: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+        inside = x.abs() < self.bound
+        clamped = x.clamp(-self.bound, self.bound)
+        left, width, bottom, height, slope_left, slope_right = self._select(clamped, self.x_knots)
+        delta = height / width
+        theta = (clamped - left) / width
+        rest = 1.0 - theta
+        curvature = slope_left + slope_right - 2.0 * delta
+        denominator = delta + curvature * (theta * rest)
+        y = bottom + height * theta * (delta * theta + slope_left * rest) / denominator
+        numerator = slope_right * theta**2 + 2.0 * delta * (theta * rest) + slope_left * rest**2
+        log_slope = 2.0 * delta.log() + numerator.log() - 2.0 * denominator.log()
+        y, log_slope = torch.where(inside, y, x), torch.where(inside, log_slope, torch.zeros_like(x))
+        if not with_slope:
+            return y, log_slope, None
+        with torch.no_grad():
+            d_numerator = 2.0 * (slope_right * theta + delta * (rest - theta) - slope_left * rest)
+            d_denominator = curvature * (rest - theta)
+            d_log_slope = (d_numerator / numerator - 2.0 * d_denominator / denominator) / width
+        return y, log_slope, torch.where(inside, d_log_slope, torch.zeros_like(x))
+
+    def __call__(self, x: Tensor, *, with_slope: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Map ``x``; returns ``y``, elementwise ``log dy/dx`` and, if asked for, its derivative in ``x``, detached."""
+        y, log_slope, d_log_slope = self._evaluate(x, with_slope=with_slope)
+        return (y - self._center) / self._half, log_slope - self._half.log(), d_log_slope
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Map back; returns ``x`` and elementwise ``log dx/dy``."""
+        y = y * self._half + self._center
+        inside = y.abs() < self.bound
+        clamped = y.clamp(-self.bound, self.bound)
+        left, width, bottom, height, slope_left, slope_right = self._select(clamped, self.y_knots)
+        delta = height / width
+        curvature = slope_left + slope_right - 2.0 * delta
+        above = clamped - bottom
+        # Quadratic a theta^2 + b theta + c = 0 in the form that does not cancel (eq. 6-8 and the text after them).
+        a = height * (delta - slope_left) + above * curvature
+        b = height * slope_left - above * curvature
+        c = -delta * above
+        # Positive in exact arithmetic; rounding can take it an ulp below zero.
+        root = (b * b - 4.0 * a * c).clamp_min(0.0).sqrt()
+        theta = 2.0 * c / (-b - root)
+        rest = 1.0 - theta
+        denominator = delta + curvature * (theta * rest)
+        numerator = slope_right * theta**2 + 2.0 * delta * (theta * rest) + slope_left * rest**2
+        log_slope = 2.0 * denominator.log() - 2.0 * delta.log() - numerator.log()
+        x = left + theta * width
+        log_slope = torch.where(inside, log_slope, torch.zeros_like(y)) + self._half.log()
+        return torch.where(inside, x, y), log_slope
+
+
+class Spline(FlowTransform):
+    r"""One rational-quadratic spline a coordinate.
+
+    Pyro's ``Spline`` starts at random knots (a log-determinant of about -6 in five dimensions); this one starts at the
+    identity. Shapes marginals; does not make coordinates dependent. Parameters O(D count_bins).
+
+    Warning:
+        Linear outside ``[-bound, bound]``, and fixed at -1 and 1: put an affine layer after it to move or scale mass.
+
+    Args:
+        input_dim: Length of the transformed vector.
+        context_dim: Length of the context vector. 0 means unconditional.
+        count_bins: Bins per spline, in [2, 128].
+        bound: Half-width of the warped box in base standard deviations, > 0.
+    """
+
+    def __init__(self, input_dim: int, context_dim: int = 0, *, count_bins: int = 8, bound: float = 5.0) -> None:
+        super().__init__(input_dim, context_dim)
+        self.bound = bound
+        self.raw = ContextParameters(torch.zeros(input_dim, 3 * count_bins - 1), context_dim)
+
+    def _spline(self, context: Tensor | None) -> RationalQuadratic:
+        return RationalQuadratic(self.raw(context), self.bound)
+
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y, log_slope, _ = self._spline(context)(x)
+        return y, log_slope.sum(-1)
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, log_slope = self._spline(context).inverse(y)
+        return x, log_slope.sum(-1)
+
+    def forward_with_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, log_slope, d_log_slope = self._spline(context)(x, with_slope=True)
+        with torch.no_grad():
+            score = (score - d_log_slope) * (-log_slope).exp()
+        return y, log_slope.sum(-1), score

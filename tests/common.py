@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several test modules need."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from pyro_flows.transforms import FlowTransform
+
+__all__ = ["assert_no_graph", "jacobian", "randomise_parameters"]
+
+
+@torch.no_grad()
+def randomise_parameters(module: nn.Module, scale: float = 0.3) -> None:
+    """Add normal noise of sd ``scale`` to vectors and ``scale / sqrt(fan_in)`` to matrices; starts hide mistakes."""
+    for parameter in module.parameters():
+        fan = parameter.shape[-1] if parameter.ndim > 1 else 1
+        parameter.add_(torch.randn_like(parameter) * scale / math.sqrt(fan))
+
+
+def jacobian(transform: FlowTransform, x: Tensor, context: Tensor | None = None) -> Tensor:
+    """``dy_i / dx_j`` at one point ``(D,)``, from one backward pass: row i of a batch of copies gives row i."""
+    rows = x.detach().expand(x.shape[-1], x.shape[-1]).clone().requires_grad_()
+    y, _ = transform.forward_and_ladj(rows, context)
+    return torch.autograd.grad(y.diagonal().sum(), rows)[0]
+
+
+def assert_no_graph(module: nn.Module) -> None:
+    """Nothing on the module, hidden attributes included, keeps an autograd graph alive."""
+    for part in module.modules():
+        for name, value in vars(part).items():
+            for member in value if isinstance(value, (list, tuple)) else (value,):
+                assert not isinstance(member, torch.Tensor) or member.grad_fn is None, f"{type(part).__name__}.{name}"

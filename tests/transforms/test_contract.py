@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every transform promises (see FlowTransform), checked at random parameters for every public transform."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+
+import pyro.distributions.transforms as pyro_transforms
+import pytest
+import torch
+from torch import Tensor
+
+import pyro_flows.transforms as T
+from pyro_flows.transforms import FlowTransform
+
+# Name -> constructor (input_dim, context_dim). A new transform is one line here.
+TRANSFORMS: dict[str, Callable[[int, int], FlowTransform]] = {
+    "AffineAutoregressive": lambda d, c: T.AffineAutoregressive(d, c, hidden_dims=(16, 16)),
+    "AffineAutoregressive (reversed)": lambda d, c: T.AffineAutoregressive(d, c, order=range(d - 1, -1, -1)),
+    "AffineCouplings": lambda d, c: T.AffineCouplings(d, c, hidden_dims=(16,)),
+    "BlockAutoregressive": lambda d, c: T.BlockAutoregressive(d, c, hidden_factors=(4, 3)),
+    "BlockAutoregressive (one layer)": lambda d, c: T.BlockAutoregressive(d, c, hidden_factors=(5,)),
+    "Chain": lambda d, c: T.Chain([T.Spline(d, c), T.AffineAutoregressive(d, c), T.DiagonalAffine(d, c)]),
+    "DiagonalAffine": T.DiagonalAffine,
+    "FullRankAffine": T.FullRankAffine,
+    "Householder": lambda d, c: T.Householder(d, c, num_reflections=4),
+    "Inverse": lambda d, c: T.Inverse(T.AffineAutoregressive(d, c)),
+    "Inverse (spline)": lambda d, c: T.Inverse(T.Spline(d, c)),
+    "LowRankAffine": lambda d, c: T.LowRankAffine(d, c, rank=min(d, 2)),
+    "NeuralAutoregressive": lambda d, c: T.NeuralAutoregressive(d, c, hidden_dims=(16,), num_units=4),
+    "Permutation": T.Permutation,
+    "Planar": T.Planar,
+    "PyroTransform": lambda d, c: T.PyroTransform(pyro_transforms.spline(d), d, c),
+    "Radial": T.Radial,
+    "SiteOrderedAffine": lambda d, c: T.SiteOrderedAffine(d, c, block_sizes=(1,) if d == 1 else (1, d - 1)),
+    "SiteOrderedAffine (rank 1)": lambda d, c: T.SiteOrderedAffine(d, c, block_sizes=(1,) * d, rank=1),
+    "Spline": T.Spline,
+    "SplineAutoregressive": lambda d, c: T.SplineAutoregressive(d, c, hidden_dims=(16,), count_bins=4),
+    "SplineCouplings": lambda d, c: T.SplineCouplings(d, c, hidden_dims=(16,), count_bins=4),
+    "Sylvester": lambda d, c: T.Sylvester(d, c, num_ortho=3),
+}
+BASES = {"AffineHead", "FlowTransform"}  # Not transforms of their own.
+TWO_DIMENSIONS = {"AffineCouplings", "SplineCouplings"}
+IGNORE_CONTEXT = {"Permutation", "PyroTransform"}
+CASES = [
+    pytest.param(name, input_dim, context_dim, id=f"{name}-{input_dim}d" + ("-context" if context_dim else ""))
+    for name in TRANSFORMS
+    for input_dim in (1, 2, 5)
+    for context_dim in (0, 3)
+    if input_dim >= (2 if name in TWO_DIMENSIONS else 1)
+]
+
+
+@pytest.fixture(autouse=True)
+def float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def make(name: str, input_dim: int, context_dim: int) -> tuple[FlowTransform, Tensor, Tensor | None]:
+    """A transform with random parameters, a batch of inputs and a context for each."""
+    transform = TRANSFORMS[name](input_dim, context_dim)
+    with torch.no_grad():
+        for parameter in transform.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return transform, torch.randn(6, input_dim), torch.randn(6, context_dim) if context_dim else None
+
+
+def batch_jacobian(y: Tensor, x: Tensor) -> Tensor:
+    """``(batch, D, D)`` for a map that acts on every row by itself."""
+    rows = [torch.autograd.grad(y[:, i].sum(), x, retain_graph=True)[0] for i in range(y.shape[-1])]
+    return torch.stack(rows, -2)
+
+
+def test_every_public_transform_is_in_the_table() -> None:
+    public = {
+        name
+        for name in T.__all__
+        if isinstance(getattr(T, name), type) and issubclass(getattr(T, name), FlowTransform) and name not in BASES
+    }
+    assert public <= {name.split(" ")[0] for name in TRANSFORMS}
+
+
+@pytest.mark.parametrize("name, input_dim, context_dim", CASES)
+def test_ladj_is_that_of_the_map(name: str, input_dim: int, context_dim: int) -> None:
+    transform, x, context = make(name, input_dim, context_dim)
+    x.requires_grad_()
+    y, ladj = transform.forward_and_ladj(x, context)
+    assert y.shape == x.shape
+    assert ladj.shape == x.shape[:-1]
+    expected = torch.linalg.slogdet(batch_jacobian(y, x)).logabsdet
+    torch.testing.assert_close(ladj.detach(), expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name, input_dim, context_dim", CASES)
+def test_inverse(name: str, input_dim: int, context_dim: int) -> None:
+    transform, x, context = make(name, input_dim, context_dim)
+    y, ladj = transform.forward_and_ladj(x, context)
+    if not transform.has_inverse:
+        with pytest.raises(NotImplementedError, match="has_inverse"):
+            transform.inverse_and_ladj(y, context)
+        return
+    y = y.detach().requires_grad_()
+    back, inverse_ladj = transform.inverse_and_ladj(y, context)
+    torch.testing.assert_close(back.detach(), x, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(inverse_ladj.detach(), -ladj.detach(), rtol=1e-6, atol=1e-6)
+    # Gradients through the inverse are right too, and in the log-determinant's sign.
+    expected = torch.linalg.slogdet(batch_jacobian(back, y)).logabsdet
+    torch.testing.assert_close(inverse_ladj.detach(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name, input_dim, context_dim", CASES)
+def test_score_and_graph(name: str, input_dim: int, context_dim: int) -> None:
+    transform, x, context = make(name, input_dim, context_dim)
+    if not getattr(transform, "has_score", True):
+        pytest.skip("has no score")
+    x = x.requires_grad_() * 1.0  # A layer's input is the output of the one before, not a leaf.
+    score = torch.randn_like(x).detach()
+    y, ladj, score_y = transform.forward_with_score(x, score, context)
+    assert not score_y.requires_grad
+    gradient = torch.zeros_like(x)
+    if ladj.requires_grad:
+        (gradient,) = torch.autograd.grad(ladj.sum(), x, retain_graph=True, allow_unused=True, materialize_grads=True)
+    right = (score - gradient).unsqueeze(-1)
+    expected = torch.linalg.solve(batch_jacobian(y, x).mT, right).squeeze(-1)
+    torch.testing.assert_close(score_y, expected, rtol=1e-7, atol=1e-7)
+
+    # The map, and its gradient in the parameters, are those of the plain call.
+    y_plain, ladj_plain = transform.forward_and_ladj(x, context)
+    torch.testing.assert_close(y, y_plain)
+    torch.testing.assert_close(ladj, ladj_plain)
+    parameters = list(transform.parameters())
+    if parameters:
+        weight = torch.randn_like(y)
+        found = torch.autograd.grad((weight * y).sum() + ladj.sum(), parameters)
+        plain = torch.autograd.grad((weight * y_plain).sum() + ladj_plain.sum(), parameters)
+        for one, other in zip(found, plain, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name, input_dim, context_dim", CASES)
+def test_every_parameter_learns(name: str, input_dim: int, context_dim: int) -> None:
+    transform, x, context = make(name, input_dim, context_dim)
+    y, ladj = transform.forward_and_ladj(x, context)
+    loss = (torch.randn_like(y) * y).sum() + (torch.randn_like(ladj) * ladj).sum()
+    if not list(transform.parameters()):
+        return
+    loss.backward()
+    for key, parameter in transform.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
+
+
+@pytest.mark.parametrize("name, input_dim, context_dim", CASES)
+def test_float32_and_copies(name: str, input_dim: int, context_dim: int) -> None:
+    transform, x, context = make(name, input_dim, context_dim)
+    y, ladj = transform.forward_and_ladj(x, context)
+    for module in transform.modules():
+        kept = [key for key, value in vars(module).items() if isinstance(value, Tensor) and value.grad_fn is not None]
+        assert not kept, (type(module).__name__, kept)
+    copies = [copy.deepcopy(transform), pickle.loads(pickle.dumps(transform)), TRANSFORMS[name](input_dim, context_dim)]
+    copies[-1].load_state_dict(transform.state_dict())
+    for other in copies:
+        torch.testing.assert_close(other.forward_and_ladj(x, context), (y, ladj), rtol=0.0, atol=0.0)
+
+    single = copies[0].float()
+    y_single, ladj_single = single.forward_and_ladj(x.float(), None if context is None else context.float())
+    assert y_single.dtype == ladj_single.dtype == torch.float32
+    torch.testing.assert_close(y_single.double(), y, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(ladj_single.double(), ladj, rtol=1e-3, atol=1e-3)
+    if single.has_inverse:
+        back, _ = single.inverse_and_ladj(y_single, None if context is None else context.float())
+        assert back.dtype == torch.float32
+        # In y, since where the map is flat a rounding of y is a long way in x.
+        again, _ = single.forward_and_ladj(back, None if context is None else context.float())
+        torch.testing.assert_close(again, y_single, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("batch_shape", [(), (4,), (2, 3)], ids=str)
+@pytest.mark.parametrize("context_dim", [0, 3])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_batch_shapes(name: str, context_dim: int, batch_shape: tuple[int, ...]) -> None:
+    transform, _, _ = make(name, 3, context_dim)
+    x = torch.randn(*batch_shape, 3)
+    context = torch.randn(context_dim) if context_dim else None  # One for the whole batch.
+    y, ladj = transform.forward_and_ladj(x, context)
+    assert y.shape == (*batch_shape, 3)
+    assert ladj.shape == batch_shape
+    if context is None:
+        return
+    full = context.expand(*batch_shape, context_dim)
+    torch.testing.assert_close(transform.forward_and_ladj(x, full), (y, ladj))
+    if name not in IGNORE_CONTEXT:
+        assert not torch.equal(transform.forward_and_ladj(x, context + 1.0)[0], y)
