@@ -14,7 +14,7 @@ import pyro.distributions as dist
 import torch
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoGuide, AutoNormal, init_to_median
-from pyro.optim import ClippedAdam
+from pyro.optim import CosineAnnealingLR
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -27,6 +27,7 @@ SIGMA = (15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0)
 LOG_EVIDENCE = -31.3113473523
 
 NUM_PARTICLES = 16
+LEARNING_RATE = 0.02
 EVALUATION_DRAWS = 20_000
 
 
@@ -50,9 +51,11 @@ def model(sigma: Tensor, y: Tensor | None = None) -> None:
         pyro.sample("y", dist.Normal(theta, sigma), obs=y)
 
 
-def fit(name: str, guide: AutoGuide, args: Sequence[Tensor], num_steps: int, learning_rate: float) -> Row:
+def fit(name: str, guide: AutoGuide, args: Sequence[Tensor], num_steps: int) -> Row:
     """Train a guide by SVI, as in any Pyro program, and evaluate it on fresh draws."""
-    optim = ClippedAdam({"lr": learning_rate, "lrd": 0.02 ** (1 / num_steps)})
+    optim = CosineAnnealingLR(
+        {"optimizer": torch.optim.Adam, "optim_args": {"lr": LEARNING_RATE}, "T_max": num_steps, "eta_min": 0.0}
+    )
     elbo = Trace_ELBO(num_particles=NUM_PARTICLES, vectorize_particles=True)
     svi = SVI(model, guide, optim, elbo)
     start = time.perf_counter()
@@ -60,6 +63,7 @@ def fit(name: str, guide: AutoGuide, args: Sequence[Tensor], num_steps: int, lea
     smooth = None
     for step in bar:
         loss = svi.step(*args)
+        optim.step()
         smooth = loss if smooth is None else 0.99 * smooth + 0.01 * loss
         if step % 50 == 0:
             bar.set_postfix_str(f"ELBO {-smooth:8.3f}")

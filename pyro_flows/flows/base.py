@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -65,7 +66,7 @@ class FlowDistribution(dist.TransformedDistribution):
     ) -> None:
         self._bound = BoundTransform(transform, context)
         self._path_gradient = path_gradient and transform.has_score
-        self._draw: tuple[Tensor, Tensor] | None = None  # (value, its score)
+        self._draw: tuple[Tensor, Tensor | None] | None = None  # (value, its score if known)
         super().__init__(base_dist, [self._bound])
 
     def expand(self, batch_shape: torch.Size, _instance: object = None) -> FlowDistribution:
@@ -74,10 +75,13 @@ class FlowDistribution(dist.TransformedDistribution):
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         eps = self.base_dist.rsample(sample_shape)
-        # torch.jit.trace would bake the score in as a constant.
-        if not (self._path_gradient and torch.is_grad_enabled()) or torch._C._get_tracing_state():
+        if not (self._path_gradient and torch.is_grad_enabled()):
             self._draw = None
             return self._bound(eps)
+        if torch._C._get_tracing_state():  # no torch.autograd.grad inside torch.jit.trace
+            value = self._bound(eps)
+            self._draw = (value, None) if self._bound.transform.one_pass_inverse else None
+            return value
         value, score = self._bound.call_with_score(eps.requires_grad_(), -eps.detach())
         self._draw = (value, score)
         return value
@@ -92,9 +96,33 @@ class FlowDistribution(dist.TransformedDistribution):
         log_prob = self.log_prob(value)
         entropy_term = log_prob
         if self._draw is not None and self._draw[0] is value:
-            path = (value * self._draw[1]).sum(-1)
-            entropy_term = log_prob.detach() + (path - path.detach())
+            score = self._draw[1]
+            if score is None:
+                entropy_term = self._frozen_log_prob(value)
+            else:
+                path = (value * score).sum(-1)
+                entropy_term = log_prob.detach() + (path - path.detach())
         return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=entropy_term)
+
+    def _frozen_log_prob(self, value: Tensor) -> Tensor:
+        """Log density whose gradient goes through the value only: the path gradient at the cost of an inverse pass."""
+        context = self._bound.context
+        with _frozen(self._bound.transform) as transform:
+            eps, ladj = transform.inverse_and_ladj(value, None if context is None else context.detach())
+        return self.base_dist.log_prob(eps) + ladj
+
+
+@contextmanager
+def _frozen(module: FlowTransform) -> Iterator[FlowTransform]:
+    """The module with its parameters detached. ``torch.func.functional_call`` does this, but not inside a trace."""
+    slots = [(part._parameters, name, p) for part in module.modules() for name, p in part._parameters.items()]
+    try:
+        for parameters, name, p in slots:
+            parameters[name] = None if p is None else p.detach()  # type: ignore[assignment]
+        yield module
+    finally:
+        for parameters, name, p in slots:
+            parameters[name] = p
 
 
 class Flow(nn.Module):

@@ -17,7 +17,7 @@ __all__ = ["AffineHead", "DiagonalAffine", "FullRankAffine", "LowRankAffine"]
 
 # Adam moves each parameter by the learning rate at a step, whatever its gradient. The head's log-scale and its shift
 # in scales are stored in these units, so that the head adapts to the posterior before the networks inside it do.
-LOG_SCALE_RATE = 10.0
+LOG_SCALE_RATE = 5.0
 SHIFT_RATE = 3.0
 
 

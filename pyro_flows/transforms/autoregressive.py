@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from pyro.nn.auto_reg_nn import MaskedLinear, create_mask
@@ -27,6 +28,8 @@ class AutoregressiveTransform(FlowTransform):
 
     A subclass gives :meth:`_map`, and :meth:`_unmap` where :math:`f` has an inverse.
     """
+
+    one_pass_inverse: ClassVar[bool] = False
 
     def _map(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """``y`` and the elementwise ``log df/dx``, both of the shape of ``x``."""

@@ -29,6 +29,7 @@ class FlowTransform(TransformModule):
     - :meth:`inverse_and_ladj` is required unless ``has_inverse`` is false.
     - :meth:`forward_with_score` is optional where an inverse exists, and required where none does, unless
       ``has_score`` is false; flows with such a part use ordinary gradients.
+    - ``one_pass_inverse`` says whether an inverse takes one pass whatever the value, as ``torch.jit.trace`` needs.
 
     Shape:
         - x, y, score: ``batch_shape + (input_dim,)``.
@@ -45,6 +46,7 @@ class FlowTransform(TransformModule):
     bijective = True
     has_inverse: ClassVar[bool] = True
     has_score: ClassVar[bool] = True
+    one_pass_inverse: ClassVar[bool] = True
 
     def __init__(self, input_dim: int, context_dim: int = 0) -> None:
         super().__init__()

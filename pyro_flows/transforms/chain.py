@@ -24,6 +24,7 @@ class Chain(FlowTransform):
         super().__init__(parts[0].input_dim, parts[0].context_dim)
         self.parts = nn.ModuleList(parts)
         self.has_inverse = all(part.has_inverse for part in parts)  # type: ignore[misc]
+        self.one_pass_inverse = all(part.one_pass_inverse for part in parts)  # type: ignore[misc]
         self.has_score = all(part.has_score for part in parts)  # type: ignore[misc]
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

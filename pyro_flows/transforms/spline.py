@@ -15,9 +15,10 @@ from pyro_flows.transforms.networks import ContextParameters
 
 __all__ = ["RationalQuadratic", "Spline"]
 
-# Smallest width and height of a bin as a share of the box, and smallest slope at a knot (Durkan et al., section 4.1).
-MIN_BIN_SHARE = 1e-3
-MIN_SLOPE = 1e-3
+# Smallest width and height of a bin as a share of the average bin, and smallest slope at a knot. Larger than the usual
+# 1e-3 (Durkan et al., section 4.1): a flatter piece is a spike in the density, whose score is noise.
+MIN_BIN_SHARE = 0.05
+MIN_SLOPE = 0.01
 # softplus(SLOPE_OFFSET) + MIN_SLOPE == 1, so raw parameters of zero make the identity.
 SLOPE_OFFSET = math.log(math.expm1(1.0 - MIN_SLOPE))
 
@@ -52,7 +53,7 @@ class RationalQuadratic:
         self.bound = bound
         self.count_bins = (raw.shape[-1] + 1) // 3
         shares = raw[..., : 2 * self.count_bins].unflatten(-1, (2, self.count_bins)).softmax(-1)
-        shares = MIN_BIN_SHARE + (1.0 - MIN_BIN_SHARE * self.count_bins) * shares
+        shares = MIN_BIN_SHARE / self.count_bins + (1.0 - MIN_BIN_SHARE) * shares
         lengths = 2.0 * bound * shares
         knots = F.pad(lengths[..., :-1].cumsum(-1), (1, 0)) - bound  # left edges; (..., D, 2, K)
         slopes = F.softplus(raw[..., 2 * self.count_bins :] + SLOPE_OFFSET) + MIN_SLOPE

@@ -37,7 +37,7 @@ def _build(name: str, input_dim: int, context_dim: int, dtype: torch.dtype = tor
 
 
 def _context(flow: Flow, *batch_shape: int) -> Tensor | None:
-    reference = flow.head.loc_log_scale.value
+    reference = flow.head.raw.value
     return torch.randn(*batch_shape, flow.context_dim, dtype=reference.dtype) if flow.context_dim else None
 
 

@@ -65,7 +65,7 @@ def make(name: str, input_dim: int, context_dim: int) -> tuple[FlowTransform, Te
     transform = TRANSFORMS[name](input_dim, context_dim)
     with torch.no_grad():
         for parameter in transform.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
+            parameter.add_(0.15 * torch.randn_like(parameter))
     return transform, torch.randn(6, input_dim), torch.randn(6, context_dim) if context_dim else None
 
 

@@ -88,7 +88,7 @@ def test_log_scales_are_bounded_by_the_value_that_is_differentiated() -> None:
 def test_speed_of_the_output_does_not_grow_with_the_width(
     coupling: type[AffineCouplings] | type[SplineCouplings],
 ) -> None:
-    """An Adam step moves every output weight by the same; the move of the map stays as large as the width grows."""
+    """An Adam step moves every output weight by the same; the move of the map does not grow with the width."""
     moves = []
     for width in (16, 1024):
         torch.manual_seed(0)
@@ -97,4 +97,4 @@ def test_speed_of_the_output_does_not_grow_with_the_width(
         with torch.no_grad():
             transform.weights[-1].add_(0.01 * torch.randn_like(transform.weights[-1]).sign())
             moves.append(float((transform(x) - x).abs().mean()))
-    assert 0.3 < moves[1] / moves[0] < 3.0
+    assert moves[1] < 1.5 * moves[0]
