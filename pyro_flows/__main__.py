@@ -12,7 +12,7 @@ from pathlib import Path
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer import SVI, Predictive, Trace_ELBO
+from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoGuide, AutoNormal, init_to_median
 from pyro.optim import CosineAnnealingLR
 from torch import Tensor
@@ -73,19 +73,21 @@ def fit(name: str, guide: AutoGuide, args: Sequence[Tensor], num_steps: int) -> 
 
 
 @torch.no_grad()
-def evaluate(guide: AutoGuide, args: Sequence[Tensor]) -> tuple[float, float, dict[str, Tensor]]:
+def evaluate(
+    guide: AutoGuide, args: Sequence[Tensor], num_draws: int = EVALUATION_DRAWS
+) -> tuple[float, float, dict[str, Tensor]]:
     """ELBO, its standard error, and the draws that they come from."""
-    with pyro.plate("draws", EVALUATION_DRAWS, dim=-2):
+    with pyro.plate("draws", num_draws, dim=-2):
         guide_trace = pyro.poutine.trace(guide).get_trace(*args)
         model_trace = pyro.poutine.trace(pyro.poutine.replay(model, guide_trace)).get_trace(*args)
-    log_weights = torch.zeros(EVALUATION_DRAWS)
+    log_weights = torch.zeros(num_draws)
     for trace, sign in ((model_trace, 1.0), (guide_trace, -1.0)):
         trace.compute_log_prob()
         for _, node in trace.nodes.items():
             if node["type"] == "sample" and not pyro.poutine.util.site_is_subsample(node):
-                log_weights += sign * node["log_prob"].reshape(EVALUATION_DRAWS, -1).sum(-1)
-    draws = {name: guide_trace.nodes[name]["value"].reshape(EVALUATION_DRAWS, -1) for name in ("mu", "tau", "theta")}
-    return log_weights.mean().item(), log_weights.std().item() / EVALUATION_DRAWS**0.5, draws
+                log_weights += sign * node["log_prob"].reshape(num_draws, -1).sum(-1)
+    draws = {name: guide_trace.nodes[name]["value"].reshape(num_draws, -1) for name in ("mu", "tau", "theta")}
+    return log_weights.mean().item(), log_weights.std().item() / num_draws**0.5, draws
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -25,7 +25,9 @@ def check_int(owner: str, name: str, value: Any, low: int, high: int | None = No
 def check_sizes(owner: str, name: str, value: Any) -> None:
     """Raise ValueError unless ``value`` is a tuple of integers >= 1."""
     if not isinstance(value, tuple) or not all(isinstance(v, int) and v >= 1 for v in value):
-        raise ValueError(f"{owner}: expected {name} to be a tuple of integers >= 1, such as (64, 64), but got {value!r}.")
+        raise ValueError(
+            f"{owner}: expected {name} to be a tuple of integers >= 1, such as (64, 64), but got {value!r}."
+        )
 
 
 def check_choice(owner: str, name: str, value: Any, choices: Sequence[str]) -> None:

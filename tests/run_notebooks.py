@@ -52,7 +52,9 @@ def main() -> None:
             continue
         notebook = nbformat.read(path, as_version=4)
         start = time.perf_counter()
-        NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": TUTORIALS}}).execute()
+        NotebookClient(
+            notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": TUTORIALS}}
+        ).execute()
         print(f"{path.name}: {time.perf_counter() - start:.0f} s")
         if options.full:
             for cell in notebook.cells:

@@ -24,7 +24,6 @@ from pyro_flows.transforms import (
     FlowTransform,
     FullRankAffine,
     LowRankAffine,
-    expand_context,
 )
 
 __all__ = ["Flow", "FlowDistribution", "FlowSpec"]

@@ -37,7 +37,5 @@ class RealNVP(FlowSpec):
 
     def layers(self, input_dim: int, context_dim: int) -> list[FlowTransform]:
         return [
-            AffineCouplings(
-                input_dim, context_dim, num_transforms=self.num_transforms, hidden_dims=self.hidden_dims
-            )
+            AffineCouplings(input_dim, context_dim, num_transforms=self.num_transforms, hidden_dims=self.hidden_dims)
         ]

@@ -14,7 +14,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoContinuous, init_to_median
+from pyro.infer.autoguide import AutoContinuous
 from pyro.nn.module import _is_module_local_param_enabled
 from torch import Tensor
 from torch.distributions.transforms import Transform
@@ -22,6 +22,7 @@ from torch.distributions.transforms import Transform
 from pyro_flows._checks import check_int, check_positive
 from pyro_flows.flows import FlowDistribution, FlowSpec
 from pyro_flows.flows.resolve import FlowLike, resolve
+from pyro_flows.guides.initialization import init_to_prior_median
 from pyro_flows.guides.joint import JointBlock
 from pyro_flows.guides.prototype import checked_init, hide_from_guide, refuse_subsampled, trace_latents
 from pyro_flows.sites import SiteTable
@@ -44,7 +45,8 @@ class AutoFlowGuide(AutoContinuous):
         model: A Pyro model. Discrete sites marked for enumeration are left out; train with ``TraceEnum_ELBO``.
         flow: The family: a name in ``flows.names()``, a :class:`~pyro_flows.flows.FlowSpec`, or a function
             ``input_dim -> transform(s)``, as ``AutoNormalizingFlow`` takes. ``"auto"`` suits any model.
-        init_loc_fn: Where the guide starts, site by site; see ``pyro.infer.autoguide.initialization``.
+        init_loc_fn: Where the guide starts, site by site; see ``pyro.infer.autoguide.initialization``. The default is
+            :func:`init_to_prior_median`, the prior's exact median where it is known.
         init_scale: Standard deviation at the start, in unconstrained space; > 0.
         create_plates: Function of the model's arguments that returns a plate or an iterable of plates.
         path_gradient: Whether ELBO gradients leave out the score term.
@@ -83,7 +85,7 @@ class AutoFlowGuide(AutoContinuous):
         model: Callable[..., Any],
         flow: FlowLike = "auto",
         *,
-        init_loc_fn: Callable[..., Any] = init_to_median,
+        init_loc_fn: Callable[..., Any] = init_to_prior_median,
         init_scale: float = 0.1,
         create_plates: Callable[..., Any] | None = None,
         path_gradient: bool = True,

@@ -202,9 +202,7 @@ def _check_dims(transform: FlowTransform, input_dim: int, context_dim: int) -> N
 def _check_density(transform: Transform) -> None:
     for refused, reason, remedy in _REFUSED:
         if isinstance(transform, refused):
-            raise ValueError(
-                f"{_name(transform)}: expected a transform whose density is right, but {reason}. {remedy}"
-            )
+            raise ValueError(f"{_name(transform)}: expected a transform whose density is right, but {reason}. {remedy}")
     if isinstance(transform, T.BlockAutoregressive) and transform.residual is None:
         warnings.warn(
             "BlockAutoregressive: without residual connections its range is bounded, so the guide's tails are cut off "

@@ -42,9 +42,7 @@ class AffineCouplings(Couplings):
         hidden_dims: Sequence[int] = (64, 64),
         log_scale_bound: float = 1.0,
     ) -> None:
-        super().__init__(
-            input_dim, context_dim, num_transforms=num_transforms, hidden_dims=hidden_dims, count_raw=2
-        )
+        super().__init__(input_dim, context_dim, num_transforms=num_transforms, hidden_dims=hidden_dims, count_raw=2)
         self.log_scale_bound = log_scale_bound
 
     def _shift_log_scale(self, raw: Tensor) -> tuple[Tensor, Tensor]:

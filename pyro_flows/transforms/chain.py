@@ -27,9 +27,13 @@ class Chain(FlowTransform):
         self.one_pass_inverse = all(part.one_pass_inverse for part in parts)  # type: ignore[misc]
         self.has_score = all(part.has_score for part in parts)  # type: ignore[misc]
 
+    @property
+    def _maps(self) -> list[FlowTransform]:
+        return list(self.parts)  # type: ignore[arg-type]
+
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total: Tensor | float = 0.0
-        for part in self.parts:
+        for part in self._maps:
             x, ladj = part.forward_and_ladj(x, context)
             total = total + ladj
         assert isinstance(total, Tensor)
@@ -37,7 +41,7 @@ class Chain(FlowTransform):
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total: Tensor | float = 0.0
-        for part in reversed(self.parts):
+        for part in reversed(self._maps):
             y, ladj = part.inverse_and_ladj(y, context)
             total = total + ladj
         assert isinstance(total, Tensor)
@@ -47,7 +51,7 @@ class Chain(FlowTransform):
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         total: Tensor | float = 0.0
-        for part in self.parts:
+        for part in self._maps:
             x, ladj, score = part.forward_with_score(x, score, context)
             total = total + ladj
         assert isinstance(total, Tensor)

@@ -125,9 +125,7 @@ class SiteOrderedAffine(FlowTransform):
         assert score_y is not None
         return y, total, score_y
 
-    def _forward(
-        self, x: Tensor, score: Tensor | None, context: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _forward(self, x: Tensor, score: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         total = x.new_zeros(x.shape[:-1])
         y = x[..., :0]
         scores: list[Tensor] = []

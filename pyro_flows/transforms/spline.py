@@ -68,9 +68,8 @@ class RationalQuadratic:
     def _select(self, value: Tensor, knots: Tensor) -> _Bins:
         index = (value.unsqueeze(-1) >= knots[..., 1:]).sum(-1)  # (..., D)
         table = self._table.expand(value.shape + self._table.shape[-2:])
-        picked = table.gather(-2, index[..., None, None].expand(index.shape + (1, 6)))
+        picked = table.gather(-2, index[..., None, None].expand((*index.shape, 1, 6)))
         return _Bins(*picked.squeeze(-2).unbind(-1))
-
 
     def _standardize(self) -> tuple[Tensor, Tensor]:
         """Middle and half-width of the image of [-1, 1] under the spline in the box."""
@@ -165,6 +164,7 @@ class Spline(FlowTransform):
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         y, log_slope, d_log_slope = self._spline(context)(x, with_slope=True)
+        assert d_log_slope is not None
         with torch.no_grad():
             score = (score - d_log_slope) * (-log_slope).exp()
         return y, log_slope.sum(-1), score

@@ -188,6 +188,7 @@ def test_resolve() -> None:
 
 def test_inside_a_guide() -> None:
     """A function as the guide's flow trains under plain SVI."""
+
     def model() -> None:
         pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
 

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The default start: the prior's exact median."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_flows import AutoFlowGuide, init_to_prior_median
+
+MEDIANS = {
+    "normal": (dist.Normal(3.0, 2.0), 3.0),
+    "half_cauchy": (dist.HalfCauchy(5.0), 5.0),
+    "log_normal": (dist.LogNormal(1.0, 2.0), math.e),
+    "exponential": (dist.Exponential(2.0), math.log(2.0) / 2.0),
+    "uniform": (dist.Uniform(-1.0, 3.0), 1.0),
+    "cauchy": (dist.Cauchy(-2.0, 1.0), -2.0),
+}
+
+
+@pytest.mark.parametrize("name", MEDIANS)
+def test_median_is_exact_and_draws_nothing(name):
+    fn, median = MEDIANS[name]
+    state = torch.get_rng_state()
+    value = init_to_prior_median({"name": "z", "fn": fn.expand([4]).to_event(1)})
+    assert value.shape == (4,)
+    torch.testing.assert_close(value, torch.full((4,), median))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("fn", [dist.Gamma(2.0, 1.0), dist.Beta(2.0, 5.0), dist.Dirichlet(torch.ones(3))], ids=str)
+def test_others_fall_back_on_the_support(fn):
+    value = init_to_prior_median({"name": "z", "fn": fn})
+    assert fn.support.check(value).all()
+
+
+def test_members_start_at_their_parent():
+    def model():
+        mu = pyro.sample("mu", dist.Normal(7.0, 5.0))
+        with pyro.plate("members", 6):
+            pyro.sample("theta", dist.Normal(mu, 20.0))
+
+    medians = AutoFlowGuide(model).median()
+    torch.testing.assert_close(medians["theta"], torch.full((6,), 7.0), atol=1e-3, rtol=0.0)
