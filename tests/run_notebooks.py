@@ -61,6 +61,8 @@ def main() -> None:
                 cell.metadata.pop("execution", None)
                 if cell.cell_type == "code":
                     cell.execution_count = None
+                    # Warnings of the machine that it ran on, with paths of that machine.
+                    cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
                     for output in cell.outputs:
                         output.pop("execution_count", None)
             notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
