@@ -14,6 +14,10 @@ from pyro_flows.transforms.spline import RationalQuadratic
 __all__ = ["SplineAutoregressive"]
 
 
+# A spline that bends before the head has found the posterior can settle on a narrow part of it.
+RAW_RATE = 0.2
+
+
 class SplineAutoregressive(AutoregressiveTransform):
     r"""Each coordinate through a monotone rational-quadratic spline, whose knots and slopes follow the noise of the
     coordinates before it: :math:`y_i = \mathrm{RQS}(x_i;\, h_i(x_{<i}))`.
@@ -55,9 +59,9 @@ class SplineAutoregressive(AutoregressiveTransform):
         self.network = MaskedNetwork(input_dim, context_dim, init, hidden_dims, indices)
 
     def _map(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        y, log_slope, _ = RationalQuadratic(self.network(x, context), self.bound)(x)
+        y, log_slope, _ = RationalQuadratic(RAW_RATE * self.network(x, context), self.bound)(x)
         return y, log_slope
 
     def _unmap(self, y: Tensor, given: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        x, log_slope = RationalQuadratic(self.network(given, context), self.bound).inverse(y)
+        x, log_slope = RationalQuadratic(RAW_RATE * self.network(given, context), self.bound).inverse(y)
         return x, -log_slope
