@@ -21,9 +21,9 @@ class SplineCouplings(Couplings):
     only the other half depend on anything, and its inverse leaves the reals in float32. These start at the identity.
 
     Warning:
-        The identity outside ``[-bound, bound]``: put an affine layer after it to move or scale mass. From a start much
-        narrower than the target, path gradients can settle on splines stretched to the edge of the box: start near
-        the target's scale, or take ordinary gradients first.
+        Linear outside ``[-bound, bound]`` and fixed at -1 and 1: put an affine layer after it to move or scale mass.
+        From a start much narrower than the target, path gradients can settle on splines stretched to the edge of the
+        box: start near the target's scale, or take ordinary gradients first.
 
     Shape:
         As in :class:`FlowTransform`.
