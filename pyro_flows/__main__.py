@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Fit eight schools with AutoNormal and with AutoFlowGuide by plain SVI, and compare.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--steps", type=_positive, default=1500, help="SVI steps for each guide")
+    parser.add_argument("--steps", type=_positive, default=1200, help="SVI steps for each guide")
     parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers")
     parser.add_argument("--flow", choices=flows.names(), default="auto", metavar="NAME",
                         help="flow family: " + ", ".join(flows.names()))  # fmt: skip
