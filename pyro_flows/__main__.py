@@ -133,7 +133,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not options.out.resolve().parent.is_dir():
         parser.error(f"--out: expected a file in an existing folder, but got {options.out}")
 
-    torch.set_num_threads(1)  # tensors this small lose more to a second thread than they gain
     args = (torch.tensor(SIGMA), torch.tensor(Y))
     guides: dict[str, Callable[[], AutoGuide]] = {
         "AutoNormal": lambda: AutoNormal(model, init_loc_fn=init_to_median),
@@ -158,4 +157,5 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # tensors this small lose more to a second thread than they gain
     main()

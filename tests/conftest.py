@@ -10,6 +10,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+from pyro_flows.flows import registry
+
 
 def _validation() -> tuple[object, ...]:
     """Every validation flag, as it is now."""
@@ -33,3 +35,12 @@ def fresh_state() -> Iterator[None]:
     torch.set_default_dtype(before[0])
     pyro.enable_validation(True)
     assert after == before, f"The test changed a global setting: (default dtype, validation flags) {before} -> {after}."
+
+
+@pytest.fixture
+def restored_registry() -> Iterator[None]:
+    """Families that a test registers are gone after it."""
+    before = dict(registry._FAMILIES)
+    yield
+    registry._FAMILIES.clear()
+    registry._FAMILIES.update(before)

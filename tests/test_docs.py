@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pyro_flows import flows, transforms
-from pyro_flows.flows import registry
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -20,14 +18,6 @@ def code_blocks(text: str) -> list[str]:
     """The ``code-block:: python`` directives of a page, in order."""
     blocks = re.findall(r"^\.\. code-block:: python\n\n((?:[ ]{3}.*\n|\n)+)", text, re.MULTILINE)
     return [textwrap.dedent(block) for block in blocks]
-
-
-@pytest.fixture
-def restored_registry() -> Iterator[None]:
-    before = dict(registry._FAMILIES)
-    yield
-    registry._FAMILIES.clear()
-    registry._FAMILIES.update(before)
 
 
 @pytest.mark.parametrize("page", ["choosing_a_flow", "extending", "training"])

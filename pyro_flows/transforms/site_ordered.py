@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyro_flows.transforms.affine import SHIFT_RATE
 from pyro_flows.transforms.base import FlowTransform, expand_context
 from pyro_flows.transforms.networks import CenteredNetwork
 
@@ -18,8 +19,6 @@ __all__ = ["SiteOrderedAffine"]
 
 # Blocks up to this size get a dense triangular factor; above it parameters would grow as the square.
 MAX_DENSE_BLOCK = 256
-# The bias inside the scale, in units that let it keep up with the head (see transforms/affine.py).
-SHIFT_RATE = 3.0
 
 
 class _Block(nn.Module):
@@ -33,11 +32,8 @@ class _Block(nn.Module):
         self.project = None
         if rank is not None and given_dim > rank:
             self.project = nn.Parameter(torch.randn(rank, given_dim) / math.sqrt(given_dim))
-            given_dim_linear = rank
-        else:
-            given_dim_linear = given_dim
         self.network = CenteredNetwork(given_dim, hidden_dims, 2 * size)
-        self.skip = nn.Parameter(torch.zeros(3 * size, given_dim_linear))
+        self.skip = nn.Parameter(torch.zeros(3 * size, given_dim if self.project is None else self.project.shape[0]))
         self.shift = nn.Parameter(torch.zeros(size))
 
     def forward(self, given: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,8 +107,8 @@ class SiteOrderedAffine(FlowTransform):
             return None
         if context is not None:
             given = torch.cat([expand_context(context, given), given], -1)
-        loc, log_scale = self.blocks[key](given)
-        return loc, log_scale
+        loc_log_scale: tuple[Tensor, Tensor] = self.blocks[key](given)
+        return loc_log_scale
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y, total, _ = self._forward(x, None, context)

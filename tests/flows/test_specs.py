@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, dataclass
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 
 from pyro_flows import flows
-from pyro_flows.flows import registry
 
 
 @pytest.mark.parametrize(
@@ -73,14 +71,6 @@ def test_hyperparameters_reach_the_flow() -> None:
     assert count(flows.SylvesterFlow(num_ortho=99)) == count(flows.SylvesterFlow(num_ortho=4))
     assert count(flows.SplineCoupling(count_bins=9)) > count(flows.SplineCoupling(count_bins=8))
     assert count(flows.SplineCoupling(hidden_dims=(32,))) < count(flows.SplineCoupling())
-
-
-@pytest.fixture
-def restored_registry() -> Iterator[None]:
-    before = dict(registry._FAMILIES)
-    yield
-    registry._FAMILIES.clear()
-    registry._FAMILIES.update(before)
 
 
 @dataclass(frozen=True, kw_only=True)
