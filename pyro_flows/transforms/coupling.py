@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyro_flows.transforms.base import FlowTransform, expand_context
-from pyro_flows.transforms.networks import reference_noise
+from pyro_flows.transforms.networks import eased, reference_noise
 
 __all__ = ["Couplings"]
+
+# Pace at zero of the networks' last layers, whose inputs are scaled down by their number already.
+HEAD_SLOPE = 0.3
 
 
 class Couplings(FlowTransform):
@@ -94,7 +97,9 @@ class Couplings(FlowTransform):
         *inner, weight, bias = layer
         for w, b in zip(inner[::2], inner[1::2], strict=True):
             hidden, center = F.silu(F.linear(hidden, w, b)), F.silu(F.linear(center, w, b))
-        return F.linear((hidden - center.mean(0)) / hidden.shape[-1], weight, bias)
+        return F.linear(
+            (hidden - center.mean(0)) / hidden.shape[-1], eased(weight, HEAD_SLOPE), eased(bias, HEAD_SLOPE)
+        )
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total = x.new_zeros(x.shape[:-1])

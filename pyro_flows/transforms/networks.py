@@ -10,8 +10,9 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-__all__ = ["CenteredNetwork", "ContextParameters", "dense", "reference_noise"]
+__all__ = ["CenteredNetwork", "ContextParameters", "dense", "eased", "reference_noise"]
 
 
 # Inputs of steering networks are in scales of their own marginal; beyond this many a draw is an outlier, whose
@@ -19,6 +20,25 @@ __all__ = ["CenteredNetwork", "ContextParameters", "dense", "reference_noise"]
 INPUT_BOUND = 5.0
 # Draws of N(0, I) over which a network is centred; half of them mirror the other half.
 COUNT_REFERENCE = 32
+
+
+def eased(weight: Tensor, slope: float = 0.1) -> Tensor:
+    r"""Weights that leave zero slowly: :math:`w \sqrt{w^2 + s^2}`, for how coordinates steer each other.
+
+    Adam moves each weight by the learning rate from the first step on, so a thousand useless weights jitter as much
+    as ten that matter, and while a posterior is still far away they all join in moving there, overshoot, and one rare
+    draw then fills Adam's second moments for the rest of the run. Here a weight's pace is proportional to its size,
+    and ``slope`` of the learning rate at zero.
+
+    Args:
+        weight: Any shape.
+        slope: Derivative at zero, > 0.
+
+    References:
+        Schwarz, Jayakumar, Pascanu, Latham, Teh. Powerpropagation: a sparsity inducing weight reparameterisation.
+        NeurIPS 2021. arXiv:2110.00296, eq. (1) with alpha = 2; the slope keeps zero from being a fixed point.
+    """
+    return weight * torch.sqrt(weight.square() + slope**2)
 
 
 def dense(input_dim: int, hidden_dims: Sequence[int], output_dim: int) -> nn.Sequential:
@@ -41,7 +61,7 @@ class CenteredNetwork(nn.Module):
     Location and scale that do not depend on the input are the affine head's business. Without the centring every
     network in a flow learns them too, at once and in the same direction, and the first steps overshoot together: far
     from the posterior all gradients ask for the same thing, and Adam moves each weight by the learning rate.
-    For that reason too the last layer is scaled by :math:`1/\sqrt{H}`.
+    For that reason too the last layer is scaled by :math:`1/\sqrt{H}`, and its weights are :func:`eased`.
 
     Args:
         input_dim: Length of the input.
@@ -60,8 +80,7 @@ class CenteredNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.trunk(x.clamp(-INPUT_BOUND, INPUT_BOUND)) - self.trunk(self.reference).mean(0)
-        out: Tensor = self.head(hidden / math.sqrt(hidden.shape[-1]))
-        return out
+        return F.linear(hidden / math.sqrt(hidden.shape[-1]), eased(self.head.weight))
 
 
 def _hidden_layers(input_dim: int, hidden_dims: Sequence[int]) -> Iterator[nn.Module]:

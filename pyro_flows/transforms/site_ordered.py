@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from pyro_flows.transforms.affine import SHIFT_RATE
 from pyro_flows.transforms.base import FlowTransform, expand_context
-from pyro_flows.transforms.networks import CenteredNetwork
+from pyro_flows.transforms.networks import CenteredNetwork, eased
 
 __all__ = ["SiteOrderedAffine"]
 
@@ -38,7 +38,7 @@ class _Block(nn.Module):
 
     def forward(self, given: Tensor) -> tuple[Tensor, Tensor]:
         linear = given if self.project is None else F.linear(given, self.project)
-        loc, shift, log_scale = F.linear(linear, self.skip).chunk(3, -1)
+        loc, shift, log_scale = F.linear(linear, eased(self.skip)).chunk(3, -1)
         bent_shift, bent_log_scale = self.network(given).chunk(2, -1)
         log_scale = self.log_scale_bound * torch.tanh((log_scale + bent_log_scale) / self.log_scale_bound)
         return torch.addcmul(loc, log_scale.exp(), shift + bent_shift + SHIFT_RATE * self.shift), log_scale
@@ -98,7 +98,7 @@ class SiteOrderedAffine(FlowTransform):
         if key not in self.below_diagonal:
             return None
         below = self.below_diagonal[key]
-        return below.tril(-1) + torch.eye(below.shape[0], dtype=below.dtype, device=below.device)
+        return eased(below.tril(-1)) + torch.eye(below.shape[0], dtype=below.dtype, device=below.device)
 
     def _steer(self, index: int, given: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """``B_s y_<s + e^l_s r_s`` and ``l_s``, or None where there is nothing to condition on."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the guide costs and how good it is, next to its peers in the same run.
 
-    python tests/benchmarks/guides.py [gap] [start] [far] [step] [size] [--seeds 5] [--write]
+    python tests/benchmarks/guides.py [gap] [single] [start] [far] [step] [size] [--seeds 5] [--write]
 
 Run by hand, never by pytest. Each measure prints a table; ``--write`` also puts it in ``docs/tables``.
 """
@@ -85,6 +85,45 @@ def measure_gap(seeds: int) -> tuple[Sequence[str], Rows]:
             gaps.append(LOG_EVIDENCE - elbo)
         rows.append([name, spread(gaps), f"{statistics.median(times):.0f}"])
     return ("guide", "gap in nats, median (range over seeds)", "seconds"), rows
+
+
+def regression(x: torch.Tensor, y: torch.Tensor) -> None:
+    """A linear regression whose two covariates correlate at 0.7."""
+    slope = pyro.sample("slope", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    intercept = pyro.sample("intercept", dist.Normal(0.0, 5.0))
+    noise = pyro.sample("noise", dist.HalfNormal(1.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("y", dist.Normal(intercept + x @ slope, noise), obs=y)
+
+
+def regression_data() -> tuple[torch.Tensor, torch.Tensor]:
+    """100 rows."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(100, 3, generator=generator)
+    x[:, 1] += 0.9 * x[:, 0]
+    return x, 2.0 + x @ torch.tensor([1.0, -1.0, 0.5]) + 0.5 * torch.randn(100, generator=generator)
+
+
+def measure_single(seeds: int) -> tuple[Sequence[str], Rows]:
+    """One particle and a constant rate, 1500 steps: ELBO less AutoNormal's at the same rate and seed."""
+    rows = []
+    models = {"eight schools": (eight_schools, SCHOOLS), "regression": (regression, regression_data())}
+    for title, (model, data) in models.items():
+        for lr in (0.005, 0.01, 0.02):
+            gains = []
+            for seed in range(seeds):
+                elbos = []
+                for make in (AutoNormal, AutoFlowGuide):
+                    pyro.clear_param_store()
+                    pyro.set_rng_seed(seed)
+                    guide = make(model)
+                    svi = SVI(model, guide, Adam({"lr": lr}), Trace_ELBO())
+                    for _ in range(1500):
+                        svi.step(*data)
+                    elbos.append(-statistics.mean(svi.evaluate_loss(*data) for _ in range(1000)))
+                gains.append(elbos[1] - elbos[0])
+            rows.append([title, str(lr), spread(gains)])
+    return ("model", "learning rate", "gain in nats, median (range over seeds)"), rows
 
 
 def measure_start(seeds: int) -> tuple[Sequence[str], Rows]:
@@ -196,6 +235,7 @@ def report_size(dim: int) -> None:
 
 MEASURES: dict[str, Callable[[int], tuple[Sequence[str], Rows]]] = {
     "gap": measure_gap,
+    "single": measure_single,
     "start": measure_start,
     "far": measure_far,
     "step": measure_step,
