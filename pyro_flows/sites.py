@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.transforms import ComposeTransform, IndependentTransform, Transform
 
-__all__ = ["Site", "SiteTable"]
+__all__ = ["Site", "SiteTable", "decreasing", "quantiles"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,26 +183,31 @@ class SiteTable:
         packed = torch.cat(parts, -1)
         return packed, total.to(packed).expand(packed.shape[:-1])
 
-    def quantiles(self, packed: Tensor, levels: Tensor) -> dict[str, Tensor]:
-        """Quantiles of each coordinate, taken in unconstrained space and mapped to the supports.
 
-        Args:
-            packed: Draws, ``(num_samples, latent_dim)``.
-            levels: Probabilities, ``(count,)``.
+def decreasing(sites: Sequence[Site]) -> Tensor:
+    """Which coordinates of the packed vector have their order reversed on their support, ``(D,)``."""
+    return torch.cat([torch.full((site.size,), site.is_decreasing) for site in sites])
 
-        Returns:
-            Site name -> ``(count, *site shape)``.
-        """
-        levels = levels.unsqueeze(-1)
-        if any(site.is_decreasing for site in self.sites):
-            flags = [packed.new_full((site.size,), site.is_decreasing, dtype=torch.bool) for site in self.sites]
-            levels = torch.where(torch.cat(flags), 1 - levels, levels)
-        # torch.quantile takes at most 16 million elements; interpolation between order statistics is the same.
-        ordered = packed.sort(0).values
-        position = (levels * (len(packed) - 1)).expand(-1, packed.shape[-1])  # (count, latent_dim)
-        below = position.floor().long()
-        above = (below + 1).clamp(max=len(packed) - 1)
-        return self.unpack(torch.lerp(ordered.gather(0, below), ordered.gather(0, above), position - below))
+
+def quantiles(draws: Tensor, levels: Tensor, reversed_order: Tensor) -> Tensor:
+    """Quantiles of each coordinate over the first dimension.
+
+    Args:
+        draws: ``(num_samples, ..., D)``.
+        levels: Probabilities, ``(count,)``.
+        reversed_order: From :func:`decreasing`; these coordinates get ``1 - levels``.
+
+    Returns:
+        ``(count, ..., D)``.
+    """
+    wanted = torch.where(reversed_order, 1 - levels.unsqueeze(-1), levels.unsqueeze(-1))  # (count, D)
+    # torch.quantile takes at most 16 million elements; interpolation between order statistics is the same.
+    ordered = draws.sort(0).values
+    shape = (len(levels),) + (1,) * (draws.dim() - 2) + draws.shape[-1:]
+    position = (wanted * (len(draws) - 1)).reshape(shape).expand((len(levels), *draws.shape[1:]))
+    below = position.floor().long()
+    above = (below + 1).clamp(max=len(draws) - 1)
+    return torch.lerp(ordered.gather(0, below), ordered.gather(0, above), position - below)
 
 
 def _base_transform(transform: Transform) -> Transform:

@@ -15,6 +15,7 @@ LAYERS = {
     "transforms": 1,
     "flows": 2,
     "sites": 2,
+    "plates": 2,
     "guides": 3,
     "__init__": 6,
     "__main__": 7,

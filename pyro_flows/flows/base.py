@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -24,6 +24,7 @@ from pyro_flows.transforms import (
     FlowTransform,
     FullRankAffine,
     LowRankAffine,
+    PartialPooling,
 )
 
 __all__ = ["Flow", "FlowDistribution", "FlowSpec"]
@@ -51,6 +52,8 @@ class FlowDistribution(dist.TransformedDistribution):
         context: Optional context, ``batch_shape + (context_dim,)``.
         path_gradient: Whether draws carry the path gradient. Needs grad mode; skipped under ``torch.no_grad()``
             and where ``transform.has_score`` is false.
+        given: Latents drawn before, of which the context is a function. The path gradient then counts how they steer
+            this density, and leaves out how parameters steer it by way of the context.
 
     References:
         Roeder, Wu, Duvenaud. Sticking the Landing. NeurIPS 2017. arXiv:1703.09194, eq. (8).
@@ -62,15 +65,21 @@ class FlowDistribution(dist.TransformedDistribution):
         transform: FlowTransform,
         context: Tensor | None = None,
         path_gradient: bool = True,
+        given: tuple[Tensor, ...] = (),
     ) -> None:
+        if given and context is not None:
+            context = context.expand(base_dist.batch_shape + context.shape[-1:])  # a score for every element
         self._bound = BoundTransform(transform, context)
+        self._given = given
         self._path_gradient = path_gradient and transform.has_score
-        self._draw: tuple[Tensor, Tensor | None] | None = None  # (value, its score if known)
+        # (value, its score if known, the score in the context if latents before it steer it)
+        self._draw: tuple[Tensor, Tensor | None, Tensor | None] | None = None
         super().__init__(base_dist, [self._bound])
 
     def expand(self, batch_shape: torch.Size, _instance: object = None) -> FlowDistribution:
         base_dist = self.base_dist.expand(batch_shape)
-        return FlowDistribution(base_dist, self._bound.transform, self._bound.context, self._path_gradient)
+        bound = self._bound
+        return FlowDistribution(base_dist, bound.transform, bound.context, self._path_gradient, self._given)
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         eps = self.base_dist.rsample(sample_shape)
@@ -79,11 +88,24 @@ class FlowDistribution(dist.TransformedDistribution):
             return self._bound(eps)
         if torch._C._get_tracing_state():  # no torch.autograd.grad inside torch.jit.trace
             value = self._bound(eps)
-            self._draw = (value, None) if self._bound.transform.one_pass_inverse else None
+            scorable = self._bound.transform.one_pass_inverse and not self._given
+            self._draw = (value, None, None) if scorable else None
             return value
         value, score = self._bound.call_with_score(eps.requires_grad_(), -eps.detach())
-        self._draw = (value, score)
+        if self._given and sample_shape:  # one context for several draws: no score for each
+            self._draw = None
+        else:
+            self._draw = (value, score, self._score_in_context(eps, value, score))
         return value
+
+    def _score_in_context(self, eps: Tensor, value: Tensor, score: Tensor) -> Tensor | None:
+        r""":math:`\nabla_c \log q(z | c)` at fixed z: the derivative at fixed noise, less what comes through z."""
+        context = self._bound.context
+        if not self._given or context is None or not context.requires_grad:
+            return None
+        ladj = self._bound.log_abs_det_jacobian(eps, value)
+        (steered,) = torch.autograd.grad((value, ladj), context, (score, torch.ones_like(ladj)), retain_graph=True)
+        return -steered
 
     def rsample_and_log_prob(self, sample_shape: torch.Size = torch.Size()) -> tuple[Tensor, Tensor]:
         """A reparameterised draw and its log density, from one pass."""
@@ -95,20 +117,37 @@ class FlowDistribution(dist.TransformedDistribution):
         log_prob = self.log_prob(value)
         entropy_term = log_prob
         if self._draw is not None and self._draw[0] is value:
-            score = self._draw[1]
+            _, score, score_in_context = self._draw
             if score is None:
                 entropy_term = self._frozen_log_prob(value)
             else:
                 path = (value * score).sum(-1)
+                if score_in_context is not None:
+                    context: Tensor = _Through.apply(self._bound.context, *self._given)  # type: ignore[no-untyped-call]
+                    path = path + (context * score_in_context).sum(-1)
                 entropy_term = log_prob.detach() + (path - path.detach())
         return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=entropy_term)
 
     def _frozen_log_prob(self, value: Tensor) -> Tensor:
-        """Log density whose gradient goes through the value only: the path gradient at the cost of an inverse pass."""
+        """Log density whose gradient goes through values only: the path gradient at the cost of an inverse pass."""
         context = self._bound.context
         with _frozen(self._bound.transform) as transform:
             eps, ladj = transform.inverse_and_ladj(value, None if context is None else context.detach())
         return self.base_dist.log_prob(eps) + ladj
+
+
+class _Through(torch.autograd.Function):
+    """A tensor as it is, with a gradient in some tensors that it is a function of, and in nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, *sources: Tensor) -> Tensor:
+        ctx.tensor, ctx.sources = tensor, sources
+        return tensor.detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        gradients = torch.autograd.grad(ctx.tensor, ctx.sources, gradient, retain_graph=True, allow_unused=True)
+        return None, *gradients
 
 
 @contextmanager
@@ -162,12 +201,15 @@ class Flow(nn.Module):
         # Constants of ours: checking them at every step would cost more than drawing.
         return dist.Normal(zeros, torch.ones_like(zeros), validate_args=False).to_event(1)
 
-    def forward(self, context: Tensor | None = None, *, path_gradient: bool = True) -> FlowDistribution:
+    def forward(
+        self, context: Tensor | None = None, *, path_gradient: bool = True, given: tuple[Tensor, ...] = ()
+    ) -> FlowDistribution:
         """The distribution given a context.
 
         Args:
             context: ``batch_shape + (context_dim,)``, or None for an unconditional flow.
             path_gradient: See :class:`FlowDistribution`.
+            given: Likewise.
 
         Raises:
             ValueError: If the context is missing, unasked for, or of the wrong length.
@@ -182,7 +224,7 @@ class Flow(nn.Module):
         base_dist = self.base_dist
         if context is not None:
             base_dist = base_dist.expand(context.shape[:-1])
-        return FlowDistribution(base_dist, self.transform, context, path_gradient)
+        return FlowDistribution(base_dist, self.transform, context, path_gradient, given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,11 +274,30 @@ class FlowSpec:
                 f"{owner}: expected input_dim >= {self.min_dim}, but got {input_dim}. "
                 'Use "spline" or "auto" for a single latent.'
             )
-        head: AffineHead
+        return Flow(self.layers(input_dim, context_dim), self._make_head(input_dim, context_dim))
+
+    def build_local(self, input_dim: int, given_dim: int, feature_dim: int, known: Tensor | None = None) -> Flow:
+        """Make a flow for one item of a plate, with weights that all items share and a partially pooled head.
+
+        A vector that is too short for the family (one latent an item, under couplings) gets the head alone. A head
+        other than the diagonal one mixes the item's noise below the pooled head.
+
+        Args:
+            input_dim: Length of an item's vector.
+            given_dim: See :class:`~pyro_flows.transforms.PartialPooling`.
+            feature_dim: Likewise.
+            known: Likewise.
+        """
+        layers = self.layers(input_dim, given_dim + feature_dim) if input_dim >= self.min_dim else []
+        if self.head != "diagonal" and input_dim > 1:
+            layers.append(self._make_head(input_dim, 0))
+        head = PartialPooling(input_dim, given_dim=given_dim, feature_dim=feature_dim, known=known)
+        return Flow(layers, head)
+
+    def _make_head(self, input_dim: int, context_dim: int) -> AffineHead:
         if self.head == "full_rank":
-            head = FullRankAffine(input_dim, context_dim)
-        elif self.head == "low_rank":
-            head = LowRankAffine(input_dim, context_dim, rank=min(input_dim, math.ceil(math.sqrt(input_dim)) + 2, 20))
-        else:
-            head = DiagonalAffine(input_dim, context_dim)
-        return Flow(self.layers(input_dim, context_dim), head)
+            return FullRankAffine(input_dim, context_dim)
+        if self.head == "low_rank":
+            rank = min(input_dim, math.ceil(math.sqrt(input_dim)) + 2, 20)
+            return LowRankAffine(input_dim, context_dim, rank=rank)
+        return DiagonalAffine(input_dim, context_dim)

@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -14,31 +11,41 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoContinuous
-from pyro.nn.module import _is_module_local_param_enabled
 from torch import Tensor
 from torch.distributions.transforms import Transform
 
-from pyro_flows._checks import check_int, check_positive
+from pyro_flows._checks import check_choice, check_int, check_positive
 from pyro_flows.flows import FlowDistribution, FlowSpec
 from pyro_flows.flows.resolve import FlowLike, resolve
+from pyro_flows.guides.amortize import checked_encoders
 from pyro_flows.guides.initialization import init_to_prior_median
 from pyro_flows.guides.joint import JointBlock
-from pyro_flows.guides.prototype import checked_init, hide_from_guide, refuse_subsampled, trace_latents
-from pyro_flows.sites import SiteTable
+from pyro_flows.guides.local import LocalBlock
+from pyro_flows.guides.posterior import Latents, Posterior
+from pyro_flows.guides.prototype import checked_init, hide_from_guide, trace_latents
+from pyro_flows.guides.store import StoredGuide
+from pyro_flows.guides.structure import STRUCTURES, check_plate, local_plates
+from pyro_flows.plates import full_size
+from pyro_flows.sites import Site
 
 __all__ = ["AutoFlowGuide"]
 
 
-class AutoFlowGuide(AutoContinuous):
-    r"""A normalizing flow over all the latents of a model; takes the place of ``AutoNormal``.
+class AutoFlowGuide(StoredGuide):
+    r"""A normalizing flow over the latents of a model; takes the place of ``AutoNormal``.
 
     The guide starts exactly at the mean-field normal that ``AutoNormal`` starts at (for families with an identity
     start), and a flow closes the gap :math:`\log p(x) - \mathrm{ELBO} = \mathrm{KL}(q(z) \| p(z | x))` from there.
     It trains with plain ``SVI`` and any ELBO whose guide may be reparameterised. Gradients are path gradients
     by default (see :class:`~pyro_flows.flows.FlowDistribution`), whose noise vanishes as q nears the posterior.
 
-    The structure of the model (sites, shapes, supports) must not change between calls. Supports that depend on
+    Latents inside a subsampled or amortized plate are *local*: each item gets a conditional flow given the globals and
+    its parent groups, with weights that all items share. What differs between items is a Gaussian of their own, which
+    with an unrestrained shared part is ``AutoNormal``'s, and a small embedding; or, in an amortized plate, what the
+    encoder says. See :class:`~pyro_flows.transforms.PartialPooling`.
+
+    The structure of the model (sites, shapes, supports) must not change between calls, except for the sizes of
+    mini-batches and, where a plate is amortized, of the plate. Supports that depend on
     other latents are taken as they were at the first call, as in all of Pyro's autoguides.
 
     Args:
@@ -49,14 +56,22 @@ class AutoFlowGuide(AutoContinuous):
             :func:`init_to_prior_median`, the prior's exact median where it is known.
         init_scale: Standard deviation at the start, in unconstrained space; > 0.
         create_plates: Function of the model's arguments that returns a plate or an iterable of plates.
+        amortize: Plate -> encoder, any callable of the model's arguments that returns ``(batch, context_dim)``: the
+            latents of that plate have no parameters of their own, and new data need no training. The encoder is called
+            inside the plate where the plate subsamples, so that ``pyro.subsample`` works in it.
+        structure: ``"plates"`` makes the latents of every plate local, ``"joint"`` none (no plate may then be
+            subsampled), and ``"auto"`` those of subsampled and amortized plates and, where a joint flow would have
+            more than 2000 dimensions, of the largest plates.
         path_gradient: Whether ELBO gradients leave out the score term.
         name: Name in Pyro's parameter store. None takes a free one, so that several guides train in one process. A
             guide with a name takes over parameters that it finds under that name, for instance in a store loaded
             from a file.
 
     Raises:
-        ValueError: At the first call, if a site is discrete and not enumerated, spherical or circular.
-        NotImplementedError: At the first call, if a latent site is in a sequential or subsampled plate.
+        TypeError: If an encoder is not callable.
+        ValueError: At the first call, if a site is discrete and not enumerated, spherical or circular; if a plate to
+            amortize has no latents, or an encoder's output does not fit the plate.
+        NotImplementedError: At the first call, if a latent site is in a sequential plate.
         RuntimeError: At the first call, if there are no latents.
 
     Example:
@@ -88,11 +103,16 @@ class AutoFlowGuide(AutoContinuous):
         init_loc_fn: Callable[..., Any] = init_to_prior_median,
         init_scale: float = 0.1,
         create_plates: Callable[..., Any] | None = None,
+        amortize: Mapping[str, Callable[..., Any]] | None = None,
+        structure: str = "auto",
         path_gradient: bool = True,
         name: str | None = None,
     ) -> None:
         check_positive("AutoFlowGuide", "init_scale", init_scale)
-        super().__init__(model, init_loc_fn=checked_init(init_loc_fn))
+        check_choice("AutoFlowGuide", "structure", structure, STRUCTURES)
+        super().__init__(model, init_loc_fn=checked_init(init_loc_fn), name=name)
+        self._encoders = checked_encoders(amortize)
+        self.structure = structure
         self.create_plates = create_plates
         self.init_scale = float(init_scale)
         self.path_gradient = path_gradient
@@ -102,10 +122,6 @@ class AutoFlowGuide(AutoContinuous):
                 f"AutoFlowGuide: expected a flow that draws in one pass, but {type(self._spec).__name__} takes a pass "
                 'per dimension, and a guide draws at every step. Use "iaf", the same family in the other direction.'
             )
-        self._given_name = name
-        self._registered = False
-        if name is not None:
-            self._pyro_name = name
 
     # Life cycle
 
@@ -122,28 +138,61 @@ class AutoFlowGuide(AutoContinuous):
         trace = trace_latents(self.model, args, kwargs)
         if self.master is not None and self.master().prototype_trace is not None:
             self.master()._check_prototype(trace)
-        table = SiteTable.from_trace(trace)
-        assert self._spec is not None
-        self.add_module("joint", JointBlock(table, self._spec, self.init_scale))
-        self.latent_dim = table.latent_dim
-        self._prototype_frames = {frame.name: frame for site in table for frame in site.frames}
+        self._prototype_frames = {
+            frame.name: frame
+            for _, node in trace.iter_stochastic_nodes()
+            for frame in node["cond_indep_stack"]
+            if frame.vectorized
+        }
         if self.master is None:
             with poutine.block():
                 self._create_plates(*args, **kwargs)  # NeuTraReparam reads them, perhaps before any call.
+        plates = self.plates if self.master is None else getattr(self.master(), "plates", {})
+        assert self._spec is not None
+        posterior = Posterior(
+            self.model,
+            trace,
+            self._spec,
+            self.init_scale,
+            local=local_plates(trace, plates, self._encoders, self.structure),
+            amortize=self._encoders,
+            args=args,
+            kwargs=kwargs,
+        )
+        self.add_module("posterior", posterior)
+        self.latent_dim = posterior.latent_dim
         self._spec = None  # A user's function need not be picklable, and is done with.
+        self._encoders = {}
         self.prototype_trace = trace
 
     @property
-    def _joint(self) -> JointBlock:
+    def _posterior(self) -> Posterior:
         # PyroModule's own attribute access would run a pyro.module statement each time.
-        block = self._modules.get("joint")
-        if block is None:
+        posterior = self._modules.get("posterior")
+        if posterior is None:
             raise RuntimeError(
                 "AutoFlowGuide: expected the guide to be set up, but it has not seen its model's arguments yet. "
                 "Call `guide.setup(*args, **kwargs)` with the model's arguments first."
             )
-        assert isinstance(block, JointBlock)
-        return block
+        assert isinstance(posterior, Posterior)
+        return posterior
+
+    def _trained(self) -> Posterior:
+        return self._posterior
+
+    @property
+    def _joint(self) -> JointBlock:
+        """The one block of a guide without local latents."""
+        posterior = self._posterior
+        for block in posterior.blocks():
+            plates = " and ".join(f"'{name}'" for name in block.table.names)
+            raise ValueError(  # NeuTraReparam would hide a NotImplementedError
+                f"AutoFlowGuide: expected one flow over all latents, but those of plate {plates} are local, with a "
+                "conditional flow for each item. For NeuTraReparam and other uses of the flow's map, run the model on "
+                'its full plates and write `AutoFlowGuide(model, structure="joint")`.'
+            )
+        assert posterior.joint is not None
+        return posterior.joint
 
     @property
     def model(self) -> Callable[..., Any]:
@@ -155,88 +204,6 @@ class AutoFlowGuide(AutoContinuous):
             )
         model: Callable[..., Any] = self._model[0]
         return model
-
-    def __getstate__(self) -> dict[str, Any]:
-        for param in self.parameters():
-            param.__dict__.pop("unconstrained", None)  # A weak reference that pyro.param sets at each call.
-        return {**self.__dict__, "_model": None, "master": None, "_registered": False}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> AutoFlowGuide:
-        """A copy with parameters of its own and the same model; it takes a new name in the parameter store."""
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        state = {**self.__getstate__(), "_given_name": None}
-        new.__setstate__(copy.deepcopy(state, memo))
-        new._model = self._model
-        return new
-
-    # Parameters in Pyro's store
-
-    def _declare_parameters(self) -> None:
-        """Run a param statement for every trainable parameter, so that SVI finds it."""
-        joint = self._joint
-        params = [(name, p) for name, p in joint.named_parameters("joint") if p.requires_grad]
-        if _is_module_local_param_enabled():
-            for name, param in params:
-                fullname = f"{self._pyro_name}.{name}"
-                # What Pyro does for a PyroParam; for a plain nn.Parameter it omits `unconstrained`, and SVI fails.
-                value = param.detach()
-                value.unconstrained = weakref.ref(param)  # type: ignore[attr-defined]
-                statement = poutine.runtime.effectful(type="param")(lambda *_, value=value, **__: value)
-                statement(fullname, param, constraint=dist.constraints.real, event_dim=param.dim(), name=fullname)
-            return
-        if not self._registered or self._is_displaced(params):
-            self._register(params)
-        for name, param in params:
-            pyro.param(f"{self._pyro_name}.{name}", param, event_dim=param.dim())
-
-    def _is_displaced(self, params: Sequence[tuple[str, Tensor]], prefix: str | None = None) -> bool:
-        """Whether the store holds another tensor under one of our names."""
-        store = pyro.get_param_store()._params
-        prefix = self._pyro_name if prefix is None else prefix
-        return any(store.get(f"{prefix}.{name}", param) is not param for name, param in params)
-
-    def _register(self, params: Sequence[tuple[str, Tensor]]) -> None:
-        """Settle which names in the store are ours; see the constructor's ``name``."""
-        if self._is_displaced(params):
-            if self._pyro_name == self._given_name:
-                self._adopt(params)
-            else:
-                free = self._free_name(params)
-                if self._registered:
-                    warnings.warn(
-                        f"AutoFlowGuide: the parameter store holds other tensors under the name '{self._pyro_name}' "
-                        f"(another guide's, or a loaded file's), so this guide goes on with its own as '{free}'. "
-                        "To take parameters from the store, pass a name: AutoFlowGuide(model, name=...).",
-                        stacklevel=6,
-                    )
-                self._pyro_set_supermodule(free, self._pyro_context)
-        self._registered = True
-
-    def _free_name(self, params: Sequence[tuple[str, Tensor]]) -> str:
-        stem, _, suffix = self._pyro_name.rpartition("_")
-        if not (stem and suffix.isdigit()):
-            stem = self._pyro_name
-        index = 1
-        while self._is_displaced(params, f"{stem}_{index}"):
-            index += 1
-        return f"{stem}_{index}"
-
-    @torch.no_grad()
-    def _adopt(self, params: Sequence[tuple[str, Tensor]]) -> None:
-        store = pyro.get_param_store()
-        for name, param in params:
-            fullname = f"{self._pyro_name}.{name}"
-            if fullname not in store:
-                continue
-            found = store[fullname]
-            if found.shape != param.shape:
-                raise RuntimeError(
-                    f"AutoFlowGuide: expected the parameter store's '{fullname}' to have shape {tuple(param.shape)}, "
-                    f"but got {tuple(found.shape)}. Pass another name= or call pyro.clear_param_store()."
-                )
-            param.copy_(found)
-            del store[fullname]
 
     # Distribution
 
@@ -256,36 +223,97 @@ class AutoFlowGuide(AutoContinuous):
         for site, unconstrained in self._joint.table.split(latent):
             yield self.prototype_trace.nodes[site.name], unconstrained
 
-    def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, pyro.plate]:
-        plates: dict[str, pyro.plate] = super()._create_plates(*args, **kwargs)
-        for site in self._joint.table:
-            for frame in site.frames:
-                plate = plates[frame.name]
-                if plate.subsample_size < plate.size:
-                    local = [s.name for s in self._joint.table if any(f.name == frame.name for f in s.frames)]
-                    refuse_subsampled(local, frame.name, plate.subsample_size, plate.size)
+    def _encode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        """Outputs of the encoders of plates that are as long as the data of each call."""
+        if self.create_plates is not None or self.master is not None:
+            return {}
+        return {
+            name: encoder(args, kwargs)
+            for name, frame in self._prototype_frames.items()
+            if (encoder := self._posterior.encoder(name)) is not None and full_size(frame) == frame.size
+        }
+
+    def _make_plates(
+        self, encoded: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, pyro.plate]:
+        """Pyro's plates for this call, as long as what was encoded."""
+        frames = self._prototype_frames
+        sizes = {name: len(rows) for name, rows in encoded.items()}
+        resized = {name: frames[name]._replace(size=size, full_size=size) for name, size in sizes.items()}
+        self._prototype_frames = {**frames, **resized}
+        try:
+            plates: dict[str, pyro.plate] = self._create_plates(*args, **kwargs)
+        finally:
+            self._prototype_frames = frames
+        amortized = [name for name in frames if self._posterior.encoder(name) is not None]
+        for name, frame in frames.items():
+            if name not in amortized:
+                local = any(name in block.table.names for block in self._posterior.blocks())
+                check_plate(plates[name], frame, local=local)
         return plates
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw all latents; takes the model's arguments.
 
         Returns:
-            Site name -> value.
+            Site name -> value; local ones for the items of the mini-batch.
         """
         self.setup(*args, **kwargs)
         self._declare_parameters()
-        latent = self.sample_latent(*args, **kwargs)
-        plates = self._create_plates(*args, **kwargs)
+        posterior = self._posterior
+        encoded = self._encode(args, kwargs)
+        plates = self._make_plates(encoded, args, kwargs)
+        unconstrained: dict[str, tuple[Site, Tensor]] = {}
+        latents: Latents = {}
+        if posterior.joint is not None:
+            joint = posterior.joint.distribution(path_gradient=self.path_gradient)
+            latents[()] = pyro.sample(f"_{self._pyro_name}_latent", joint, infer={"is_auxiliary": True})
+            unconstrained |= {site.name: (site, value) for site, value in posterior.joint.table.split(latents[()])}
+        for block in posterior.blocks():
+            latents[block.table.names] = self._sample_local(block, latents, plates, encoded, args, kwargs)
+            split = block.table.split(latents[block.table.names])
+            unconstrained |= {site.name: (site, value) for site, value in split}
         no_density = poutine.get_mask() is False
         result = {}
-        for site, unconstrained in self._joint.table.split(latent):
-            value, log_density = site.constrain(unconstrained)
+        for name in posterior.order:
+            site, latent = unconstrained[name]
+            value, log_density = site.constrain(latent)
             delta = dist.Delta(value, 0.0 if no_density else log_density, event_dim=site.event_dim)
             with ExitStack() as stack:
                 for frame in site.frames:
                     stack.enter_context(plates[frame.name])
-                result[site.name] = pyro.sample(site.name, delta)
+                result[name] = pyro.sample(name, delta)
         return result
+
+    def _sample_local(
+        self,
+        block: LocalBlock,
+        latents: Latents,
+        plates: Mapping[str, pyro.plate],
+        encoded: Mapping[str, Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """Draw the packed latents of the items of the mini-batch, in their plates."""
+        posterior = self._posterior
+        indices, rows = {}, {}
+        with ExitStack() as stack:
+            for name in block.table.names:
+                indices[name] = torch.as_tensor(stack.enter_context(plates[name]))
+                encoder = posterior.encoder(name)
+                if encoder is not None:
+                    output = encoded[name] if name in encoded else encoder(args, kwargs)
+                    rows[name] = encoder.rows(output, plates[name].size, indices[name])
+            distribution = block.distribution(
+                block.item_context(indices, rows),
+                latents,
+                posterior.joint,
+                posterior.parents(block),
+                path_gradient=self.path_gradient,
+            )
+            name = f"_{self._pyro_name}_{'_'.join(block.table.names)}_latent"
+            value: Tensor = pyro.sample(name, distribution, infer={"is_auxiliary": True})
+        return value
 
     # Summaries
 
@@ -295,15 +323,15 @@ class AutoFlowGuide(AutoContinuous):
 
         Args:
             num_samples: Number of draws, >= 1.
-            args: The model's arguments; needed only if the guide is not set up yet.
+            args: The model's arguments; needed if the guide is not set up yet, and for encoders.
             kwargs: Likewise.
 
         Returns:
-            Site name -> ``(num_samples, *site shape)``.
+            Site name -> ``(num_samples, *site shape)``; over full plates, and for amortized plates over the items of
+            the arguments.
         """
         check_int("sample_posterior", "num_samples", num_samples, 1)
-        joint = self.setup(*args, **kwargs)._joint
-        return joint.table.unpack(joint.sample(num_samples))
+        return self.setup(*args, **kwargs)._posterior.sample(num_samples, args, kwargs)
 
     def log_prob(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Log density of the guide at given values, in the model's own (constrained) space.
@@ -311,8 +339,8 @@ class AutoFlowGuide(AutoContinuous):
         Differentiable in the values and in the guide's parameters.
 
         Args:
-            values: Site name -> ``batch_shape + site shape``, for every latent site.
-            args: The model's arguments; needed only if the guide is not set up yet.
+            values: Site name -> ``batch_shape + site shape``, for every latent site, over full plates.
+            args: The model's arguments; needed if the guide is not set up yet, and for encoders.
             kwargs: Likewise.
 
         Returns:
@@ -322,13 +350,11 @@ class AutoFlowGuide(AutoContinuous):
             ValueError: If sites are missing or a shape does not fit.
             NotImplementedError: If the family has no inverse (``has_inverse`` of its spec).
         """
-        joint = self.setup(*args, **kwargs)._joint
-        packed, ladj = joint.table.pack(values)
-        return joint.log_prob(packed) + ladj
+        return self.setup(*args, **kwargs)._posterior.log_prob(values, args, kwargs)
 
     @torch.no_grad()
     def quantiles(
-        self, quantiles: Sequence[float] | Tensor, *args: Any, num_samples: int = 4000, **kwargs: Any
+        self, quantiles: Sequence[float] | Tensor, *args: Any, num_samples: int | None = None, **kwargs: Any
     ) -> dict[str, Tensor]:
         r"""Quantiles of each coordinate of each site, from draws.
 
@@ -339,22 +365,25 @@ class AutoFlowGuide(AutoContinuous):
 
         Args:
             quantiles: Probabilities in [0, 1].
-            args: The model's arguments; needed only if the guide is not set up yet.
-            num_samples: Number of draws, >= 1.
+            args: The model's arguments; needed if the guide is not set up yet, and for encoders.
+            num_samples: Number of draws, >= 1. None takes 4000, fewer (but 100 at least) where plates have more
+                than 10,000 items.
             kwargs: As ``args``.
 
         Returns:
             Site name -> ``(len(quantiles), *site shape)``.
         """
+        posterior = self.setup(*args, **kwargs)._posterior
+        if num_samples is None:
+            items = max((block.table.num_items for block in posterior.blocks()), default=1)
+            num_samples = max(100, min(4000, 40_000_000 // items))
         check_int("quantiles", "num_samples", num_samples, 1)
-        joint = self.setup(*args, **kwargs)._joint
-        draws = joint.summary_draws(num_samples)
-        levels = torch.as_tensor(quantiles, dtype=draws.dtype, device=draws.device)
+        levels = torch.as_tensor(quantiles)
         if levels.dim() != 1 or not ((levels >= 0) & (levels <= 1)).all():
             raise ValueError(f"quantiles: expected a list of probabilities in [0, 1], but got {quantiles}.")
-        return joint.table.quantiles(draws, levels)
+        return posterior.quantiles(levels, num_samples, args, kwargs)
 
-    def median(self, *args: Any, num_samples: int = 4000, **kwargs: Any) -> dict[str, Tensor]:
+    def median(self, *args: Any, num_samples: int | None = None, **kwargs: Any) -> dict[str, Tensor]:
         """Median of each coordinate of each site, from draws; see :meth:`quantiles` for the error.
 
         Returns:

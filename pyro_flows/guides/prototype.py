@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch.distributions import biject_to
 
-__all__ = ["checked_init", "hide_from_guide", "refuse_subsampled", "trace_latents"]
+__all__ = ["checked_init", "hide_from_guide", "trace_latents"]
 
 OWNER = "AutoFlowGuide"
 # Their support is the circle, though torch declares the real line.
@@ -57,14 +57,14 @@ def trace_latents(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
         RuntimeError: If there are no latents.
         ValueError: If a site is discrete and not enumerated, or spherical, or circular, or starts at a value that is
             not inside its support.
-        NotImplementedError: If a site is in a sequential or in a subsampled plate.
+        NotImplementedError: If a site is in a sequential plate.
     """
     hidden = poutine.block(model, hide_fn=hide_from_guide)
     trace = poutine.block(poutine.trace(hidden).get_trace)(*args, **kwargs)
     trace.remove_node("_INPUT")
     trace.remove_node("_RETURN")
     for name, site in trace.iter_stochastic_nodes():
-        _check_plates(name, site, trace)
+        _check_plates(name, site)
         _check_support(name, site)
         _check_start(name, site)
         _detach(site["fn"])
@@ -76,7 +76,7 @@ def trace_latents(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
     return trace
 
 
-def _check_plates(name: str, site: dict[str, Any], trace: Trace) -> None:
+def _check_plates(name: str, site: dict[str, Any]) -> None:
     for frame in site["cond_indep_stack"]:
         if not frame.vectorized:
             raise NotImplementedError(
@@ -84,25 +84,6 @@ def _check_plates(name: str, site: dict[str, Any], trace: Trace) -> None:
                 f"'{frame.name}'. Write `with pyro.plate('{frame.name}', {frame.size}):` instead of iterating over "
                 "it, or use a Python range and name each site by its index."
             )
-        full_size = frame.full_size or frame.size
-        if frame.size != full_size:
-            local = [
-                other
-                for other, node in trace.iter_stochastic_nodes()
-                if any(f.name == frame.name for f in node["cond_indep_stack"])
-            ]
-            refuse_subsampled(local, frame.name, frame.size, full_size)
-
-
-def refuse_subsampled(sites: Sequence[str], plate: str, size: int, full_size: int) -> None:
-    """Raise the error for the latent sites in a subsampled plate."""
-    raise NotImplementedError(
-        f"{OWNER}: expected latent site '{sites[0]}' to cover its plate '{plate}', but the plate is subsampled "
-        f"({size} of {full_size}). Run the model on the full plate (no subsample_size), or give the sites of this "
-        "plate to another guide: `guide = AutoGuideList(model)` (with create_plates there, if any), "
-        f"`guide.append(AutoNormal(poutine.block(model, expose={list(sites)})))` and "
-        f"`guide.append({OWNER}(poutine.block(model, hide={list(sites)})))`."
-    )
 
 
 def _detach(fn: torch.distributions.Distribution) -> None:

@@ -11,6 +11,7 @@ from pyro_flows.transforms.chain import Chain
 from pyro_flows.transforms.householder import Householder
 from pyro_flows.transforms.inverse import Inverse
 from pyro_flows.transforms.neural_autoregressive import NeuralAutoregressive
+from pyro_flows.transforms.partial_pooling import PartialPooling
 from pyro_flows.transforms.permutation import Permutation
 from pyro_flows.transforms.planar import Planar
 from pyro_flows.transforms.radial import Radial
@@ -34,6 +35,7 @@ __all__ = [
     "Inverse",
     "LowRankAffine",
     "NeuralAutoregressive",
+    "PartialPooling",
     "Permutation",
     "Planar",
     "PyroTransform",

@@ -21,6 +21,18 @@ LOG_SCALE_RATE = 5.0
 SHIFT_RATE = 3.0
 
 
+def decode_gaussian(raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Location, scale and log-scale from rows (location, log-scale, shift in scales), each in its unit.
+
+    Shape:
+        - raw: ``(..., 3, D)``.
+    """
+    loc, log_scale, shift = raw.unbind(-2)
+    log_scale = LOG_SCALE_RATE * log_scale
+    scale = log_scale.exp()
+    return torch.addcmul(loc, scale, shift, value=SHIFT_RATE), scale, log_scale
+
+
 class AffineHead(FlowTransform):
     r"""Base of :math:`y = m + \sigma \odot (A x)` with :math:`A = I` at the start and ``A x`` left to subclasses.
 
@@ -37,12 +49,19 @@ class AffineHead(FlowTransform):
         """Set the Gaussian that the head is before any training: ``N(loc, diag(scale)^2)``, each ``(input_dim,)``."""
         self.raw.set(torch.stack([loc, scale.log() / LOG_SCALE_RATE, torch.zeros_like(loc)]))
 
+    def standardize(self, y: Tensor) -> Tensor:
+        r"""Values as input for those who condition on them: :math:`(y - m) / \sqrt{1 + \sigma^2}` at average context.
+
+        Unconstrained values mostly come in natural units of order one. Where the posterior is narrower than that, as
+        it is for the parent of many items, their response to a standardised value would have to be minute.
+        """
+        loc, scale, _ = decode_gaussian(self.raw.value)
+        return (y - loc) * torch.rsqrt(1.0 + scale.square())
+
     def _gaussian(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Location, scale and summed log-scale."""
-        loc, log_scale, shift = self.raw(context).unbind(-2)
-        log_scale = LOG_SCALE_RATE * log_scale
-        scale = log_scale.exp()
-        return torch.addcmul(loc, scale, shift, value=SHIFT_RATE), scale, log_scale.sum(-1)
+        loc, scale, log_scale = decode_gaussian(self.raw(context))
+        return loc, scale, log_scale.sum(-1)
 
     def _mix(self, x: Tensor) -> tuple[Tensor, Tensor | float]:
         """``A x`` and ``log|det A|``."""

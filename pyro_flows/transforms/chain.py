@@ -16,33 +16,39 @@ class Chain(FlowTransform):
     """The composition ``parts[-1] o ... o parts[0]``.
 
     Args:
-        parts: At least one transform, all with the same ``input_dim`` and ``context_dim``, base side first.
+        parts: At least one transform, all with the same ``input_dim``, base side first. The context is the last part's;
+            a part with a shorter one sees its first entries.
     """
 
     def __init__(self, parts: Iterable[FlowTransform]) -> None:
         parts = list(parts)
-        super().__init__(parts[0].input_dim, parts[0].context_dim)
+        super().__init__(parts[-1].input_dim, parts[-1].context_dim)
         self.parts = nn.ModuleList(parts)
         self.has_inverse = all(part.has_inverse for part in parts)  # type: ignore[misc]
         self.one_pass_inverse = all(part.one_pass_inverse for part in parts)  # type: ignore[misc]
         self.has_score = all(part.has_score for part in parts)  # type: ignore[misc]
 
-    @property
-    def _maps(self) -> list[FlowTransform]:
-        return list(self.parts)  # type: ignore[arg-type]
+    def _maps(self, context: Tensor | None) -> list[tuple[FlowTransform, Tensor | None]]:
+        """Each part with the context that it sees."""
+        maps = []
+        for part in self.parts:
+            assert isinstance(part, FlowTransform)
+            seen = None if context is None or not part.context_dim else context[..., : part.context_dim]
+            maps.append((part, seen))
+        return maps
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total: Tensor | float = 0.0
-        for part in self._maps:
-            x, ladj = part.forward_and_ladj(x, context)
+        for part, seen in self._maps(context):
+            x, ladj = part.forward_and_ladj(x, seen)
             total = total + ladj
         assert isinstance(total, Tensor)
         return x, total
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total: Tensor | float = 0.0
-        for part in reversed(self._maps):
-            y, ladj = part.inverse_and_ladj(y, context)
+        for part, seen in reversed(self._maps(context)):
+            y, ladj = part.inverse_and_ladj(y, seen)
             total = total + ladj
         assert isinstance(total, Tensor)
         return y, total
@@ -51,8 +57,8 @@ class Chain(FlowTransform):
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         total: Tensor | float = 0.0
-        for part in self._maps:
-            x, ladj, score = part.forward_with_score(x, score, context)
+        for part, seen in self._maps(context):
+            x, ladj, score = part.forward_with_score(x, score, seen)
             total = total + ladj
         assert isinstance(total, Tensor)
         return x, total, score

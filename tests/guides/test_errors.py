@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -16,8 +16,6 @@ from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import (
-    AutoGuideList,
-    AutoNormal,
     init_to_feasible,
     init_to_mean,
     init_to_median,
@@ -172,74 +170,6 @@ def test_sequential_plate() -> None:
         assert trains(remedy, AutoFlowGuide(remedy))
 
 
-def local_latents(x: Tensor, subsample_size: int | None = None) -> None:
-    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
-    with pyro.plate("cells", len(x), subsample_size=subsample_size):
-        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
-        z = pyro.sample("z", dist.Normal(loc, scale))
-        pyro.sample("obs", dist.Normal(z, 1.0), obs=pyro.subsample(x, event_dim=0))
-
-
-WORDS = r"'scale' to cover its plate 'cells', but the plate is subsampled \(4 of 10\).*\['scale', 'z'\]"
-
-
-def lists_by(message: str, model: Callable[..., Any], **options: Any) -> Iterator[Any]:
-    """The guide that the message says to write."""
-    names = {"AutoGuideList": AutoGuideList, "AutoNormal": AutoNormal, "AutoFlowGuide": AutoFlowGuide}
-    names |= {"poutine": poutine, "model": model}
-    statements = code_in(message)
-    assert statements[0] == "guide = AutoGuideList(model)"
-    names["guide"] = AutoGuideList(model, **options)
-    for statement in statements[1:]:
-        exec(statement, names)
-    return names["guide"]
-
-
-def test_subsampled_plate_in_the_model() -> None:
-    x = torch.randn(10)
-    with pytest.raises(NotImplementedError, match=WORDS) as caught:
-        AutoFlowGuide(local_latents)(x, 4)
-    guide = lists_by(str(caught.value), local_latents)
-    assert trains(local_latents, guide, x, 4)
-    assert set(guide(x, 4)) == {"loc", "scale", "z"}
-    pyro.clear_param_store()
-    assert trains(local_latents, AutoFlowGuide(local_latents), x)
-
-
-def test_subsampled_plate_from_create_plates() -> None:
-    def create_plates(x: Tensor) -> pyro.plate:
-        return pyro.plate("cells", len(x), subsample_size=4)
-
-    x = torch.randn(10)
-    guide = AutoFlowGuide(local_latents, create_plates=create_plates)
-    for _ in range(2):
-        with pytest.raises(NotImplementedError, match=WORDS) as caught:
-            guide(x)
-    guide = lists_by(str(caught.value), local_latents, create_plates=create_plates)
-    assert trains(local_latents, guide, x)
-
-
-def test_a_plate_that_is_subsampled_only_later() -> None:
-    def create_plates(x: Tensor, size: int) -> pyro.plate:
-        return pyro.plate("cells", len(x), subsample_size=size)
-
-    def model(x: Tensor, size: int) -> None:
-        local_latents(x)
-
-    x = torch.randn(10)
-    guide = AutoFlowGuide(model, create_plates=create_plates)
-    guide(x, 10)
-    with pytest.raises(NotImplementedError, match=WORDS):
-        guide(x, 4)
-
-
-def test_a_part_of_a_list_refuses_the_lists_subsampled_plate() -> None:
-    guide = AutoGuideList(local_latents, create_plates=lambda x: pyro.plate("cells", len(x), subsample_size=4))
-    guide.append(AutoFlowGuide(local_latents))
-    with pytest.raises(NotImplementedError, match=WORDS):
-        guide(torch.randn(10))
-
-
 # Nothing to do
 
 
@@ -285,7 +215,7 @@ def test_bad_init_scale(init_scale: Any) -> None:
         AutoFlowGuide(one_latent, init_scale=init_scale)
 
 
-@pytest.mark.parametrize("num_samples", [0, -1, 2.5, None], ids=str)
+@pytest.mark.parametrize("num_samples", [0, -1, 2.5], ids=str)
 def test_bad_number_of_draws(num_samples: Any) -> None:
     guide = AutoFlowGuide(one_latent).setup(torch.tensor(0.0))
     for method in (

@@ -30,6 +30,10 @@ TRANSFORMS: dict[str, Callable[[int, int], FlowTransform]] = {
     "Inverse (spline)": lambda d, c: T.Inverse(T.Spline(d, c)),
     "LowRankAffine": lambda d, c: T.LowRankAffine(d, c, rank=min(d, 2)),
     "NeuralAutoregressive": lambda d, c: T.NeuralAutoregressive(d, c, hidden_dims=(16,), num_units=4),
+    "PartialPooling": lambda d, c: T.PartialPooling(d, given_dim=c, feature_dim=2),
+    "PartialPooling (prior)": lambda d, c: T.PartialPooling(
+        d, given_dim=c, feature_dim=2, known=torch.arange(d) % 2 == 0
+    ),
     "Permutation": T.Permutation,
     "Planar": T.Planar,
     "PyroTransform": lambda d, c: T.PyroTransform(pyro_transforms.spline(d), d, c),
@@ -66,7 +70,8 @@ def make(name: str, input_dim: int, context_dim: int) -> tuple[FlowTransform, Te
     with torch.no_grad():
         for parameter in transform.parameters():
             parameter.add_(0.15 * torch.randn_like(parameter))
-    return transform, torch.randn(6, input_dim), torch.randn(6, context_dim) if context_dim else None
+    context = torch.randn(6, transform.context_dim) if transform.context_dim else None
+    return transform, torch.randn(6, input_dim), context
 
 
 def batch_jacobian(y: Tensor, x: Tensor) -> Tensor:
@@ -185,13 +190,13 @@ def test_float32_and_copies(name: str, input_dim: int, context_dim: int) -> None
 def test_batch_shapes(name: str, context_dim: int, batch_shape: tuple[int, ...]) -> None:
     transform, _, _ = make(name, 3, context_dim)
     x = torch.randn(*batch_shape, 3)
-    context = torch.randn(context_dim) if context_dim else None  # One for the whole batch.
+    context = torch.randn(transform.context_dim) if transform.context_dim else None  # One for the whole batch.
     y, ladj = transform.forward_and_ladj(x, context)
     assert y.shape == (*batch_shape, 3)
     assert ladj.shape == batch_shape
     if context is None:
         return
-    full = context.expand(*batch_shape, context_dim)
+    full = context.expand(*batch_shape, transform.context_dim)
     torch.testing.assert_close(transform.forward_and_ladj(x, full), (y, ladj))
     if name not in IGNORE_CONTEXT:
         assert not torch.equal(transform.forward_and_ladj(x, context + 1.0)[0], y)

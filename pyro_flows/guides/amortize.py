@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L3. Encoders: where the latents of an amortized plate get their context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Encoder", "checked_encoders", "probe"]
+
+EXAMPLE = 'amortize={"plate": encoder} with `encoder(*args, **kwargs)` of shape `(batch, context_dim)`'
+
+
+def checked_encoders(amortize: Mapping[str, Callable[..., Any]] | None) -> dict[str, Callable[..., Any]]:
+    """Plate name -> encoder, of the constructor's argument.
+
+    Raises:
+        TypeError: If it is not a mapping from names to callables.
+    """
+    if amortize is None:
+        return {}
+    if not isinstance(amortize, Mapping):
+        raise TypeError(f"AutoFlowGuide: expected {EXAMPLE}, but got amortize={amortize!r}.")
+    for plate, encoder in amortize.items():
+        if not callable(encoder):
+            raise TypeError(
+                f"AutoFlowGuide: expected an encoder for the amortized plate '{plate}', but got {encoder!r}. "
+                f"Write {EXAMPLE.replace('plate', plate, 1)}."
+            )
+    return dict(amortize)
+
+
+class Encoder(nn.Module):
+    """A user's encoder of the model's arguments, with its output checked.
+
+    Args:
+        plate: Name of the plate that it serves.
+        function: Any module or callable; a module's parameters are trained with the guide.
+    """
+
+    def __init__(self, plate: str, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.plate = plate
+        self.function = function
+
+    def forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """Context of each item, ``(batch, context_dim)``.
+
+        Raises:
+            ValueError: If the output is not a floating-point matrix.
+        """
+        context = self.function(*args, **kwargs)
+        if not isinstance(context, Tensor) or context.dim() != 2 or not context.is_floating_point():
+            found = f"shape {tuple(context.shape)}" if isinstance(context, Tensor) else repr(type(context).__name__)
+            raise ValueError(
+                f"AutoFlowGuide: expected the encoder of plate '{self.plate}' to return a floating-point tensor "
+                f"of shape (batch, context_dim), but got {found}. Let it end in `.flatten(1)`, or take the item "
+                "dimension first."
+            )
+        return context
+
+    def rows(self, context: Tensor, size: int, indices: Tensor) -> Tensor:
+        """Rows of the items at hand, from an output that has those only or all of the plate's.
+
+        Args:
+            context: This encoder's output.
+            size: The plate's full size.
+            indices: Items at hand.
+
+        Raises:
+            ValueError: If the output has another number of rows.
+        """
+        if len(context) == len(indices):
+            return context
+        if len(context) == size:
+            return context.index_select(0, indices.to(context.device))
+        raise ValueError(
+            f"AutoFlowGuide: expected the encoder of plate '{self.plate}' to return a row for each of the "
+            f"{len(indices)} items of the mini-batch (or of all {size}), but got {len(context)} rows. Give the guide "
+            f"the plate that the model uses, `create_plates=lambda *args: pyro.plate('{self.plate}', {size}, "
+            "subsample=...)`; inside the encoder, `pyro.subsample(x, event_dim=...)` takes its rows of `x`."
+        )
+
+
+@torch.no_grad()
+def probe(encoder: Encoder, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Length of an encoder's context."""
+    return int(encoder(args, kwargs).shape[-1])

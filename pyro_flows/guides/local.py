@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L3. A local block: one conditional flow for the latents of every item of a plate, with shared weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pyro_flows.flows import FlowDistribution, FlowSpec
+from pyro_flows.guides.joint import JointBlock, build_reproducibly
+from pyro_flows.guides.prior import LinearPrior
+from pyro_flows.plates import LocalTable
+from pyro_flows.transforms import PartialPooling
+from pyro_flows.transforms.networks import ContextParameters, eased
+
+__all__ = ["LocalBlock"]
+
+# Length of an item's learned embedding, by which the shared flow can differ from item to item.
+EMBEDDING_DIM = 4
+# Globals beyond this many are projected, so that the cost of an item does not grow with them.
+MAX_GIVEN_DIM = 32
+
+
+class LocalBlock(nn.Module):
+    """The conditional flow q(local latents of an item | globals, parent groups), for all items of a plate.
+
+    What differs between items is their own Gaussian and a few features: from a table with a row for each item, or
+    from an encoder's output. Starts at ``N(init_loc, init_scale^2)`` in unconstrained space (families with an identity
+    start).
+
+    Args:
+        table: The sites.
+        spec: Recipe of the flow; told the sites' sizes, in order.
+        init_loc: Start of the items of the full plate, ``lead + (item_dim,)``.
+        init_scale: Standard deviation at the start, > 0.
+        joint: The block of the globals, if there are any.
+        parents: Blocks whose latents each item is given: those of a part of its plates.
+        encoder_dim: Length of the encoders' output, or None for a table.
+        prior: The items' priors, where they were found in the model.
+    """
+
+    def __init__(
+        self,
+        table: LocalTable,
+        spec: FlowSpec,
+        init_loc: Tensor,
+        init_scale: float,
+        *,
+        joint: JointBlock | None,
+        parents: Sequence[LocalBlock],
+        encoder_dim: int | None,
+        prior: LinearPrior | None,
+    ) -> None:
+        super().__init__()
+        self.table = table
+        self.sparse = False
+        self.parent_names = tuple(parent.table.names for parent in parents)
+        self.prior = prior
+        joint_dim = joint.table.latent_dim if joint is not None else 0
+        given_dim = min(joint_dim, MAX_GIVEN_DIM) + sum(parent.table.item_dim for parent in parents)
+        feature_dim = EMBEDDING_DIM if encoder_dim is None else encoder_dim
+        spec = spec.with_blocks([site.size for site in table.sites])
+        known = None if prior is None else prior.known
+        self.flow = build_reproducibly(lambda: spec.build_local(table.item_dim, given_dim, feature_dim, known))
+        self.to(dtype=init_loc.dtype, device=init_loc.device)
+        start = init_loc.reshape(-1, table.item_dim)
+        if encoder_dim is not None:
+            start = start.mean(0)
+        given = [] if joint is None else [joint.table.init_loc]
+        given += [parent.head.raw.value[0] for parent in parents]
+        own = self.head.start(
+            start,
+            torch.full_like(start.reshape(-1, table.item_dim)[0], init_scale),
+            None if prior is None else prior(torch.cat([*given, start.new_zeros(0)])),
+        )
+        self.project = None
+        if joint_dim > MAX_GIVEN_DIM:
+            self.project = nn.Parameter(own.new_empty(MAX_GIVEN_DIM, joint_dim).normal_(std=joint_dim**-0.5))
+        self.items: nn.Parameter | None = None
+        self.encoded: ContextParameters | None = None
+        if encoder_dim is None:
+            self.items = nn.Parameter(F.pad(own, (EMBEDDING_DIM, 0)))  # (items, embedding + own Gaussian)
+        else:
+            self.encoded = ContextParameters(own, encoder_dim).to(own)
+
+    @property
+    def head(self) -> PartialPooling:
+        """The outermost transform."""
+        head = self.flow.head
+        assert isinstance(head, PartialPooling)
+        return head
+
+    def item_context(self, indices: Mapping[str, Tensor], encoded: Mapping[str, Tensor]) -> Tensor:
+        """Features and own Gaussian of the items at hand, ``lead + (F,)``.
+
+        Args:
+            indices: Plate -> items at hand, for plates without an encoder.
+            encoded: Plate -> encoder's output for the items at hand, for plates with one.
+        """
+        if self.items is not None:
+            index = self.table.flat_index(indices).to(self.items.device)
+            rows = F.embedding(index, self.items, sparse=self.sparse)
+            embedding, own = rows.split([EMBEDDING_DIM, rows.shape[-1] - EMBEDDING_DIM], -1)
+            return torch.cat([eased(embedding), own], -1)
+        assert self.encoded is not None
+        dtype = self.encoded.value.dtype
+        outputs = [self.table.place(encoded[name].to(dtype), name) for name in self.table.names if name in encoded]
+        features = _join(outputs)
+        # Plates of this block without an encoder: their items are alike given the rest.
+        return torch.cat([features, self.encoded(features)], -1)
+
+    def distribution(
+        self,
+        items: Tensor,
+        latents: Mapping[tuple[str, ...], Tensor],
+        joint: JointBlock | None,
+        parents: Sequence[LocalBlock],
+        *,
+        path_gradient: bool,
+    ) -> FlowDistribution:
+        """The distribution of the items' packed vectors, batch shape ``lead``, event shape ``(item_dim,)``.
+
+        Args:
+            items: From :meth:`item_context`.
+            latents: Packed unconstrained latents of the globals, under ``()``, and of the parents.
+            joint: As in the constructor.
+            parents: As in the constructor.
+            path_gradient: See :class:`~pyro_flows.flows.FlowDistribution`.
+        """
+        parts = [items]
+        given = [] if joint is None else [latents[()]]
+        given += [latents[parent.table.names] for parent in parents]
+        if given:
+            standard = [parent.head.standardize(latents[parent.table.names]) for parent in parents]
+            if joint is not None:
+                first = joint.standardize(latents[()])
+                standard.insert(0, first if self.project is None else F.linear(first, self.project))
+            parts = [*standard, items]
+        if self.prior is not None:
+            parts.append(self.prior(_join(given)) if given else self.prior.bias)
+        distribution: FlowDistribution = self.flow(
+            _join(parts), path_gradient=path_gradient, given=tuple(given) if torch.is_grad_enabled() else ()
+        )
+        return distribution
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate along the last dimension; the others broadcast."""
+    lead = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+    return torch.cat([part.expand(lead + part.shape[-1:]) for part in parts], -1)

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L3. Reading off a model how the prior of its local latents follows the latents that they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_flows.plates import LocalTable
+from pyro_flows.sites import Site, SiteTable
+
+__all__ = ["LinearPrior", "read_prior"]
+
+# With more given latents than this the model would have to be run too often.
+MAX_FEATURES = 200
+# Items of a mini-batch that are looked at; enough to see whether the prior differs between items.
+MAX_ITEMS = 16
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, eq=False)
+class LinearPrior:
+    r"""Gaussian priors, in unconstrained space, with location and log-scale that are linear in the given latents.
+
+    Attributes:
+        known: Which coordinates of the item's vector have such a prior, ``(n,)``.
+        active: Which entries of the given latents matter, ``(A,)``.
+        slope: Of locations, then of log-scales, ``(2 n, A)``.
+        bias: Likewise, ``(2 n,)``.
+    """
+
+    known: Tensor
+    active: Tensor
+    slope: Tensor
+    bias: Tensor
+
+    def __call__(self, given: Tensor) -> Tensor:
+        """Locations and log-scales, ``(..., 2 n)``, from packed given latents, ``(..., G)``."""
+        return torch.nn.functional.linear(given[..., self.active], self.slope, self.bias)
+
+
+class _Done(Exception):
+    """Ends a run of the model once the priors of interest were seen."""
+
+
+class _Watch(Messenger):
+    """Sets some latents to given values, draws the rest, and takes down the distributions of those that are wanted."""
+
+    def __init__(self, values: Mapping[str, Tensor], wanted: Sequence[str]) -> None:
+        super().__init__()
+        self.values = values
+        self.found: dict[str, Any] = dict.fromkeys(wanted)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] or site_is_subsample(msg):
+            return
+        # Anything else is drawn afresh, though the guide's model comes with a handler that sets it to its start.
+        msg["value"] = self.values[msg["name"]] if msg["name"] in self.values else msg["fn"]()
+        msg["done"] = True
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] in self.found:
+            self.found[msg["name"]] = msg["fn"]
+            if all(fn is not None for fn in self.found.values()):
+                raise _Done
+
+
+@torch.no_grad()
+def read_prior(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    table: LocalTable,
+    start: Tensor,
+    joint: SiteTable | None,
+    parents: Sequence[LocalTable],
+    parent_starts: Sequence[Tensor],
+) -> LinearPrior | None:
+    """Find the priors of a block's sites that are Gaussian, and linear in what the block is given.
+
+    Runs the model a few times at random values of the given latents, with everything else drawn afresh. A prior that
+    also depends on anything else (a discrete latent, a covariate of the item, a site of the same block) does not come
+    out linear, and is left out; so is a prior of another form.
+
+    Args:
+        model: The model.
+        args: Its arguments.
+        kwargs: Likewise.
+        table: The block's sites.
+        start: Where the mini-batch's items start, ``lead + (item_dim,)``.
+        joint: The sites of the joint block, if there is one.
+        parents: The sites of each block that this one is given.
+        parent_starts: Where these start.
+
+    Returns:
+        None if no site has such a prior.
+    """
+    count = (joint.latent_dim if joint is not None else 0) + sum(parent.item_dim for parent in parents)
+    if count > MAX_FEATURES:
+        return None
+    rows: list[tuple[Tensor, Tensor]] = []
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        for _ in range(count + 8):
+            given, values = _random_given(joint, parents, parent_starts)
+            watch = _Watch(values, [site.name for site in table.sites])
+            try:
+                with poutine.block(), watch:
+                    model(*args, **kwargs)
+            except _Done:
+                pass
+            except (ValueError, RuntimeError):  # the model does not bear these values
+                return None
+            rows.append(_row(table, start, given, watch.found))
+    return _fit(torch.cat([x for x, _ in rows]), torch.cat([y for _, y in rows]), start)
+
+
+def _random_given(
+    joint: SiteTable | None, parents: Sequence[LocalTable], parent_starts: Sequence[Tensor]
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Random packed values of what a block is given, and the same by site."""
+    given: list[Tensor] = []
+    values: dict[str, Tensor] = {}
+    if joint is not None:
+        packed = joint.init_loc + torch.randn_like(joint.init_loc)
+        given.append(packed)
+        values |= {site.name: site.to_support(part) for site, part in joint.split(packed)}
+    for parent, begin in zip(parents, parent_starts, strict=True):
+        packed = begin + torch.randn_like(begin)
+        given.append(packed)
+        values |= {site.name: site.to_support(part) for site, part in parent.split(packed)}
+    return given, values
+
+
+def _row(table: LocalTable, start: Tensor, given: Sequence[Tensor], found: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Given latents and the Gaussian of the first items: ``(items, G)`` and ``(items, 2 n)``; NaN for another prior."""
+    gaussians = {site.name: _gaussian(site, found[site.name]) for site in table.sites}
+    y = [table.pack_unconstrained({k: v[i] for k, v in gaussians.items()}, table.rank) for i in range(2)]
+    lead = start.shape[:-1]
+    x = [part.expand(lead + part.shape[-1:]) for part in given]
+    stacked = torch.cat([part.reshape(-1, part.shape[-1])[:MAX_ITEMS] for part in (*x, *y)], -1).double()
+    split = stacked.shape[-1] - 2 * table.item_dim
+    return stacked[:, :split], stacked[:, split:]
+
+
+def _gaussian(site: Site, fn: Any) -> tuple[Tensor, Tensor]:
+    """Location and log-scale in unconstrained space, in the site's unconstrained shape."""
+    while isinstance(fn, (dist.Independent, dist.torch_distribution.ExpandedDistribution, dist.MaskedDistribution)):
+        fn = fn.base_dist
+    if isinstance(fn, dist.LogNormal):
+        fn = fn.base_dist
+        while isinstance(fn, torch.distributions.Independent):
+            fn = fn.base_dist
+    elif not (isinstance(fn, dist.Normal) and site.is_real):
+        nan = torch.full(site.unconstrained_shape, torch.nan)
+        return nan, nan
+    return fn.loc.expand(site.unconstrained_shape), fn.scale.log().expand(site.unconstrained_shape)
+
+
+def _fit(x: Tensor, y: Tensor, like: Tensor) -> LinearPrior | None:
+    """Least squares; keeps the coordinates that it fits to rounding."""
+    size = y.shape[-1] // 2
+    design = torch.cat([x, x.new_ones(len(x), 1)], -1)
+    finite = y.isfinite().all(0)
+    solution = torch.linalg.lstsq(design, y.nan_to_num(0.0, 0.0, 0.0), driver="gelsd").solution  # (G + 1, 2 n)
+    error = (design @ solution - y).abs().amax(0) / (1.0 + y.abs().amax(0))
+    exact = finite & (error < TOLERANCE)
+    known = exact[:size] & exact[size:]
+    if not known.any():
+        return None
+    solution = torch.where(known.repeat(2), solution, 0.0)
+    solution = torch.where(solution.abs() < TOLERANCE, 0.0, solution)
+    active = (solution[:-1] != 0).any(-1).nonzero().squeeze(-1)
+    return LinearPrior(
+        known=known.to(like.device),
+        active=active.to(like.device),
+        slope=solution[active].mT.to(like).contiguous(),
+        bias=solution[-1].to(like).contiguous(),
+    )

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L1. The affine head of a plate's local latents: what the item says, pooled with what its parents say."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pyro_flows.transforms.affine import LOG_SCALE_RATE, AffineHead, decode_gaussian
+from pyro_flows.transforms.networks import CenteredNetwork, eased
+
+__all__ = ["PartialPooling"]
+
+# Share of the precision that a known prior has at the start; small, so that the start is the Gaussian asked for.
+START_SHARE = 1e-3
+
+
+class PartialPooling(AffineHead):
+    r"""Elementwise :math:`y = m + \sigma \odot x`, where :math:`m, \sigma` pool two Gaussians by their precisions.
+
+    One Gaussian, :math:`N(a(g), s(g)^2)`, is shared by all items of a plate and follows the latents :math:`g` that
+    an item is given (globals, a parent group); the other, :math:`N(m_i, s_i^2)`, is the item's own:
+
+    .. math::
+        \sigma^{-2} = \gamma s(g)^{-2} + s_i^{-2}, \qquad m = \sigma^2 (\gamma s(g)^{-2} a(g) + s_i^{-2} m_i).
+
+    That is the exact conditional posterior of a Gaussian hierarchy, funnels and unequal groups included, with the
+    prior for the shared Gaussian, and the item's likelihood for its own. With :math:`\gamma \to 0` it is a free
+    Gaussian for each item. The prior is used where it is known; where it is not, location and log-scale of the shared
+    Gaussian are linear in :math:`g` (and :math:`\gamma = 1`), plus a part that is bilinear in :math:`g` and the
+    item's features, for covariates that tilt its prior. With a known prior these tilt the item's own Gaussian. A small
+    network of :math:`g` and the features bends the result.
+
+    The context is ``[given, features, own, prior]``: the latents, ``(given_dim,)``; the item's features,
+    ``(feature_dim,)``; location and log-scale of the item's own Gaussian, in scales of a reference Gaussian that all
+    items share and that carries them along, ``(2 * input_dim,)``; and location and log-scale of the prior, if
+    coordinates with a known one exist, ``(2 * input_dim,)``.
+
+    Args:
+        input_dim: Length of an item's vector.
+        given_dim: Length of the latents that an item is given; may be 0.
+        feature_dim: Length of an item's features.
+        known: Which coordinates have a known prior, ``(input_dim,)``; None means none.
+        hidden_dims: Widths of the network.
+        log_scale_bound: Bound on what ``given`` adds to a log-scale, > 0.
+
+    References:
+        Gelman, Hill. Data Analysis Using Regression and Multilevel Models. 2007, eq. (12.1), for partial pooling.
+    """
+
+    known: Tensor
+
+    def __init__(
+        self,
+        input_dim: int,
+        *,
+        given_dim: int,
+        feature_dim: int,
+        known: Tensor | None = None,
+        hidden_dims: tuple[int, ...] = (32, 32),
+        log_scale_bound: float = 7.0,
+    ) -> None:
+        super().__init__(input_dim)
+        self.given_dim = given_dim
+        self.feature_dim = feature_dim
+        self.log_scale_bound = log_scale_bound
+        self.has_prior = known is not None and bool(known.any())
+        self.context_dim = given_dim + feature_dim + (4 if self.has_prior else 2) * input_dim
+        self.register_buffer("known", known if known is not None else torch.zeros(input_dim, dtype=torch.bool))
+        if self.has_prior:
+            self.log_share = nn.Parameter(torch.zeros(input_dim))
+        if given_dim:
+            self.slope = nn.Parameter(torch.zeros(2 * input_dim, given_dim))
+            # Features of a table start at zero, so these must not.
+            pairs = feature_dim * given_dim
+            self.tilt = nn.Parameter(torch.randn(2 * input_dim, pairs) / math.sqrt(max(pairs, 1)))
+            self.network = CenteredNetwork(given_dim + feature_dim, hidden_dims, 2 * input_dim)
+
+    @torch.no_grad()
+    def start(self, loc: Tensor, scale: Tensor, prior: Tensor | None = None) -> Tensor:
+        """Make every item start at ``N(loc, diag(scale)^2)``.
+
+        Args:
+            loc: ``(..., input_dim)``, one for each item.
+            scale: ``(input_dim,)``.
+            prior: Location and log-scale of the prior at the start, ``(2 * input_dim,)``, if any is known.
+
+        Returns:
+            The items' own Gaussians, ``(..., 2 * input_dim)``.
+        """
+        center = loc.reshape(-1, self.input_dim).mean(0)
+        share = torch.full_like(scale, 0.5)
+        prior_loc = center
+        if self.has_prior:
+            assert prior is not None
+            prior_loc, prior_log_scale = torch.where(self.known.repeat(2), prior, 0.0).chunk(2, -1)
+            prior_loc = torch.where(self.known, prior_loc, center)
+            ratio = 2.0 * (prior_log_scale - scale.log())
+            self.log_share.copy_((math.log(START_SHARE) + ratio.clamp(max=0.0)) / LOG_SCALE_RATE)
+            share = torch.where(self.known, START_SHARE * (-ratio).clamp(max=0.0).exp(), share)
+        reference = torch.where(self.known, scale, math.sqrt(2.0) * scale)
+        self.initialize(center, reference)
+        own_loc = ((loc - share * prior_loc) / (1.0 - share) - center) / reference
+        own_log_scale = (scale / reference).log() - 0.5 * torch.log1p(-share)
+        return torch.cat([own_loc, own_log_scale.expand_as(own_loc)], -1)
+
+    def _gaussian(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        assert context is not None
+        size = self.input_dim
+        given, features, own_loc, own_log_scale, prior = context.split(
+            [self.given_dim, self.feature_dim, size, size, 2 * size * self.has_prior], -1
+        )
+        loc, scale, log_scale = decode_gaussian(self.raw.value)
+        own_loc = torch.addcmul(loc, scale, own_loc)
+        own_log_scale = log_scale + own_log_scale
+        if self.given_dim:
+            pairs = (features.unsqueeze(-1) * given.unsqueeze(-2)).flatten(-2)
+            steer = F.linear(given, eased(self.slope)) + F.linear(pairs, self.tilt)
+            shift, more = steer.chunk(2, -1)
+            if self.has_prior:
+                own_loc = own_loc + torch.where(self.known, scale * shift, 0.0)
+            loc = torch.addcmul(loc, scale, shift)
+            log_scale = log_scale + self._bounded(more)
+        if self.has_prior:
+            prior_loc, prior_log_scale = prior.chunk(2, -1)
+            loc = torch.where(self.known, prior_loc, loc)
+            known_log_scale = prior_log_scale - 0.5 * LOG_SCALE_RATE * self.log_share
+            log_scale = torch.where(self.known, known_log_scale, log_scale)
+        weight = torch.sigmoid(2.0 * (log_scale - own_log_scale))  # of the item's own Gaussian
+        mean = torch.lerp(loc.expand_as(weight), own_loc.expand_as(weight), weight)
+        pooled = -0.5 * torch.logaddexp(-2.0 * log_scale, -2.0 * own_log_scale)
+        if self.given_dim:
+            shift, more = self.network(torch.cat([given, features], -1)).chunk(2, -1)
+            pooled = pooled + self._bounded(more)
+            mean = torch.addcmul(mean, pooled.exp(), shift)
+        return mean, pooled.exp(), pooled.sum(-1)
+
+    def _bounded(self, log_scale: Tensor) -> Tensor:
+        return self.log_scale_bound * torch.tanh(log_scale / self.log_scale_bound)
