@@ -58,7 +58,8 @@ class AutoFlowGuide(StoredGuide):
         create_plates: Function of the model's arguments that returns a plate or an iterable of plates.
         amortize: Plate -> encoder, any callable of the model's arguments that returns ``(batch, context_dim)``: the
             latents of that plate have no parameters of their own, and new data need no training. The encoder is called
-            inside the plate where the plate subsamples, so that ``pyro.subsample`` works in it.
+            inside the plate where the plate subsamples, so that ``pyro.subsample`` works in it. Such latents start at a
+            Gaussian encoder of the prior's scale (``init_scale`` where the prior is not Gaussian).
         structure: ``"plates"`` makes the latents of every plate local, ``"joint"`` none (no plate may then be
             subsampled), and ``"auto"`` those of subsampled and amortized plates and, where a joint flow would have
             more than 2000 dimensions, of the largest plates.

@@ -28,8 +28,9 @@ class LocalBlock(nn.Module):
     """The conditional flow q(local latents of an item | globals, parent groups), for all items of a plate.
 
     What differs between items is their own Gaussian and a few features: from a table with a row for each item, or
-    from an encoder's output. Starts at ``N(init_loc, init_scale^2)`` in unconstrained space (families with an identity
-    start).
+    from an encoder's output. Items of a table start at ``N(init_loc, init_scale^2)`` in unconstrained space (families
+    with an identity start); those of an encoder at a Gaussian of the prior's scale, where that is known, around a
+    location that varies with the encoder's output.
 
     Args:
         table: The sites.
@@ -71,11 +72,11 @@ class LocalBlock(nn.Module):
             start = start.mean(0)
         given = [] if joint is None else [joint.table.init_loc]
         given += [parent.head.raw.value[0] for parent in parents]
-        own = self.head.start(
-            start,
-            torch.full_like(start.reshape(-1, table.item_dim)[0], init_scale),
-            None if prior is None else prior(torch.cat([*given, start.new_zeros(0)])),
-        )
+        scale = torch.full_like(start.reshape(-1, table.item_dim)[0], init_scale)
+        gaussian = None if prior is None else prior(torch.cat([*given, start.new_zeros(0)]))
+        if encoder_dim is not None and prior is not None and gaussian is not None:
+            scale = torch.where(prior.known, gaussian.chunk(2)[1].exp(), scale)
+        own = self.head.start(start, scale, gaussian)
         self.project = None
         if joint_dim > MAX_GIVEN_DIM:
             self.project = nn.Parameter(own.new_empty(MAX_GIVEN_DIM, joint_dim).normal_(std=joint_dim**-0.5))
@@ -85,6 +86,12 @@ class LocalBlock(nn.Module):
             self.items = nn.Parameter(F.pad(own, (EMBEDDING_DIM, 0)))  # (items, embedding + own Gaussian)
         else:
             self.encoded = ContextParameters(own, encoder_dim).to(own)
+            # An encoder tells items apart from the first step on. From a narrow start that is the same for all, a
+            # decoder that learns along first learns to ignore the latents.
+            assert self.encoded.network is not None
+            head = self.encoded.network[-1]
+            assert isinstance(head, nn.Linear)
+            nn.init.normal_(head.weight, std=head.in_features**-0.5)
 
     @property
     def head(self) -> PartialPooling:

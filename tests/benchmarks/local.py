@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Local latents in mini-batches, next to exact answers and peers in the same run.
+
+    python tests/benchmarks/local.py [effects] [funnel] [million] [--seeds 3] [--write]
+
+Run by hand, never by pytest. Each measure prints a table; ``--write`` also puts it in ``docs/tables``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from guides import TABLES, Rows, as_rst, spread
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoGuide, AutoMultivariateNormal, AutoNormal
+from pyro.optim import CosineAnnealingLR
+from torch import Tensor
+
+from pyro_flows import AutoFlowGuide
+
+
+class Effects(NamedTuple):
+    """Data of a Gaussian random-effects model: a group's mean and its standard error."""
+
+    y: Tensor
+    sd: Tensor
+
+    @classmethod
+    def simulate(cls, count: int, seed: int) -> Effects:
+        """Groups of one to five members, so that they pool unequally."""
+        generator = torch.Generator().manual_seed(seed)
+        members = torch.randint(1, 6, (count,), generator=generator)
+        sd = members.float().rsqrt()
+        theta = 2.0 + 0.7 * torch.randn(count, generator=generator)
+        return cls(theta + sd * torch.randn(count, generator=generator), sd)
+
+    def model(self, index: Tensor) -> None:
+        """theta ~ N(mu, tau), y ~ N(theta, sd)."""
+        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        tau = pyro.sample("tau", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("groups", len(self.y), subsample=index):
+            theta = pyro.sample("theta", dist.Normal(mu, tau))
+            pyro.sample("y", dist.Normal(theta, self.sd[index]), obs=self.y[index])
+
+    def plates(self, index: Tensor) -> pyro.plate:
+        """The guide's plate."""
+        return pyro.plate("groups", len(self.y), subsample=index)
+
+    def exact(self) -> dict[str, Tensor]:
+        """Posterior means and sds, by quadrature over log tau around its mode."""
+        y, variance = self.y.double(), self.sd.double().square()
+        width = 8.0 / math.sqrt(len(y))
+        grid = torch.linspace(math.log(0.7) - width, math.log(0.7) + width, 161, dtype=torch.float64)
+        mu_mean, mu_variance, log_p = [], [], []
+        for log_tau in grid:
+            weight = 1 / ((2 * log_tau).exp() + variance)
+            precision = weight.sum() + 1e-2
+            mean = (weight * y).sum() / precision
+            mu_mean.append(mean)
+            mu_variance.append(1 / precision)
+            log_p.append(0.5 * (weight.log() - weight * y**2).sum() + 0.5 * mean**2 * precision - 0.5 * precision.log())
+        p = (torch.stack(log_p) - 0.5 * grid**2).softmax(0)
+        means, variances = torch.stack(mu_mean), torch.stack(mu_variance)
+        first = torch.zeros_like(y)
+        second = torch.zeros_like(y)
+        for log_tau, mean, var, prob in zip(grid, means, variances, p, strict=True):
+            share = (2 * log_tau).exp() / ((2 * log_tau).exp() + variance)
+            theta = share * y + (1 - share) * mean
+            first += prob * theta
+            second += prob * (theta**2 + share * variance + (1 - share) ** 2 * var)
+        mu = (p * means).sum()
+        tau = (p * grid).sum()
+        return {
+            "theta": first,
+            "theta_sd": (second - first**2).sqrt(),
+            "mu_sd": ((p * (variances + means**2)).sum() - mu**2).sqrt(),
+            "log_tau_sd": ((p * grid**2).sum() - tau**2).sqrt(),
+        }
+
+    def score(self, guide: AutoGuide, exact: dict[str, Tensor]) -> list[float]:
+        """Errors of the groups' means in sds (median, 99 %), their sds' ratio (median), the globals' sds' ratios."""
+        with torch.no_grad():
+            if isinstance(guide, AutoNormal):
+                mean, sd = guide.locs.theta, guide.scales.theta
+                mu_sd, log_tau_sd = guide.scales.mu, guide.scales.tau
+            else:
+                total, square, global_draws = 0.0, 0.0, []
+                for _ in range(10):  # a million groups in bounded memory
+                    draws = guide.sample_posterior(max(4, 4_000_000 // len(self.y) // 10))
+                    total = total + draws["theta"].double().mean(0) / 10
+                    square = square + draws["theta"].double().square().mean(0) / 10
+                    global_draws.append(torch.stack([draws["mu"], draws["tau"].log()]))
+                mean, sd = total, (square - total**2).sqrt()
+                latent = guide.posterior.joint.distribution(path_gradient=False).sample(torch.Size((20_000,)))
+                mu_sd, log_tau_sd = latent.std(0)
+        error = ((mean - exact["theta"]).abs() / exact["theta_sd"]).float()
+        return [
+            error.median().item(),
+            error.kthvalue(int(0.99 * len(error))).values.item(),
+            (sd / exact["theta_sd"]).median().item(),
+            (mu_sd / exact["mu_sd"]).item(),
+            (log_tau_sd / exact["log_tau_sd"]).item(),
+        ]
+
+
+def fit(effects: Effects, guide: AutoGuide, batch: int, num_steps: int, lr: float) -> float:
+    """Plain SVI over shuffled mini-batches, Adam with a cosine schedule; returns seconds."""
+    optim = CosineAnnealingLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": lr}, "T_max": num_steps})
+    svi = SVI(effects.model, guide, optim, Trace_ELBO())
+    start = time.perf_counter()
+    order = torch.zeros(0, dtype=torch.long)
+    for _ in range(num_steps):
+        if len(order) < batch:
+            order = torch.randperm(len(effects.y))
+        svi.step(order[:batch])
+        optim.step()
+        order = order[batch:]
+    return time.perf_counter() - start
+
+
+HEADER = ("guide", "mean error, sds: median", "99 %", "sd ratio: median", "mu sd ratio", "log tau sd ratio", "seconds")
+
+
+def measure_effects(seeds: int) -> tuple[Sequence[str], Rows]:
+    """Gaussian random effects, 10,000 groups, mini-batches of 100, 20,000 steps of one particle, lr 0.02."""
+    rows = []
+    for make in (AutoNormal, AutoFlowGuide):
+        scores = []
+        for seed in range(seeds):
+            effects = Effects.simulate(10_000, seed)
+            pyro.clear_param_store()
+            pyro.set_rng_seed(seed)
+            guide = make(effects.model, create_plates=effects.plates)
+            seconds = fit(effects, guide, 100, 20_000, 0.02)
+            scores.append([*effects.score(guide, effects.exact()), seconds])
+        rows.append([make.__name__, *(spread(column) for column in zip(*scores, strict=True))])
+    return HEADER, rows
+
+
+def funnel(counts: Tensor) -> None:
+    """500 groups around one mean with a small scale, centred, and Poisson counts."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+    tau = pyro.sample("tau", dist.HalfNormal(1.0))
+    with pyro.plate("groups", len(counts)):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("y", dist.Poisson(theta.exp()), obs=counts)
+
+
+def measure_funnel(seeds: int) -> tuple[Sequence[str], Rows]:
+    """Centred Poisson hierarchy of 500 groups, tau 0.1, 3000 steps x 8 particles: ELBO above AutoNormal's."""
+    guides: dict[str, Callable[[], AutoGuide]] = {
+        "AutoNormal": lambda: AutoNormal(funnel),
+        "AutoMultivariateNormal": lambda: AutoMultivariateNormal(funnel),
+        "AutoFlowGuide": lambda: AutoFlowGuide(funnel),
+        'AutoFlowGuide, structure="plates"': lambda: AutoFlowGuide(funnel, structure="plates"),
+    }
+    elbos: dict[str, list[float]] = {name: [] for name in guides}
+    times: dict[str, list[float]] = {name: [] for name in guides}
+    for seed in range(seeds):
+        generator = torch.Generator().manual_seed(seed)
+        counts = torch.poisson((0.5 + 0.1 * torch.randn(500, generator=generator)).exp(), generator=generator)
+        for name, make in guides.items():
+            pyro.clear_param_store()
+            pyro.set_rng_seed(seed)
+            guide = make()
+            optim = CosineAnnealingLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.02}, "T_max": 3000})
+            svi = SVI(funnel, guide, optim, Trace_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1))
+            start = time.perf_counter()
+            for _ in range(3000):
+                svi.step(counts)
+                optim.step()
+            times[name].append((time.perf_counter() - start) / 3000)
+            elbo = Trace_ELBO(num_particles=500, vectorize_particles=True, max_plate_nesting=1)
+            with torch.no_grad():
+                elbos[name].append(-statistics.mean(elbo.loss(funnel, guide, counts) for _ in range(20)))
+    rows = []
+    for name in guides:
+        gains = [mine - normal for mine, normal in zip(elbos[name], elbos["AutoNormal"], strict=True)]
+        costs = [mine / normal for mine, normal in zip(times[name], times["AutoNormal"], strict=True)]
+        rows.append([name, spread(gains), f"{statistics.median(costs):.2f}"])
+    return ("guide", "nats above AutoNormal, median (range over seeds)", "step, x AutoNormal"), rows
+
+
+def fit_sparse(effects: Effects, guide: AutoFlowGuide, batch: int, num_steps: int, lr: float) -> float:
+    """The same loop with torch's lazy Adam for the rows of the mini-batch; returns seconds a step."""
+    (block,) = guide.setup(torch.arange(batch)).posterior.blocks()
+    block.sparse = True
+    others = [p for p in guide.parameters() if p is not block.items]
+    optimizers = [torch.optim.Adam(others, lr=lr), torch.optim.SparseAdam([block.items], lr=lr)]
+    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(o, num_steps) for o in optimizers]
+    elbo = Trace_ELBO()
+    order = torch.zeros(0, dtype=torch.long)
+    start = time.perf_counter()
+    for _ in range(num_steps):
+        if len(order) < batch:
+            order = torch.randperm(len(effects.y))
+        elbo.differentiable_loss(effects.model, guide, order[:batch]).backward()
+        for part in (*optimizers, *schedules):
+            part.step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        order = order[batch:]
+    return (time.perf_counter() - start) / num_steps
+
+
+def measure_million(seeds: int) -> tuple[Sequence[str], Rows]:
+    """A million groups, mini-batches of 10,000, lazy Adam, 6000 steps; a step of 100 at 10^6 groups and at 10^4."""
+    effects = Effects.simulate(1_000_000, 0)
+    small = Effects.simulate(10_000, 0)
+    pyro.set_rng_seed(0)
+    guide = AutoFlowGuide(effects.model, create_plates=effects.plates)
+    seconds = 6000 * fit_sparse(effects, guide, 10_000, 6000, 0.02)
+    scores = effects.score(guide, effects.exact())
+    ratios = []
+    for _ in range(max(3, seeds)):
+        steps = []
+        for data in (effects, small):
+            fresh = AutoFlowGuide(data.model, create_plates=data.plates)
+            fit_sparse(data, fresh, 100, 20, 1e-3)
+            steps.append(fit_sparse(data, fresh, 100, 200, 1e-3))
+        ratios.append(steps[0] / steps[1])
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    row = ["AutoFlowGuide", *(f"{score:.3f}" for score in scores), f"{seconds:.0f}", f"{memory:.1f}", spread(ratios)]
+    return (*HEADER, "peak GiB", "step at 10^6 / at 10^4"), [row]
+
+
+MEASURES: dict[str, Callable[[int], tuple[Sequence[str], Rows]]] = {
+    "effects": measure_effects,
+    "funnel": measure_funnel,
+    "million": measure_million,
+}
+
+
+def main() -> None:
+    """Run the measures that are named, or all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("measures", nargs="*", help=f"some of {', '.join(MEASURES)}; all by default")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N-1")
+    parser.add_argument("--write", action="store_true", help="write docs/tables too")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in options.measures or MEASURES:
+        measure = MEASURES[name]
+        header, rows = measure(options.seeds)
+        print(f"\n{name}: {measure.__doc__}\n")
+        for row in [header, *rows]:
+            print("  |  ".join(row), flush=True)
+        if options.write:
+            TABLES.mkdir(exist_ok=True)
+            (TABLES / f"{name}.rst").write_text(as_rst(header, rows))
+
+
+if __name__ == "__main__":
+    main()
