@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast what coordinates do to one another may grow."""
+
+from __future__ import annotations
+
+import torch
+
+from pyro_flows.transforms import AffineCouplings, FlowTransform, SiteOrderedAffine
+
+
+def log_scale_after_one_step(transform: FlowTransform) -> float:
+    """Largest log-determinant at typical inputs after one step of Adam at 0.01, all gradients of one sign."""
+    x = torch.randn(100, 4)
+    optim = torch.optim.Adam(transform.parameters(), lr=0.01)
+    transform.forward_and_ladj(x.abs())[1].sum().neg().backward()
+    optim.step()
+    with torch.no_grad():
+        return transform.forward_and_ladj(x)[1].abs().max().item()
+
+
+def test_steering_leaves_zero_slowly() -> None:
+    """It grew by the learning rate times the input from the first step on: 0.15 and 0.04 here. With one particle all
+    layers then overshot together, and one draw in forty steps had a loss of a million."""
+    assert log_scale_after_one_step(SiteOrderedAffine(4, block_sizes=(1, 3))) < 0.03
+    assert log_scale_after_one_step(AffineCouplings(4, num_transforms=2)) < 0.03
