@@ -34,7 +34,6 @@ class LocalTable:
     """
 
     def __init__(self, sites: Collection[Site], plates: tuple[CondIndepStackFrame, ...]) -> None:
-        self.plates = plates
         self.names = tuple(frame.name for frame in plates)
         self.dims = tuple(frame.dim for frame in plates)
         self.full_sizes = tuple(full_size(frame) for frame in plates)

@@ -164,8 +164,7 @@ class Posterior(nn.Module):
                 latents[()] = joint.reshape((count,) + (1,) * self._rank + joint.shape[-1:])
             for block in self.blocks():
                 own = items[block.table.names]
-                given = latents if latents else {}
-                distribution = block.distribution(own, given, self.joint, self.parents(block), path_gradient=False)
+                distribution = block.distribution(own, latents, self.joint, self.parents(block), path_gradient=False)
                 lead = distribution.batch_shape
                 if len(lead) <= own.dim() - 1:  # nothing that was drawn is given: all draws share the context
                     lead = (count,) + (1,) * (self._rank - len(lead)) + tuple(lead)

@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -32,14 +31,13 @@ from pyro.infer.autoguide import (
     init_to_median,
 )
 from pyro.optim import Adam, CosineAnnealingLR
+from tables import Measure, Rows, parser, run
 
 from pyro_flows import AutoFlowGuide, flows
 from pyro_flows.__main__ import LOG_EVIDENCE, SIGMA, Y, evaluate
 from pyro_flows.__main__ import model as eight_schools
 
-TABLES = Path(__file__).resolve().parents[2] / "docs" / "tables"
 SCHOOLS = (torch.tensor(SIGMA), torch.tensor(Y))
-Rows = list[list[str]]
 # What sampling costs a pass per dimension for is no guide.
 FAMILIES = tuple(name for name in flows.names() if flows.get(name).one_pass_sampling)
 
@@ -233,7 +231,7 @@ def report_size(dim: int) -> None:
     print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, f"{seconds:.3f}")
 
 
-MEASURES: dict[str, Callable[[int], tuple[Sequence[str], Rows]]] = {
+MEASURES: dict[str, Measure] = {
     "gap": measure_gap,
     "single": measure_single,
     "start": measure_start,
@@ -243,36 +241,16 @@ MEASURES: dict[str, Callable[[int], tuple[Sequence[str], Rows]]] = {
 }
 
 
-def as_rst(header: Sequence[str], rows: Rows) -> str:
-    """A list-table."""
-    lines = [".. list-table::", "   :header-rows: 1", ""]
-    for row in [header, *rows]:
-        lines += [f"   {'*' if i == 0 else ' '} - {cell}" for i, cell in enumerate(row)]
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     """Run the measures that are named, or all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("measures", nargs="*", help=f"some of {', '.join(MEASURES)}; all by default")
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N-1, or repeats of a timing")
-    parser.add_argument("--write", action="store_true", help="write docs/tables too")
-    parser.add_argument("--size-of", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+    made = parser(__doc__, MEASURES, 5)
+    made.add_argument("--size-of", type=int, help=argparse.SUPPRESS)
+    options = made.parse_args()
     if options.size_of:
+        torch.set_num_threads(1)
         report_size(options.size_of)
         return
-    for name in options.measures or MEASURES:
-        measure = MEASURES[name]
-        header, rows = measure(options.seeds)
-        print(f"\n{name}: {measure.__doc__}\n")
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        for row in [header, *rows]:
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
-        if options.write:
-            TABLES.mkdir(exist_ok=True)
-            (TABLES / f"{name}.rst").write_text(as_rst(header, rows))
+    run(MEASURES, options)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Run by hand, never by pytest. Each measure prints a table; ``--write`` also puts
 
 from __future__ import annotations
 
-import argparse
 import math
 import resource
 import statistics
@@ -19,10 +18,11 @@ from typing import NamedTuple
 import pyro
 import pyro.distributions as dist
 import torch
-from guides import TABLES, Rows, as_rst, spread
+from guides import spread
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoGuide, AutoMultivariateNormal, AutoNormal
 from pyro.optim import CosineAnnealingLR
+from tables import Measure, Rows, parser, run
 from torch import Tensor
 
 from pyro_flows import AutoFlowGuide
@@ -93,12 +93,11 @@ class Effects(NamedTuple):
                 mean, sd = guide.locs.theta, guide.scales.theta
                 mu_sd, log_tau_sd = guide.scales.mu, guide.scales.tau
             else:
-                total, square, global_draws = 0.0, 0.0, []
+                total, square = 0.0, 0.0
                 for _ in range(10):  # a million groups in bounded memory
                     draws = guide.sample_posterior(max(4, 4_000_000 // len(self.y) // 10))
                     total = total + draws["theta"].double().mean(0) / 10
                     square = square + draws["theta"].double().square().mean(0) / 10
-                    global_draws.append(torch.stack([draws["mu"], draws["tau"].log()]))
                 mean, sd = total, (square - total**2).sqrt()
                 latent = guide.posterior.joint.distribution(path_gradient=False).sample(torch.Size((20_000,)))
                 mu_sd, log_tau_sd = latent.std(0)
@@ -233,31 +232,12 @@ def measure_million(seeds: int) -> tuple[Sequence[str], Rows]:
     return (*HEADER, "peak GiB", "step at 10^6 / at 10^4"), [row]
 
 
-MEASURES: dict[str, Callable[[int], tuple[Sequence[str], Rows]]] = {
+MEASURES: dict[str, Measure] = {
     "effects": measure_effects,
     "funnel": measure_funnel,
     "million": measure_million,
 }
 
 
-def main() -> None:
-    """Run the measures that are named, or all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("measures", nargs="*", help=f"some of {', '.join(MEASURES)}; all by default")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N-1")
-    parser.add_argument("--write", action="store_true", help="write docs/tables too")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    for name in options.measures or MEASURES:
-        measure = MEASURES[name]
-        header, rows = measure(options.seeds)
-        print(f"\n{name}: {measure.__doc__}\n")
-        for row in [header, *rows]:
-            print("  |  ".join(row), flush=True)
-        if options.write:
-            TABLES.mkdir(exist_ok=True)
-            (TABLES / f"{name}.rst").write_text(as_rst(header, rows))
-
-
 if __name__ == "__main__":
-    main()
+    run(MEASURES, parser(__doc__, MEASURES, 3).parse_args())

@@ -11,12 +11,10 @@ nats per image. ``--write`` also puts the tables in ``docs/tables``.
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -25,18 +23,17 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import CosineAnnealingLR
 from sklearn.datasets import load_digits
+from tables import Measure, Rows, parser, run
 from torch import Tensor, nn
 
 from pyro_flows import AutoFlowGuide
 
-TABLES = Path(__file__).resolve().parents[2] / "docs" / "tables"
 ENCODERS = {"Gaussian": "diagonal_normal", "flow": "auto"}
 LATENT_DIM, CONTEXT_DIM, HIDDEN_DIM = 4, 32, 64
 BATCH_SIZE, LR = 100, 5e-3
 NUM_STEPS, NUM_REFINE = 2000, 400
 NUM_IMAGES = 100  # of the train and of the test images, for the split of the gap
 NUM_DRAWS = 5000
-Rows = list[list[str]]
 Model = Callable[[Tensor], None]
 
 
@@ -243,36 +240,8 @@ def measure_joint(seeds: int) -> tuple[Sequence[str], Rows]:
     return ("encoder", "log p(x)", "ELBO", "E_q[log p(x|z)]", "KL(q || p(z))", "gap"), rows
 
 
-MEASURES: dict[str, Callable[[int], tuple[Sequence[str], Rows]]] = {"fixed": measure_fixed, "joint": measure_joint}
-
-
-def as_rst(header: Sequence[str], rows: Rows) -> str:
-    """A list-table."""
-    lines = [".. list-table::", "   :header-rows: 1", ""]
-    for row in [header, *rows]:
-        lines += [f"   {'*' if i == 0 else ' '} - {cell}" for i, cell in enumerate(row)]
-    return "\n".join(lines) + "\n"
-
-
-def main() -> None:
-    """Run the measures that are named, or both."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("measures", nargs="*", help=f"some of {', '.join(MEASURES)}; all by default")
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N-1")
-    parser.add_argument("--write", action="store_true", help="write docs/tables too")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    for name in options.measures or MEASURES:
-        measure = MEASURES[name]
-        header, rows = measure(options.seeds)
-        print(f"\n{name}: {measure.__doc__}\n")
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        for row in [header, *rows]:
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
-        if options.write:
-            TABLES.mkdir(exist_ok=True)
-            (TABLES / f"vae_{name}.rst").write_text(as_rst(header, rows))
+MEASURES: dict[str, Measure] = {"fixed": measure_fixed, "joint": measure_joint}
 
 
 if __name__ == "__main__":
-    main()
+    run(MEASURES, parser(__doc__, MEASURES, 5).parse_args(), prefix="vae_")
