@@ -14,7 +14,7 @@ from pyro_flows.guides.joint import JointBlock, build_reproducibly
 from pyro_flows.guides.prior import LinearPrior
 from pyro_flows.plates import LocalTable
 from pyro_flows.transforms import PartialPooling
-from pyro_flows.transforms.networks import ContextParameters, eased
+from pyro_flows.transforms.networks import ContextParameters
 
 __all__ = ["LocalBlock"]
 
@@ -83,14 +83,15 @@ class LocalBlock(nn.Module):
         self.items: nn.Parameter | None = None
         self.encoded: ContextParameters | None = None
         if encoder_dim is None:
-            self.items = nn.Parameter(F.pad(own, (EMBEDDING_DIM, 0)))  # (items, embedding + own Gaussian)
+            # The shared layers learn to tell items apart by these; from zero neither would have a gradient.
+            embedding = torch.randn_like(own[:, :1].expand(-1, EMBEDDING_DIM))
+            self.items = nn.Parameter(torch.cat([embedding, own], -1))  # (items, embedding + own Gaussian)
         else:
-            self.encoded = ContextParameters(own, encoder_dim).to(own)
+            self.encoded = ContextParameters(own, encoder_dim, refines=False).to(own)
             # An encoder tells items apart from the first step on. From a narrow start that is the same for all, a
             # decoder that learns along first learns to ignore the latents.
-            assert self.encoded.network is not None
-            head = self.encoded.network[-1]
-            assert isinstance(head, nn.Linear)
+            head = self.encoded.head
+            assert head is not None
             nn.init.normal_(head.weight, std=head.in_features**-0.5)
 
     @property
@@ -109,9 +110,7 @@ class LocalBlock(nn.Module):
         """
         if self.items is not None:
             index = self.table.flat_index(indices).to(self.items.device)
-            rows = F.embedding(index, self.items, sparse=self.sparse)
-            embedding, own = rows.split([EMBEDDING_DIM, rows.shape[-1] - EMBEDDING_DIM], -1)
-            return torch.cat([eased(embedding), own], -1)
+            return F.embedding(index, self.items, sparse=self.sparse)
         assert self.encoded is not None
         dtype = self.encoded.value.dtype
         outputs = [self.table.place(encoded[name].to(dtype), name) for name in self.table.names if name in encoded]

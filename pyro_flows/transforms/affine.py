@@ -43,7 +43,7 @@ class AffineHead(FlowTransform):
 
     def __init__(self, input_dim: int, context_dim: int = 0) -> None:
         super().__init__(input_dim, context_dim)
-        self.raw = ContextParameters(torch.zeros(3, input_dim), context_dim)
+        self.raw = ContextParameters(torch.zeros(3, input_dim), context_dim, refines=False)
 
     def initialize(self, loc: Tensor, scale: Tensor) -> None:
         """Set the Gaussian that the head is before any training: ``N(loc, diag(scale)^2)``, each ``(input_dim,)``."""

@@ -12,12 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyro_flows.transforms.base import FlowTransform, expand_context
-from pyro_flows.transforms.networks import eased, reference_noise
+from pyro_flows.transforms.networks import HEAD_SLOPE, eased, reference_noise
 
 __all__ = ["Couplings"]
-
-# Pace at zero of the networks' last layers, whose inputs are scaled down by their number already.
-HEAD_SLOPE = 0.3
 
 
 class Couplings(FlowTransform):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["CenteredNetwork", "ContextParameters", "dense", "eased", "reference_noise"]
+__all__ = ["HEAD_SLOPE", "CenteredNetwork", "ContextParameters", "eased", "reference_noise", "uneased"]
 
 
 # Inputs of steering networks are in scales of their own marginal; beyond this many a draw is an outlier, whose
@@ -20,6 +20,8 @@ __all__ = ["CenteredNetwork", "ContextParameters", "dense", "eased", "reference_
 INPUT_BOUND = 5.0
 # Draws of N(0, I) over which a network is centred; half of them mirror the other half.
 COUNT_REFERENCE = 32
+# Pace at zero of last layers whose inputs are scaled down by their number already.
+HEAD_SLOPE = 0.3
 
 
 def eased(weight: Tensor, slope: float = 0.1) -> Tensor:
@@ -41,12 +43,9 @@ def eased(weight: Tensor, slope: float = 0.1) -> Tensor:
     return weight * torch.sqrt(weight.square() + slope**2)
 
 
-def dense(input_dim: int, hidden_dims: Sequence[int], output_dim: int) -> nn.Sequential:
-    """A SiLU multilayer perceptron whose output is zero until it is trained."""
-    head = nn.Linear(hidden_dims[-1] if hidden_dims else input_dim, output_dim)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    return nn.Sequential(*_hidden_layers(input_dim, hidden_dims), head)
+def uneased(value: Tensor, slope: float = 0.1) -> Tensor:
+    """The inverse of :func:`eased`."""
+    return value * torch.sqrt(2.0 / (torch.sqrt(4.0 * value.square() + slope**4) + slope**2))
 
 
 def reference_noise(input_dim: int) -> Tensor:
@@ -90,9 +89,12 @@ def _hidden_layers(input_dim: int, hidden_dims: Sequence[int]) -> Iterator[nn.Mo
 
 
 class ContextParameters(nn.Module):
-    """A free tensor, plus a network of the context where there is one.
+    """A free tensor, plus a SiLU network of the context where there is one.
 
-    This is what makes a conditional transform the same class as an unconditional one.
+    This is what makes a conditional transform the same class as an unconditional one. The network's output is zero at
+    the start. In layers that refine what an affine head has found, its last hidden layer is scaled by :math:`1/H` and
+    its last weights are :func:`eased`, as in couplings: Adam moves each weight by the learning rate, so a sum over H
+    of them moves H times as fast, and knots of a spline that jump by 1 in a step throw the tails of a posterior.
 
     Shape:
         - context: ``(..., context_dim)`` or None.
@@ -101,19 +103,35 @@ class ContextParameters(nn.Module):
     Args:
         init: Value at the start, for every context.
         context_dim: Length of the context. 0 means that :meth:`forward` returns the free tensor itself.
-        hidden_dims: Widths of the network's hidden layers.
+        hidden_dims: Widths of the network's hidden layers, at least one.
+        refines: Whether the layer refines what others have found; false in an affine head.
     """
 
-    def __init__(self, init: Tensor, context_dim: int = 0, hidden_dims: Sequence[int] = (64,)) -> None:
+    def __init__(
+        self, init: Tensor, context_dim: int = 0, hidden_dims: Sequence[int] = (64,), *, refines: bool = True
+    ) -> None:
         super().__init__()
         self.value = nn.Parameter(init.clone())
-        self.network = dense(context_dim, hidden_dims, math.prod(init.shape)) if context_dim else None
+        self.refines = refines
+        self.trunk: nn.Sequential | None = None
+        self.head: nn.Linear | None = None
+        if context_dim:
+            self.trunk = nn.Sequential(*_hidden_layers(context_dim, hidden_dims))
+            self.head = nn.Linear(hidden_dims[-1], math.prod(init.shape))
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
 
     def forward(self, context: Tensor | None = None) -> Tensor:
-        if self.network is None:
+        if self.trunk is None or self.head is None:
             return self.value
         assert context is not None
-        return self.value + self.network(context).reshape(context.shape[:-1] + self.value.shape)
+        hidden = self.trunk(context)
+        if self.refines:
+            weight, bias = (eased(p, HEAD_SLOPE) for p in (self.head.weight, self.head.bias))
+            steered = F.linear(hidden / hidden.shape[-1], weight, bias)
+        else:
+            steered = self.head(hidden)
+        return self.value + steered.reshape(context.shape[:-1] + self.value.shape)
 
     @torch.no_grad()
     def set(self, value: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyro_flows.transforms.affine import LOG_SCALE_RATE, AffineHead, decode_gaussian
-from pyro_flows.transforms.networks import CenteredNetwork, eased
+from pyro_flows.transforms.networks import CenteredNetwork, eased, uneased
 
 __all__ = ["PartialPooling"]
 
@@ -74,9 +74,7 @@ class PartialPooling(AffineHead):
             self.log_share = nn.Parameter(torch.zeros(input_dim))
         if given_dim:
             self.slope = nn.Parameter(torch.zeros(2 * input_dim, given_dim))
-            # Features of a table start at zero, so these must not.
-            pairs = feature_dim * given_dim
-            self.tilt = nn.Parameter(torch.randn(2 * input_dim, pairs) / math.sqrt(max(pairs, 1)))
+            self.tilt = nn.Parameter(torch.zeros(2 * input_dim, feature_dim * given_dim))
             self.network = CenteredNetwork(given_dim + feature_dim, hidden_dims, 2 * input_dim)
 
     @torch.no_grad()
@@ -99,7 +97,7 @@ class PartialPooling(AffineHead):
             prior_loc, prior_log_scale = torch.where(self.known.repeat(2), prior, 0.0).chunk(2, -1)
             prior_loc = torch.where(self.known, prior_loc, center)
             ratio = 2.0 * (prior_log_scale - scale.log())
-            self.log_share.copy_((math.log(START_SHARE) + ratio.clamp(max=0.0)) / LOG_SCALE_RATE)
+            self.log_share.copy_(uneased(math.log(START_SHARE) + ratio.clamp(max=0.0)))
             share = torch.where(self.known, START_SHARE * (-ratio).clamp(max=0.0).exp(), share)
         reference = torch.where(self.known, scale, math.sqrt(2.0) * scale)
         self.initialize(center, reference)
@@ -118,7 +116,7 @@ class PartialPooling(AffineHead):
         own_log_scale = log_scale + own_log_scale
         if self.given_dim:
             pairs = (features.unsqueeze(-1) * given.unsqueeze(-2)).flatten(-2)
-            steer = F.linear(given, eased(self.slope)) + F.linear(pairs, self.tilt)
+            steer = F.linear(given, eased(self.slope)) + F.linear(pairs, eased(self.tilt))
             shift, more = steer.chunk(2, -1)
             if self.has_prior:
                 own_loc = own_loc + torch.where(self.known, scale * shift, 0.0)
@@ -127,7 +125,7 @@ class PartialPooling(AffineHead):
         if self.has_prior:
             prior_loc, prior_log_scale = prior.chunk(2, -1)
             loc = torch.where(self.known, prior_loc, loc)
-            known_log_scale = prior_log_scale - 0.5 * LOG_SCALE_RATE * self.log_share
+            known_log_scale = prior_log_scale - 0.5 * eased(self.log_share)
             log_scale = torch.where(self.known, known_log_scale, log_scale)
         weight = torch.sigmoid(2.0 * (log_scale - own_log_scale))  # of the item's own Gaussian
         mean = torch.lerp(loc.expand_as(weight), own_loc.expand_as(weight), weight)

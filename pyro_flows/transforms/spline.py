@@ -21,6 +21,9 @@ MIN_BIN_SHARE = 0.05
 MIN_SLOPE = 0.01
 # softplus(SLOPE_OFFSET) + MIN_SLOPE == 1, so raw parameters of zero make the identity.
 SLOPE_OFFSET = math.log(math.expm1(1.0 - MIN_SLOPE))
+# Gauss-Hermite nodes and weights for the moments of a spline of standard normal noise.
+NODES = (-3.750439717725742, -2.366759410734541, -1.154405394739968, 0.0)
+WEIGHTS = (5.4826885597221875e-4, 3.075712396758645e-2, 2.401231786050127e-1, 16 / 35)
 
 
 class _Bins(NamedTuple):
@@ -37,9 +40,10 @@ class _Bins(NamedTuple):
 class RationalQuadratic:
     r"""Monotone rational-quadratic splines, one for every coordinate, built from raw parameters.
 
-    Each is linear outside ``[-bound, bound]`` and passes through (-1, -1) and (1, 1): location and scale are left to
-    an affine layer. A free spline takes them too, and stretches its box until tails pile up at the edges. The
-    identity where raw parameters are zero.
+    Each is linear outside ``[-bound, bound]``, and takes standard normal noise to mean 0 and variance 1 (by a
+    quadrature with 7 nodes): location and scale are left to an affine layer. A free spline takes them too, and
+    stretches its box until tails pile up at the edges; one that is pinned at -1 and 1 throws rare draws hundreds of
+    scales away while a posterior is still far. The identity where raw parameters are zero.
 
     Shape:
         - raw: ``(..., D, 3 * count_bins - 1)``: widths, heights, inner slopes.
@@ -63,7 +67,7 @@ class RationalQuadratic:
         self._table = torch.stack(
             [self.x_knots, width, self.y_knots, height, slopes[..., :-1], slopes[..., 1:]], -1
         )  # (..., D, K, 6)
-        self._center, self._half = self._standardize()
+        self._center, self._scale = self._standardize()
 
     def _select(self, value: Tensor, knots: Tensor) -> _Bins:
         index = (value.unsqueeze(-1) >= knots[..., 1:]).sum(-1)  # (..., D)
@@ -72,10 +76,13 @@ class RationalQuadratic:
         return _Bins(*picked.squeeze(-2).unbind(-1))
 
     def _standardize(self) -> tuple[Tensor, Tensor]:
-        """Middle and half-width of the image of [-1, 1] under the spline in the box."""
-        ends = torch.ones_like(self.x_knots[..., 0])
-        low, high = self._evaluate(torch.stack([-ends, ends]))[0].unbind(0)
-        return 0.5 * (high + low), 0.5 * (high - low)
+        """Mean and standard deviation of what the spline in the box makes of standard normal noise."""
+        like = self.x_knots[..., 0]
+        nodes = torch.tensor([*NODES, *(-x for x in NODES[2::-1])], dtype=like.dtype, device=like.device)
+        weights = torch.tensor([*WEIGHTS, *WEIGHTS[2::-1]], dtype=like.dtype, device=like.device)
+        y = self._evaluate(nodes.reshape(-1, *(1,) * like.dim()).expand(-1, *like.shape))[0].movedim(0, -1)
+        mean = y @ weights
+        return mean, ((y - mean.unsqueeze(-1)).square() @ weights).sqrt()
 
     def _evaluate(self, x: Tensor, *, with_slope: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
         inside = x.abs() < self.bound
@@ -101,11 +108,11 @@ class RationalQuadratic:
     def __call__(self, x: Tensor, *, with_slope: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
         """Map ``x``; returns ``y``, elementwise ``log dy/dx`` and, if asked for, its derivative in ``x``, detached."""
         y, log_slope, d_log_slope = self._evaluate(x, with_slope=with_slope)
-        return (y - self._center) / self._half, log_slope - self._half.log(), d_log_slope
+        return (y - self._center) / self._scale, log_slope - self._scale.log(), d_log_slope
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Map back; returns ``x`` and elementwise ``log dx/dy``."""
-        y = y * self._half + self._center
+        y = y * self._scale + self._center
         inside = y.abs() < self.bound
         clamped = y.clamp(-self.bound, self.bound)
         left, width, bottom, height, slope_left, slope_right = self._select(clamped, self.y_knots)
@@ -124,7 +131,7 @@ class RationalQuadratic:
         numerator = slope_right * theta**2 + 2.0 * delta * (theta * rest) + slope_left * rest**2
         log_slope = 2.0 * denominator.log() - 2.0 * delta.log() - numerator.log()
         x = left + theta * width
-        log_slope = torch.where(inside, log_slope, torch.zeros_like(y)) + self._half.log()
+        log_slope = torch.where(inside, log_slope, torch.zeros_like(y)) + self._scale.log()
         return torch.where(inside, x, y), log_slope
 
 
@@ -135,7 +142,7 @@ class Spline(FlowTransform):
     identity. Shapes marginals; does not make coordinates dependent. Parameters O(D count_bins).
 
     Warning:
-        Linear outside ``[-bound, bound]``, and fixed at -1 and 1: put an affine layer after it to move or scale mass.
+        Linear outside ``[-bound, bound]``, and of mean 0 and variance 1: put an affine layer after it to move or scale mass.
 
     Args:
         input_dim: Length of the transformed vector.

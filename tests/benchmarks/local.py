@@ -111,9 +111,14 @@ class Effects(NamedTuple):
         ]
 
 
+# With the usual 0.999 the first gradients, N times those of the end, hold steps back for thousands of steps.
+BETAS = (0.9, 0.99)
+
+
 def fit(effects: Effects, guide: AutoGuide, batch: int, num_steps: int, lr: float) -> float:
     """Plain SVI over shuffled mini-batches, Adam with a cosine schedule; returns seconds."""
-    optim = CosineAnnealingLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": lr}, "T_max": num_steps})
+    settings = {"lr": lr, "betas": BETAS}
+    optim = CosineAnnealingLR({"optimizer": torch.optim.Adam, "optim_args": settings, "T_max": num_steps})
     svi = SVI(effects.model, guide, optim, Trace_ELBO())
     start = time.perf_counter()
     order = torch.zeros(0, dtype=torch.long)
@@ -130,7 +135,7 @@ HEADER = ("guide", "mean error, sds: median", "99 %", "sd ratio: median", "mu sd
 
 
 def measure_effects(seeds: int) -> tuple[Sequence[str], Rows]:
-    """Gaussian random effects, 10,000 groups, mini-batches of 100, 20,000 steps of one particle, lr 0.02."""
+    """Gaussian random effects, 10,000 groups, mini-batches of 100, 20,000 steps of one particle, lr 0.02, betas (0.9, 0.99)."""
     rows = []
     for make in (AutoNormal, AutoFlowGuide):
         scores = []
@@ -194,7 +199,8 @@ def fit_sparse(effects: Effects, guide: AutoFlowGuide, batch: int, num_steps: in
     (block,) = guide.setup(torch.arange(batch)).posterior.blocks()
     block.sparse = True
     others = [p for p in guide.parameters() if p is not block.items]
-    optimizers = [torch.optim.Adam(others, lr=lr), torch.optim.SparseAdam([block.items], lr=lr)]
+    sparse = torch.optim.SparseAdam([block.items], lr=lr, betas=BETAS)
+    optimizers = [torch.optim.Adam(others, lr=lr, betas=BETAS), sparse]
     schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(o, num_steps) for o in optimizers]
     elbo = Trace_ELBO()
     order = torch.zeros(0, dtype=torch.long)

@@ -61,9 +61,9 @@ def train(guide: Any, *args: Any, steps: int = 3, which: Any = model, lr: float 
 def test_starts_at_a_gaussian_encoder_of_the_priors_scale() -> None:
     """log q(z|x) is quadratic in z at first, with sds near the prior's 1 and means that differ between items."""
     guide = AutoFlowGuide(model, amortize={"data": Features()}).setup(DATA)
-    z = guide.sample_posterior(4000, DATA)["z"]
+    z = guide.sample_posterior(40_000, DATA)["z"]
     assert (z.std(0).log().abs() < 0.7).all()
-    assert z.mean(0).std(0).min() > 2 / 4000**0.5  # items that are alike: 1 / 4000**0.5
+    assert z.mean(0).std(0).min() > 2 / 40_000**0.5  # items that are alike: 1 / 40_000**0.5
     grid = torch.linspace(-2.0, 2.0, 5).reshape(5, 1, 1).expand(5, *DATA.shape)
     density = guide.log_prob({"z": grid}, DATA)
     assert density.diff(n=3).abs().max() < 1e-4 * density.abs().max()

@@ -252,9 +252,11 @@ def test_the_toy_where_pyros_flow_guide_fails() -> None:
         return pyro.plate("items", 4, subsample=index)
 
     def fit(guide: Any) -> None:
-        svi = SVI(toy, guide, Adam({"lr": 0.05}), Trace_ELBO())
+        optim = pyro.optim.CosineAnnealingLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.05}, "T_max": 600})
+        svi = SVI(toy, guide, optim, Trace_ELBO())
         for _ in range(600):
             svi.step(torch.randperm(4)[:2])
+            optim.step()
 
     truth = torch.tensor([-10.0, 10.0, -10.0, 10.0]) / (1 + 1 / 400)
     guide = AutoFlowGuide(toy, create_plates=plates)
