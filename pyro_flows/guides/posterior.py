@@ -15,6 +15,7 @@ from pyro_flows.guides.amortize import Encoder, probe
 from pyro_flows.guides.joint import JointBlock
 from pyro_flows.guides.local import LocalBlock
 from pyro_flows.guides.prior import read_prior
+from pyro_flows.guides.warm_start import Gaussian
 from pyro_flows.plates import LocalTable, partition
 from pyro_flows.sites import Site, SiteTable, decreasing, quantiles
 
@@ -56,6 +57,7 @@ class Posterior(nn.Module):
         sites = SiteTable.from_trace(trace)
         outside, tables = partition(sites, local)
         self.order = tuple(site.name for site in sites)
+        self.init_scale = init_scale
         self.joint: JointBlock | None = None
         if outside:
             table = _subtable(trace, outside)
@@ -104,6 +106,22 @@ class Posterior(nn.Module):
         for block in self.local.values():
             assert isinstance(block, LocalBlock)
             yield block
+
+    @property
+    def only_block(self) -> JointBlock:
+        """The joint block of a guide without local latents.
+
+        Raises:
+            ValueError: If there are local latents. Not a NotImplementedError, which NeuTraReparam would hide.
+        """
+        for block in self.blocks():
+            raise ValueError(
+                f"AutoFlowGuide: expected one flow over all latents, but those of plate {_title(block)} are local, "
+                "with a conditional flow for each item. For NeuTraReparam and other uses of the flow's map, run the "
+                'model on its full plates and write `AutoFlowGuide(model, structure="joint")`.'
+            )
+        assert self.joint is not None
+        return self.joint
 
     def parents(self, block: LocalBlock) -> list[LocalBlock]:
         """The blocks whose latents a block's items are given."""
@@ -188,6 +206,15 @@ class Posterior(nn.Module):
                 values[site.name] = site.to_support(unconstrained.reshape(shape))
         return {name: values[name] for name in self.order}
 
+    def warm_start(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Gaussian:
+        """Start at a good Gaussian for the model, which is returned."""
+        for block in self.blocks():
+            raise NotImplementedError(
+                f"AutoFlowGuide.warm_start: expected a guide without local latents, but plate {_title(block)} has "
+                'some. Train the guide as it is, or run the model on full plates with structure="joint".'
+            )
+        return self.only_block.warm_start(model, args, kwargs, self.init_scale)
+
     def sample(self, num_samples: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Site name -> draws, ``(num_samples, *site shape)`` over the full plates."""
         return self._values(self.draw(num_samples, args, kwargs))
@@ -241,6 +268,11 @@ class Posterior(nn.Module):
 def _key(names: tuple[str, ...]) -> str:
     """A module's name for a set of plates; the prefix keeps a plate named "items" apart from a dictionary's method."""
     return "_".join(("plate", *names)).replace(".", "_")
+
+
+def _title(block: LocalBlock) -> str:
+    """A block's plates as messages name them."""
+    return " and ".join(f"'{name}'" for name in block.table.names)
 
 
 def _subtable(trace: Trace, sites: list[Site]) -> SiteTable:

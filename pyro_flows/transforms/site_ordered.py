@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from pyro_flows.transforms.affine import SHIFT_RATE
 from pyro_flows.transforms.base import FlowTransform, expand_context
-from pyro_flows.transforms.networks import CenteredNetwork, eased
+from pyro_flows.transforms.networks import CenteredNetwork, eased, uneased
 
 __all__ = ["SiteOrderedAffine"]
 
@@ -48,10 +48,10 @@ class SiteOrderedAffine(FlowTransform):
     r"""Blocks :math:`s = 1, \dots, S` in model order, each affine in its own noise:
 
     .. math::
-        y_s = B_s y_{<s} + e^{l_s(y_{<s})} \odot (C_s x_s + r_s(y_{<s})), \qquad
+        y_s = B_s y_{<s} + e^{l_s(y_{<s})} \odot (e^{a_s} \odot C_s x_s + r_s(y_{<s})), \qquad
         l_s = c \tanh(\tilde l_s / c),
 
-    with :math:`C_s` unit lower triangular, and :math:`r_s, \tilde l_s` a linear map plus a small network, all zero at
+    with :math:`C_s` unit lower triangular, :math:`a_s` free, and :math:`r_s, \tilde l_s` a linear map plus a small network, all zero at
     the start. It contains every full-rank Gaussian (the linear part), every non-centred hierarchy and Neal's funnel
     exactly. What is nonlinear in the location is scaled by the conditional scale, so that an error of the network
     shrinks with the neck of a funnel. Drawing takes one short step a block; scoring a value is one parallel pass.
@@ -84,6 +84,7 @@ class SiteOrderedAffine(FlowTransform):
         self.block_sizes = tuple(block_sizes)
         self.blocks = nn.ModuleDict()
         self.below_diagonal = nn.ParameterDict()
+        self.log_scale = nn.Parameter(torch.zeros(input_dim))
         start = 0
         for index, size in enumerate(self.block_sizes):
             if start + context_dim > 0:
@@ -91,6 +92,43 @@ class SiteOrderedAffine(FlowTransform):
             if 1 < size <= MAX_DENSE_BLOCK:
                 self.below_diagonal[str(index)] = nn.Parameter(torch.zeros(size, size))
             start += size
+
+    @torch.no_grad()
+    def set_linear(self, factor: Tensor) -> None:
+        """Become :math:`y = T x`, for a warm start.
+
+        Args:
+            factor: ``T``, lower triangular with a positive diagonal, ``(input_dim, input_dim)``. With rows of length 1
+                each coordinate has variance 1, which is what the networks expect of those that they are given.
+
+        Raises:
+            ValueError: If the linear part does not have full rank (``can_be_linear``).
+        """
+        if not self.can_be_linear:
+            raise ValueError("SiteOrderedAffine: expected linear parts of full rank; build it with rank=None.")
+        self.log_scale.copy_(uneased(factor.diagonal().log()))
+        start = 0
+        for index, size in enumerate(self.block_sizes):
+            rows = factor[start : start + size]
+            inside = rows[:, start : start + size]
+            if str(index) in self.below_diagonal:
+                below = inside / inside.diagonal().unsqueeze(-1)
+                self.below_diagonal[str(index)].copy_(uneased(below.tril(-1)))
+            if start:
+                linear = torch.linalg.solve_triangular(
+                    factor[:start, :start], rows[:, :start], upper=False, left=False
+                )
+                block = self.blocks[str(index)]
+                assert isinstance(block, _Block)
+                block.skip[:size].copy_(uneased(linear))
+            start += size
+
+    @property
+    def can_be_linear(self) -> bool:
+        """Whether :meth:`set_linear` works: no context, full rank, and blocks that are small enough."""
+        blocks = [block for block in self.blocks.values() if isinstance(block, _Block)]
+        full_rank = all(block.project is None for block in blocks) and max(self.block_sizes) <= MAX_DENSE_BLOCK
+        return self.context_dim == 0 and full_rank
 
     def _factor(self, index: int) -> Tensor | None:
         """``C_s``, or None for the identity."""
@@ -126,15 +164,19 @@ class SiteOrderedAffine(FlowTransform):
         y = x[..., :0]
         scores: list[Tensor] = []
         through: list[Tensor] = []
+        free_log_scale = eased(self.log_scale)
+        scales = free_log_scale.exp().split(self.block_sizes, -1)
+        total = total + free_log_scale.sum()
         start = 0
-        for index, part in enumerate(x.split(self.block_sizes, -1)):
+        for index, (part, scale) in enumerate(zip(x.split(self.block_sizes, -1), scales, strict=True)):
             size = part.shape[-1]
             factor = self._factor(index)
-            mixed = part if factor is None else part @ factor.mT
+            mixed = (part if factor is None else part @ factor.mT) * scale
             if score is not None:
                 score_s = score[..., start : start + size]
                 if factor is not None:
                     score_s = _solve_rows(factor.detach(), score_s, upper=False)
+                score_s = score_s / scale.detach()
             steer = self._steer(index, y, context)
             if steer is not None:
                 loc, log_scale = steer
@@ -160,7 +202,9 @@ class SiteOrderedAffine(FlowTransform):
         return y, total, score_y
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total = y.new_zeros(y.shape[:-1])
+        free_log_scale = eased(self.log_scale)
+        inverse_scales = (-free_log_scale).exp().split(self.block_sizes, -1)
+        total = y.new_zeros(y.shape[:-1]) - free_log_scale.sum()
         parts = []
         start = 0
         for index, size in enumerate(self.block_sizes):
@@ -170,6 +214,7 @@ class SiteOrderedAffine(FlowTransform):
                 loc, log_scale = steer
                 part = (part - loc) * (-log_scale).exp()
                 total = total - log_scale.sum(-1)
+            part = part * inverse_scales[index]
             factor = self._factor(index)
             parts.append(part if factor is None else _solve_rows(factor.mT, part, upper=True))
             start += size
