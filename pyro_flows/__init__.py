@@ -4,7 +4,8 @@
 from pyro_flows import flows
 from pyro_flows.flows import Flow, FlowSpec
 from pyro_flows.guides import AutoFlowGuide, init_to_prior_median
+from pyro_flows.inference import FitResult, fit
 
 __version__ = "0.1.0"
 
-__all__ = ["AutoFlowGuide", "Flow", "FlowSpec", "flows", "init_to_prior_median"]
+__all__ = ["AutoFlowGuide", "FitResult", "Flow", "FlowSpec", "fit", "flows", "init_to_prior_median"]

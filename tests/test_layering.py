@@ -17,6 +17,7 @@ LAYERS = {
     "sites": 2,
     "plates": 2,
     "guides": 3,
+    "inference": 4,
     "__init__": 6,
     "__main__": 7,
 }

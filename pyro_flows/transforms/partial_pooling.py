@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_flows.transforms.affine import LOG_SCALE_RATE, AffineHead, decode_gaussian
+from pyro_flows.transforms.affine import AffineHead, decode_gaussian
 from pyro_flows.transforms.networks import CenteredNetwork, eased, uneased
 
 __all__ = ["PartialPooling"]

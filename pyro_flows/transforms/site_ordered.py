@@ -51,10 +51,11 @@ class SiteOrderedAffine(FlowTransform):
         y_s = B_s y_{<s} + e^{l_s(y_{<s})} \odot (e^{a_s} \odot C_s x_s + r_s(y_{<s})), \qquad
         l_s = c \tanh(\tilde l_s / c),
 
-    with :math:`C_s` unit lower triangular, :math:`a_s` free, and :math:`r_s, \tilde l_s` a linear map plus a small network, all zero at
-    the start. It contains every full-rank Gaussian (the linear part), every non-centred hierarchy and Neal's funnel
-    exactly. What is nonlinear in the location is scaled by the conditional scale, so that an error of the network
-    shrinks with the neck of a funnel. Drawing takes one short step a block; scoring a value is one parallel pass.
+    with :math:`C_s` unit lower triangular, :math:`a_s` free, and :math:`r_s, \tilde l_s` a linear map plus a small
+    network, all zero at the start. It contains every full-rank Gaussian (the linear part), every non-centred hierarchy
+    and Neal's funnel exactly. What is nonlinear in the location is scaled by the conditional scale, so that an error of
+    the network shrinks with the neck of a funnel. Drawing takes one short step a block; scoring a value is one parallel
+    pass.
 
     Args:
         input_dim: Length of the transformed vector.
@@ -115,9 +116,7 @@ class SiteOrderedAffine(FlowTransform):
                 below = inside / inside.diagonal().unsqueeze(-1)
                 self.below_diagonal[str(index)].copy_(uneased(below.tril(-1)))
             if start:
-                linear = torch.linalg.solve_triangular(
-                    factor[:start, :start], rows[:, :start], upper=False, left=False
-                )
+                linear = torch.linalg.solve_triangular(factor[:start, :start], rows[:, :start], upper=False, left=False)
                 block = self.blocks[str(index)]
                 assert isinstance(block, _Block)
                 block.skip[:size].copy_(uneased(linear))

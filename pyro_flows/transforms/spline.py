@@ -142,7 +142,8 @@ class Spline(FlowTransform):
     identity. Shapes marginals; does not make coordinates dependent. Parameters O(D count_bins).
 
     Warning:
-        Linear outside ``[-bound, bound]``, and of mean 0 and variance 1: put an affine layer after it to move or scale mass.
+        Linear outside ``[-bound, bound]``; mean 0 and variance 1: put an affine layer after it to move or scale
+        mass.
 
     Args:
         input_dim: Length of the transformed vector.

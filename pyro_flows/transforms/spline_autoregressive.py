@@ -28,7 +28,8 @@ class SplineAutoregressive(AutoregressiveTransform):
     Starts at the identity.
 
     Warning:
-        Linear outside ``[-bound, bound]`` and of mean 0 and variance 1: put an affine layer after it to move or scale mass.
+        Linear outside ``[-bound, bound]``; mean 0 and variance 1: put an affine layer after it to move or scale
+        mass.
 
     Args:
         input_dim: Length of the transformed vector, at least 1.

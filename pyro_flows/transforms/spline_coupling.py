@@ -21,7 +21,8 @@ class SplineCouplings(Couplings):
     only the other half depend on anything, and its inverse leaves the reals in float32. These start at the identity.
 
     Warning:
-        Linear outside ``[-bound, bound]`` and of mean 0 and variance 1: put an affine layer after it to move or scale mass.
+        Linear outside ``[-bound, bound]``; mean 0 and variance 1: put an affine layer after it to move or scale
+        mass.
         From a start much narrower than the target, path gradients can settle on splines stretched to the edge of the
         box: start near the target's scale, or take ordinary gradients first.
 

@@ -135,7 +135,7 @@ HEADER = ("guide", "mean error, sds: median", "99 %", "sd ratio: median", "mu sd
 
 
 def measure_effects(seeds: int) -> tuple[Sequence[str], Rows]:
-    """Gaussian random effects, 10,000 groups, mini-batches of 100, 20,000 steps of one particle, lr 0.02, betas (0.9, 0.99)."""
+    """Gaussian random effects, 10,000 groups, batches of 100, 20,000 steps x 1 particle, lr 0.02, betas 0.9, 0.99."""
     rows = []
     for make in (AutoNormal, AutoFlowGuide):
         scores = []

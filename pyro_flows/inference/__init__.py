@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L4. Training guides: :func:`fit` chooses what a user would have to tune."""
+
+from pyro_flows.inference.fit import FitResult, fit
+
+__all__ = ["FitResult", "fit"]

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L4. :func:`fit`: trains any Pyro guide, and says how it went and when to believe it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_flows._checks import check_int, check_positive
+from pyro_flows.guides import AutoFlowGuide
+from pyro_flows.inference.objective import Batches, Estimate, Objective
+from pyro_flows.inference.steps import Trainer
+
+__all__ = ["FitResult", "fit"]
+
+# A run is a few cycles, in each of which the rate falls to a hundredth; the next one is as long as all before it.
+CYCLE = 1000
+MAX_CYCLES = 4
+# A cycle whose gain is below this, in nats, or below two standard errors, is the last.
+MIN_GAIN = 0.005
+# Half the variance of log weights is the gap, where they are nearly constant; below this nothing is left to gain.
+NEGLIGIBLE_GAP = 5e-4
+# Learning rates: from a warm start, in many dimensions, without one, and for networks that read data.
+RATE_WARM, RATE_WARM_MANY, RATE_COLD, RATE_AMORTIZED = 5e-3, 2e-3, 1e-2, 2e-3
+MANY_DIMENSIONS = 50
+PARTICLES_VECTORIZED, PARTICLES_MINIBATCH, PARTICLES_SEQUENTIAL = 16, 4, 2
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What :func:`fit` did; prints as a person reads it.
+
+    Attributes:
+        elbo: ELBO of the guide as it is now, from fresh draws, in nats.
+        elbo_se: Its standard error (over mini-batches too, if there are any).
+        start_elbo: ELBO at the start, from as many draws.
+        steps: Number of optimiser steps.
+        seconds: Wall time.
+        kept: ``"flow"`` (the trained guide) or ``"start"``, where training did not gain anything.
+        reason: Why it stopped, in words.
+        skipped: Steps that were left out because the gradient was not finite or out of all proportion.
+        rollbacks: Times that training was taken back to its best point, with half the rate.
+        num_particles: Draws a step.
+        learning_rate: Peak rate of the first cycle.
+        losses: Negative ELBO estimates, one a step.
+    """
+
+    elbo: float
+    elbo_se: float
+    start_elbo: float
+    steps: int
+    seconds: float
+    kept: str
+    reason: str
+    skipped: int
+    rollbacks: int
+    num_particles: int
+    learning_rate: float
+    losses: tuple[float, ...]
+
+    def __repr__(self) -> str:
+        return f"FitResult(elbo={self.elbo:.4g}, elbo_se={self.elbo_se:.2g}, steps={self.steps}, kept={self.kept!r})"
+
+    def __str__(self) -> str:
+        lines = [
+            f"ELBO {self.elbo:.3f} +/- {self.elbo_se:.3f} nats (start {self.start_elbo:.3f}; kept: the {self.kept})",
+            f"{self.steps} steps x {self.num_particles} draws in {self.seconds:.1f} s, rate {self.learning_rate:g}; "
+            f"stopped: {self.reason}",
+        ]
+        if self.skipped or self.rollbacks:
+            lines.append(f"{self.skipped} steps skipped, {self.rollbacks} times rolled back")
+        lines.append(self.advice)
+        return "\n".join(lines)
+
+    @property
+    def advice(self) -> str:
+        """What to do next, in a sentence."""
+        if self.kept == "start":
+            return "Next: training gained nothing over the Gaussian start; compare another family, such as flow='iaf'."
+        if self.rollbacks > 1:
+            return f"Next: training was unstable; try learning_rate={self.learning_rate / 4:g}."
+        if self.reason.startswith("all"):
+            return "Next: call fit again; it goes on from here."
+        return "Next: look at the posterior with guide.sample_posterior(1000, ...)."
+
+
+def fit(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...] | Iterable[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    num_steps: int | None = None,
+    num_particles: int | None = None,
+    learning_rate: float | None = None,
+    progress: bool = True,
+    seed: int | None = None,
+) -> FitResult:
+    """Train a guide; everything that is None is chosen from the model.
+
+    An :class:`~pyro_flows.AutoFlowGuide` that has not seen data yet gets a warm start where it can have one; a guide
+    that has goes on from where it is. Adam with gradients clipped at twice their running median norm, in cycles of a
+    falling rate, until a cycle gains less than two standard errors. What diverges is rolled back and counted. In the
+    end the trained guide has to beat its own start on fresh draws, or the start is restored. Ctrl-C stops early
+    and keeps the best so far.
+
+    Args:
+        model: Any Pyro model; its own parameters (a decoder) are trained along.
+        guide: Any Pyro guide.
+        args: The model's arguments, as a tuple; or mini-batches: a list of tuples or anything else that can be
+            iterated over again and again, such as a ``DataLoader``.
+        kwargs: The model's keyword arguments, the same for each mini-batch.
+        num_steps: Number of steps, >= 1; None stops by the rule above, after 8000 at most.
+        num_particles: Draws a step, >= 1.
+        learning_rate: Peak rate of Adam, > 0.
+        progress: Whether to show a bar.
+        seed: Makes the run repeatable and leaves torch's global random state alone.
+
+    Raises:
+        TypeError: If ``args`` is an iterator, which would be used up.
+        ValueError: If a number is out of range, or the mini-batches are none.
+        RuntimeError: If no step of the first ten has a finite loss.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> from pyro_flows import AutoFlowGuide, fit
+        >>> def model(y):
+        ...     loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+        ...     with pyro.plate("data", len(y)):
+        ...         pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+        >>> result = fit(model, AutoFlowGuide(model), (torch.tensor([1.0, 2.0, 3.0]),), seed=0, progress=False)
+        >>> f"{result.elbo:.3f}"
+        '-7.190'
+    """
+    for name, value in (("num_steps", num_steps), ("num_particles", num_particles)):
+        if value is not None:
+            check_int("fit", name, value, 1)
+    if learning_rate is not None:
+        check_positive("fit", "learning_rate", learning_rate)
+    begin = time.perf_counter()
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+        batches = Batches(args, kwargs)
+        warm = _warm_start(guide, batches)
+        objective = Objective(model, guide, batches)
+        if num_particles is None:
+            num_particles = PARTICLES_MINIBATCH if batches.many else PARTICLES_VECTORIZED
+            if not objective.vectorized:
+                num_particles = PARTICLES_SEQUENTIAL
+        rate = learning_rate or _default_rate(guide, warm=warm)
+        trainer = Trainer(objective, num_particles, rate)
+        return _run(trainer, num_steps, progress=progress, begin=begin)
+
+
+def _warm_start(guide: Callable[..., Any], batches: Batches) -> bool:
+    if not isinstance(guide, AutoFlowGuide) or guide.prototype_trace is not None or batches.many:
+        return False
+    args, kwargs = batches.first
+    try:
+        guide.warm_start(*args, **kwargs)
+    except NotImplementedError:  # local latents, enumerated sites
+        return False
+    return True
+
+
+def _default_rate(guide: Callable[..., Any], *, warm: bool) -> float:
+    if warm:
+        assert isinstance(guide, AutoFlowGuide)
+        return RATE_WARM if guide.latent_dim <= MANY_DIMENSIONS else RATE_WARM_MANY
+    amortized = isinstance(guide, AutoFlowGuide) and len(guide.posterior.encoders) > 0
+    return RATE_AMORTIZED if amortized else RATE_COLD
+
+
+def _run(trainer: Trainer, num_steps: int | None, *, progress: bool, begin: float) -> FitResult:
+    objective = trainer.objective
+    start = trainer.snapshot()
+    at_start = best = objective.estimate()
+    best_point = start
+    lengths = [num_steps] if num_steps is not None else [CYCLE * 2 ** max(i - 1, 0) for i in range(MAX_CYCLES)]
+    reason = f"all {sum(lengths)} steps done"
+    if num_steps is None and not objective.trains_model and at_start.variance / 2 < NEGLIGIBLE_GAP:
+        lengths, reason = [], "the start is the posterior, as far as its draws can tell"
+    rate = trainer.peak_rate
+    try:
+        for cycle, length in enumerate(lengths):
+            bar = tqdm(total=length, desc=f"cycle {cycle + 1}", disable=not progress, mininterval=0.5)
+            with bar:
+                trainer.cycle(length, rate, partial(_advance, bar, trainer))
+            now = objective.estimate()
+            gain, error = now.mean - best.mean, math.hypot(now.error, best.error)
+            if now.mean > best.mean or objective.trains_model:
+                best, best_point = now, trainer.snapshot()
+            if num_steps is None and cycle > 0 and gain < max(MIN_GAIN, 2 * error):
+                reason = f"the last {length} steps gained {max(gain, 0.0):.3f} nats, not more than noise"
+                break
+            rate /= 2
+    except KeyboardInterrupt:
+        reason = "interrupted"
+        now = objective.estimate()
+        if now.mean > best.mean:
+            best, best_point = now, trainer.snapshot()
+    trainer.restore(best_point)
+    kept = "flow"
+    if not objective.trains_model and best_point is not start:
+        kept, best = _keep_the_better(trainer, best_point, start)
+    elif best_point is start:
+        kept = "start"
+    return FitResult(
+        elbo=best.mean,
+        elbo_se=best.error,
+        start_elbo=at_start.mean,
+        steps=trainer.steps,
+        seconds=time.perf_counter() - begin,
+        kept=kept,
+        reason=reason,
+        skipped=trainer.skipped,
+        rollbacks=trainer.rollbacks,
+        num_particles=trainer.num_particles,
+        learning_rate=trainer.peak_rate,
+        losses=tuple(trainer.losses),
+    )
+
+
+def _keep_the_better(
+    trainer: Trainer, trained: dict[Tensor, Tensor], start: dict[Tensor, Tensor]
+) -> tuple[str, Estimate]:
+    """Which of two points has the higher ELBO on fresh draws, from the same noise and mini-batches."""
+    objective = trainer.objective
+    state = torch.random.get_rng_state()
+    flow = objective.estimate()
+    trainer.restore(start)
+    torch.random.set_rng_state(state)
+    gaussian = objective.estimate()
+    if flow.mean >= gaussian.mean:
+        trainer.restore(trained)
+        return "flow", flow
+    return "start", gaussian
+
+
+def _advance(bar: Any, trainer: Trainer) -> None:
+    bar.update()
+    if trainer.steps % 50 == 0:
+        recent = trainer.losses[-200:]
+        half = len(recent) // 2
+        trend = statistics.fmean(recent[:half] or [0.0]) - statistics.fmean(recent[half:] or [0.0])
+        bar.set_postfix_str(f"ELBO {-statistics.fmean(recent[half:]):.3f}, trend {trend:+.3f}")

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L4. The ELBO of a model and a guide on data that may come in mini-batches: its gradient, and its value with error."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+__all__ = ["Batches", "Estimate", "Objective"]
+
+# Fresh draws of an estimate: runs times particles a run.
+ESTIMATE_RUNS, ESTIMATE_PARTICLES = 50, 200
+SEQUENTIAL_RUNS = 200
+# Draws by which vectorised particles are compared with single ones, and how many standard errors they may differ.
+CHECK_RUNS, CHECK_ERRORS = 40, 5.0
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Estimate(NamedTuple):
+    """A Monte Carlo estimate of an ELBO: mean, its standard error, and the variance of one draw."""
+
+    mean: float
+    error: float
+    variance: float
+
+
+class Batches:
+    """The model's arguments, again and again.
+
+    Args:
+        args: A tuple of arguments; or something that can be iterated over repeatedly, whose items are tuples of
+            arguments, lists of them (as a ``DataLoader`` gives), or single arguments.
+        kwargs: Keyword arguments.
+    """
+
+    def __init__(self, args: tuple[Any, ...] | Iterable[Any], kwargs: Mapping[str, Any] | None) -> None:
+        self.kwargs = dict(kwargs or {})
+        self.many = not isinstance(args, tuple)
+        if isinstance(args, Iterator):
+            raise TypeError(
+                "fit: expected mini-batches that can be iterated over again, but got an iterator. "
+                "Pass the DataLoader itself, or a list of argument tuples."
+            )
+        if torch.is_tensor(args) or isinstance(args, (str, Mapping)):
+            raise TypeError(f"fit: expected args to be a tuple, but got a {type(args).__name__}. Write args=(x,).")
+        self._source: Iterable[Any] = args if self.many else [args]
+        self._stream = self._endless()
+        try:
+            self.first: Call = next(self._endless())
+        except RuntimeError:
+            raise ValueError("fit: expected at least one mini-batch, but got none.") from None
+
+    def _endless(self) -> Iterator[Call]:
+        while True:
+            empty = True
+            for item in self._source:
+                empty = False
+                yield (tuple(item) if isinstance(item, (tuple, list)) else (item,)), self.kwargs
+            if empty:
+                raise RuntimeError("no mini-batches")
+
+    def next(self) -> Call:
+        """The arguments of the next step."""
+        return next(self._stream)
+
+
+class Objective:
+    """The ELBO, by ``TraceEnum_ELBO`` where the model has enumerated sites and ``Trace_ELBO`` elsewhere.
+
+    Attributes:
+        vectorized: Whether particles can be drawn in one run.
+        trains_model: Whether the model has parameters of its own.
+        parameters: Unconstrained leaves of the guide's and the model's parameters.
+    """
+
+    def __init__(self, model: Callable[..., Any], guide: Callable[..., Any], batches: Batches) -> None:
+        self.model = model
+        self.guide = guide
+        self.batches = batches
+        args, kwargs = batches.first
+        with torch.no_grad(), pyro.validation_enabled(False):  # only the structure is looked at
+            guide_trace = poutine.block(poutine.trace(guide).get_trace)(*args, **kwargs)
+            replayed = poutine.replay(model, guide_trace)
+            trace = poutine.block(poutine.trace(replayed).get_trace)(*args, **kwargs)
+        sites = [s for s in trace.nodes.values() if s["type"] == "sample" and not site_is_subsample(s)]
+        self.enumerates = any(site["infer"].get("enumerate") for site in sites)
+        self.nesting = max((-f.dim for s in sites for f in s["cond_indep_stack"] if f.vectorized), default=0)
+        self.vectorized = True
+        self.vectorized = self._vectorizes()
+        with pyro.validation_enabled(False):
+            of_guide = _leaves(guide, args, kwargs)
+            of_model = _leaves(poutine.replay(model, guide_trace), args, kwargs)
+        self.trains_model = any(all(p is not q for q in of_guide) for p in of_model)
+        self.parameters = list({id(p): p for p in (*of_guide, *of_model)}.values())
+
+    def elbo(self, num_particles: int) -> Trace_ELBO | TraceEnum_ELBO:
+        """The loss with so many particles."""
+        kind = TraceEnum_ELBO if self.enumerates else Trace_ELBO
+        vectorized = self.vectorized and num_particles > 1
+        return kind(
+            num_particles=num_particles,
+            vectorize_particles=vectorized,
+            max_plate_nesting=self.nesting,
+            ignore_jit_warnings=True,
+        )
+
+    def gradient(self, elbo: Trace_ELBO | TraceEnum_ELBO) -> float:
+        """Loss of the next mini-batch; its gradient is added to the ``grad`` of :attr:`parameters`."""
+        args, kwargs = self.batches.next()
+        with _quiet():
+            return float(elbo.loss_and_grads(self.model, self.guide, *args, **kwargs))
+
+    def estimate(self) -> Estimate:
+        """The ELBO on fresh draws, without gradients."""
+        vectorized = self.vectorized
+        return self._estimate(ESTIMATE_RUNS if vectorized else SEQUENTIAL_RUNS, ESTIMATE_PARTICLES if vectorized else 1)
+
+    @torch.no_grad()
+    def _estimate(self, runs: int, particles: int) -> Estimate:
+        elbo = self.elbo(particles)
+        values = []
+        for _ in range(runs):
+            args, kwargs = self.batches.next()
+            try:
+                with _quiet():
+                    values.append(-float(elbo.loss(self.model, self.guide, *args, **kwargs)))
+            except ValueError:  # a distribution refused a draw
+                values.append(-math.inf)
+        sample = torch.tensor(values, dtype=torch.float64)
+        if not sample.isfinite().all():
+            return Estimate(-math.inf, math.inf, math.inf)
+        variance = sample.var().item()
+        return Estimate(sample.mean().item(), math.sqrt(variance / runs), variance * particles)
+
+    def _vectorizes(self) -> bool:
+        """Whether vectorised particles run, and agree with single ones."""
+        state = torch.random.get_rng_state()
+        try:
+            many = self._estimate(4, CHECK_RUNS)
+        except (RuntimeError, IndexError, NotImplementedError):
+            return False
+        finally:
+            torch.random.set_rng_state(state)
+        single = self._estimate(CHECK_RUNS, 1)
+        if not math.isfinite(single.mean):
+            return math.isfinite(many.mean)
+        error = math.hypot(single.error, math.sqrt(many.variance / (4 * CHECK_RUNS))) + 1e-4 * abs(single.mean)
+        return abs(many.mean - single.mean) < CHECK_ERRORS * error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Pyro's warnings about losses that are not finite: these are looked at and counted."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Encountered (NaN|infinite|[+-]?inf)", category=UserWarning)
+        yield
+
+
+def _leaves(run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Unconstrained leaves of all param statements of a run."""
+    with poutine.trace(param_only=True) as capture:
+        run(*args, **kwargs)
+    return [node["value"].unconstrained() for node in capture.trace.nodes.values()]

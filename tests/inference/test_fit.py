@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""fit: what it finds, when it stops, and what it does when training goes wrong."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import config_enumerate
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from pyro_flows import AutoFlowGuide, fit
+from pyro_flows.inference.objective import Batches, Objective
+from pyro_flows.inference.steps import Trainer
+
+Y = torch.tensor([1.0, 2.0, 3.0])
+# N(loc | 0, 10) times three N(y | loc, 1): a Gaussian in y with covariance I + 100.
+LOG_EVIDENCE = dist.MultivariateNormal(torch.zeros(3), torch.eye(3) + 100.0).log_prob(Y).item()
+
+
+def conjugate(y: Tensor) -> None:
+    loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+
+def banana() -> None:
+    """Evidence 1; no Gaussian comes closer than 0.4 nat."""
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(x**2, 0.3))
+
+
+def test_a_gaussian_posterior_needs_no_steps() -> None:
+    result = fit(conjugate, AutoFlowGuide(conjugate), (Y,), seed=0, progress=False)
+    assert result.steps == 0 and result.kept == "start"
+    assert result.elbo == pytest.approx(LOG_EVIDENCE, abs=1e-3)
+    assert "draws can tell" in result.reason
+
+
+def test_a_banana_is_fitted_in_one_call() -> None:
+    result = fit(banana, AutoFlowGuide(banana), num_steps=600, num_particles=16, seed=0, progress=False)
+    assert result.kept == "flow" and result.steps == 600
+    assert result.start_elbo < -0.3
+    assert -0.15 < result.elbo < 4 * result.elbo_se
+    assert "600 steps x 16 draws" in str(result) and "call fit again" in result.advice
+
+
+def test_auto_normal_and_functions_are_trained_too() -> None:
+    result = fit(conjugate, AutoNormal(conjugate), (Y,), num_steps=400, learning_rate=0.05, seed=0, progress=False)
+    assert result.elbo == pytest.approx(LOG_EVIDENCE, abs=0.02)
+
+    def guide(y: Tensor) -> None:
+        loc = pyro.param("loc_q", torch.tensor(0.0))
+        scale = pyro.param("scale_q", torch.tensor(1.0), constraint=dist.constraints.positive)
+        pyro.sample("loc", dist.Normal(loc, scale))
+
+    result = fit(conjugate, guide, (Y,), num_steps=400, learning_rate=0.05, seed=0, progress=False)
+    assert result.elbo == pytest.approx(LOG_EVIDENCE, abs=0.02)
+
+
+def test_the_same_seed_gives_the_same_run_and_leaves_the_global_state_alone() -> None:
+    state = torch.random.get_rng_state()
+    runs = []
+    for _ in range(2):
+        guide = AutoFlowGuide(banana)
+        fit(banana, guide, num_steps=5, seed=3, progress=False)
+        runs.append(guide.get_posterior().log_prob(torch.zeros(2)))
+    torch.testing.assert_close(runs[0], runs[1], rtol=0.0, atol=0.0)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_mini_batches_from_a_data_loader() -> None:
+    """A decoder is trained along with an amortized guide; the same data a second time go on from there."""
+
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.zeros(()))
+
+    decoder = Decoder()
+
+    def model(x: Tensor) -> None:
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z + decoder.bias, 0.5), obs=x)
+
+    torch.manual_seed(0)
+    x = 3.0 + torch.randn(60) * 1.25**0.5
+    loader = DataLoader(TensorDataset(x), batch_size=25, shuffle=True)
+    guide = AutoFlowGuide(model, amortize={"data": lambda x: x.unsqueeze(-1)})
+    result = fit(model, guide, loader, num_steps=1000, learning_rate=0.03, seed=0, progress=False)
+    assert result.kept == "flow"
+    assert decoder.bias.item() == pytest.approx(x.mean().item(), abs=0.15)  # standard error of 25 x 1000 draws and more
+
+
+def test_enumerated_sites_are_enumerated() -> None:
+    @config_enumerate
+    def mixture(y: Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
+        with pyro.plate("data", len(y)):
+            k = pyro.sample("k", dist.Bernoulli(0.5))
+            pyro.sample("y", dist.Normal(loc + 4 * k, 1.0), obs=y)
+
+    guide = AutoFlowGuide(mixture)
+    fit(mixture, guide, (torch.tensor([0.0, 4.0, 0.1, 3.9]),), num_steps=300, num_particles=8, seed=0, progress=False)
+    assert guide.median()["loc"].item() == pytest.approx(0.0, abs=0.3)
+
+
+def test_models_that_outer_plates_break_are_run_draw_by_draw() -> None:
+    x = torch.randn(5, 2)
+
+    def model(x: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("rows", 5):
+            pyro.sample("y", dist.Normal(x @ w, 1.0), obs=torch.zeros(5))
+
+    def silent(x: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.factor("sum_over_all_draws", -w.square().sum())
+
+    for case in (model, silent):
+        objective = Objective(case, AutoFlowGuide(case), Batches((x,), None))
+        assert not objective.vectorized
+    assert fit(model, AutoFlowGuide(model), (x,), num_steps=3, seed=0, progress=False).num_particles == 2
+
+
+def test_a_start_that_training_does_not_beat_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["pyro_flows.inference.fit"], "NEGLIGIBLE_GAP", 0.0)
+    guide = AutoFlowGuide(conjugate).warm_start(Y)
+    before = {name: p.detach().clone() for name, p in guide.named_parameters()}
+    result = fit(conjugate, guide, (Y,), num_steps=3, learning_rate=1.0, seed=0, progress=False)
+    assert result.kept == "start" and "another family" in result.advice
+    for name, p in guide.named_parameters():
+        assert torch.equal(p, before[name]), name
+
+
+def test_gradients_out_of_proportion_are_skipped_and_divergence_is_rolled_back() -> None:
+    calls = 0
+
+    def rare(y: Tensor) -> None:
+        nonlocal calls
+        calls += 1
+        loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+        pyro.factor("rare", (1e6 if calls % 10 == 0 else 0.0) * loc)
+        if calls % 17 == 0:
+            pyro.factor("broken", torch.nan * loc)
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+    guide = AutoFlowGuide(conjugate).warm_start(Y)
+    objective = Objective(conjugate, guide, Batches((Y,), None))
+    objective.model = rare
+    trainer = Trainer(objective, 1, 0.01)
+    trainer.cycle(200, 0.01, lambda: None)
+    assert trainer.skipped >= 25
+    assert objective.guide.median()["loc"].item() == pytest.approx(2.0, abs=0.2)
+
+    objective.model = conjugate
+    worse = 0
+
+    def diverge() -> None:
+        nonlocal worse
+        worse += 1
+        if worse == 150:
+            with torch.no_grad():
+                for p in guide.parameters():
+                    p.add_(3.0)
+
+    trainer = Trainer(objective, 1, 1e-4)
+    trainer.cycle(400, 1e-4, diverge)
+    assert trainer.rollbacks == 1
+    assert guide.median()["loc"].item() == pytest.approx(2.0, abs=0.2)
+
+
+def test_ctrl_c_keeps_the_best_so_far() -> None:
+    calls = 0
+
+    def model(y: Tensor) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1500:
+            raise KeyboardInterrupt
+        conjugate(y)
+
+    result = fit(model, AutoNormal(model), (Y,), num_particles=1, seed=0, progress=False)
+    assert result.reason == "interrupted" and math.isfinite(result.elbo)
+    assert result.elbo > result.start_elbo
+
+
+def test_arguments_that_do_not_make_sense() -> None:
+    guide: Any = AutoFlowGuide(conjugate)
+    with pytest.raises(TypeError, match=r"args=\(x,\)"):
+        fit(conjugate, guide, Y)
+    with pytest.raises(TypeError, match="iterator"):
+        fit(conjugate, guide, iter([(Y,)]))
+    with pytest.raises(ValueError, match="at least one mini-batch"):
+        fit(conjugate, guide, [])
+    with pytest.raises(ValueError, match="num_steps"):
+        fit(conjugate, guide, (Y,), num_steps=0)
+    with pytest.raises(ValueError, match="learning_rate"):
+        fit(conjugate, guide, (Y,), learning_rate=-1.0)
+
+    def nowhere() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("never", z * torch.inf)
+
+    with pytest.raises(RuntimeError, match="init_loc_fn"):
+        fit(nowhere, AutoNormal(nowhere), num_steps=20, progress=False)
