@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real posteriors with reference draws: how close each guide comes, by defaults.
+
+    python tests/benchmarks/posteriors.py FOLDER [--only NAME ...] [--guides NAME ...] [--seeds 1] [--write]
+
+FOLDER is a Python package with ``names()`` and ``load_posterior(name)``, whose result has ``model``, ``data`` (keyword
+arguments), ``to_reference(samples)``, ``mean`` and ``sd`` by parameter. ``AutoFlowGuide`` is trained by ``fit`` with
+nothing set; its peers by plain SVI, 2000 steps of 16 particles, Adam at 0.01 with decay. Run by hand, never by pytest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro.distributions.transforms import affine_coupling, iterated
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import (
+    AutoGuide,
+    AutoIAFNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoNormalizingFlow,
+    init_to_median,
+)
+from pyro.ops.stats import fit_generalized_pareto
+from tables import TABLES, as_rst
+from torch import Tensor
+
+from pyro_flows import AutoFlowGuide, fit
+
+GUIDES: dict[str, Callable[..., AutoGuide]] = {
+    "AutoFlowGuide": AutoFlowGuide,
+    "AutoNormal": lambda model: AutoNormal(model, init_loc_fn=init_to_median),
+    "AutoMultivariateNormal": lambda model: AutoMultivariateNormal(model, init_loc_fn=init_to_median),
+    "AutoIAFNormal": lambda model: AutoIAFNormal(model, num_transforms=2),
+    "RealNVP": lambda model: AutoNormalizingFlow(model, lambda dim: iterated(4, lambda d: affine_coupling(d), dim)),
+}
+CHUNK = 1000
+MAX_PLATE_NESTING = 3
+HEADER = (
+    "posterior",
+    "guide",
+    "ELBO",
+    "log evidence",
+    "gap",
+    "k-hat",
+    "ESS / S",
+    "worst mean error, sds",
+    "worst log sd ratio",
+    "seconds",
+)
+
+
+class Score(NamedTuple):
+    """One run; the columns after the names."""
+
+    elbo: float
+    log_evidence: float
+    gap: float
+    khat: float
+    ess: float
+    mean_error: float
+    log_sd_ratio: float
+    seconds: float
+
+
+@torch.no_grad()
+def draw(
+    model: Callable[..., Any], guide: AutoGuide, data: dict[str, Any], count: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Fresh draws: log p(x, z) - log q(z), and the values of the sites, ``(count, *site shape)``."""
+    weights, values = [], []
+    shapes = {name: node["value"].shape for name, node in guide.prototype_trace.iter_stochastic_nodes()}
+    for _ in range(math.ceil(count / CHUNK)):
+        with pyro.plate("draws", CHUNK, dim=-1 - MAX_PLATE_NESTING):
+            guide_trace = pyro.poutine.trace(guide).get_trace(**data)
+            model_trace = pyro.poutine.trace(pyro.poutine.replay(model, guide_trace)).get_trace(**data)
+        total = torch.zeros(CHUNK)
+        for trace, sign in ((model_trace, 1.0), (guide_trace, -1.0)):
+            trace.compute_log_prob()
+            for node in trace.nodes.values():
+                if node["type"] == "sample" and not pyro.poutine.util.site_is_subsample(node):
+                    total += sign * node["log_prob"].reshape(CHUNK, -1).sum(-1)
+        weights.append(total)
+        values.append({name: guide_trace.nodes[name]["value"].reshape(CHUNK, *shape) for name, shape in shapes.items()})
+    return torch.cat(weights), {name: torch.cat([chunk[name] for chunk in values]) for name in shapes}
+
+
+def score(posterior: Any, guide: AutoGuide, count: int, seconds: float) -> Score:
+    """Evidence, importance weights, and errors against the reference draws."""
+    weights, samples = draw(posterior.model, guide, posterior.data, count)
+    weights = weights.double()
+    log_evidence = (weights.logsumexp(0) - math.log(len(weights))).item()
+    ratio = (weights - weights.max()).exp()
+    tail = ratio.sort().values[-int(min(0.2 * count, 3 * math.sqrt(count))) - 1 :]
+    khat, _ = fit_generalized_pareto(tail[1:] - tail[0])
+    errors, ratios = [], []
+    for name, draws in posterior.to_reference(samples).items():
+        if name in posterior.mean:
+            errors.append(abs(float(draws.mean()) - posterior.mean[name]) / posterior.sd[name])
+            ratios.append(abs(math.log(float(draws.std()) / posterior.sd[name])))
+    elbo = weights.mean().item()
+    ess = (ratio.sum() ** 2 / (ratio**2).sum() / len(ratio)).item()
+    return Score(elbo, log_evidence, log_evidence - elbo, float(khat), ess, max(errors), max(ratios), seconds)
+
+
+def train(name: str, posterior: Any, seed: int) -> tuple[AutoGuide, float]:
+    """A trained guide, and seconds."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed)
+    guide = GUIDES[name](posterior.model)
+    begin = time.perf_counter()
+    if name == "AutoFlowGuide":
+        print(fit(posterior.model, guide, kwargs=posterior.data, progress=sys.stderr.isatty()), flush=True)
+    else:
+        schedule = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.01}, "gamma": 0.01 ** (1 / 2000)}
+        optim = pyro.optim.ExponentialLR(schedule)
+        svi = SVI(posterior.model, guide, optim, Trace_ELBO(num_particles=16, vectorize_particles=True))
+        for _ in range(2000):
+            svi.step(**posterior.data)
+            optim.step()
+    return guide, time.perf_counter() - begin
+
+
+def main() -> None:
+    """Run, print a line each, and write the table."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("folder", type=Path)
+    made.add_argument("--only", nargs="*", help="names of posteriors; all by default")
+    made.add_argument("--guides", nargs="*", default=list(GUIDES), choices=list(GUIDES))
+    made.add_argument("--seeds", type=int, default=1)
+    made.add_argument("--draws", type=int, default=20_000)
+    made.add_argument("--write", action="store_true", help="write docs/tables/posteriors.rst")
+    options = made.parse_args()
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(options.folder.resolve().parent))
+    package = importlib.import_module(options.folder.resolve().name)
+    rows = []
+    for title in options.only or package.names():
+        for name in options.guides:
+            scores = []
+            for seed in range(options.seeds):
+                posterior = package.load_posterior(title)
+                try:
+                    guide, seconds = train(name, posterior, seed)
+                    scores.append(score(posterior, guide, options.draws, seconds))
+                except (ValueError, RuntimeError) as error:
+                    print(f"{title}, {name}, seed {seed}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+                    scores.append(Score(*(math.nan,) * len(Score._fields)))
+            cells = [f"{statistics.median(column):.3f}" for column in zip(*scores, strict=True)]
+            rows.append([title, name, *cells])
+            print("  ".join(rows[-1]), flush=True)
+    if options.write:
+        (TABLES / "posteriors.rst").write_text(as_rst(HEADER, rows))
+
+
+if __name__ == "__main__":
+    main()
