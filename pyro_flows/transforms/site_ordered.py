@@ -163,34 +163,32 @@ class SiteOrderedAffine(FlowTransform):
         y = x[..., :0]
         scores: list[Tensor] = []
         through: list[Tensor] = []
-        free_log_scale = eased(self.log_scale)
-        scales = free_log_scale.exp().split(self.block_sizes, -1)
-        total = total + free_log_scale.sum()
+        free_log_scales = eased(self.log_scale).split(self.block_sizes, -1)
         start = 0
-        for index, (part, scale) in enumerate(zip(x.split(self.block_sizes, -1), scales, strict=True)):
+        for index, (part, log_scale) in enumerate(zip(x.split(self.block_sizes, -1), free_log_scales, strict=True)):
             size = part.shape[-1]
             factor = self._factor(index)
-            mixed = (part if factor is None else part @ factor.mT) * scale
+            mixed = part if factor is None else part @ factor.mT
             if score is not None:
                 score_s = score[..., start : start + size]
                 if factor is not None:
                     score_s = _solve_rows(factor.detach(), score_s, upper=False)
-                score_s = score_s / scale.detach()
             steer = self._steer(index, y, context)
             if steer is not None:
-                loc, log_scale = steer
-                mixed = mixed * log_scale.exp()
-                total = total + log_scale.sum(-1)
-                if score is not None:
-                    with torch.no_grad():
-                        score_s = score_s * (-log_scale).exp()
-                        weight = torch.addcmul(torch.ones_like(mixed), score_s, mixed)
-                    if start > 0:
-                        # d log q / d y_<s, through this block's conditioner alone.
-                        through += torch.autograd.grad((loc, log_scale), y, (score_s, weight), retain_graph=True)
-                mixed = mixed + loc
+                loc, more = steer
+                log_scale = log_scale + more
+            mixed = mixed * log_scale.exp()
+            total = total + log_scale.sum(-1)
             if score is not None:
+                with torch.no_grad():
+                    score_s = score_s * (-log_scale).exp()
+                    weight = torch.addcmul(torch.ones_like(mixed), score_s, mixed)
+                if steer is not None and start > 0:
+                    # d log q / d y_<s, through this block's conditioner alone.
+                    through += torch.autograd.grad((loc, log_scale), y, (score_s, weight), retain_graph=True)
                 scores.append(score_s)
+            if steer is not None:
+                mixed = mixed + loc
             y = mixed if start == 0 else torch.cat([y, mixed], -1)
             start += size
         if score is None:

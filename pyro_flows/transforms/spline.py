@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -24,6 +25,13 @@ SLOPE_OFFSET = math.log(math.expm1(1.0 - MIN_SLOPE))
 # Gauss-Hermite nodes and weights for the moments of a spline of standard normal noise.
 NODES = (-3.750439717725742, -2.366759410734541, -1.154405394739968, 0.0)
 WEIGHTS = (5.4826885597221875e-4, 3.075712396758645e-2, 2.401231786050127e-1, 16 / 35)
+
+
+@functools.lru_cache
+def _quadrature(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """All nodes and their weights."""
+    nodes = torch.tensor([*NODES, *(-x for x in NODES[2::-1])], dtype=dtype, device=device)
+    return nodes, torch.tensor([*WEIGHTS, *WEIGHTS[2::-1]], dtype=dtype, device=device)
 
 
 class _Bins(NamedTuple):
@@ -78,8 +86,7 @@ class RationalQuadratic:
     def _standardize(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of what the spline in the box makes of standard normal noise."""
         like = self.x_knots[..., 0]
-        nodes = torch.tensor([*NODES, *(-x for x in NODES[2::-1])], dtype=like.dtype, device=like.device)
-        weights = torch.tensor([*WEIGHTS, *WEIGHTS[2::-1]], dtype=like.dtype, device=like.device)
+        nodes, weights = _quadrature(like.dtype, like.device)
         y = self._evaluate(nodes.reshape(-1, *(1,) * like.dim()).expand(-1, *like.shape))[0].movedim(0, -1)
         mean = y @ weights
         return mean, ((y - mean.unsqueeze(-1)).square() @ weights).sqrt()
