@@ -192,7 +192,9 @@ def best_gaussian(log_joint: LogJoint, start: Tensor, init_scale: float, *, corr
     best = max(found, key=lambda gaussian: gaussian.elbo)
     begins.append((best.loc, best.factor, "the best of the L-BFGS paths"))
     for loc, factor, origin in begins:
-        for fitted_loc, fitted_scale in _mean_field(log_joint, loc, factor):
+        fitted = _mean_field(log_joint, loc, factor)
+        if fitted is not None:
+            fitted_loc, fitted_scale = fitted
             consider(fitted_loc, torch.diag(fitted_scale), f"mean-field normal on fixed draws, from {origin}")
             hessian = _hessian_factor(log_joint, fitted_loc, correlated=correlated)
             if hessian is not None:
@@ -222,19 +224,18 @@ def _elbo(log_joint: LogJoint, loc: Tensor, factor: Tensor, noise: Tensor) -> fl
     return elbo if math.isfinite(elbo) else -math.inf
 
 
-def _minimise(objective: Callable[[], Tensor], parameters: list[Tensor], iterations: int) -> Callable[[int], None]:
+def _minimise(objective: Callable[[], Tensor], parameters: list[Tensor]) -> Callable[[int], None]:
     """L-BFGS that goes on where it stopped, whose line search steps back from where the model has no density."""
-    optimizer = torch.optim.LBFGS(parameters, max_iter=iterations, history_size=20, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(parameters, history_size=20, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
         try:
             loss = objective()
         except ValueError:
-            loss = sum((p.sum() * 0.0 for p in parameters), parameters[0].new_zeros(()))
-            loss = loss + FORBIDDEN
+            loss = parameters[0].new_tensor(math.inf)
         if not loss.isfinite():
-            loss = sum((p.sum() * 0.0 for p in parameters), parameters[0].new_zeros(())) + FORBIDDEN
+            loss = torch.stack([p.sum() * 0.0 for p in parameters]).sum() + FORBIDDEN
         loss.backward()  # type: ignore[no-untyped-call]
         for p in parameters:
             assert p.grad is not None
@@ -253,7 +254,7 @@ def _minimise(objective: Callable[[], Tensor], parameters: list[Tensor], iterati
 def _path(log_joint: LogJoint, start: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Iterates of L-BFGS on the negative log joint."""
     z = start.detach().clone().requires_grad_()
-    run = _minimise(lambda: -log_joint(z.unsqueeze(0)).sum(), [z], LOOKS[-1])
+    run = _minimise(lambda: -log_joint(z.unsqueeze(0)).sum(), [z])
     before = 0
     for look in LOOKS:
         if look > before:
@@ -285,18 +286,18 @@ def _hessian_factor(log_joint: LogJoint, loc: Tensor, *, correlated: bool) -> Te
     return factor.to(loc) if info == 0 else None
 
 
-def _mean_field(log_joint: LogJoint, loc: Tensor, factor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Mean-field normals that maximise the ELBO on fixed draws: locations and scales, better and better."""
+def _mean_field(log_joint: LogJoint, loc: Tensor, factor: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Location and scale of the mean-field normal that maximises the ELBO on fixed draws; None if that fails."""
     noise = _antithetic(FIXED_DRAWS, loc)
     loc = loc.detach().clone().requires_grad_()
     # The conditional scales: a mean-field normal is no wider than those.
     conditional = torch.cholesky_inverse(factor.double()).diagonal().rsqrt()
     log_scale = conditional.log().to(loc).requires_grad_()
     for iterations in MEAN_FIELD_ITERATIONS:
-        run = _minimise(
-            lambda: -log_joint(loc + log_scale.exp() * noise).mean() - log_scale.sum(), [loc, log_scale], iterations
+        # Afresh each time: the second run forgets the curvature of the way.
+        _minimise(lambda: -log_joint(loc + log_scale.exp() * noise).mean() - log_scale.sum(), [loc, log_scale])(
+            iterations
         )
-        run(iterations)
         if not (loc.isfinite().all() and log_scale.isfinite().all()):
-            return
-    yield loc.detach().clone(), log_scale.detach().exp()
+            return None
+    return loc.detach().clone(), log_scale.detach().exp()

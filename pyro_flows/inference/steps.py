@@ -55,7 +55,6 @@ class Trainer:
         self._elbo = objective.elbo(num_particles)
         self._norms: deque[float] = deque(maxlen=MEMORY)
         self._parameters = objective.parameters
-        self._optimizer = self._fresh_optimizer()
 
     def _fresh_optimizer(self) -> torch.optim.Adam:
         return torch.optim.Adam(self._parameters, lr=self.peak_rate, betas=BETAS)
@@ -77,10 +76,10 @@ class Trainer:
             RuntimeError: If none of the first steps ever has a finite loss.
         """
         best_loss, best_spread, best_point = math.inf, 0.0, self.snapshot()
-        self._optimizer = self._fresh_optimizer()
+        optimizer = self._fresh_optimizer()
         first = len(self.losses)
         for step in range(length):
-            self._step(rate * _schedule(step / length))
+            self._step(optimizer, rate * _schedule(step / length))
             after_step()
             if step % WINDOW == WINDOW - 1:
                 window = self.losses[max(first, len(self.losses) - WINDOW) :]
@@ -90,11 +89,11 @@ class Trainer:
                     best_loss, best_spread, best_point = loss, spread, self.snapshot()
                 elif not loss < best_loss + TOLERANCE * best_spread + 1.0:
                     self.restore(best_point)
-                    self._optimizer = self._fresh_optimizer()
+                    optimizer = self._fresh_optimizer()
                     self.rollbacks += 1
                     rate /= 2
 
-    def _step(self, rate: float) -> None:
+    def _step(self, optimizer: torch.optim.Adam, rate: float) -> None:
         self.steps += 1
         for parameter in self._parameters:
             parameter.grad = None
@@ -120,9 +119,9 @@ class Trainer:
             return
         if norm > CLIP * median:
             torch._foreach_mul_(gradients, CLIP * median / norm)
-        for group in self._optimizer.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = rate
-        self._optimizer.step()
+        optimizer.step()
 
 
 def _schedule(progress: float) -> float:

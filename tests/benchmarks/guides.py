@@ -38,6 +38,14 @@ from pyro_flows.__main__ import LOG_EVIDENCE, SIGMA, Y, evaluate
 from pyro_flows.__main__ import model as eight_schools
 
 SCHOOLS = (torch.tensor(SIGMA), torch.tensor(Y))
+# Pyro's guides and ours, of a model.
+GUIDES: dict[str, Callable[[Callable], AutoGuide]] = {
+    "AutoNormal": lambda model: AutoNormal(model, init_loc_fn=init_to_median),
+    "AutoMultivariateNormal": AutoMultivariateNormal,
+    "AutoIAFNormal x2": lambda model: AutoIAFNormal(model, num_transforms=2),
+    "AutoNormalizingFlow, 4 couplings": lambda model: AutoNormalizingFlow(model, partial(iterated, 4, affine_coupling)),
+    "AutoFlowGuide": AutoFlowGuide,
+}
 # What sampling costs a pass per dimension for is no guide.
 FAMILIES = tuple(name for name in flows.names() if flows.get(name).one_pass_sampling)
 
@@ -62,22 +70,13 @@ def spread(values: Sequence[float]) -> str:
 
 def measure_gap(seeds: int) -> tuple[Sequence[str], Rows]:
     """Eight schools centred, 3000 steps x 16 particles: gap to the exact log evidence."""
-    guides: dict[str, Callable[[], AutoGuide]] = {
-        "AutoNormal": lambda: AutoNormal(eight_schools, init_loc_fn=init_to_median),
-        "AutoMultivariateNormal": lambda: AutoMultivariateNormal(eight_schools),
-        "AutoIAFNormal x2": lambda: AutoIAFNormal(eight_schools, num_transforms=2),
-        "AutoNormalizingFlow, 4 couplings": lambda: AutoNormalizingFlow(
-            eight_schools, partial(iterated, 4, affine_coupling)
-        ),
-        "AutoFlowGuide": lambda: AutoFlowGuide(eight_schools),
-    }
     rows = []
-    for name, make in guides.items():
+    for name, make in GUIDES.items():
         gaps, times = [], []
         for seed in range(seeds):
             pyro.clear_param_store()
             pyro.set_rng_seed(seed)
-            guide = make()
+            guide = make(eight_schools)
             times.append(fit(eight_schools, guide, SCHOOLS, 3000, 16, 0.02))
             elbo = statistics.mean(evaluate(guide, SCHOOLS)[0] for _ in range(5))  # 100,000 draws
             gaps.append(LOG_EVIDENCE - elbo)

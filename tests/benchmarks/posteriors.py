@@ -22,29 +22,15 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
-from pyro.distributions.transforms import affine_coupling, iterated
+from guides import GUIDES
 from pyro.infer import SVI, Trace_ELBO
-from pyro.infer.autoguide import (
-    AutoGuide,
-    AutoIAFNormal,
-    AutoMultivariateNormal,
-    AutoNormal,
-    AutoNormalizingFlow,
-    init_to_median,
-)
+from pyro.infer.autoguide import AutoGuide
 from pyro.ops.stats import fit_generalized_pareto
 from tables import TABLES, as_rst
 from torch import Tensor
 
-from pyro_flows import AutoFlowGuide, fit
+from pyro_flows import fit
 
-GUIDES: dict[str, Callable[..., AutoGuide]] = {
-    "AutoFlowGuide": AutoFlowGuide,
-    "AutoNormal": lambda model: AutoNormal(model, init_loc_fn=init_to_median),
-    "AutoMultivariateNormal": lambda model: AutoMultivariateNormal(model, init_loc_fn=init_to_median),
-    "AutoIAFNormal": lambda model: AutoIAFNormal(model, num_transforms=2),
-    "RealNVP": lambda model: AutoNormalizingFlow(model, lambda dim: iterated(4, lambda d: affine_coupling(d), dim)),
-}
 CHUNK = 1000
 MAX_PLATE_NESTING = 3
 HEADER = (
