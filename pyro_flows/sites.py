@@ -110,6 +110,11 @@ class SiteTable:
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)
 
+    @property
+    def names(self) -> list[str]:
+        """The sites' names, in order."""
+        return [site.name for site in self.sites]
+
     def __len__(self) -> int:
         return len(self.sites)
 

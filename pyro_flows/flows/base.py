@@ -25,6 +25,7 @@ from pyro_flows.transforms import (
     FullRankAffine,
     LowRankAffine,
     PartialPooling,
+    PriorPooling,
 )
 
 __all__ = ["Flow", "FlowDistribution", "FlowSpec"]
@@ -275,6 +276,15 @@ class FlowSpec:
                 'Use "spline" or "auto" for a single latent.'
             )
         return Flow(self.layers(input_dim, context_dim), self._make_head(input_dim, context_dim))
+
+    def build_joint(self, block_sizes: Sequence[int], pooling: PriorPooling | None = None) -> Flow:
+        """Make a flow over a model's sites.
+
+        Args:
+            block_sizes: The sites' sizes, in order; they add up to the flow's ``input_dim``.
+            pooling: A head that knows the priors of a hierarchy; for families that follow the model.
+        """
+        return self.with_blocks(block_sizes).build(sum(block_sizes))
 
     def build_local(self, input_dim: int, given_dim: int, feature_dim: int, known: Tensor | None = None) -> Flow:
         """Make a flow for one item of a plate, with weights that all items share and a partially pooled head.

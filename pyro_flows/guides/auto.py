@@ -148,7 +148,7 @@ class AutoFlowGuide(StoredGuide):
         return self
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        trace = trace_latents(self.model, args, kwargs)
+        trace = trace_latents(self.started_model, args, kwargs)
         if self.master is not None and self.master().prototype_trace is not None:
             self.master()._check_prototype(trace)
         self._prototype_frames = {
@@ -197,17 +197,6 @@ class AutoFlowGuide(StoredGuide):
     def _joint(self) -> JointBlock:
         """The one block of a guide without local latents."""
         return self._posterior.only_block
-
-    @property
-    def model(self) -> Callable[..., Any]:
-        """The model; not part of a pickled guide."""
-        if self._model is None:
-            raise RuntimeError(
-                "AutoFlowGuide: expected a model, but a guide that was loaded from a file has none. "
-                "Use the model itself, or load a state_dict into a fresh AutoFlowGuide(model)."
-            )
-        model: Callable[..., Any] = self._model[0]
-        return model
 
     # Distribution
 

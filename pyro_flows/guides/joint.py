@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,11 +14,23 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_flows.flows import Flow, FlowDistribution, FlowSpec
-from pyro_flows.guides.warm_start import Gaussian, LogJoint, best_gaussian
+from pyro_flows.guides.prior import LinearPrior
+from pyro_flows.guides.warm_start import (
+    SCORE_DRAWS,
+    Gaussian,
+    LogJoint,
+    antithetic,
+    best_gaussian,
+    elbo_of,
+    fit_on_fixed_draws,
+)
 from pyro_flows.sites import SiteTable
-from pyro_flows.transforms import FullRankAffine, SiteOrderedAffine
+from pyro_flows.transforms import FullRankAffine, PriorPooling, SiteOrderedAffine
 
 __all__ = ["JointBlock", "build_reproducibly"]
+
+# Largest share of the precision that known priors have where a deterministic fit begins.
+POOLED_SHARE = 0.9
 
 
 def build_reproducibly(build: Callable[[], Flow]) -> Flow:
@@ -43,13 +57,17 @@ class JointBlock(nn.Module):
         table: The sites.
         spec: Recipe of the flow; told the sites' sizes, in order.
         init_scale: Standard deviation at the start, > 0.
+        prior: Priors that follow other sites of the table, for families that make use of them.
     """
 
-    def __init__(self, table: SiteTable, spec: FlowSpec, init_scale: float) -> None:
+    def __init__(
+        self, table: SiteTable, spec: FlowSpec, init_scale: float, *, prior: LinearPrior | None = None
+    ) -> None:
         super().__init__()
         self.table = table
-        spec = spec.with_blocks([site.size for site in table if site.size])
-        flow = build_reproducibly(lambda: spec.build(table.latent_dim))
+        sizes = [site.size for site in table if site.size]
+        pooling = None if prior is None else PriorPooling(prior.known, *prior.dense(table.latent_dim))
+        flow = build_reproducibly(lambda: spec.build_joint(sizes, pooling))
         self.flow = flow.to(dtype=table.init_loc.dtype, device=table.init_loc.device)
         self.flow.head.initialize(table.init_loc, torch.full_like(table.init_loc, init_scale))
 
@@ -83,7 +101,7 @@ class JointBlock(nn.Module):
 
     def warm_start(
         self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], init_scale: float
-    ) -> Gaussian:
+    ) -> None:
         """Find a good Gaussian for the model and start there; see :func:`best_gaussian`."""
         nesting = max((-frame.dim for site in self.table for frame in site.frames), default=0)
         trace = poutine.block(poutine.trace(model).get_trace)(*args, **kwargs)
@@ -97,8 +115,28 @@ class JointBlock(nn.Module):
                     )
         log_joint = LogJoint(model, self.table, args, kwargs, nesting)
         found = best_gaussian(log_joint, self.table.init_loc, init_scale, correlated=self.holds_correlations)
+        if isinstance(self.flow.head, PriorPooling) and self._pool(log_joint, self.flow.head, found) > found.elbo:
+            return
         self.start(found.loc, found.factor)
-        return found
+
+    def _pool(self, log_joint: LogJoint, head: PriorPooling, found: Gaussian) -> float:
+        """Let the head's priors have their share, on fixed draws; returns the ELBO.
+
+        A Gaussian near a funnel has to choose between its neck and its body; from there training would take long.
+        """
+        push = head.forward_and_ladj
+        noise = antithetic(SCORE_DRAWS, found.loc)
+        conditional = torch.cholesky_inverse(found.factor.double()).diagonal().rsqrt().to(found.loc)
+        best, best_state = -math.inf, None
+        for loc, scale in ((found.loc, conditional), (self.table.init_loc, torch.ones_like(found.loc))):
+            head.initialize(loc, scale, max_share=POOLED_SHARE)
+            if fit_on_fixed_draws(log_joint, push, list(head.parameters()), loc):
+                elbo = elbo_of(log_joint, push, noise)
+                if elbo > best:
+                    best, best_state = elbo, copy.deepcopy(head.state_dict())
+        if best_state is not None:
+            head.load_state_dict(best_state)
+        return best
 
     def distribution(self, *, path_gradient: bool) -> FlowDistribution:
         """The distribution of the packed vector."""

@@ -14,8 +14,7 @@ from pyro_flows.flows import DiagonalNormal, FlowSpec
 from pyro_flows.guides.amortize import Encoder, probe
 from pyro_flows.guides.joint import JointBlock
 from pyro_flows.guides.local import LocalBlock
-from pyro_flows.guides.prior import read_prior
-from pyro_flows.guides.warm_start import Gaussian
+from pyro_flows.guides.prior import read_joint_prior, read_prior
 from pyro_flows.plates import LocalTable, partition
 from pyro_flows.sites import Site, SiteTable, decreasing, quantiles
 
@@ -63,7 +62,12 @@ class Posterior(nn.Module):
             table = _subtable(trace, outside)
             # A single global under a family of two dimensions or more: as in `FlowSpec.build_local`.
             small = bool(tables) and table.latent_dim < spec.min_dim
-            self.joint = JointBlock(table, DiagonalNormal() if small else spec, init_scale)
+            self.joint = JointBlock(
+                table,
+                DiagonalNormal() if small else spec,
+                init_scale,
+                prior=read_joint_prior(model, args, kwargs, table),
+            )
         self.encoders = nn.ModuleDict({_key((plate,)): Encoder(plate, f) for plate, f in amortize.items()})
         widths = {encoder.plate: probe(encoder, args, kwargs) for encoder in self._encoders()}
         self.local = nn.ModuleDict()
@@ -206,14 +210,14 @@ class Posterior(nn.Module):
                 values[site.name] = site.to_support(unconstrained.reshape(shape))
         return {name: values[name] for name in self.order}
 
-    def warm_start(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Gaussian:
-        """Start at a good Gaussian for the model, which is returned."""
+    def warm_start(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Start at a good Gaussian for the model."""
         for block in self.blocks():
             raise NotImplementedError(
                 f"AutoFlowGuide.warm_start: expected a guide without local latents, but plate {_title(block)} has "
                 'some. Train the guide as it is, or run the model on full plates with structure="joint".'
             )
-        return self.only_block.warm_start(model, args, kwargs, self.init_scale)
+        self.only_block.warm_start(model, args, kwargs, self.init_scale)
 
     def sample(self, num_samples: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Site name -> draws, ``(num_samples, *site shape)`` over the full plates."""

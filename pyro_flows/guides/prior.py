@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L3. Reading off a model how the prior of its local latents follows the latents that they are given."""
+"""L3. Reading off a model how the priors of its latents follow the latents before them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro.distributions as dist
@@ -17,13 +17,15 @@ from torch import Tensor
 from pyro_flows.plates import LocalTable
 from pyro_flows.sites import Site, SiteTable
 
-__all__ = ["LinearPrior", "read_prior"]
+__all__ = ["LinearPrior", "read_joint_prior", "read_prior"]
 
 # With more given latents than this the model would have to be run too often.
 MAX_FEATURES = 200
 # Items of a mini-batch that are looked at; enough to see whether the prior differs between items.
 MAX_ITEMS = 16
 TOLERANCE = 1e-4
+# Runs beyond the number of unknowns, by which a fit can fail.
+SPARE_RUNS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +47,13 @@ class LinearPrior:
     def __call__(self, given: Tensor) -> Tensor:
         """Locations and log-scales, ``(..., 2 n)``, from packed given latents, ``(..., G)``."""
         return torch.nn.functional.linear(given[..., self.active], self.slope, self.bias)
+
+    def dense(self, count: int) -> tuple[Tensor, Tensor]:
+        """Slopes in all of ``count`` given latents, ``(2 n, count)``, and biases; zero where nothing is known."""
+        rows = self.known.repeat(2)
+        slope = self.slope.new_zeros(len(self.bias), count)
+        slope[:, self.active] = self.slope
+        return slope * rows.unsqueeze(-1), self.bias * rows
 
 
 class _Done(Exception):
@@ -109,18 +118,63 @@ def read_prior(
     rows: list[tuple[Tensor, Tensor]] = []
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        for _ in range(count + 8):
+        for _ in range(count + SPARE_RUNS):
             given, values = _random_given(joint, parents, parent_starts)
-            watch = _Watch(values, [site.name for site in table.sites])
-            try:
-                with poutine.block(), watch:
-                    model(*args, **kwargs)
-            except _Done:
-                pass
-            except (ValueError, RuntimeError):  # the model does not bear these values
+            found = _watch(model, args, kwargs, values, [site.name for site in table.sites])
+            if found is None:
                 return None
-            rows.append(_row(table, start, given, watch.found))
+            rows.append(_row(table, start, given, found))
     return _fit(torch.cat([x for x, _ in rows]), torch.cat([y for _, y in rows]), start)
+
+
+@torch.no_grad()
+def read_joint_prior(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], table: SiteTable
+) -> LinearPrior | None:
+    """As :func:`read_prior` for the sites of the joint block, each given the others; priors that follow none left out.
+
+    Returns:
+        None if no site has such a prior.
+    """
+    rows: list[tuple[Tensor, Tensor]] = []
+    if table.latent_dim > MAX_FEATURES:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        for _ in range(table.latent_dim + SPARE_RUNS):
+            (packed,), values = _random_given(table, [], [])
+            found = _watch(model, args, kwargs, values, table.names)
+            if found is None:
+                return None
+            gaussians = [_gaussian(site, found[site.name]) for site in table]
+            y = torch.cat([torch.cat([pair[i].reshape(-1) for pair in gaussians]) for i in range(2)])
+            rows.append((packed.double(), y.double()))
+            if len(rows) == 2 and not (rows[0][1] != rows[1][1]).logical_and(y.isfinite()).any():
+                return None  # no Gaussian prior that follows anything
+    prior = _fit(torch.stack([x for x, _ in rows]), torch.stack([y for _, y in rows]), table.init_loc)
+    if prior is None:
+        return None
+    follows = (prior.slope != 0).any(-1).reshape(2, -1).any(0)
+    return replace(prior, known=prior.known & follows) if (prior.known & follows).any() else None
+
+
+def _watch(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    values: Mapping[str, Tensor],
+    wanted: Sequence[str],
+) -> dict[str, Any] | None:
+    """Distributions of sites in a run at given values; None if the model does not bear these values."""
+    watch = _Watch(values, wanted)
+    try:
+        with poutine.block(), watch:
+            model(*args, **kwargs)
+    except _Done:
+        pass
+    except (ValueError, RuntimeError):
+        return None
+    return watch.found
 
 
 def _random_given(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro
@@ -30,12 +30,34 @@ class StoredGuide(AutoContinuous):
             finds under that name.
     """
 
+    _model: tuple[Callable[..., Any], ...] | None
+
     def __init__(self, model: Any, init_loc_fn: Any, name: str | None) -> None:
         super().__init__(model, init_loc_fn=init_loc_fn)
+        assert self._model is not None
+        self._model = (model, *self._model)  # the second one has its latents at their start
         self._given_name = name
         self._registered = False
         if name is not None:
             self._pyro_name = name
+
+    @property
+    def model(self) -> Callable[..., Any]:
+        """The model; not part of a pickled guide."""
+        return self._models()[0]
+
+    @property
+    def started_model(self) -> Callable[..., Any]:
+        """The model with its latents at their start. What sets latents itself need not ask an ``init_loc_fn``."""
+        return self._models()[1]
+
+    def _models(self) -> tuple[Callable[..., Any], ...]:
+        if self._model is None:
+            raise RuntimeError(
+                "AutoFlowGuide: expected a model, but a guide that was loaded from a file has none. "
+                "Use the model itself, or load a state_dict into a fresh AutoFlowGuide(model)."
+            )
+        return self._model
 
     def _trained(self) -> nn.Module:
         """The module that holds the parameters."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_flows.sites import SiteTable
 
-__all__ = ["Gaussian", "LogJoint", "best_gaussian"]
+__all__ = ["SCORE_DRAWS", "Gaussian", "LogJoint", "antithetic", "best_gaussian", "elbo_of", "fit_on_fixed_draws"]
 
 # L-BFGS paths: from the start itself and from around it, looked at after this many iterations each.
 NUM_PATHS = 3
@@ -27,9 +27,9 @@ ISOTROPIC_SCALES = (0.1, 0.5)
 HESSIAN_DIM = 200
 # Smallest curvature, in units of the unconstrained latents.
 MIN_CURVATURE = 0.01
-# Fixed antithetic draws and iterations of the deterministic mean-field fit.
-FIXED_DRAWS = 32
-MEAN_FIELD_ITERATIONS = (150, 150)
+# Fixed antithetic draws and iterations of deterministic fits.
+FIXED_DRAWS = 128
+FIXED_ITERATIONS = (150, 150)
 # Draws by which candidates are compared.
 SCORE_DRAWS = 128
 # What the line search of L-BFGS is told where the model has no density.
@@ -171,12 +171,14 @@ def best_gaussian(log_joint: LogJoint, start: Tensor, init_scale: float, *, corr
         Giordano, Ingram, Broderick. Black Box Variational Inference with a Deterministic Objective. JMLR 2024.
         arXiv:2304.05527, for mean-field fits on fixed draws.
     """
-    noise = _antithetic(SCORE_DRAWS, start)
+    noise = antithetic(SCORE_DRAWS, start)
     found: list[Gaussian] = []
 
     def consider(loc: Tensor, factor: Tensor, origin: str) -> None:
         if loc.isfinite().all() and factor.isfinite().all():
-            found.append(Gaussian(loc, factor, _elbo(log_joint, loc, factor, noise), origin))
+            ladj = factor.diagonal().log().sum()
+            elbo = elbo_of(log_joint, lambda noise: (loc + noise @ factor.mT, ladj), noise)
+            found.append(Gaussian(loc, factor, elbo, origin))
 
     identity = torch.eye(len(start), dtype=start.dtype, device=start.device)
     consider(start, init_scale * identity, "the guide's own start")
@@ -208,20 +210,10 @@ def best_gaussian(log_joint: LogJoint, start: Tensor, init_scale: float, *, corr
     return best
 
 
-def _antithetic(count: int, like: Tensor) -> Tensor:
+def antithetic(count: int, like: Tensor) -> Tensor:
+    """Standard normal draws, half of which mirror the other half, ``(count, *like.shape)``."""
     half = torch.randn(count // 2, *like.shape, dtype=like.dtype, device=like.device)
     return torch.cat([half, -half])
-
-
-@torch.no_grad()
-def _elbo(log_joint: LogJoint, loc: Tensor, factor: Tensor, noise: Tensor) -> float:
-    try:
-        energy = log_joint(loc + noise @ factor.mT).double().mean()
-    except ValueError:
-        return -math.inf
-    entropy = factor.diagonal().double().log().sum() + 0.5 * len(loc) * math.log(2 * math.pi * math.e)
-    elbo = (energy + entropy).item()
-    return elbo if math.isfinite(elbo) else -math.inf
 
 
 def _minimise(objective: Callable[[], Tensor], parameters: list[Tensor]) -> Callable[[int], None]:
@@ -288,16 +280,52 @@ def _hessian_factor(log_joint: LogJoint, loc: Tensor, *, correlated: bool) -> Te
 
 def _mean_field(log_joint: LogJoint, loc: Tensor, factor: Tensor) -> tuple[Tensor, Tensor] | None:
     """Location and scale of the mean-field normal that maximises the ELBO on fixed draws; None if that fails."""
-    noise = _antithetic(FIXED_DRAWS, loc)
     loc = loc.detach().clone().requires_grad_()
     # The conditional scales: a mean-field normal is no wider than those.
     conditional = torch.cholesky_inverse(factor.double()).diagonal().rsqrt()
     log_scale = conditional.log().to(loc).requires_grad_()
-    for iterations in MEAN_FIELD_ITERATIONS:
-        # Afresh each time: the second run forgets the curvature of the way.
-        _minimise(lambda: -log_joint(loc + log_scale.exp() * noise).mean() - log_scale.sum(), [loc, log_scale])(
-            iterations
-        )
-        if not (loc.isfinite().all() and log_scale.isfinite().all()):
-            return None
+    parameters = [loc, log_scale]
+    if not fit_on_fixed_draws(
+        log_joint, lambda noise: (loc + log_scale.exp() * noise, log_scale.sum()), parameters, loc
+    ):
+        return None
     return loc.detach().clone(), log_scale.detach().exp()
+
+
+def fit_on_fixed_draws(
+    log_joint: LogJoint, push: Callable[[Tensor], tuple[Tensor, Tensor]], parameters: list[Tensor], like: Tensor
+) -> bool:
+    """Maximise the ELBO of a transport map on a few fixed draws, in place.
+
+    Args:
+        log_joint: The target.
+        push: Noise, ``(S, D)``, to draws and the log-determinant of each.
+        parameters: Leaves of the map.
+        like: A tensor of shape ``(D,)``, dtype and device of the draws.
+
+    Returns:
+        Whether all parameters are finite.
+    """
+    noise = antithetic(FIXED_DRAWS, like)
+
+    def loss() -> Tensor:
+        draws, ladj = push(noise)
+        return -(log_joint(draws) + ladj).mean()
+
+    for iterations in FIXED_ITERATIONS:
+        _minimise(loss, parameters)(iterations)  # afresh each time: the second run forgets the curvature of the way
+        if not all(parameter.isfinite().all() for parameter in parameters):
+            return False
+    return True
+
+
+@torch.no_grad()
+def elbo_of(log_joint: LogJoint, push: Callable[[Tensor], tuple[Tensor, Tensor]], noise: Tensor) -> float:
+    """ELBO of a transport map of standard normal noise, ``(S, D)``; minus infinity where the model has no density."""
+    try:
+        draws, ladj = push(noise)
+        energy = (log_joint(draws) + ladj).double().mean()
+    except ValueError:
+        return -math.inf
+    elbo = energy.item() + 0.5 * noise.shape[-1] * math.log(2 * math.pi * math.e)
+    return elbo if math.isfinite(elbo) else -math.inf

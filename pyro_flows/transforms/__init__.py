@@ -14,6 +14,7 @@ from pyro_flows.transforms.neural_autoregressive import NeuralAutoregressive
 from pyro_flows.transforms.partial_pooling import PartialPooling
 from pyro_flows.transforms.permutation import Permutation
 from pyro_flows.transforms.planar import Planar
+from pyro_flows.transforms.prior_pooling import PriorPooling
 from pyro_flows.transforms.radial import Radial
 from pyro_flows.transforms.site_ordered import SiteOrderedAffine
 from pyro_flows.transforms.spline import Spline
@@ -38,6 +39,7 @@ __all__ = [
     "PartialPooling",
     "Permutation",
     "Planar",
+    "PriorPooling",
     "PyroTransform",
     "Radial",
     "SiteOrderedAffine",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyro_flows.transforms.base import FlowTransform, expand_context
-from pyro_flows.transforms.networks import HEAD_SLOPE, eased, reference_noise
+from pyro_flows.transforms.networks import HEAD_SLOPE, centered, eased, reference_noise, with_reference
 
 __all__ = ["Couplings"]
 
@@ -90,13 +90,13 @@ class Couplings(FlowTransform):
     def _condition(self, a: Tensor, layer: Sequence[Tensor], context: Tensor | None) -> Tensor:
         """The network: raw parameters from the half that stays."""
         hidden = a if context is None else torch.cat([a, expand_context(context, a)], -1)
-        center = self.reference
+        batch_shape = hidden.shape[:-1]
+        hidden = with_reference(hidden, self.reference)
         *inner, weight, bias = layer
         for w, b in zip(inner[::2], inner[1::2], strict=True):
-            hidden, center = F.silu(F.linear(hidden, w, b)), F.silu(F.linear(center, w, b))
-        return F.linear(
-            (hidden - center.mean(0)) / hidden.shape[-1], eased(weight, HEAD_SLOPE), eased(bias, HEAD_SLOPE)
-        )
+            hidden = F.silu(F.linear(hidden, w, b))
+        hidden = centered(hidden, batch_shape)
+        return F.linear(hidden / hidden.shape[-1], eased(weight, HEAD_SLOPE), eased(bias, HEAD_SLOPE))
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total = x.new_zeros(x.shape[:-1])

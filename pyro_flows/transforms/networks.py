@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["HEAD_SLOPE", "CenteredNetwork", "ContextParameters", "eased", "reference_noise", "uneased"]
+__all__ = [
+    "HEAD_SLOPE",
+    "CenteredNetwork",
+    "ContextParameters",
+    "centered",
+    "eased",
+    "reference_noise",
+    "uneased",
+    "with_reference",
+]
 
 
 # Inputs of steering networks are in scales of their own marginal; beyond this many a draw is an outlier, whose
@@ -40,7 +49,7 @@ def eased(weight: Tensor, slope: float = 0.1) -> Tensor:
         Schwarz, Jayakumar, Pascanu, Latham, Teh. Powerpropagation: a sparsity inducing weight reparameterisation.
         NeurIPS 2021. arXiv:2110.00296, eq. (1) with alpha = 2; the slope keeps zero from being a fixed point.
     """
-    return weight * torch.sqrt(weight.square() + slope**2)
+    return weight * torch.hypot(weight, torch.full((), slope, dtype=weight.dtype, device=weight.device))
 
 
 def uneased(value: Tensor, slope: float = 0.1) -> Tensor:
@@ -52,6 +61,17 @@ def reference_noise(input_dim: int) -> Tensor:
     """Antithetic standard normal draws, ``(COUNT_REFERENCE, input_dim)``."""
     half = torch.randn(COUNT_REFERENCE // 2, input_dim)
     return torch.cat([half, -half])
+
+
+def with_reference(x: Tensor, reference: Tensor) -> Tensor:
+    """Rows of inputs after those of the reference: one pass of small layers for both costs half of two."""
+    return torch.cat([reference, x.reshape(-1, x.shape[-1])])
+
+
+def centered(hidden: Tensor, batch_shape: torch.Size) -> Tensor:
+    """Rows of :func:`with_reference` after a network, less their mean over the reference."""
+    center, rows = hidden.tensor_split([COUNT_REFERENCE])
+    return (rows - center.mean(0)).reshape(*batch_shape, hidden.shape[-1])
 
 
 class CenteredNetwork(nn.Module):
@@ -78,7 +98,8 @@ class CenteredNetwork(nn.Module):
         self.register_buffer("reference", reference_noise(input_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.trunk(x.clamp(-INPUT_BOUND, INPUT_BOUND)) - self.trunk(self.reference).mean(0)
+        rows = with_reference(x.clamp(-INPUT_BOUND, INPUT_BOUND), self.reference)
+        hidden = centered(self.trunk(rows), x.shape[:-1])
         return F.linear(hidden / math.sqrt(hidden.shape[-1]), eased(self.head.weight))
 
 

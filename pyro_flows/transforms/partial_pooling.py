@@ -12,10 +12,34 @@ from torch.nn import functional as F
 from pyro_flows.transforms.affine import AffineHead, decode_gaussian
 from pyro_flows.transforms.networks import CenteredNetwork, eased, uneased
 
-__all__ = ["PartialPooling"]
+__all__ = ["START_SHARE", "PartialPooling", "pool", "split_start"]
 
-# Share of the precision that a known prior has at the start; small, so that the start is the Gaussian asked for.
+# Largest share of the precision that a known prior has at the start, so that the start is the Gaussian asked for.
 START_SHARE = 1e-3
+
+
+def pool(loc: Tensor, log_scale: Tensor, own_loc: Tensor, own_log_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Location and log-scale of the product of two Gaussians, and the second one's weight in the location."""
+    weight = torch.sigmoid(2.0 * (log_scale - own_log_scale))
+    mean = torch.lerp(loc.expand_as(weight), own_loc.expand_as(weight), weight)
+    return mean, -0.5 * torch.logaddexp(-2.0 * log_scale, -2.0 * own_log_scale), weight
+
+
+def split_start(
+    loc: Tensor, scale: Tensor, prior_loc: Tensor, prior_log_scale: Tensor, max_share: float = START_SHARE
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The Gaussian that gives ``N(loc, scale^2)`` when pooled with a prior that has a share of the precision.
+
+    The prior's factor is 1 unless that would be more than ``max_share``.
+
+    Returns:
+        Location and log-scale of the Gaussian, and the raw logarithm of the factor.
+    """
+    ratio = 2.0 * (prior_log_scale - scale.log())
+    log_share = (math.log(max_share) + ratio).clamp(max=0.0)
+    share = (log_share - ratio).exp()  # of the precision
+    own_loc = (loc - share * prior_loc) / (1.0 - share)
+    return own_loc, scale.log() - 0.5 * torch.log1p(-share), uneased(log_share)
 
 
 class PartialPooling(AffineHead):
@@ -90,20 +114,20 @@ class PartialPooling(AffineHead):
             The items' own Gaussians, ``(..., 2 * input_dim)``.
         """
         center = loc.reshape(-1, self.input_dim).mean(0)
-        share = torch.full_like(scale, 0.5)
-        prior_loc = center
+        # Half of the precision each, where the other Gaussian is free and starts at the center.
+        own_loc, reference = 2.0 * loc - center, math.sqrt(2.0) * scale
+        own_log_scale = reference.log()
         if self.has_prior:
             assert prior is not None
-            prior_loc, prior_log_scale = torch.where(self.known.repeat(2), prior, 0.0).chunk(2, -1)
-            prior_loc = torch.where(self.known, prior_loc, center)
-            ratio = 2.0 * (prior_log_scale - scale.log())
-            self.log_share.copy_(uneased(math.log(START_SHARE) + ratio.clamp(max=0.0)))
-            share = torch.where(self.known, START_SHARE * (-ratio).clamp(max=0.0).exp(), share)
-        reference = torch.where(self.known, scale, math.sqrt(2.0) * scale)
+            prior_loc, prior_log_scale = prior.chunk(2, -1)
+            pooled_loc, pooled_log_scale, log_share = split_start(loc, scale, prior_loc, prior_log_scale)
+            own_loc = torch.where(self.known, pooled_loc, own_loc)
+            own_log_scale = torch.where(self.known, pooled_log_scale, own_log_scale)
+            reference = torch.where(self.known, scale, reference)
+            self.log_share.copy_(torch.where(self.known, log_share, 0.0))
         self.initialize(center, reference)
-        own_loc = ((loc - share * prior_loc) / (1.0 - share) - center) / reference
-        own_log_scale = (scale / reference).log() - 0.5 * torch.log1p(-share)
-        return torch.cat([own_loc, own_log_scale.expand_as(own_loc)], -1)
+        own_loc = (own_loc - center) / reference
+        return torch.cat([own_loc, (own_log_scale - reference.log()).expand_as(own_loc)], -1)
 
     def _gaussian(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         assert context is not None
@@ -127,9 +151,7 @@ class PartialPooling(AffineHead):
             loc = torch.where(self.known, prior_loc, loc)
             known_log_scale = prior_log_scale - 0.5 * eased(self.log_share)
             log_scale = torch.where(self.known, known_log_scale, log_scale)
-        weight = torch.sigmoid(2.0 * (log_scale - own_log_scale))  # of the item's own Gaussian
-        mean = torch.lerp(loc.expand_as(weight), own_loc.expand_as(weight), weight)
-        pooled = -0.5 * torch.logaddexp(-2.0 * log_scale, -2.0 * own_log_scale)
+        mean, pooled, _ = pool(loc, log_scale, own_loc, own_log_scale)
         if self.given_dim:
             shift, more = self.network(torch.cat([given, features], -1)).chunk(2, -1)
             pooled = pooled + self._bounded(more)

@@ -15,6 +15,16 @@ from torch import Tensor
 import pyro_flows.transforms as T
 from pyro_flows.transforms import FlowTransform
 
+
+def hierarchy(input_dim: int) -> FlowTransform:
+    """Priors two levels deep: each coordinate but the last two follows the one after the next, which is drawn first."""
+    known = torch.arange(input_dim) < max(1, input_dim - 2)
+    slope = torch.randn(2, input_dim, input_dim) * (
+        torch.eye(input_dim).roll(min(2, input_dim - 1), -1) * known[:, None]
+    )
+    return T.PriorPooling(known, slope.flatten(0, 1), torch.randn(2 * input_dim))
+
+
 # Name -> constructor (input_dim, context_dim). A new transform is one line here.
 TRANSFORMS: dict[str, Callable[[int, int], FlowTransform]] = {
     "AffineAutoregressive": lambda d, c: T.AffineAutoregressive(d, c, hidden_dims=(16, 16)),
@@ -37,6 +47,7 @@ TRANSFORMS: dict[str, Callable[[int, int], FlowTransform]] = {
     "Permutation": T.Permutation,
     "Planar": T.Planar,
     "PyroTransform": lambda d, c: T.PyroTransform(pyro_transforms.spline(d), d, c),
+    "PriorPooling": lambda d, c: hierarchy(d),
     "Radial": T.Radial,
     "SiteOrderedAffine": lambda d, c: T.SiteOrderedAffine(d, c, block_sizes=(1,) if d == 1 else (1, d - 1)),
     "SiteOrderedAffine (rank 1)": lambda d, c: T.SiteOrderedAffine(d, c, block_sizes=(1,) * d, rank=1),
@@ -46,8 +57,8 @@ TRANSFORMS: dict[str, Callable[[int, int], FlowTransform]] = {
     "Sylvester": lambda d, c: T.Sylvester(d, c, num_ortho=3),
 }
 BASES = {"AffineHead", "FlowTransform"}  # Not transforms of their own.
-TWO_DIMENSIONS = {"AffineCouplings", "SplineCouplings"}
-IGNORE_CONTEXT = {"Permutation", "PyroTransform"}
+TWO_DIMENSIONS = {"AffineCouplings", "PriorPooling", "SplineCouplings"}
+IGNORE_CONTEXT = {"Permutation", "PriorPooling", "PyroTransform"}
 CASES = [
     pytest.param(name, input_dim, context_dim, id=f"{name}-{input_dim}d" + ("-context" if context_dim else ""))
     for name in TRANSFORMS

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L1. The affine head of a joint flow over a hierarchy: what the data say of a coordinate, pooled with its prior given
+the coordinates before it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pyro_flows.transforms.affine import AffineHead, decode_gaussian
+from pyro_flows.transforms.networks import eased
+from pyro_flows.transforms.partial_pooling import START_SHARE, pool, split_start
+
+__all__ = ["PriorPooling"]
+
+
+class PriorPooling(AffineHead):
+    r"""Affine head in which coordinates with a known Gaussian prior :math:`N(a(y), e^{2 t(y)})` pool it with their own:
+
+    .. math::
+        y = m + \sigma x, \qquad
+        \sigma^{-2} = \gamma e^{-2 t(y)} + s^{-2}, \qquad m = \sigma^2 (\gamma e^{-2 t(y)} a(y) + s^{-2} b),
+
+    elementwise, with :math:`a, t` linear in other coordinates, which come first. All others are
+    :math:`y = b + s x`. With :math:`\gamma = 1` this is the exact conditional posterior of a Gaussian hierarchy, in
+    which a funnel's neck follows from its body; where the own Gaussian is narrow, as at the start, it is mean-field.
+    Drawing takes a pass for each level of the hierarchy, scoring a value one.
+
+    Args:
+        known: Which coordinates have a known prior, ``(D,)``.
+        slope: Of prior locations, then log-scales, ``(2 D, D)``; zero in rows that are not known. Follows a hierarchy:
+            no coordinate depends on itself by way of others.
+        bias: Likewise, ``(2 D,)``.
+
+    Raises:
+        ValueError: If the dependencies have a cycle.
+
+    References:
+        Papaspiliopoulos, Roberts, Skold. A general framework for the parametrization of hierarchical models.
+        Statistical Science 2007. arXiv:0708.3797, for partial non-centring.
+    """
+
+    order: Tensor
+    restore: Tensor
+    slope: Tensor
+    bias: Tensor
+
+    def __init__(self, known: Tensor, slope: Tensor, bias: Tensor) -> None:
+        dim = len(known)
+        super().__init__(dim)
+        levels = _levels(known, slope)
+        order = torch.cat(levels)
+        self.sizes = [len(level) for level in levels]
+        self.count_free = self.sizes[0]
+        self.in_order = bool((order == torch.arange(dim)).all())
+        self.register_buffer("order", order)
+        self.register_buffer("restore", order.argsort())
+        # Rows and columns in the order in which coordinates are drawn.
+        pooled = order[self.count_free :]
+        self.register_buffer("slope", slope.unflatten(0, (2, dim))[:, pooled][..., order].contiguous())
+        self.register_buffer("bias", bias.unflatten(0, (2, dim))[:, pooled].contiguous())
+        self.log_share = nn.Parameter(torch.zeros(dim - self.count_free))
+
+    def initialize(self, loc: Tensor, scale: Tensor, max_share: float = START_SHARE) -> None:
+        """Start where a mean-field Gaussian is, ``N(loc, diag(scale)^2)``.
+
+        Args:
+            loc: ``(D,)``.
+            scale: ``(D,)``.
+            max_share: Largest share of the precision that priors have at ``loc``, in (0, 1); it is a Gaussian up to
+                their share.
+        """
+        prior = F.linear(loc[self.order], self.slope.flatten(0, 1), self.bias.flatten())
+        prior_loc, prior_log_scale = prior.chunk(2)
+        pooled = self.order[self.count_free :]
+        own_loc, own_log_scale, log_share = split_start(
+            loc[pooled], scale[pooled], prior_loc, prior_log_scale, max_share
+        )
+        super().initialize(loc.index_copy(0, pooled, own_loc), scale.index_copy(0, pooled, own_log_scale.exp()))
+        with torch.no_grad():
+            self.log_share.copy_(log_share)
+
+    def _ordered(self, value: Tensor) -> Tensor:
+        return value if self.in_order else value.index_select(-1, self.order)
+
+    def _restored(self, value: Tensor) -> Tensor:
+        return value if self.in_order else value.index_select(-1, self.restore)
+
+    def _own(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Locations, scales and log-scales of the coordinates' own Gaussians, in order."""
+        loc, scale, log_scale = decode_gaussian(self._ordered(self.raw.value))
+        return loc, scale, log_scale
+
+    def _pool(self, given: Tensor, rows: slice, loc: Tensor, log_scale: Tensor) -> tuple[Tensor, ...]:
+        """Pooled location and log-scale, the weight of the own Gaussian, and the prior's location."""
+        slope, bias = self.slope[:, rows, : given.shape[-1]], self.bias[:, rows]
+        prior_loc, prior_log_scale = F.linear(given, slope.flatten(0, 1), bias.flatten()).chunk(2, -1)
+        prior_log_scale = prior_log_scale - 0.5 * eased(self.log_share[rows])
+        return *pool(prior_loc, prior_log_scale, loc, log_scale), prior_loc
+
+    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """In order: values, summed log-scale, and what a score needs of the pooled coordinates."""
+        loc, scale, log_scale = self._own()
+        free = self.count_free
+        y = torch.addcmul(loc[:free], scale[:free], x[..., :free])
+        total = log_scale[:free].sum(-1).expand(x.shape[:-1])
+        parts = []
+        start = free
+        for size in self.sizes[1:]:
+            here = slice(start, start + size)
+            mean, pooled, weight, prior_loc = self._pool(
+                y, slice(start - free, start - free + size), loc[here], log_scale[here]
+            )
+            sigma = pooled.exp()
+            y = torch.cat([y, torch.addcmul(mean, sigma, x[..., here])], -1)
+            total = total + pooled.sum(-1)
+            parts.append((sigma, weight, loc[here] - prior_loc))
+            start += size
+        joined = parts[0] if len(parts) == 1 else tuple(torch.cat(part, -1) for part in zip(*parts, strict=True))
+        return y, total, (scale[:free], *joined)
+
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y, total, _ = self._forward(self._ordered(x))
+        return self._restored(y), total
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y = self._ordered(y)
+        loc, scale, log_scale = self._own()
+        free = self.count_free
+        mean, pooled, *_ = self._pool(y, slice(None), loc[free:], log_scale[free:])
+        x = torch.cat([(y[..., :free] - loc[:free]) / scale[:free], (y[..., free:] - mean) * (-pooled).exp()], -1)
+        return self._restored(x), -(log_scale[:free].sum(-1) + pooled.sum(-1))
+
+    def forward_with_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x = self._ordered(x)
+        y, total, (scale, sigma, weight, apart) = self._forward(x)
+        with torch.no_grad():
+            free = self.count_free
+            score = self._ordered(score)
+            own = score[..., free:] / sigma
+            # d log q / dy through a pooled coordinate's location and log-scale, which are linear in y:
+            # d m / d t = 2 w (1 - w) (b - a) and d log sigma / d t = 1 - w, with w the weight of the own Gaussian.
+            rest = 1.0 - weight
+            in_loc = own * rest
+            in_log_scale = rest * (1.0 + score[..., free:] * x[..., free:] + 2.0 * weight * own * apart)
+            through = torch.cat([in_loc, in_log_scale], -1) @ self.slope.flatten(0, 1)
+            score = torch.cat([score[..., :free] / scale, own], -1) - through
+        return self._restored(y), total, self._restored(score)
+
+
+def _levels(known: Tensor, slope: Tensor) -> list[Tensor]:
+    """Coordinates by level: the free ones, those whose priors depend on these alone, and so on."""
+    depends = (slope.unflatten(0, (2, len(known))) != 0).any(0)  # (D, D): row on column
+    done = ~known
+    levels = [done.nonzero().squeeze(-1)]
+    while not done.all():
+        ready = ~done & ~(depends & ~done).any(-1)
+        if not ready.any():
+            raise ValueError("PriorPooling: expected a hierarchy, but the dependencies of the priors have a cycle.")
+        levels.append(ready.nonzero().squeeze(-1))
+        done = done | ready
+    return levels
