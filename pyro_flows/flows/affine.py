@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from pyro_flows.flows.base import FlowSpec
 from pyro_flows.transforms import FlowTransform
@@ -14,6 +15,8 @@ __all__ = ["DiagonalNormal", "FullRankNormal", "LowRankNormal"]
 @dataclass(frozen=True, kw_only=True)
 class DiagonalNormal(FlowSpec):
     """Mean-field Gaussian: what ``AutoNormal`` fits. O(D)."""
+
+    correlates: ClassVar[bool] = False
 
     def layers(self, input_dim: int, context_dim: int) -> list[FlowTransform]:
         return []

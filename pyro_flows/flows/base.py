@@ -26,6 +26,7 @@ from pyro_flows.transforms import (
     LowRankAffine,
     PartialPooling,
     PriorPooling,
+    Whitening,
 )
 
 __all__ = ["Flow", "FlowDistribution", "FlowSpec"]
@@ -171,7 +172,8 @@ class Flow(nn.Module):
 
     Args:
         layers: Transforms from the base outwards; may be empty.
-        head: The outermost, affine transform.
+        head: The outermost trained transform, which is affine.
+        whitening: What a warm start may put around it.
 
     Example:
         >>> from pyro_flows import flows
@@ -181,18 +183,24 @@ class Flow(nn.Module):
         (torch.Size([5, 3]), torch.Size([5]))
     """
 
-    def __init__(self, layers: Sequence[FlowTransform], head: AffineHead) -> None:
+    def __init__(self, layers: Sequence[FlowTransform], head: AffineHead, whitening: Whitening | None = None) -> None:
         super().__init__()
         self.input_dim = head.input_dim
         self.context_dim = head.context_dim
-        self.transform = Chain([*layers, head])
+        self.transform = Chain([*layers, head] if whitening is None else [*layers, head, whitening])
 
     @property
     def head(self) -> AffineHead:
-        """The outermost transform."""
-        head = self.transform.parts[-1]
+        """The outermost trained transform."""
+        head = self.transform.parts[-1 if self.whitening is None else -2]
         assert isinstance(head, AffineHead)
         return head
+
+    @property
+    def whitening(self) -> Whitening | None:
+        """What a warm start may put around the head."""
+        last = self.transform.parts[-1]
+        return last if isinstance(last, Whitening) else None
 
     @property
     def base_dist(self) -> dist.TorchDistribution:
@@ -243,6 +251,10 @@ class FlowSpec:
     min_dim: ClassVar[int] = 1
     identity_start: ClassVar[bool] = True
     one_pass_sampling: ClassVar[bool] = True
+    # Whether layers correlate coordinates, so that a warm start that does is of the family; and whether the priors of
+    # a model's sites are of use.
+    correlates: ClassVar[bool] = True
+    knows_priors: ClassVar[bool] = False
 
     head: str = "diagonal"
 
@@ -277,14 +289,24 @@ class FlowSpec:
             )
         return Flow(self.layers(input_dim, context_dim), self._make_head(input_dim, context_dim))
 
-    def build_joint(self, block_sizes: Sequence[int], pooling: PriorPooling | None = None) -> Flow:
+    def build_joint(
+        self, block_sizes: Sequence[int], *, pooling: PriorPooling | None = None, whitening: Whitening | None = None
+    ) -> Flow:
         """Make a flow over a model's sites.
 
         Args:
             block_sizes: The sites' sizes, in order; they add up to the flow's ``input_dim``.
-            pooling: A head that knows the priors of a hierarchy; for families that follow the model.
+            pooling: A head that knows the priors of a hierarchy. Families that do not follow the model leave it out.
+            whitening: What a warm start with correlations sets. Families without any leave it out.
         """
-        return self.with_blocks(block_sizes).build(sum(block_sizes))
+        spec = self.with_blocks(block_sizes)
+        dim = sum(block_sizes)
+        flow = spec.build(dim)
+        *layers, head = flow.transform
+        if pooling is not None and self.knows_priors and self.head == "diagonal":
+            head = pooling
+        assert isinstance(head, AffineHead)
+        return Flow(layers, head, whitening if self.correlates or self.head == "full_rank" else None)
 
     def build_local(self, input_dim: int, given_dim: int, feature_dim: int, known: Tensor | None = None) -> Flow:
         """Make a flow for one item of a plate, with weights that all items share and a partially pooled head.

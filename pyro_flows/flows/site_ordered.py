@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from pyro_flows._checks import check_int, check_sizes
-from pyro_flows.flows.base import Flow, FlowSpec
-from pyro_flows.transforms import AffineCouplings, FlowTransform, PriorPooling, SiteOrderedAffine, Spline
+from pyro_flows.flows.base import FlowSpec
+from pyro_flows.transforms import AffineCouplings, FlowTransform, SiteOrderedAffine, Spline
 
 __all__ = ["Auto", "SiteOrdered"]
 
@@ -52,10 +53,7 @@ class SiteOrdered(FlowSpec):
     def with_blocks(self, block_sizes: Sequence[int]) -> FlowSpec:
         return self if self.block_sizes is not None else replace(self, block_sizes=tuple(block_sizes))
 
-    def build_joint(self, block_sizes: Sequence[int], pooling: PriorPooling | None = None) -> Flow:
-        if pooling is None or self.head != "diagonal":
-            return super().build_joint(block_sizes)
-        return Flow(self.with_blocks(block_sizes).layers(sum(block_sizes), 0), pooling)
+    knows_priors: ClassVar[bool] = True
 
     def layers(self, input_dim: int, context_dim: int) -> list[FlowTransform]:
         sizes = self.block_sizes or (1,) * input_dim

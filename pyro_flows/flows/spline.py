@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from pyro_flows._checks import check_int, check_positive
 from pyro_flows.flows.base import FlowSpec
@@ -23,6 +24,8 @@ class ElementwiseSpline(FlowSpec):
     References:
         Durkan, Bekasov, Murray, Papamakarios. Neural Spline Flows. NeurIPS 2019. arXiv:1906.04032.
     """
+
+    correlates: ClassVar[bool] = False
 
     count_bins: int = 16
     bound: float = 5.0

@@ -25,12 +25,17 @@ from pyro_flows.guides.warm_start import (
     fit_on_fixed_draws,
 )
 from pyro_flows.sites import SiteTable
-from pyro_flows.transforms import FullRankAffine, PriorPooling, SiteOrderedAffine
+from pyro_flows.transforms import PriorPooling, Whitening
 
 __all__ = ["JointBlock", "build_reproducibly"]
 
 # Largest share of the precision that known priors have where a deterministic fit begins.
 POOLED_SHARE = 0.9
+POOLED_DRAWS = 128
+# The same share where priors are of no use.
+NO_SHARE = 1e-6
+# Above this dimension warm starts have independent coordinates.
+WHITENING_DIM = 300
 
 
 def build_reproducibly(build: Callable[[], Flow]) -> Flow:
@@ -58,46 +63,45 @@ class JointBlock(nn.Module):
         spec: Recipe of the flow; told the sites' sizes, in order.
         init_scale: Standard deviation at the start, > 0.
         prior: Priors that follow other sites of the table, for families that make use of them.
+        alone: Whether there are no local blocks, so that a warm start is possible.
     """
 
     def __init__(
-        self, table: SiteTable, spec: FlowSpec, init_scale: float, *, prior: LinearPrior | None = None
+        self,
+        table: SiteTable,
+        spec: FlowSpec,
+        init_scale: float,
+        *,
+        prior: LinearPrior | None = None,
+        alone: bool = True,
     ) -> None:
         super().__init__()
         self.table = table
         sizes = [site.size for site in table if site.size]
         pooling = None if prior is None else PriorPooling(prior.known, *prior.dense(table.latent_dim))
-        flow = build_reproducibly(lambda: spec.build_joint(sizes, pooling))
+        whitening = Whitening(table.latent_dim) if alone and 1 < table.latent_dim <= WHITENING_DIM else None
+        flow = build_reproducibly(lambda: spec.build_joint(sizes, pooling=pooling, whitening=whitening))
         self.flow = flow.to(dtype=table.init_loc.dtype, device=table.init_loc.device)
         self.flow.head.initialize(table.init_loc, torch.full_like(table.init_loc, init_scale))
 
-    @property
-    def _linear(self) -> SiteOrderedAffine | None:
-        """The layer that can hold a correlated Gaussian below a diagonal head."""
-        below = self.flow.transform.parts[-2:-1]
-        return next((part for part in below if isinstance(part, SiteOrderedAffine) and part.can_be_linear), None)
-
-    @property
-    def holds_correlations(self) -> bool:
-        """Whether :meth:`start` can write any Gaussian, or only one of independent coordinates."""
-        return self._linear is not None or isinstance(self.flow.head, FullRankAffine)
-
     @torch.no_grad()
     def start(self, loc: Tensor, factor: Tensor) -> None:
-        """Make the affine layers :math:`N(m, L L^\top)`; all others are taken to be the identity.
+        """Start at :math:`N(m, L L^\top)`; the layers below the head are taken to be the identity.
 
         Args:
             loc: ``m``, ``(latent_dim,)``.
-            factor: ``L``, lower triangular with a positive diagonal; diagonal unless ``holds_correlations``.
+            factor: ``L``, lower triangular with a positive diagonal; diagonal unless the flow has a whitening.
         """
-        head = self.flow.head
-        scale = factor.diagonal()
-        if self._linear is not None:
-            scale = factor.norm(dim=-1)
-            self._linear.set_linear((factor / scale.unsqueeze(-1)).to(loc))
-        elif isinstance(head, FullRankAffine):
-            head.below_diagonal.copy_((factor / scale.unsqueeze(-1)).tril(-1))
-        head.initialize(loc, scale.to(loc))
+        head, whitening = self.flow.head, self.flow.whitening
+        if whitening is None:
+            head.initialize(loc, factor.diagonal())
+            return
+        whitening.set(loc, factor)
+        standard = torch.zeros_like(loc), torch.ones_like(loc)
+        if isinstance(head, PriorPooling):
+            head.initialize(*standard, max_share=NO_SHARE)  # the priors of other coordinates
+        else:
+            head.initialize(*standard)
 
     def warm_start(
         self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], init_scale: float
@@ -114,7 +118,7 @@ class JointBlock(nn.Module):
                         "Train the guide as it is."
                     )
         log_joint = LogJoint(model, self.table, args, kwargs, nesting)
-        found = best_gaussian(log_joint, self.table.init_loc, init_scale, correlated=self.holds_correlations)
+        found = best_gaussian(log_joint, self.table.init_loc, init_scale, correlated=self.flow.whitening is not None)
         if isinstance(self.flow.head, PriorPooling) and self._pool(log_joint, self.flow.head, found) > found.elbo:
             return
         self.start(found.loc, found.factor)
@@ -130,7 +134,7 @@ class JointBlock(nn.Module):
         best, best_state = -math.inf, None
         for loc, scale in ((found.loc, conditional), (self.table.init_loc, torch.ones_like(found.loc))):
             head.initialize(loc, scale, max_share=POOLED_SHARE)
-            if fit_on_fixed_draws(log_joint, push, list(head.parameters()), loc):
+            if fit_on_fixed_draws(log_joint, push, list(head.parameters()), loc, POOLED_DRAWS):
                 elbo = elbo_of(log_joint, push, noise)
                 if elbo > best:
                     best, best_state = elbo, copy.deepcopy(head.state_dict())

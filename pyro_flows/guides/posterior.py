@@ -67,6 +67,7 @@ class Posterior(nn.Module):
                 DiagonalNormal() if small else spec,
                 init_scale,
                 prior=read_joint_prior(model, args, kwargs, table),
+                alone=not tables,
             )
         self.encoders = nn.ModuleDict({_key((plate,)): Encoder(plate, f) for plate, f in amortize.items()})
         widths = {encoder.plate: probe(encoder, args, kwargs) for encoder in self._encoders()}

@@ -28,7 +28,7 @@ HESSIAN_DIM = 200
 # Smallest curvature, in units of the unconstrained latents.
 MIN_CURVATURE = 0.01
 # Fixed antithetic draws and iterations of deterministic fits.
-FIXED_DRAWS = 128
+FIXED_DRAWS = 32
 FIXED_ITERATIONS = (150, 150)
 # Draws by which candidates are compared.
 SCORE_DRAWS = 128
@@ -56,8 +56,9 @@ class Gaussian:
 class LogJoint:
     """log p(x, z) as a function of packed unconstrained draws, all of them in one run of the model where that works.
 
-    Tries an outer plate first, as vectorised particles do, and ``torch.vmap`` next, for models that are not written
-    for outer dimensions; whichever agrees with one run a draw is used, and one run a draw if neither does.
+    Tries draws as an outer batch dimension first, as vectorised particles do, and ``torch.vmap`` next, for models that
+    are not written for outer dimensions; whichever agrees with one run a draw is used, and one run a draw if neither
+    does.
 
     Args:
         model: The model.
@@ -97,7 +98,7 @@ class LogJoint:
         noise = torch.randn(shape, generator=generator, dtype=self.table.init_loc.dtype, device=generator.device)
         draws = self.table.init_loc + 0.1 * noise
         expected = self._one_by_one(draws)
-        for run in (self._in_a_plate, self._by_vmap):
+        for run in (self._side_by_side, self._by_vmap):
             try:
                 found = run(draws)
             except (ValueError, RuntimeError, IndexError):
@@ -106,12 +107,10 @@ class LogJoint:
                 return run
         return self._one_by_one
 
-    def _in_a_plate(self, draws: Tensor) -> Tensor:
+    def _side_by_side(self, draws: Tensor) -> Tensor:
         count = len(draws)
         lead = draws.reshape(count, *(1,) * self.nesting, draws.shape[-1])
-        with pyro.plate("_draws", count, dim=-1 - self.nesting):
-            parts = self._parts(lead)
-        return torch.stack([_sum_draws(part, count, self.nesting) for part in parts]).sum(0)
+        return torch.stack([_sum_draws(part, count, self.nesting) for part in self._parts(lead)]).sum(0)
 
     def _one(self, draw: Tensor) -> Tensor:
         return torch.stack([part.sum() for part in self._parts(draw)]).sum()
@@ -211,9 +210,18 @@ def best_gaussian(log_joint: LogJoint, start: Tensor, init_scale: float, *, corr
 
 
 def antithetic(count: int, like: Tensor) -> Tensor:
-    """Standard normal draws, half of which mirror the other half, ``(count, *like.shape)``."""
-    half = torch.randn(count // 2, *like.shape, dtype=like.dtype, device=like.device)
-    return torch.cat([half, -half])
+    """Standard normal draws, half of which mirror the other half, ``(count, D)``.
+
+    Their second moments are those of a standard normal, in all directions where that can be, so that ELBOs of
+    Gaussians are exact for Gaussian targets: the best of many noisy ones would be the luckiest.
+    """
+    half = torch.randn(count // 2, len(like), dtype=torch.float64, device=like.device)
+    if len(half) > len(like):
+        factor = torch.linalg.cholesky(half.mT @ half / len(half))
+        half = torch.linalg.solve_triangular(factor.mT, half, upper=True, left=False)
+    else:
+        half = half / half.square().mean(0).sqrt()
+    return torch.cat([half, -half]).to(like.dtype)
 
 
 def _minimise(objective: Callable[[], Tensor], parameters: list[Tensor]) -> Callable[[int], None]:
@@ -293,7 +301,11 @@ def _mean_field(log_joint: LogJoint, loc: Tensor, factor: Tensor) -> tuple[Tenso
 
 
 def fit_on_fixed_draws(
-    log_joint: LogJoint, push: Callable[[Tensor], tuple[Tensor, Tensor]], parameters: list[Tensor], like: Tensor
+    log_joint: LogJoint,
+    push: Callable[[Tensor], tuple[Tensor, Tensor]],
+    parameters: list[Tensor],
+    like: Tensor,
+    count: int = FIXED_DRAWS,
 ) -> bool:
     """Maximise the ELBO of a transport map on a few fixed draws, in place.
 
@@ -302,11 +314,12 @@ def fit_on_fixed_draws(
         push: Noise, ``(S, D)``, to draws and the log-determinant of each.
         parameters: Leaves of the map.
         like: A tensor of shape ``(D,)``, dtype and device of the draws.
+        count: Number of draws, even; the more a map can do, the more it takes to hold it to the posterior.
 
     Returns:
         Whether all parameters are finite.
     """
-    noise = antithetic(FIXED_DRAWS, like)
+    noise = antithetic(count, like)
 
     def loss() -> Tensor:
         draws, ladj = push(noise)

@@ -203,7 +203,11 @@ def _run(trainer: Trainer, num_steps: int | None, *, progress: bool, begin: floa
             if num_steps is None and not objective.trains_model and now.variance / 2 < NEGLIGIBLE_GAP:
                 reason = f"the log weights of its draws vary by {math.sqrt(now.variance):.3f} nats, next to nothing"
                 break
-            if num_steps is None and cycle > 0 and gain < max(MIN_GAIN, 2 * error):
+            if gain < -2 * error and not objective.trains_model:
+                trainer.restore(best_point)
+                trainer.rollbacks += 1
+                rate /= 2
+            elif num_steps is None and cycle > 0 and gain < max(MIN_GAIN, 2 * error):
                 reason = f"the last {length} steps gained {max(gain, 0.0):.3f} nats, not more than noise"
                 break
             rate /= 2

@@ -21,6 +21,7 @@ from pyro_flows.transforms.spline import Spline
 from pyro_flows.transforms.spline_autoregressive import SplineAutoregressive
 from pyro_flows.transforms.spline_coupling import SplineCouplings
 from pyro_flows.transforms.sylvester import Sylvester
+from pyro_flows.transforms.whitening import Whitening
 
 __all__ = [
     "AffineAutoregressive",
@@ -47,6 +48,7 @@ __all__ = [
     "SplineAutoregressive",
     "SplineCouplings",
     "Sylvester",
+    "Whitening",
     "adapt",
     "expand_context",
 ]

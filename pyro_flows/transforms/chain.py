@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
@@ -28,11 +28,15 @@ class Chain(FlowTransform):
         self.one_pass_inverse = all(part.one_pass_inverse for part in parts)  # type: ignore[misc]
         self.has_score = all(part.has_score for part in parts)  # type: ignore[misc]
 
+    def __iter__(self) -> Iterator[FlowTransform]:
+        for part in self.parts:
+            assert isinstance(part, FlowTransform)
+            yield part
+
     def _maps(self, context: Tensor | None) -> list[tuple[FlowTransform, Tensor | None]]:
         """Each part with the context that it sees."""
         maps = []
-        for part in self.parts:
-            assert isinstance(part, FlowTransform)
+        for part in self:
             seen = None if context is None or not part.context_dim else context[..., : part.context_dim]
             maps.append((part, seen))
         return maps

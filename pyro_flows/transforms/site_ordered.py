@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from pyro_flows.transforms.affine import SHIFT_RATE
 from pyro_flows.transforms.base import FlowTransform, expand_context
-from pyro_flows.transforms.networks import CenteredNetwork, eased, uneased
+from pyro_flows.transforms.networks import CenteredNetwork, eased
 
 __all__ = ["SiteOrderedAffine"]
 
@@ -93,41 +93,6 @@ class SiteOrderedAffine(FlowTransform):
             if 1 < size <= MAX_DENSE_BLOCK:
                 self.below_diagonal[str(index)] = nn.Parameter(torch.zeros(size, size))
             start += size
-
-    @torch.no_grad()
-    def set_linear(self, factor: Tensor) -> None:
-        """Become :math:`y = T x`, for a warm start.
-
-        Args:
-            factor: ``T``, lower triangular with a positive diagonal, ``(input_dim, input_dim)``. With rows of length 1
-                each coordinate has variance 1, which is what the networks expect of those that they are given.
-
-        Raises:
-            ValueError: If the linear part does not have full rank (``can_be_linear``).
-        """
-        if not self.can_be_linear:
-            raise ValueError("SiteOrderedAffine: expected linear parts of full rank; build it with rank=None.")
-        self.log_scale.copy_(uneased(factor.diagonal().log()))
-        start = 0
-        for index, size in enumerate(self.block_sizes):
-            rows = factor[start : start + size]
-            inside = rows[:, start : start + size]
-            if str(index) in self.below_diagonal:
-                below = inside / inside.diagonal().unsqueeze(-1)
-                self.below_diagonal[str(index)].copy_(uneased(below.tril(-1)))
-            if start:
-                linear = torch.linalg.solve_triangular(factor[:start, :start], rows[:, :start], upper=False, left=False)
-                block = self.blocks[str(index)]
-                assert isinstance(block, _Block)
-                block.skip[:size].copy_(uneased(linear))
-            start += size
-
-    @property
-    def can_be_linear(self) -> bool:
-        """Whether :meth:`set_linear` works: no context, full rank, and blocks that are small enough."""
-        blocks = [block for block in self.blocks.values() if isinstance(block, _Block)]
-        full_rank = all(block.project is None for block in blocks) and max(self.block_sizes) <= MAX_DENSE_BLOCK
-        return self.context_dim == 0 and full_rank
 
     def _factor(self, index: int) -> Tensor | None:
         """``C_s``, or None for the identity."""

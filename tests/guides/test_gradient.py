@@ -18,7 +18,7 @@ from pyro.infer.autoguide import init_to_value
 from torch import Tensor
 
 from pyro_flows import AutoFlowGuide
-from tests.common import randomise_parameters
+from tests.common import randomise_parameters, trained
 
 DATA = torch.tensor([0.5, -1.0, 2.0], dtype=torch.double)
 
@@ -37,7 +37,7 @@ def at_the_posterior(**options: Any) -> AutoFlowGuide:
 def gradient(guide: AutoFlowGuide, elbo: Any, model: Any = conjugate) -> Tensor:
     guide.zero_grad()
     elbo.loss_and_grads(model, guide)
-    return torch.cat([p.grad.reshape(-1) for p in guide.parameters()])
+    return torch.cat([p.grad.reshape(-1) for p in trained(guide)])
 
 
 @pytest.mark.parametrize("num_particles", [1, 8])
@@ -79,7 +79,7 @@ def test_other_values_get_the_full_gradient(change: Any) -> None:
     randomise_parameters(guide)
     posterior = guide.get_posterior()
     value = change(posterior.rsample())
-    params = [p for p in guide.parameters() if p.requires_grad]
+    params = trained(guide)
     grads = [
         torch.autograd.grad(term.sum(), params, retain_graph=True, allow_unused=True)
         for term in (posterior.score_parts(value).entropy_term, posterior.log_prob(value))

@@ -89,7 +89,7 @@ def test_log_joint_of_many_draws_is_that_of_each(case: str) -> None:
     guide = AutoFlowGuide(model).setup(*args)
     table = SiteTable.from_trace(guide.prototype_trace)
     log_joint = LogJoint(guide.model, table, args, {}, 1 if case == "unvectorised" else 0)
-    used = {"correlated": "_in_a_plate", "unvectorised": "_by_vmap", "branching": "_one_by_one"}[case]
+    used = {"correlated": "_side_by_side", "unvectorised": "_by_vmap", "branching": "_one_by_one"}[case]
     assert log_joint._run.__name__ == used
     draws = torch.randn(5, table.latent_dim)
     for draw, found in zip(draws, log_joint(draws), strict=True):

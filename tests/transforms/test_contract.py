@@ -14,6 +14,7 @@ from torch import Tensor
 
 import pyro_flows.transforms as T
 from pyro_flows.transforms import FlowTransform
+from tests.common import trained
 
 
 def hierarchy(input_dim: int) -> FlowTransform:
@@ -55,10 +56,11 @@ TRANSFORMS: dict[str, Callable[[int, int], FlowTransform]] = {
     "SplineAutoregressive": lambda d, c: T.SplineAutoregressive(d, c, hidden_dims=(16,), count_bins=4),
     "SplineCouplings": lambda d, c: T.SplineCouplings(d, c, hidden_dims=(16,), count_bins=4),
     "Sylvester": lambda d, c: T.Sylvester(d, c, num_ortho=3),
+    "Whitening": lambda d, c: T.Whitening(d),
 }
 BASES = {"AffineHead", "FlowTransform"}  # Not transforms of their own.
 TWO_DIMENSIONS = {"AffineCouplings", "PriorPooling", "SplineCouplings"}
-IGNORE_CONTEXT = {"Permutation", "PriorPooling", "PyroTransform"}
+IGNORE_CONTEXT = {"Permutation", "PriorPooling", "PyroTransform", "Whitening"}
 CASES = [
     pytest.param(name, input_dim, context_dim, id=f"{name}-{input_dim}d" + ("-context" if context_dim else ""))
     for name in TRANSFORMS
@@ -148,7 +150,7 @@ def test_score_and_graph(name: str, input_dim: int, context_dim: int) -> None:
     y_plain, ladj_plain = transform.forward_and_ladj(x, context)
     torch.testing.assert_close(y, y_plain)
     torch.testing.assert_close(ladj, ladj_plain)
-    parameters = list(transform.parameters())
+    parameters = trained(transform)
     if parameters:
         weight = torch.randn_like(y)
         found = torch.autograd.grad((weight * y).sum() + ladj.sum(), parameters)
@@ -162,12 +164,12 @@ def test_every_parameter_learns(name: str, input_dim: int, context_dim: int) -> 
     transform, x, context = make(name, input_dim, context_dim)
     y, ladj = transform.forward_and_ladj(x, context)
     loss = (torch.randn_like(y) * y).sum() + (torch.randn_like(ladj) * ladj).sum()
-    if not list(transform.parameters()):
+    if not trained(transform):
         return
     loss.backward()
-    for key, parameter in transform.named_parameters():
-        assert parameter.grad is not None, key
-        assert parameter.grad.isfinite().all(), key
+    for parameter in trained(transform):
+        assert parameter.grad is not None
+        assert parameter.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("name, input_dim, context_dim", CASES)
