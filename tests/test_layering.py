@@ -18,6 +18,7 @@ LAYERS = {
     "plates": 2,
     "guides": 3,
     "inference": 4,
+    "diagnostics": 4,
     "__init__": 6,
     "__main__": 7,
 }

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L4. What a guide's own draws cannot show: places in which the posterior has mass, found without the guide."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from pyro import poutine
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_flows.diagnostics.ascent import climb, local_factor
+from pyro_flows.diagnostics.structure import sample_nodes
+from pyro_flows.diagnostics.weights import Weigher
+
+__all__ = ["Regions", "Search", "why_not"]
+
+# Climbs start from draws of the prior and from draws of the guide, spread out this much about their mean.
+STARTS, STARTS_SEQUENTIAL = 12, 3
+WIDENING = 3.0
+# Steps of each climb, and after how many its point is a candidate: the mode of a centred hierarchy is at a scale of
+# zero, where there is no mass, but an early point of the way there is fine.
+NUM_STEPS = 60
+LOOKS = (6, 15, 30, 60)
+# Draws from the Gaussian at a candidate: to rank it, and to say how much mass there is.
+RANKING_DRAWS, RANKING_DRAWS_SEQUENTIAL = 32, 8
+MASS_DRAWS, MASS_DRAWS_SEQUENTIAL = 1000, 150
+MAX_REGIONS = 6
+# Share of a Gaussian that its ellipsoid holds, and the normal quantile of that.
+COVERAGE, COVERAGE_QUANTILE = 0.9, 1.2816
+# One backward pass a dimension for a Hessian.
+MAX_DIM = 200
+ROWS_AT_ONCE = 4096
+
+
+def why_not(weigher: Weigher) -> str:
+    """Why there is no search for a model, in words; empty if there is one."""
+    structure = weigher.structure
+    if structure.subsampled:
+        return "its plates are subsampled"
+    if not structure.is_continuous:
+        return "it has latents without an unconstrained space"
+    if structure.item_dim > MAX_DIM:
+        return f"it has {structure.item_dim} dimensions, more than {MAX_DIM}"
+    return ""
+
+
+class Regions(NamedTuple):
+    r"""Ellipsoids :math:`B_k` and the mass :math:`A_k = \int_{B_k} p(x, z) dz` of each; N items.
+
+    A point belongs to the first ellipsoid that it is in, so that masses add up.
+
+    Attributes:
+        centres: ``(K, N, d)``, unconstrained.
+        factors: Cholesky factors of the covariances, ``(K, N, d, d)``.
+        radius: In units of these.
+        log_mass: log :math:`A_k`, ``(K, N)``.
+        error: Its standard error relative to :math:`A_k`, ``(K, N)``.
+    """
+
+    centres: Tensor
+    factors: Tensor
+    radius: float
+    log_mass: Tensor
+    error: Tensor
+
+    def locate(self, packed: Tensor) -> Tensor:
+        """Which region each of ``(S, N, d)`` is in, ``(S, N)``; ``K`` for none."""
+        count = len(self.centres)
+        where = torch.full(packed.shape[:2], count, device=packed.device)
+        for k in reversed(range(count)):
+            deviation = (packed.double() - self.centres[k]).unsqueeze(-1)
+            whitened = torch.linalg.solve_triangular(self.factors[k], deviation, upper=False).squeeze(-1)
+            where = torch.where(whitened.square().sum(-1) <= self.radius**2, k, where)
+        return where
+
+
+class Search:
+    """Climbs the log joint from places that the guide did not choose, and measures the mass around where it gets.
+
+    A high mode is no evidence of mass (that of a centred hierarchy is infinite), and a guide's weights know nothing of
+    where it never draws. The integral of p(x, z) over an ellipsoid, though, has two unbiased estimates: from the
+    Gaussian that the ellipsoid belongs to, and from the guide's own draws in it. They have to agree.
+
+    Args:
+        weigher: Of the model and a guide.
+        model: The model, for draws of its prior.
+        args: Its arguments.
+        kwargs: Likewise.
+    """
+
+    def __init__(
+        self, weigher: Weigher, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        self._weigher = weigher
+        self._structure = weigher.structure
+        self._model = model
+        self._args = args
+        self._kwargs = kwargs
+        fast = weigher.score.is_vectorized
+        self._starts = STARTS if fast else STARTS_SEQUENTIAL
+        self._ranking = RANKING_DRAWS if fast else RANKING_DRAWS_SEQUENTIAL
+        self._mass = MASS_DRAWS if fast else MASS_DRAWS_SEQUENTIAL
+
+    def target(self, packed: Tensor) -> Tensor:
+        """log p(x, z) in unconstrained space, ``(S, N, d)`` to ``(S, N)``, float64."""
+        values, log_det = self._structure.unpack(packed)
+        return self._weigher.score(values).log_joint + log_det
+
+    @torch.no_grad()
+    def run(self, *, progress: bool) -> Regions | None:
+        """Find up to six regions per item; None if the log joint cannot be followed or there are none."""
+        start = torch.cat([self._from_prior(), self._from_guide()])
+        looks = []
+        with tqdm(total=NUM_STEPS, desc="search", disable=not progress, delay=1.0) as bar:
+            for number, points in enumerate(climb(self.target, start, NUM_STEPS), 1):
+                if number in LOOKS:
+                    looks.append(points)
+                bar.update()
+        looks.append(points)
+        candidates = torch.cat(looks)
+        try:
+            factors = local_factor(self.target, candidates)
+        except RuntimeError:  # no second derivative
+            return None
+        return self._choose(candidates.double(), factors)
+
+    def _from_prior(self) -> Tensor:
+        rows = []
+        for _ in range(self._starts):
+            with poutine.block():
+                trace = poutine.trace(self._model).get_trace(*self._args, **self._kwargs)
+            nodes = sample_nodes(trace)
+            values = {site.name: nodes[site.name]["value"].unsqueeze(0) for site in self._structure.latents}
+            rows.append(self._structure.pack(values))
+        packed = torch.cat(rows)
+        return torch.where(packed.isfinite(), packed, 0.0)
+
+    def _from_guide(self) -> Tensor:
+        packed = self._structure.pack(self._weigher.draw(self._starts).values)
+        centre = packed.mean(0)
+        return torch.cat([centre + WIDENING * (packed - centre), centre.unsqueeze(0)])
+
+    def _radius(self) -> float:
+        """Of the ball that holds 0.9 of a standard normal, by Wilson and Hilferty."""
+        dim = self._structure.item_dim
+        spread = 2.0 / (9.0 * dim)
+        return math.sqrt(dim) * (1.0 - spread + COVERAGE_QUANTILE * math.sqrt(spread)) ** 1.5
+
+    def _choose(self, centres: Tensor, factors: Tensor) -> Regions | None:
+        """The candidates with most mass, none of which has its centre in another."""
+        usable = factors.isfinite().flatten(2).all(-1) & centres.isfinite().all(-1)
+        factors = torch.where(usable[..., None, None], factors, torch.eye(centres.shape[-1]).to(factors))
+        radius = self._radius()
+        none = torch.zeros_like(centres[:0, :, 0])
+        every = Regions(centres, factors, radius, none, none)
+        log_mass, _ = self._measure(every, self._ranking, exclusive=False)
+        log_mass = torch.where(usable, log_mass, -torch.inf)
+        chosen: list[Tensor] = []
+        items = torch.arange(centres.shape[1], device=centres.device)
+        for _ in range(MAX_REGIONS):
+            best = log_mass.argmax(0)  # (N,)
+            chosen.append(best)
+            own = Regions(centres[best, items][None], factors[best, items][None], radius, none, none)
+            inside = own.locate(centres) == 0
+            inside[best, items] = True
+            log_mass = torch.where(inside, -torch.inf, log_mass)
+            if log_mass.max() == -torch.inf:
+                break
+        index = torch.stack(chosen)  # (K, N)
+        regions = every._replace(centres=centres[index, items], factors=factors[index, items])
+        log_mass, error = self._measure(regions, self._mass, exclusive=True)
+        if not log_mass.isfinite().any():
+            return None
+        return regions._replace(log_mass=log_mass, error=error)
+
+    def _measure(self, regions: Regions, count: int, *, exclusive: bool) -> tuple[Tensor, Tensor]:
+        """log mass and relative error of each region by draws of its Gaussian, ``(K, N)``."""
+        shape = regions.centres.shape
+        noise = torch.randn(count, *shape, dtype=torch.double, device=regions.centres.device)
+        draws = regions.centres + (regions.factors @ noise.unsqueeze(-1)).squeeze(-1)  # (count, K, N, d)
+        squared = noise.square().sum(-1)
+        log_density = -0.5 * squared - 0.5 * shape[-1] * math.log(2 * math.pi)
+        log_density -= regions.factors.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        like = self._weigher.draw(1).values
+        dtype = torch.promote_types(*[next(iter(like.values())).dtype] * 2)
+        rows = draws.flatten(0, 1).to(dtype)
+        at_once = max(1, ROWS_AT_ONCE // shape[1])
+        log_joint = torch.cat([self.target(part) for part in rows.split(at_once)]).reshape(log_density.shape)
+        inside = squared <= regions.radius**2
+        if exclusive:
+            own = torch.arange(shape[0], device=rows.device)[:, None]
+            inside &= regions.locate(draws.flatten(0, 1)).reshape(log_density.shape) == own
+        log_weights = torch.where(inside & ~log_joint.isnan(), log_joint - log_density, -torch.inf)
+        log_mass = log_weights.logsumexp(0) - math.log(count)
+        relative = (log_weights - log_mass).exp()
+        return log_mass, relative.std(0) / math.sqrt(count)
