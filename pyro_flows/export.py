@@ -200,7 +200,7 @@ class _Runs:
             self._vectorized = False
 
     def on_data(self, values: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Deterministic sites, ``(S, *site shape)``, and log likelihoods of the observed ones, ``(S, *batch shape)``."""
+        """Deterministic sites, ``(S, *site shape)``, and log likelihoods of observed ones, ``(S, *batch shape)``."""
         deterministic: dict[str, list[Tensor]] = {n: [] for n, site in self.sites.items() if site.is_deterministic}
         likelihood: dict[str, list[Tensor]] = {n: [] for n, site in self.sites.items() if site.is_data}
         for count, trace in self._traces(self._model, values):
@@ -347,11 +347,11 @@ def _assemble(
         if dim not in sizes or len(labels) != sizes[dim]:
             expected = f"{sizes[dim]} labels" if dim in sizes else f"labels of {', '.join(map(repr, sizes))}"
             raise ValueError(f"{OWNER}: expected coords[{dim!r}] to be {expected}, but got {len(labels)} labels.")
-    labels = {dim: np.arange(size) for dim, size in sizes.items()} | {**indices, **coords}
+    index: dict[str, Any] = {dim: np.arange(size) for dim, size in sizes.items()} | {**indices, **coords}
     datasets = {}
     for group, variables in groups.items():
         if variables:
-            own = {dim: labels[dim] for dims, _ in variables.values() for dim in dims}
+            own = {dim: index[dim] for dims, _ in variables.values() for dim in dims}
             attrs = {"inference_library": "pyro_flows"}
             datasets[group] = xarray.Dataset(variables, coords=own, attrs=attrs)
     if int(arviz.__version__.split(".")[0]) >= 1:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pyro_flows import flows, transforms
+from pyro_flows import flows, plots, transforms
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -38,7 +38,7 @@ def test_every_family_has_its_row() -> None:
     assert sorted(rows) == [(name, type(flows.get(name)).__name__) for name in flows.names()]
 
 
-@pytest.mark.parametrize("module", [flows, transforms], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [flows, plots, transforms], ids=lambda m: m.__name__)
 def test_everything_public_is_in_the_reference(module) -> None:
     text = (DOCS / "api.rst").read_text()
     documented = re.findall(rf"^\.\. auto\w+:: {re.escape(module.__name__)}\.(\w+)$", text, re.MULTILINE)
