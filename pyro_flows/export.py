@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_flows._checks import check_int
@@ -81,7 +82,8 @@ def to_inference_data(
 
     Raises:
         ImportError: If ArviZ is not installed.
-        ValueError: If labels or names do not fit the model, or a number is out of range.
+        ValueError: If labels or names do not fit the model, the guide has a plate's items in another order than the
+            model, or a number is out of range.
         NotImplementedError: If a plate is subsampled; if the guide has no density; if the model has enumerated sites
             and ``log_likelihood`` is asked for.
 
@@ -118,7 +120,11 @@ def to_inference_data(
         predictive = runs.new_data(values) if posterior_predictive else {}
     sites = runs.sites
     observed = {name: site.value for name, site in sites.items() if site.is_data}
-    constants = _constants(model, args, kwargs, observed.values())
+    constants = {
+        name: value
+        for name, value in _tensor_arguments(model, args, kwargs).items()
+        if name not in sites and not any(_same(value, other) for other in observed.values())
+    }
     names = {name: site.dims for name, site in sites.items()}
     names |= {name: _generic(name, value.dim()) for name, value in constants.items()}
     names |= _checked_dims(dims or {}, names)
@@ -130,8 +136,7 @@ def to_inference_data(
         "observed_data": {name: (names[name], _numpy(value)) for name, value in observed.items()},
         "constant_data": {name: (names[name], _numpy(value)) for name, value in constants.items()},
     }
-    labels = {plate: np.asarray(index) for plate, index in structure.indices.items()}
-    return _assemble(arviz, groups, labels, coords or {})
+    return _assemble(arviz, groups, runs.indices, coords or {})
 
 
 class _Site(NamedTuple):
@@ -174,6 +179,10 @@ class _Runs:
         kwargs: Likewise.
         structure: What is known of it.
         probe: A few draws to choose by, ``(S, *site shape)`` a site.
+
+    Attributes:
+        sites: The model's sites.
+        indices: Plate -> its indices, as the model has them.
     """
 
     def __init__(
@@ -188,8 +197,15 @@ class _Runs:
         self._args = args
         self._kwargs = kwargs
         self._structure = structure
-        nodes = sample_nodes(self._trace(model, {name: value[0] for name, value in probe.items()}))
-        self.sites = {name: _Site.read(name, node) for name, node in nodes.items()}
+        trace = self._trace(model, {name: value[0] for name, value in probe.items()})
+        self.sites = {name: _Site.read(name, node) for name, node in sample_nodes(trace).items()}
+        self.indices = {n: _numpy(node["value"]) for n, node in trace.nodes.items() if site_is_subsample(node)}
+        for plate, index in self.indices.items():
+            if not np.array_equal(index, _numpy(structure.indices[plate])):
+                raise ValueError(
+                    f"{OWNER}: expected one order of the items of plate '{plate}', but the model has {index} and the "
+                    f"guide {_numpy(structure.indices[plate])}. Give the guide the model's plate: create_plates=..."
+                )
         self._chunk = max(1, MAX_ELEMENTS // sum(max(site.value.numel(), 1) for site in self.sites.values()))
         self._vectorized = False
         singly = self.on_data(probe)
@@ -233,7 +249,7 @@ class _Runs:
                 yield count, self._trace(model, lead)
 
     def _trace(self, model: Callable[..., Any], values: Mapping[str, Tensor]) -> Trace:
-        replayed = poutine.replay(model, trace=given({**self._structure.indices, **values}))
+        replayed = poutine.replay(model, trace=given(values))
         with poutine.block():
             return poutine.trace(replayed).get_trace(*self._args, **self._kwargs)
 
@@ -265,16 +281,13 @@ def _check_structure(structure: Structure, *, log_likelihood: bool) -> None:
         )
 
 
-def _constants(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], data: Collection[Tensor]
-) -> dict[str, Tensor]:
-    """The model's arguments that are tensors and are not what it observes, by name."""
+def _tensor_arguments(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The model's arguments that are tensors, by name."""
     try:
         bound = inspect.signature(model).bind(*args, **kwargs).arguments
-    except (TypeError, ValueError):  # no signature, as of some built-in callables
+    except ValueError:  # no signature, as of some built-in callables
         return {}
-    tensors = {name: value for name, value in bound.items() if isinstance(value, Tensor)}
-    return {name: value for name, value in tensors.items() if not any(_same(value, other) for other in data)}
+    return {name: value for name, value in bound.items() if isinstance(value, Tensor)}
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
