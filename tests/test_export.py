@@ -250,7 +250,7 @@ def test_mini_batches_are_refused(arviz):
         with pyro.plate("items", len(y), subsample_size=2) as index:
             pyro.sample("y", dist.Normal(mu, 1.0), obs=y[index])
 
-    with pytest.raises(NotImplementedError, match="'items' is subsampled.*subsample_size=None"):
+    with pytest.raises(NotImplementedError, match=r"'items' is subsampled.*subsample_size=None"):
         to_inference_data(model, AutoNormal(model), (Y,), num_samples=10)
 
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["flow_grid", "training", "weights"]
 
+# Log weights that far below the largest are drawn there: draws that count for nothing, at minus infinity perhaps.
+SHOWN_NATS = 30.0
+
 
 def training(
     losses: Any,
@@ -127,8 +130,7 @@ def weights(log_weights: Any, *, axes: Any = None) -> np.ndarray:
     ess = count / np.square(np.exp(relative)).mean()
     grid = new_grid("weights", axes, 1, 2, (8.5, 3.4))[0]
     left, right = grid
-    shown = relative[relative > max(relative.min(), relative.max() - 30)]
-    left.hist(shown, bins=50, color="0.75")
+    left.hist(relative.clip(min=relative.max() - SHOWN_NATS), bins=50, color="0.75")
     left.axvline(0.0, color="black", linestyle="--", linewidth=1, label="log mean: evidence")
     left.set(xlabel="log weight - log mean weight (nats)", ylabel="draws", title=f"ESS {ess:.0f} of {count}")
     left.legend(frameon=False, fontsize="small")
