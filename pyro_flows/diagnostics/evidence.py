@@ -50,11 +50,11 @@ def estimate_evidence(log_weights: Tensor) -> Evidence:
 
 
 class Lost(NamedTuple):
-    """Mass outside of the guide's reach.
+    """What regions hold that the guide does not know of.
 
     Attributes:
-        share: Of all mass that was found, ``(K, N)``; 0 where a region is not lost.
-        log_evidence: With the lost mass, ``(N,)``.
+        share: Of all mass that was found, ``(K, N)``; 0 where the guide draws enough, though its weights may be off.
+        log_evidence: With all that the guide's weights lack, ``(N,)``.
         error: Its standard error, ``(N,)``.
     """
 
@@ -82,10 +82,9 @@ def lost_mass(regions: Regions, where: Tensor, log_weights: Tensor) -> Lost:
     variance = torch.maximum((weights * inside).var(1), (weights.mean(0) + mass) * mass) / count
     excess = mass - by_guide
     significant = excess > SIGNIFICANT * (own_error.square() + variance).sqrt()
-    total = weights.mean(0) + (excess * significant).clamp_min(0.0).sum(0)
-    share = excess / total
+    found = weights.mean(0) + (excess * significant).sum(0)
+    share = excess / found
     drawn = inside.double().mean(1)
     lost = significant & (share > MIN_SHARE) & (drawn < NEGLIGIBLE * share)
-    found = weights.mean(0) + (excess * lost).sum(0)
-    spread = (weights.var(0) / count + (own_error * lost).square().sum(0)).sqrt()
+    spread = (weights.var(0) / count + (own_error * significant).square().sum(0)).sqrt()
     return Lost(share * lost, top + found.log(), spread / found)

@@ -29,8 +29,8 @@ LOOKS = (6, 15, 30, 60)
 RANKING_DRAWS, RANKING_DRAWS_SEQUENTIAL = 32, 8
 MASS_DRAWS, MASS_DRAWS_SEQUENTIAL = 1000, 150
 MAX_REGIONS = 6
-# Share of a Gaussian that its ellipsoid holds, and the normal quantile of that.
-COVERAGE, COVERAGE_QUANTILE = 0.9, 1.2816
+# An ellipsoid holds 99 % of its Gaussian; the normal quantile of that.
+COVERAGE_QUANTILE = 2.3263
 # One backward pass a dimension for a Hessian.
 MAX_DIM = 200
 ROWS_AT_ONCE = 4096
@@ -72,10 +72,13 @@ class Regions(NamedTuple):
         count = len(self.centres)
         where = torch.full(packed.shape[:2], count, device=packed.device)
         for k in reversed(range(count)):
-            deviation = (packed.double() - self.centres[k]).unsqueeze(-1)
-            whitened = torch.linalg.solve_triangular(self.factors[k], deviation, upper=False).squeeze(-1)
-            where = torch.where(whitened.square().sum(-1) <= self.radius**2, k, where)
+            where = torch.where(self.distance(packed, k) <= self.radius, k, where)
         return where
+
+    def distance(self, packed: Tensor, k: int) -> Tensor:
+        """Mahalanobis distance of ``(S, N, d)`` from the centre of region k, ``(S, N)``."""
+        deviation = (packed.double() - self.centres[k]).unsqueeze(-1)
+        return torch.linalg.solve_triangular(self.factors[k], deviation, upper=False).squeeze(-1).norm(dim=-1)
 
 
 class Search:
@@ -105,28 +108,20 @@ class Search:
         self._ranking = RANKING_DRAWS if fast else RANKING_DRAWS_SEQUENTIAL
         self._mass = MASS_DRAWS if fast else MASS_DRAWS_SEQUENTIAL
 
-    def target(self, packed: Tensor) -> Tensor:
-        """log p(x, z) in unconstrained space, ``(S, N, d)`` to ``(S, N)``, float64."""
-        values, log_det = self._structure.unpack(packed)
-        return self._weigher.score(values).log_joint + log_det
-
     @torch.no_grad()
     def run(self, *, progress: bool) -> Regions | None:
         """Find up to six regions per item; None if the log joint cannot be followed or there are none."""
         start = torch.cat([self._from_prior(), self._from_guide()])
+        self._dtype = start.dtype
         looks = []
         with tqdm(total=NUM_STEPS, desc="search", disable=not progress, delay=1.0) as bar:
-            for number, points in enumerate(climb(self.target, start, NUM_STEPS), 1):
+            for number, points in enumerate(climb(self._weigher.log_joint, start, NUM_STEPS), 1):
                 if number in LOOKS:
                     looks.append(points)
                 bar.update()
         looks.append(points)
         candidates = torch.cat(looks)
-        try:
-            factors = local_factor(self.target, candidates)
-        except RuntimeError:  # no second derivative
-            return None
-        return self._choose(candidates.double(), factors)
+        return self._choose(candidates.double(), local_factor(self._weigher.log_joint, candidates))
 
     def _from_prior(self) -> Tensor:
         rows = []
@@ -145,7 +140,7 @@ class Search:
         return torch.cat([centre + WIDENING * (packed - centre), centre.unsqueeze(0)])
 
     def _radius(self) -> float:
-        """Of the ball that holds 0.9 of a standard normal, by Wilson and Hilferty."""
+        """Of the ball that holds 99 % of a standard normal, by Wilson and Hilferty."""
         dim = self._structure.item_dim
         spread = 2.0 / (9.0 * dim)
         return math.sqrt(dim) * (1.0 - spread + COVERAGE_QUANTILE * math.sqrt(spread)) ** 1.5
@@ -185,11 +180,11 @@ class Search:
         squared = noise.square().sum(-1)
         log_density = -0.5 * squared - 0.5 * shape[-1] * math.log(2 * math.pi)
         log_density -= regions.factors.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        like = self._weigher.draw(1).values
-        dtype = torch.promote_types(*[next(iter(like.values())).dtype] * 2)
-        rows = draws.flatten(0, 1).to(dtype)
+        rows = draws.flatten(0, 1).to(self._dtype)
         at_once = max(1, ROWS_AT_ONCE // shape[1])
-        log_joint = torch.cat([self.target(part) for part in rows.split(at_once)]).reshape(log_density.shape)
+        log_joint = torch.cat([self._weigher.log_joint(part) for part in rows.split(at_once)]).reshape(
+            log_density.shape
+        )
         inside = squared <= regions.radius**2
         if exclusive:
             own = torch.arange(shape[0], device=rows.device)[:, None]

@@ -119,6 +119,11 @@ class Weigher:
         priors = {name: torch.cat([score.log_priors[name] for score in scores]) for name in scores[0].log_priors}
         return Draws(values, torch.cat([score.log_likelihood for score in scores]), priors, log_guide)
 
+    def log_joint(self, packed: Tensor) -> Tensor:
+        """log p(x, z) in unconstrained space, ``(S, N, d)`` to ``(S, N)`` in float64; differentiable."""
+        values, log_det = self.structure.unpack(packed)
+        return self.score(values).log_joint + log_det
+
     def _draw_one(self) -> tuple[dict[str, Tensor], dict[str, Any], Tensor]:
         """Values of the latents, mini-batches, and log q ``(1, N)``."""
         with torch.no_grad(), poutine.block():
