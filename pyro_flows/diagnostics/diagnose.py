@@ -233,7 +233,7 @@ def weigh(
         # Weights that are noisy are none.
         tally.add(draws, log_weights if not structure.subsampled else torch.zeros_like(log_weights))
         if regions is not None:
-            wheres.append(regions.locate(structure.pack(draws.values)).to(torch.int8))
+            wheres.append(regions.locate(structure.pack(draws.values)).to("cpu", torch.int8))
     log_weights = torch.cat(weights)
     totals = log_weights.sum(-1)
     expected, kl = torch.cat(likelihoods).mean().item(), torch.cat(kls).mean().item()
@@ -245,7 +245,7 @@ def weigh(
     lost: tuple[LostMode, ...] = ()
     shares = torch.zeros(structure.num_items)
     if regions is not None:
-        found = lost_mass(regions, torch.cat(wheres), log_weights)
+        found = lost_mass(regions.log_mass.cpu(), regions.error.cpu(), torch.cat(wheres), log_weights)
         shares = found.share.sum(0)
         evidence = evidence._replace(log_evidence=found.log_evidence, error=found.error)
         lost = lost_modes(weigher, regions, found.share)
