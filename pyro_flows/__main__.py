@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_flows import AutoFlowGuide, flows, plots
+from pyro_flows.diagnostics import log_weights
 
 # Rubin (1981), "Estimation in parallel randomized experiments": effects of coaching and their standard errors.
 Y = (28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0)
@@ -72,22 +73,12 @@ def fit(name: str, guide: AutoGuide, args: Sequence[Tensor], num_steps: int) -> 
     return Row(name, mean, std_error, seconds, draws)
 
 
-@torch.no_grad()
 def evaluate(
     guide: AutoGuide, args: Sequence[Tensor], num_draws: int = EVALUATION_DRAWS
 ) -> tuple[float, float, dict[str, Tensor]]:
     """ELBO, its standard error, and the draws that they come from."""
-    with pyro.plate("draws", num_draws, dim=-2):
-        guide_trace = pyro.poutine.trace(guide).get_trace(*args)
-        model_trace = pyro.poutine.trace(pyro.poutine.replay(model, guide_trace)).get_trace(*args)
-    log_weights = torch.zeros(num_draws)
-    for trace, sign in ((model_trace, 1.0), (guide_trace, -1.0)):
-        trace.compute_log_prob()
-        for _, node in trace.nodes.items():
-            if node["type"] == "sample" and not pyro.poutine.util.site_is_subsample(node):
-                log_weights += sign * node["log_prob"].reshape(num_draws, -1).sum(-1)
-    draws = {name: guide_trace.nodes[name]["value"].reshape(num_draws, -1) for name in ("mu", "tau", "theta")}
-    return log_weights.mean().item(), log_weights.std().item() / num_draws**0.5, draws
+    weights, draws = log_weights(model, guide, num_draws, tuple(args))
+    return weights.mean().item(), weights.std().item() / num_draws**0.5, draws
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -18,6 +18,8 @@ SUFFICIENT, CUT, MAX_CUTS = 1e-4, 0.25, 8
 MAX_STEP = 5.0
 # Smallest curvature of a local Gaussian: its standard deviations are at most 10.
 MIN_CURVATURE = 0.01
+# Step of differences of gradients, in the same units; these need not be exact.
+DIFFERENCE = 3e-3
 
 Target = Callable[[Tensor], Tensor]
 
@@ -72,29 +74,44 @@ def local_factor(target: Target, points: Tensor) -> Tensor:
     """Cholesky factors of minus the inverse Hessian, made positive definite.
 
     Args:
-        target: As above; twice differentiable.
+        target: As above.
         points: ``(R, N, d)``.
 
     Returns:
         ``(R, N, d, d)`` in float64, lower triangular; NaN where the Hessian is not finite.
     """
-    with torch.enable_grad():
-        z = points.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(_total(target(z)), z, create_graph=True)
-        rows = [
-            torch.autograd.grad(column.sum(), z, retain_graph=True, allow_unused=True)[0]
-            if column.requires_grad
-            else None
-            for column in gradient.unbind(-1)
-        ]
-    hessian = torch.stack([torch.zeros_like(points) if row is None else row for row in rows], -1).double()
-    hessian = 0.5 * (hessian + hessian.mT)
-    finite = hessian.isfinite().all(-1).all(-1)
-    safe = torch.where(finite[..., None, None], hessian, torch.eye(hessian.shape[-1]).to(hessian))
+    hessian = _hessian(target, points)
+    finite = hessian.isfinite().flatten(2).all(-1)[..., None, None]
+    if not finite.all():  # log-sum-exp and its like underflow in their second derivatives, not in their first
+        hessian = torch.where(finite, hessian, _difference_hessian(target, points))
+        finite = hessian.isfinite().flatten(2).all(-1)[..., None, None]
+    safe = torch.where(finite, 0.5 * (hessian + hessian.mT), torch.eye(hessian.shape[-1]).to(hessian))
     curvature, vectors = torch.linalg.eigh(safe)
     covariance = (vectors / curvature.abs().clamp_min(MIN_CURVATURE).unsqueeze(-2)) @ vectors.mT
     factor, info = torch.linalg.cholesky_ex(0.5 * (covariance + covariance.mT))
-    return torch.where((finite & (info == 0))[..., None, None], factor, torch.nan)
+    return torch.where(finite & (info == 0)[..., None, None], factor, torch.nan)
+
+
+def _hessian(target: Target, points: Tensor) -> Tensor:
+    """``(R, N, d, d)`` by a backward pass a dimension; NaN if the target has no second derivative."""
+    nothing = torch.full((*points.shape, points.shape[-1]), torch.nan, dtype=torch.double, device=points.device)
+    with torch.enable_grad():
+        z = points.detach().requires_grad_()
+        try:
+            (gradient,) = torch.autograd.grad(_total(target(z)), z, create_graph=True)
+            rows = [torch.autograd.grad(column.sum(), z, retain_graph=True)[0] for column in gradient.unbind(-1)]
+        except RuntimeError:
+            return nothing
+    return torch.stack(rows, -1).double()
+
+
+def _difference_hessian(target: Target, points: Tensor) -> Tensor:
+    """The same by central differences of gradients."""
+    rows = []
+    for step in DIFFERENCE * torch.eye(points.shape[-1], dtype=points.dtype, device=points.device):
+        above, below = (_value_and_gradient(target, points + sign * step)[1] for sign in (1.0, -1.0))
+        rows.append((above - below) / (2.0 * DIFFERENCE))
+    return torch.stack(rows, -1).double()
 
 
 def _total(value: Tensor) -> Tensor:

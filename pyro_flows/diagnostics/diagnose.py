@@ -13,13 +13,14 @@ from torch import Tensor
 
 from pyro_flows._checks import check_int
 from pyro_flows.diagnostics.evidence import Evidence, estimate_evidence, lost_mass
+from pyro_flows.diagnostics.modes import LostMode, lost_modes
 from pyro_flows.diagnostics.psis import khat_threshold
 from pyro_flows.diagnostics.search import Regions, Search, why_not
 from pyro_flows.diagnostics.sites import SiteSummary, SiteTally
 from pyro_flows.diagnostics.verdict import NOT_KNOWN, TRUST, Facts, judge
 from pyro_flows.diagnostics.weights import Weigher
 
-__all__ = ["Diagnosis", "Items", "LostMode", "diagnose", "find_regions", "weigh"]
+__all__ = ["Diagnosis", "Items", "diagnose", "find_regions", "weigh"]
 
 MAX_LINES = 12
 
@@ -45,19 +46,6 @@ class Items:
     gap: Tensor
     khat: Tensor
     ess: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class LostMode:
-    """A place where the posterior has mass and the guide does not go.
-
-    Attributes:
-        share: Of all mass that was found.
-        values: Site name -> value there.
-    """
-
-    share: float
-    values: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +108,7 @@ class Diagnosis:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.verdict.capitalize()}: {self.reason}",
+            f"{self.verdict[0].upper()}{self.verdict[1:]}: {self.reason}",
             f"ELBO          {self.elbo:>12.3f} +/- {self.elbo_se:.3f} nats = expected log likelihood "
             f"{self.expected_log_likelihood:.3f} - KL to prior {self.kl_to_prior:.3f}",
         ]
@@ -245,7 +233,7 @@ def weigh(
         # Weights that are noisy are none.
         tally.add(draws, log_weights if not structure.subsampled else torch.zeros_like(log_weights))
         if regions is not None:
-            wheres.append(regions.locate(structure.pack(draws.values)).to(torch.int8))
+            wheres.append(regions.locate(structure.pack(draws.values)).to("cpu", torch.int8))
     log_weights = torch.cat(weights)
     totals = log_weights.sum(-1)
     expected, kl = torch.cat(likelihoods).mean().item(), torch.cat(kls).mean().item()
@@ -257,10 +245,10 @@ def weigh(
     lost: tuple[LostMode, ...] = ()
     shares = torch.zeros(structure.num_items)
     if regions is not None:
-        found = lost_mass(regions, torch.cat(wheres), log_weights)
+        found = lost_mass(regions.log_mass.cpu(), regions.error.cpu(), torch.cat(wheres), log_weights)
         shares = found.share.sum(0)
         evidence = evidence._replace(log_evidence=found.log_evidence, error=found.error)
-        lost = _lost_modes(weigher, regions, found.share)
+        lost = lost_modes(weigher, regions, found.share)
     log_evidence = evidence.log_evidence.sum().item()
     log_evidence_se = evidence.error.square().sum().sqrt().item()
     sites = tally.summaries()
@@ -277,6 +265,7 @@ def weigh(
         largest=(log_weights - evidence.log_evidence).max().item(),
         lost=shares,
         lost_at=_describe(lost[0].values) if lost else "",
+        separate=any(mode.separate for mode in lost),
         not_searched=not_searched,
         sites=sites,
     )
@@ -316,17 +305,6 @@ def _evidence(log_weights: Tensor, *, known: bool) -> Evidence:
         return estimate_evidence(log_weights)
     nan = torch.full(log_weights.shape[1:], math.nan, dtype=torch.double)
     return Evidence(nan, nan, nan, nan)
-
-
-def _lost_modes(weigher: Weigher, regions: Regions, share: Tensor) -> tuple[LostMode, ...]:
-    """The lost regions of the item that lost most, largest first."""
-    item = share.sum(0).argmax()
-    modes = []
-    for k in share[:, item].argsort(descending=True):
-        if share[k, item] > 0:
-            values, _ = weigher.structure.unpack(regions.centres[k : k + 1])
-            modes.append(LostMode(share[k, item].item(), {name: value[0] for name, value in values.items()}))
-    return tuple(modes)
 
 
 def _describe(values: Mapping[str, Tensor]) -> str:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from pyro_flows.diagnostics.psis import pareto_smooth
-from pyro_flows.diagnostics.search import Regions
 
 __all__ = ["Evidence", "Lost", "estimate_evidence", "lost_mass"]
 
@@ -50,11 +49,11 @@ def estimate_evidence(log_weights: Tensor) -> Evidence:
 
 
 class Lost(NamedTuple):
-    """Mass outside of the guide's reach.
+    """What regions hold that the guide does not know of.
 
     Attributes:
-        share: Of all mass that was found, ``(K, N)``; 0 where a region is not lost.
-        log_evidence: With the lost mass, ``(N,)``.
+        share: Of all mass that was found, ``(K, N)``; 0 where the guide draws enough, though its weights may be off.
+        log_evidence: With all that the guide's weights lack, ``(N,)``.
         error: Its standard error, ``(N,)``.
     """
 
@@ -63,29 +62,29 @@ class Lost(NamedTuple):
     error: Tensor
 
 
-def lost_mass(regions: Regions, where: Tensor, log_weights: Tensor) -> Lost:
+def lost_mass(log_mass: Tensor, error: Tensor, where: Tensor, log_weights: Tensor) -> Lost:
     """Compare each region's mass with what the guide's own draws say of it.
 
     Args:
-        regions: Regions whose mass was measured without the guide.
+        log_mass: log mass of K regions, measured without the guide, ``(K, N)``.
+        error: Its standard error, ``(K, N)``.
         where: Which of them each draw is in, ``(S, N)``; K for none.
         log_weights: The draws' weights, ``(S, N)``.
     """
     count = len(log_weights)
-    top = torch.maximum(log_weights.max(0).values, regions.log_mass.max(0).values)
+    top = torch.maximum(log_weights.max(0).values, log_mass.max(0).values)
     weights = (log_weights - top).exp()
-    inside = where == torch.arange(len(regions.log_mass), device=where.device)[:, None, None]  # (K, S, N)
-    mass = (regions.log_mass - top).exp()
+    inside = where == torch.arange(len(log_mass), device=where.device)[:, None, None]  # (K, S, N)
+    mass = (log_mass - top).exp()
     by_guide = (weights * inside).mean(1)
-    own_error = mass * regions.error.nan_to_num(0.0)
+    own_error = mass * error.nan_to_num(0.0)
     # Where the guide has no draws its estimate has no spread either; a right guide's weights would all be the evidence.
     variance = torch.maximum((weights * inside).var(1), (weights.mean(0) + mass) * mass) / count
     excess = mass - by_guide
     significant = excess > SIGNIFICANT * (own_error.square() + variance).sqrt()
-    total = weights.mean(0) + (excess * significant).clamp_min(0.0).sum(0)
-    share = excess / total
+    found = weights.mean(0) + (excess * significant).sum(0)
+    share = excess / found
     drawn = inside.double().mean(1)
     lost = significant & (share > MIN_SHARE) & (drawn < NEGLIGIBLE * share)
-    found = weights.mean(0) + (excess * lost).sum(0)
-    spread = (weights.var(0) / count + (own_error * lost).square().sum(0)).sqrt()
+    spread = (weights.var(0) / count + (own_error * significant).square().sum(0)).sqrt()
     return Lost(share * lost, top + found.log(), spread / found)

@@ -26,7 +26,8 @@ class Moments:
             values: ``(S, *shape)``.
             log_weights: ``(S, *shape)`` with dimensions of size 1 where draws share a weight.
         """
-        values, top = values.double(), log_weights.max(0).values
+        values, log_weights = values.double(), log_weights.to(values.device)
+        top = log_weights.max(0).values
         if not self._count:
             self._centre, self._top = values.mean(0), top
             self._parts = [torch.zeros_like(self._centre) for _ in range(5)]

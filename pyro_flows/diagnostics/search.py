@@ -19,21 +19,22 @@ from pyro_flows.diagnostics.weights import Weigher
 __all__ = ["Regions", "Search", "why_not"]
 
 # Climbs start from draws of the prior and from draws of the guide, spread out this much about their mean.
-STARTS, STARTS_SEQUENTIAL = 12, 3
+STARTS, FEW_STARTS = 12, 4
 WIDENING = 3.0
 # Steps of each climb, and after how many its point is a candidate: the mode of a centred hierarchy is at a scale of
 # zero, where there is no mass, but an early point of the way there is fine.
 NUM_STEPS = 60
 LOOKS = (6, 15, 30, 60)
 # Draws from the Gaussian at a candidate: to rank it, and to say how much mass there is.
-RANKING_DRAWS, RANKING_DRAWS_SEQUENTIAL = 32, 8
-MASS_DRAWS, MASS_DRAWS_SEQUENTIAL = 1000, 150
+RANKING_DRAWS, FEW_RANKING_DRAWS = 32, 8
+MASS_DRAWS, FEW_MASS_DRAWS = 1000, 200
 MAX_REGIONS = 6
-# Share of a Gaussian that its ellipsoid holds, and the normal quantile of that.
-COVERAGE, COVERAGE_QUANTILE = 0.9, 1.2816
-# One backward pass a dimension for a Hessian.
-MAX_DIM = 200
-ROWS_AT_ONCE = 4096
+# An ellipsoid holds 99 % of its Gaussian; the normal quantile of that.
+COVERAGE_QUANTILE = 2.3263
+# Fewer of each where the model runs draw by draw, a draw takes more than a megabyte, or there are many items.
+MIN_CHUNK, MANY_COORDINATES = 64, 2000
+# One backward pass a dimension for a Hessian; and what a batch of items may have in all.
+MAX_DIM, MAX_COORDINATES = 200, 100_000
 
 
 def why_not(weigher: Weigher) -> str:
@@ -45,6 +46,8 @@ def why_not(weigher: Weigher) -> str:
         return "it has latents without an unconstrained space"
     if structure.item_dim > MAX_DIM:
         return f"it has {structure.item_dim} dimensions, more than {MAX_DIM}"
+    if structure.num_items * structure.item_dim > MAX_COORDINATES:
+        return f"it has {structure.num_items} items of {structure.item_dim} dimensions; pass a smaller batch"
     return ""
 
 
@@ -72,10 +75,13 @@ class Regions(NamedTuple):
         count = len(self.centres)
         where = torch.full(packed.shape[:2], count, device=packed.device)
         for k in reversed(range(count)):
-            deviation = (packed.double() - self.centres[k]).unsqueeze(-1)
-            whitened = torch.linalg.solve_triangular(self.factors[k], deviation, upper=False).squeeze(-1)
-            where = torch.where(whitened.square().sum(-1) <= self.radius**2, k, where)
+            where = torch.where(self.distance(packed, k) <= self.radius, k, where)
         return where
+
+    def distance(self, packed: Tensor, k: int) -> Tensor:
+        """Mahalanobis distance of ``(S, N, d)`` from the centre of region k, ``(S, N)``."""
+        deviation = (packed.double() - self.centres[k]).unsqueeze(-1)
+        return torch.linalg.solve_triangular(self.factors[k], deviation, upper=False).squeeze(-1).norm(dim=-1)
 
 
 class Search:
@@ -100,32 +106,28 @@ class Search:
         self._model = model
         self._args = args
         self._kwargs = kwargs
-        fast = weigher.score.is_vectorized
-        self._starts = STARTS if fast else STARTS_SEQUENTIAL
-        self._ranking = RANKING_DRAWS if fast else RANKING_DRAWS_SEQUENTIAL
-        self._mass = MASS_DRAWS if fast else MASS_DRAWS_SEQUENTIAL
-
-    def target(self, packed: Tensor) -> Tensor:
-        """log p(x, z) in unconstrained space, ``(S, N, d)`` to ``(S, N)``, float64."""
-        values, log_det = self._structure.unpack(packed)
-        return self._weigher.score(values).log_joint + log_det
+        few = self._structure.num_items * self._structure.item_dim > MANY_COORDINATES
+        few |= weigher.chunk < MIN_CHUNK or not weigher.score.is_vectorized
+        self._starts = FEW_STARTS if few else STARTS
+        self._ranking = FEW_RANKING_DRAWS if few else RANKING_DRAWS
+        self._mass = FEW_MASS_DRAWS if few else MASS_DRAWS
 
     @torch.no_grad()
     def run(self, *, progress: bool) -> Regions | None:
         """Find up to six regions per item; None if the log joint cannot be followed or there are none."""
         start = torch.cat([self._from_prior(), self._from_guide()])
+        start = torch.where(start.isfinite(), start, 0.0)
+        self._dtype = start.dtype
         looks = []
         with tqdm(total=NUM_STEPS, desc="search", disable=not progress, delay=1.0) as bar:
-            for number, points in enumerate(climb(self.target, start, NUM_STEPS), 1):
+            for number, points in enumerate(climb(self._weigher.log_joint, start, NUM_STEPS), 1):
                 if number in LOOKS:
                     looks.append(points)
                 bar.update()
         looks.append(points)
         candidates = torch.cat(looks)
-        try:
-            factors = local_factor(self.target, candidates)
-        except RuntimeError:  # no second derivative
-            return None
+        parts = candidates.split(self._weigher.chunk)
+        factors = torch.cat([local_factor(self._weigher.log_joint, part) for part in parts])
         return self._choose(candidates.double(), factors)
 
     def _from_prior(self) -> Tensor:
@@ -136,8 +138,7 @@ class Search:
             nodes = sample_nodes(trace)
             values = {site.name: nodes[site.name]["value"].unsqueeze(0) for site in self._structure.latents}
             rows.append(self._structure.pack(values))
-        packed = torch.cat(rows)
-        return torch.where(packed.isfinite(), packed, 0.0)
+        return torch.cat(rows)
 
     def _from_guide(self) -> Tensor:
         packed = self._structure.pack(self._weigher.draw(self._starts).values)
@@ -145,7 +146,7 @@ class Search:
         return torch.cat([centre + WIDENING * (packed - centre), centre.unsqueeze(0)])
 
     def _radius(self) -> float:
-        """Of the ball that holds 0.9 of a standard normal, by Wilson and Hilferty."""
+        """Of the ball that holds 99 % of a standard normal, by Wilson and Hilferty."""
         dim = self._structure.item_dim
         spread = 2.0 / (9.0 * dim)
         return math.sqrt(dim) * (1.0 - spread + COVERAGE_QUANTILE * math.sqrt(spread)) ** 1.5
@@ -185,11 +186,10 @@ class Search:
         squared = noise.square().sum(-1)
         log_density = -0.5 * squared - 0.5 * shape[-1] * math.log(2 * math.pi)
         log_density -= regions.factors.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        like = self._weigher.draw(1).values
-        dtype = torch.promote_types(*[next(iter(like.values())).dtype] * 2)
-        rows = draws.flatten(0, 1).to(dtype)
-        at_once = max(1, ROWS_AT_ONCE // shape[1])
-        log_joint = torch.cat([self.target(part) for part in rows.split(at_once)]).reshape(log_density.shape)
+        rows = draws.flatten(0, 1).to(self._dtype)
+        log_joint = torch.cat([self._weigher.log_joint(part) for part in rows.split(self._weigher.chunk)]).reshape(
+            log_density.shape
+        )
         inside = squared <= regions.radius**2
         if exclusive:
             own = torch.arange(shape[0], device=rows.device)[:, None]

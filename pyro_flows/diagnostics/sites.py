@@ -74,10 +74,10 @@ class _One:
         return SiteSummary(
             name=self.latent.name,
             log_prior=self.log_prior / self.count,
-            mean=mean,
-            sd=sd,
-            weighted_mean=weighted_mean,
-            weighted_sd=weighted_sd,
+            mean=mean.cpu(),
+            sd=sd.cpu(),
+            weighted_mean=weighted_mean.cpu(),
+            weighted_sd=weighted_sd.cpu(),
             shift=((a - b) / t).nan_to_num(0.0).abs().max().item(),
             sd_ratio=log_ratio[log_ratio.abs().argmax()].exp().item(),
         )

@@ -80,6 +80,7 @@ class Facts(NamedTuple):
         largest: log of the largest weight over the mean one.
         lost: Share of the mass that lies outside of the guide's reach, item by item, ``(N,)``.
         lost_at: Where, in words.
+        separate: Whether the log joint dips on the way there.
         not_searched: Why there was no search; empty if there was.
         sites: By site.
     """
@@ -96,6 +97,7 @@ class Facts(NamedTuple):
     largest: float
     lost: Tensor
     lost_at: str
+    separate: bool
     not_searched: str
     sites: Mapping[str, SiteSummary]
 
@@ -123,12 +125,17 @@ def judge(facts: Facts, guide: Any) -> Verdict:
     bad = facts.khat > facts.threshold
     lost = facts.lost > 0
     if (facts.num_items == 1 and lost.any()) or lost.double().mean() > BAD_ITEMS:
+        reason = f"about {facts.lost.max():.0%} of the mass lies around {facts.lost_at}, where the guide does not go"
+        reason += f" ({int(lost.sum())} of {facts.num_items} items)." if facts.num_items > 1 else "."
+        if not facts.separate:
+            return Verdict(
+                TRAIN, reason, "It is downhill from the guide's own draws: `fit(model, guide, args)` goes on."
+            )
         return Verdict(
             SEARCH_ELSEWHERE,
-            f"about {facts.lost.max():.0%} of the mass lies around {facts.lost_at}, where the guide does not go"
-            + (f" ({int(lost.sum())} of {facts.num_items} items)." if facts.num_items > 1 else "."),
-            "Its own draws cannot show it. Start a guide there, `AutoFlowGuide(model, init_loc_fn=init_to_value(values="
-            "{...}))`, and `compare` the two; for both modes at once start wider, `init_scale=1.0`.",
+            reason,
+            "It is another mode, which the guide's own draws cannot show. Start a guide there, `AutoFlowGuide(model, "
+            "init_loc_fn=init_to_value(values=report.lost[0].values))`, and `compare` the two.",
         )
     # The fit of a tail knows no scale: weights that hardly differ have none that matters.
     if bad.double().mean() > (BAD_ITEMS if facts.num_items > 1 else 0.0) and not _nearly_constant(facts):

@@ -15,13 +15,13 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_flows.diagnostics.scoring import DRAWS, ModelScorer, given
+from pyro_flows.diagnostics.scoring import DRAWS, ModelScorer, Score, given
 from pyro_flows.diagnostics.structure import Structure, read_structure, sample_nodes
 
 __all__ = ["Draws", "Weigher", "log_weights"]
 
 # Numbers in flight at once: draws a chunk times the numbers that one draw takes.
-MAX_ELEMENTS = 2**18
+MAX_ELEMENTS = 2**20
 MAX_CHUNK = 4096
 # Draws by which ways of running the guide and the model are compared.
 PROBES = 3
@@ -30,7 +30,7 @@ MINI_BATCHES = 100
 
 
 class Draws(NamedTuple):
-    """Draws of a guide and their log densities, in float64; N is the number of items, 1 where there are none.
+    """Draws of a guide and their log densities, these in float64 on the CPU; N is the number of items, or 1.
 
     Attributes:
         values: Latent site -> ``(S, *site shape)``.
@@ -72,6 +72,7 @@ class Weigher:
     Attributes:
         structure: What is known of the two.
         score: The model's log density.
+        chunk: Number of draws that are in flight at once.
     """
 
     def __init__(
@@ -90,12 +91,11 @@ class Weigher:
         probe = {name: torch.stack([values[name] for values, _, _ in singles]) for name in singles[0][0]}
         self.score = ModelScorer(model, args, self._kwargs, self.structure, probe)
         self._vectorized = self._vectorizes()
-        chunk = max(1, min(MAX_CHUNK, MAX_ELEMENTS // max(self.structure.elements, 1)))
-        self._chunk = chunk if self._vectorized or self.score.is_vectorized else min(chunk, 100)
+        self.chunk = max(1, min(MAX_CHUNK, MAX_ELEMENTS // max(self.structure.elements, 1)))
 
     def chunks(self, num_samples: int, *, progress: bool) -> Iterator[Draws]:
         """So many draws; with sub-sampled plates in at least 100 chunks, each of which is one mini-batch."""
-        chunk = self._chunk
+        chunk = self.chunk
         if self.structure.subsampled:
             chunk = min(chunk, max(1, num_samples // MINI_BATCHES))
         with tqdm(total=num_samples, desc="draws", disable=not progress, delay=1.0) as bar:
@@ -107,17 +107,26 @@ class Weigher:
     @torch.no_grad()
     def draw(self, count: int) -> Draws:
         """``count`` draws, in one run of the guide and of the model where they allow it."""
+        values, (likelihood, priors), log_guide = self._draw_and_score(count)
+        return Draws(values, likelihood.cpu(), {name: prior.cpu() for name, prior in priors.items()}, log_guide.cpu())
+
+    def _draw_and_score(self, count: int) -> tuple[dict[str, Tensor], Score, Tensor]:
         if self._vectorized:
             values, indices, log_guide = self._draw_many(count)
-            return Draws(values, *self.score(values, indices), log_guide)
+            return values, self.score(values, indices), log_guide
         singles = [self._draw_one() for _ in range(count)]
         values = {name: torch.stack([single[0][name] for single in singles]) for name in singles[0][0]}
         log_guide = torch.cat([single[2] for single in singles])
         if not self.structure.subsampled:
-            return Draws(values, *self.score(values, singles[0][1]), log_guide)
+            return values, self.score(values, singles[0][1]), log_guide
         scores = [self.score({k: v.unsqueeze(0) for k, v in one.items()}, indices) for one, indices, _ in singles]
         priors = {name: torch.cat([score.log_priors[name] for score in scores]) for name in scores[0].log_priors}
-        return Draws(values, torch.cat([score.log_likelihood for score in scores]), priors, log_guide)
+        return values, Score(torch.cat([score.log_likelihood for score in scores]), priors), log_guide
+
+    def log_joint(self, packed: Tensor) -> Tensor:
+        """log p(x, z) in unconstrained space, ``(S, N, d)`` to ``(S, N)`` in float64; differentiable."""
+        values, log_det = self.structure.unpack(packed)
+        return self.score(values).log_joint + log_det
 
     def _draw_one(self) -> tuple[dict[str, Tensor], dict[str, Any], Tensor]:
         """Values of the latents, mini-batches, and log q ``(1, N)``."""

@@ -219,7 +219,8 @@ def _two_dimensional(flow: Any, context: Tensor | None) -> tuple[Callable[[Tenso
     if isinstance(flow, AutoFlowGuide):
         transform: Any = flow.get_transform()
         dim = flow.latent_dim
-        names = [_element(site.name, i, site.size) for site in flow._joint.table for i in range(site.size)]
+        sites = flow.posterior.only_block.table
+        names = [site.name if site.size == 1 else f"{site.name}[{i}]" for site in sites for i in range(site.size)]
         labels = (f"unconstrained {names[0]}", f"unconstrained {names[-1]}")
         like = next(flow.parameters())
     elif isinstance(flow, Flow):
@@ -234,7 +235,3 @@ def _two_dimensional(flow: Any, context: Tensor | None) -> tuple[Callable[[Tenso
             "draws, write plots.pairs({'guide': guide.sample_posterior(1000)}, sites=[...])."
         )
     return lambda noise: transform(noise.to(like)), labels
-
-
-def _element(name: str, index: int, size: int) -> str:
-    return name if size == 1 else f"{name}[{index}]"
