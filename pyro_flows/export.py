@@ -57,13 +57,15 @@ def to_inference_data(
     ``sample_stats``           ``lp``, log p(x, z), and ``log_q``, log q(z), a draw; ``log_weight``, their difference,
                                and ``khat``, its Pareto tail shape, both along the plate that every site is in, if any
     ``posterior_predictive``   new values of the observed sites
-    ``log_likelihood``         of each observed value, for ``az.loo`` and ``az.compare``; never scaled
+    ``log_likelihood``         of each observed value (an event is one), for ``az.loo`` and ``az.compare``; never scaled
     ``observed_data``          observed sites
     ``constant_data``          the model's other arguments that are tensors, by name
     =========================  ========================================================================================
 
-    These are draws of the guide, not of the posterior: look at ``khat`` first. Where it is poor, give the guide's
-    draws their weights, ``idata.posterior.weighted(np.exp(log_weight - log_weight.max()))``.
+    These are draws of the guide, not of the posterior: look at ``khat`` first. Means under the posterior weigh them::
+
+        log_weight = idata["sample_stats"]["log_weight"]
+        idata["posterior"]["mu"].weighted(np.exp(log_weight - log_weight.max())).mean()
 
     Args:
         model: Any Pyro model.
@@ -161,8 +163,9 @@ class _Site(NamedTuple):
             axis = value.dim() - event_dim + frame.dim if frame.vectorized else -1
             if axis >= 0 and value.shape[axis] == frame.size and frame.name not in SAMPLE_DIMS:
                 dims[axis] = frame.name
-        is_data = node["is_observed"] and not is_deterministic and value.numel() > 0  # pyro.factor observes nothing
-        return cls(value, tuple(dims), value.dim() - event_dim, is_data, is_deterministic)
+        has_value = value.numel() > 0  # pyro.factor observes nothing
+        is_data = node["is_observed"] and not is_deterministic and has_value
+        return cls(value, tuple(dims), value.dim() - event_dim, is_data, is_deterministic and has_value)
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -238,15 +241,17 @@ class _Runs:
     def _traces(self, model: Callable[..., Any], values: dict[str, Tensor]) -> Iterator[tuple[int, Trace]]:
         """Number of draws and trace of each run."""
         num_samples = len(next(iter(values.values())))
-        for start in range(0, num_samples, self._chunk if self._vectorized else 1):
-            if not self._vectorized:
-                yield 1, self._trace(model, {name: value[start] for name, value in values.items()})
-                continue
-            part = {site.name: values[site.name][start : start + self._chunk] for site in self._structure.latents}
-            lead = {site.name: self._structure.lead(site, part[site.name]) for site in self._structure.latents}
-            count = len(next(iter(part.values())))
-            with pyro.plate(f"_{OWNER}", count, dim=-1 - self._structure.nesting):
-                yield count, self._trace(model, lead)
+        if not self._vectorized:
+            for row in range(num_samples):
+                yield 1, self._trace(model, {name: value[row] for name, value in values.items()})
+            return
+        structure = self._structure
+        for start in range(0, num_samples, self._chunk):
+            count = min(self._chunk, num_samples - start)
+            part = {s.name: structure.lead(s, values[s.name][start : start + count]) for s in structure.latents}
+            with pyro.plate(f"_{OWNER}", count, dim=-1 - structure.nesting):
+                trace = self._trace(model, part)
+            yield count, trace
 
     def _trace(self, model: Callable[..., Any], values: Mapping[str, Tensor]) -> Trace:
         replayed = poutine.replay(model, trace=given(values))
@@ -333,12 +338,9 @@ def _sample_stats(chunks: Sequence[Draws], structure: Structure) -> Variables:
     plate = () if structure.items is None else (structure.items.name,)
     if not plate:
         log_weights, khats = log_weights.squeeze(-1), khats.squeeze(-1)
-    return {
-        "lp": (SAMPLE_DIMS, _numpy(log_p.unsqueeze(0))),
-        "log_q": (SAMPLE_DIMS, _numpy(log_q.unsqueeze(0))),
-        "log_weight": (SAMPLE_DIMS + plate, _numpy(log_weights.unsqueeze(0))),
-        "khat": (plate, _numpy(khats)),
-    }
+    dims = {"lp": SAMPLE_DIMS, "log_q": SAMPLE_DIMS, "log_weight": SAMPLE_DIMS + plate, "khat": SAMPLE_DIMS[:1] + plate}
+    values = {"lp": log_p, "log_q": log_q, "log_weight": log_weights, "khat": khats}
+    return {name: (dims[name], _numpy(value.unsqueeze(0))) for name, value in values.items()}
 
 
 def _assemble(
