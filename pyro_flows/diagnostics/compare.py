@@ -147,6 +147,7 @@ def compare(
 def _best(found: Mapping[str, Diagnosis]) -> tuple[str, bool]:
     """Whose estimate of the evidence to take, and whether its weights can be relied on."""
     good = {name: d for name, d in found.items() if d.khat <= d.khat_threshold and math.isfinite(d.log_evidence)}
+    good = {name: d for name, d in good.items() if not d.lost} or good
     if not good:  # too heavy a tail makes an estimate too low, as a rule
         return max(found, key=lambda name: found[name].log_evidence), False
     top = max(good.values(), key=lambda d: d.log_evidence)

@@ -23,7 +23,7 @@ class Smoothed(NamedTuple):
 
     Attributes:
         log_weights: Normalised to ``logsumexp = 0``, in the order of the draws, ``(S,)``, float64.
-        khat: Tail shape; infinite if the tail is too short to fit, 0 if all weights are equal up to rounding.
+        khat: Tail shape; infinite if the tail is too short to fit, 0 if its weights are equal up to rounding.
     """
 
     log_weights: Tensor
@@ -55,10 +55,10 @@ def pareto_smooth(log_weights: Tensor) -> Smoothed:
     """
     count = len(log_weights)
     shifted = log_weights.double() - log_weights.double().max()
-    if not shifted.min() < -CONSTANT:
-        return Smoothed(torch.full_like(shifted, -math.log(count)), 0.0)
     ordered, order = shifted.sort()
     tail_length = min(math.ceil(min(count / 5, 3 * math.sqrt(count))), count - 1)
+    if not ordered[-tail_length - 1] < -CONSTANT:
+        return Smoothed(shifted - shifted.logsumexp(0), 0.0)
     cutoff = max(ordered[-tail_length - 1].item(), math.log(torch.finfo(torch.double).tiny))
     tail = ordered[ordered > cutoff]
     khat = math.inf

@@ -100,7 +100,7 @@ def importance_resample(
 
 def _check(khat: Tensor, num_draws: int) -> None:
     # Over many items one noisy fit is no reason to refuse them all.
-    worst = khat.quantile(0.95).item()
+    worst = khat.quantile(0.95, interpolation="higher").item()
     if worst > HOPELESS:
         raise RuntimeError(
             f"importance_resample: expected weights with a mean, but k-hat is {worst:.2f}, so a few draws would be all "

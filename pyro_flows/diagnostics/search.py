@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -115,7 +115,7 @@ class Search:
     @torch.no_grad()
     def run(self, *, progress: bool) -> Regions | None:
         """Find up to six regions per item; None if the log joint cannot be followed or there are none."""
-        start = torch.cat([self._from_prior(), self._from_guide()])
+        start = torch.cat([*self._from_prior(), self._from_guide()])
         start = torch.where(start.isfinite(), start, 0.0)
         self._dtype = start.dtype
         looks = []
@@ -124,21 +124,21 @@ class Search:
                 if number in LOOKS:
                     looks.append(points)
                 bar.update()
-        looks.append(points)
-        candidates = torch.cat(looks)
+        candidates = torch.cat(looks if number in LOOKS else [*looks, points])
         parts = candidates.split(self._weigher.chunk)
         factors = torch.cat([local_factor(self._weigher.log_joint, part) for part in parts])
         return self._choose(candidates.double(), factors)
 
-    def _from_prior(self) -> Tensor:
-        rows = []
+    def _from_prior(self) -> Iterator[Tensor]:
         for _ in range(self._starts):
-            with poutine.block():
-                trace = poutine.trace(self._model).get_trace(*self._args, **self._kwargs)
+            try:
+                with poutine.block():
+                    trace = poutine.trace(self._model).get_trace(*self._args, **self._kwargs)
+            except ValueError:  # a likelihood that its own prior breaks
+                continue
             nodes = sample_nodes(trace)
             values = {site.name: nodes[site.name]["value"].unsqueeze(0) for site in self._structure.latents}
-            rows.append(self._structure.pack(values))
-        return torch.cat(rows)
+            yield self._structure.pack(values)
 
     def _from_guide(self) -> Tensor:
         packed = self._structure.pack(self._weigher.draw(self._starts).values)
@@ -158,8 +158,10 @@ class Search:
         radius = self._radius()
         none = torch.zeros_like(centres[:0, :, 0])
         every = Regions(centres, factors, radius, none, none)
-        log_mass, _ = self._measure(every, self._ranking, exclusive=False)
-        log_mass = torch.where(usable, log_mass, -torch.inf)
+        log_mass, error = self._measure(every, self._ranking, exclusive=False)
+        # Of two Gaussians around the same mass the one whose weights vary less tells more, and ranks less by luck.
+        log_mass = torch.where(usable, log_mass - torch.log1p(self._ranking * error.square()), -torch.inf)
+        log_mass = log_mass.nan_to_num(-torch.inf, neginf=-torch.inf)
         chosen: list[Tensor] = []
         items = torch.arange(centres.shape[1], device=centres.device)
         for _ in range(MAX_REGIONS):
@@ -187,9 +189,8 @@ class Search:
         log_density = -0.5 * squared - 0.5 * shape[-1] * math.log(2 * math.pi)
         log_density -= regions.factors.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         rows = draws.flatten(0, 1).to(self._dtype)
-        log_joint = torch.cat([self._weigher.log_joint(part) for part in rows.split(self._weigher.chunk)]).reshape(
-            log_density.shape
-        )
+        parts = rows.split(self._weigher.chunk)
+        log_joint = torch.cat([self._weigher.log_joint(part) for part in parts]).reshape(log_density.shape)
         inside = squared <= regions.radius**2
         if exclusive:
             own = torch.arange(shape[0], device=rows.device)[:, None]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -166,7 +167,7 @@ def read_structure(
     """
     if not isinstance(args, tuple):
         raise TypeError(f"{owner}: expected args to be a tuple, but got a {type(args).__name__}. Write args=(x,).")
-    with poutine.block():
+    with poutine.block(), pyro.validation_enabled(False):  # only the structure is looked at
         guide_trace, again = (poutine.trace(guide).get_trace(*args, **kwargs) for _ in range(2))
         trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*args, **kwargs)
     drawn = {name: node for name, node in sample_nodes(guide_trace).items() if not node["is_observed"]}

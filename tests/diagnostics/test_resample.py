@@ -36,7 +36,7 @@ def test_items_are_resampled_on_their_own() -> None:
 
 
 def test_heavy_tails_are_warned_of_and_hopeless_ones_refused() -> None:
-    fit = BAD["narrow"]()
+    fit = BAD["light tails"]()
     with pytest.warns(UserWarning, match="k-hat is"):
         importance_resample(fit.model, fit.guide, 10, fit.args, seed=0, progress=False)
     fit = BAD["wrong likelihood scale"]()
