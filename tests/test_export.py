@@ -237,6 +237,24 @@ def test_amortized_guides_have_weights_by_item(arviz):
     assert "constant_data" not in groups(idata)
 
 
+def test_nested_plates_and_events(arviz):
+    def model(y):
+        corr = pyro.sample("corr", dist.LKJCholesky(2, 2.0))
+        with pyro.plate("rows", 4, dim=-2):
+            row = pyro.sample("row", dist.Normal(0.0, 1.0))
+            with pyro.plate("columns", 3, dim=-1):
+                z = pyro.sample("z", dist.MultivariateNormal(torch.zeros(2), scale_tril=corr))
+                pyro.sample("y", dist.Normal(z.sum(-1) + row, 1.0), obs=y)
+
+    idata = to_inference_data(model, AutoFlowGuide(model), (torch.randn(4, 3).double(),), num_samples=10)
+    posterior = idata["posterior"]
+    assert posterior["corr"].dims[2:] == ("corr_dim_0", "corr_dim_1")
+    assert posterior["row"].dims[2:] == ("rows", "row_dim_1")
+    assert posterior["z"].dims[2:] == ("rows", "columns", "z_dim_2")
+    assert idata["log_likelihood"]["y"].dims[2:] == ("rows", "columns")
+    assert idata["observed_data"]["y"].dtype == np.float64
+
+
 def test_indices_of_a_plate_are_its_coordinates(arviz):
     order = torch.tensor([2, 0, 1])
 
