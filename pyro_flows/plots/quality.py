@@ -24,6 +24,8 @@ __all__ = ["flow_grid", "training", "weights"]
 
 # Log weights that far below the largest are drawn there: draws that count for nothing, at minus infinity perhaps.
 SHOWN_NATS = 30.0
+# Half-width of the histogram at least: rounding is not drawn large.
+LEAST_NATS = 0.01
 
 
 def training(
@@ -94,11 +96,12 @@ def weights(log_weights: Any, *, axes: Any = None) -> np.ndarray:
 
     The left panel is a histogram of log weights over their log mean, the estimate of the evidence, which a perfect
     guide would have all of its mass at. The right one has, for each of the largest weights, the share of draws with
-    at least that weight. On its logarithmic axes a Pareto tail is a line of slope :math:`-1 / \hat k`; estimates from
-    the weights need :math:`\hat k` below a threshold that depends on the number of draws.
+    at least that weight. On logarithmic axes a Pareto tail is a line of slope :math:`-1 / \hat k`; estimates from the
+    weights need :math:`\hat k` below a threshold that depends on the number of draws.
 
     Args:
-        log_weights: A :class:`~pyro_flows.Diagnosis`, or log p(x, z) - log q(z), ``(S,)``, at least 20.
+        log_weights: A :class:`~pyro_flows.Diagnosis`, or log p(x, z) - log q(z), ``(S,)``, at least 20. Where they fall
+            apart over items, one item's: ``report.log_weights[:, 0]``.
         axes: Two Axes; None makes a figure.
 
     Returns:
@@ -120,7 +123,7 @@ def weights(log_weights: Any, *, axes: Any = None) -> np.ndarray:
     if raw.ndim != 1 or len(raw) < 20 or np.isnan(raw).any() or not np.isfinite(raw).any():
         raise ValueError(
             f"weights: expected at least 20 log weights, (S,), none of them NaN, but got shape {raw.shape}. "
-            "Pass diagnose(model, guide, args)."
+            "Pass diagnose(model, guide, args) or, of many items, one item's: report.log_weights[:, 0]."
         )
     count = len(raw)
     smoothed, khat = pareto_smooth(torch.as_tensor(raw))
@@ -134,15 +137,21 @@ def weights(log_weights: Any, *, axes: Any = None) -> np.ndarray:
     left.axvline(0.0, color="black", linestyle="--", linewidth=1, label="log mean: evidence")
     left.set(xlabel="log weight - log mean weight (nats)", ylabel="draws", title=f"ESS {ess:.0f} of {count}")
     left.legend(frameon=False, fontsize="small")
+    low, high = left.get_xlim()
+    left.set_xlim(min(low, -LEAST_NATS), max(high, LEAST_NATS))
 
     tail = min(count // 2, max(20, 10 * math.isqrt(count)))
     share = np.arange(1, tail + 1) / count
-    right.loglog(
-        np.exp(np.sort(relative)[::-1][:tail]), share, ".", color="0.55", markersize=5, label="largest weights"
-    )
+    largest = np.exp(np.sort(relative)[::-1][:tail])
+    right.semilogy(largest, share, ".", color="0.55", markersize=5, label="largest weights")
     fitted = min(tail, math.ceil(min(count / 5, 3 * math.sqrt(count))))
     smooth = np.exp(np.sort(smoothed.numpy())[::-1][:fitted]) * count
-    right.loglog(smooth, share[:fitted], "-", color="black", linewidth=1.5, label="Pareto fit of the tail")
+    right.semilogy(smooth, share[:fitted], "-", color="black", linewidth=1.5, label="Pareto fit of the tail")
+    if largest[-1] > 0 and largest[0] / largest[-1] > 10:  # a shorter axis has no room for logarithmic ticks
+        right.set_xscale("log")
+    else:
+        low, high = right.get_xlim()
+        right.set_xlim(min(low, 1 - LEAST_NATS), max(high, 1 + LEAST_NATS))
     verdict = "below" if khat < threshold else "not below"
     right.set(
         xlabel="weight / mean weight",
