@@ -57,7 +57,8 @@ class Diagnosis:
     Attributes:
         elbo: :math:`E_q[\log p(x, z) - \log q(z)]`.
         elbo_se: Its standard error.
-        expected_log_likelihood: :math:`E_q \log p(x | z)`, the reconstruction.
+        expected_log_likelihood: :math:`E_q \log p(x | z)`, the reconstruction. Latents whose prior depends on an
+            enumerated site count here.
         kl_to_prior: :math:`KL(q \| p(z))`.
         log_evidence: log p(x) by importance sampling, lost modes included. NaN where plates are subsampled.
         log_evidence_se: Its standard error; too small where k-hat is above the threshold.

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyro
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_flows.diagnostics.structure import Structure, sample_nodes
 
-__all__ = ["DRAWS", "ModelScorer", "Score", "given"]
+__all__ = ["DRAWS", "ModelScorer", "Score", "concatenate", "given"]
 
 DRAWS = "_pyro_flows_draws"
 
@@ -46,6 +46,13 @@ def given(values: Mapping[str, Any]) -> Trace:
     for name, value in values.items():
         trace.add_node(name, name=name, type="sample", value=value, is_observed=False, infer={})
     return trace
+
+
+def concatenate(scores: Sequence[Score]) -> Score:
+    """Scores of several draws as one, in order."""
+    names = [name for name in scores[0].log_priors if all(name in score.log_priors for score in scores)]
+    priors = {name: torch.cat([score.log_priors[name] for score in scores]) for name in names}
+    return Score(torch.cat([score.log_likelihood for score in scores]), priors)
 
 
 class ModelScorer:
@@ -104,6 +111,8 @@ class ModelScorer:
     def _choose(self, probe: Values) -> Callable[[Values, Mapping[str, Any]], Score]:
         indices = self._structure.indices  # the same mini-batch for all, or else nothing could agree
         expected = self._one_by_one(probe, indices)
+        if (expected.log_joint == -torch.inf).all():
+            self._one({name: value[0] for name, value in probe.items()}, indices)  # says what is wrong, if it can
         for run in (self._in_a_plate, self._by_vmap):
             try:
                 found = run(probe, indices)
@@ -132,17 +141,10 @@ class ModelScorer:
             try:
                 scores.append(self._one(one, indices))
             except ValueError:  # no density there
-                nothing = torch.zeros(
-                    1, self._structure.num_items, dtype=torch.double, device=next(iter(values.values())).device
-                )
-                scores.append(Score(nothing - torch.inf, {site.name: nothing for site in self._structure.latents}))
-        names = set.intersection(*(set(score.log_priors) for score in scores))
-        priors = {
-            name: torch.cat([score.log_priors[name] for score in scores])
-            for name in scores[0].log_priors
-            if name in names
-        }
-        return Score(torch.cat([score.log_likelihood for score in scores]), priors)
+                device = next(iter(one.values())).device
+                nothing = torch.zeros(1, self._structure.num_items, dtype=torch.double, device=device)
+                scores.append(Score(nothing - torch.inf, dict.fromkeys(one, nothing)))
+        return concatenate(scores)
 
     def _by_vmap(self, values: Values, indices: Mapping[str, Any]) -> Score:
         def one(row: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

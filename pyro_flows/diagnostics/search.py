@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -118,16 +119,22 @@ class Search:
         start = torch.cat([*self._from_prior(), self._from_guide()])
         start = torch.where(start.isfinite(), start, 0.0)
         self._dtype = start.dtype
+        # A step too far is cut down anyway, where an error would stop all climbs; masses are measured with checks on.
+        with pyro.validation_enabled(False):
+            candidates = self._climb(start, progress=progress)
+            parts = candidates.split(self._weigher.chunk)
+            factors = torch.cat([local_factor(self._weigher.log_joint, part) for part in parts])
+        return self._choose(candidates.double(), factors)
+
+    def _climb(self, start: Tensor, *, progress: bool) -> Tensor:
+        """Points on the way up, ``(R, N, d)``."""
         looks = []
         with tqdm(total=NUM_STEPS, desc="search", disable=not progress, delay=1.0) as bar:
             for number, points in enumerate(climb(self._weigher.log_joint, start, NUM_STEPS), 1):
                 if number in LOOKS:
                     looks.append(points)
                 bar.update()
-        candidates = torch.cat(looks if number in LOOKS else [*looks, points])
-        parts = candidates.split(self._weigher.chunk)
-        factors = torch.cat([local_factor(self._weigher.log_joint, part) for part in parts])
-        return self._choose(candidates.double(), factors)
+        return torch.cat(looks if number in LOOKS else [*looks, points])
 
     def _from_prior(self) -> Iterator[Tensor]:
         for _ in range(self._starts):

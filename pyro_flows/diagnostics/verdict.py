@@ -128,9 +128,7 @@ def judge(facts: Facts, guide: Any) -> Verdict:
         reason = f"about {facts.lost.max():.0%} of the mass lies around {facts.lost_at}, where the guide does not go"
         reason += f" ({int(lost.sum())} of {facts.num_items} items)." if facts.num_items > 1 else "."
         if not facts.separate:
-            return Verdict(
-                TRAIN, reason, "It is downhill from the guide's own draws: `fit(model, guide, args)` goes on."
-            )
+            return Verdict(TRAIN, reason, "No ridge lies between: `fit(model, guide, args)` goes on from here.")
         return Verdict(
             SEARCH_ELSEWHERE,
             reason,

@@ -15,7 +15,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_flows.diagnostics.scoring import DRAWS, ModelScorer, Score, given
+from pyro_flows.diagnostics.scoring import DRAWS, ModelScorer, Score, concatenate, given
 from pyro_flows.diagnostics.structure import Structure, read_structure, sample_nodes
 from pyro_flows.guides import AutoFlowGuide
 
@@ -121,8 +121,7 @@ class Weigher:
         if not self.structure.subsampled:
             return values, self.score(values, singles[0][1]), log_guide
         scores = [self.score({k: v.unsqueeze(0) for k, v in one.items()}, indices) for one, indices, _ in singles]
-        priors = {name: torch.cat([score.log_priors[name] for score in scores]) for name in scores[0].log_priors}
-        return values, Score(torch.cat([score.log_likelihood for score in scores]), priors), log_guide
+        return values, concatenate(scores), log_guide
 
     def log_joint(self, packed: Tensor) -> Tensor:
         """log p(x, z) in unconstrained space, ``(S, N, d)`` to ``(S, N)`` in float64; differentiable."""
