@@ -1,11 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Normalizing-flow guides for Pyro: swap ``AutoNormal(model)`` for ``AutoFlowGuide(model)``."""
 
-from pyro_flows import flows
+from pyro_flows import flows, plots
+from pyro_flows.diagnostics import Comparison, Diagnosis, compare, diagnose, importance_resample
+from pyro_flows.export import to_inference_data
 from pyro_flows.flows import Flow, FlowSpec
 from pyro_flows.guides import AutoFlowGuide, init_to_prior_median
 from pyro_flows.inference import FitResult, fit
 
 __version__ = "0.1.0"
 
-__all__ = ["AutoFlowGuide", "FitResult", "Flow", "FlowSpec", "fit", "flows", "init_to_prior_median"]
+__all__ = [
+    "AutoFlowGuide",
+    "Comparison",
+    "Diagnosis",
+    "FitResult",
+    "Flow",
+    "FlowSpec",
+    "compare",
+    "diagnose",
+    "fit",
+    "flows",
+    "importance_resample",
+    "init_to_prior_median",
+    "plots",
+    "to_inference_data",
+]

@@ -18,7 +18,8 @@ from pyro.optim import CosineAnnealingLR
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_flows import AutoFlowGuide, flows
+from pyro_flows import AutoFlowGuide, flows, plots
+from pyro_flows.diagnostics import log_weights
 
 # Rubin (1981), "Estimation in parallel randomized experiments": effects of coaching and their standard errors.
 Y = (28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0)
@@ -72,22 +73,12 @@ def fit(name: str, guide: AutoGuide, args: Sequence[Tensor], num_steps: int) -> 
     return Row(name, mean, std_error, seconds, draws)
 
 
-@torch.no_grad()
 def evaluate(
     guide: AutoGuide, args: Sequence[Tensor], num_draws: int = EVALUATION_DRAWS
 ) -> tuple[float, float, dict[str, Tensor]]:
     """ELBO, its standard error, and the draws that they come from."""
-    with pyro.plate("draws", num_draws, dim=-2):
-        guide_trace = pyro.poutine.trace(guide).get_trace(*args)
-        model_trace = pyro.poutine.trace(pyro.poutine.replay(model, guide_trace)).get_trace(*args)
-    log_weights = torch.zeros(num_draws)
-    for trace, sign in ((model_trace, 1.0), (guide_trace, -1.0)):
-        trace.compute_log_prob()
-        for _, node in trace.nodes.items():
-            if node["type"] == "sample" and not pyro.poutine.util.site_is_subsample(node):
-                log_weights += sign * node["log_prob"].reshape(num_draws, -1).sum(-1)
-    draws = {name: guide_trace.nodes[name]["value"].reshape(num_draws, -1) for name in ("mu", "tau", "theta")}
-    return log_weights.mean().item(), log_weights.std().item() / num_draws**0.5, draws
+    weights, draws = log_weights(model, guide, num_draws, tuple(args))
+    return weights.mean().item(), weights.std().item() / num_draws**0.5, draws
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -100,21 +91,12 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def save_figure(rows: Sequence[Row], path: Path) -> None:
-    """Draws of mu against log tau, one panel a guide."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, len(rows), figsize=(4.5 * len(rows), 4), sharex=True, sharey=True, squeeze=False)
-    for ax, row in zip(axes[0], rows, strict=True):
-        mu, log_tau = row.draws["mu"][:4000, 0], row.draws["tau"][:4000, 0].log()
-        ax.plot(mu, log_tau, ".", color="black", markersize=2, alpha=0.25, rasterized=True)
-        ax.set(title=f"{row.name}: gap {LOG_EVIDENCE - row.elbo:.2f} nat", xlabel="mu", xlim=(-12, 20), ylim=(-4, 4.5))
-    axes[0, 0].set_ylabel("log tau")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    """The guides' draws of mu and log tau over each other; the last one's, the best, as points."""
+    draws = {
+        f"{row.name}: gap {LOG_EVIDENCE - row.elbo:.2f} nat": {"mu": row.draws["mu"], "log tau": row.draws["tau"].log()}
+        for row in reversed(rows)
+    }
+    plots.pairs(draws)[0, 0].figure.savefig(path, dpi=150)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -18,6 +18,9 @@ LAYERS = {
     "plates": 2,
     "guides": 3,
     "inference": 4,
+    "diagnostics": 4,
+    "export": 5,
+    "plots": 5,
     "__init__": 6,
     "__main__": 7,
 }

@@ -90,7 +90,7 @@ class FitResult:
             return f"Next: training was unstable; try learning_rate={self.learning_rate / 4:g}."
         if self.reason.startswith("all"):
             return "Next: call fit again; it goes on from here."
-        return "Next: look at the posterior with guide.sample_posterior(1000, ...)."
+        return "Next: print(diagnose(model, guide, args)) says how far from the posterior it is."
 
 
 def fit(

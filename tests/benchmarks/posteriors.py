@@ -16,7 +16,6 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,14 +24,12 @@ import torch
 from guides import GUIDES
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoGuide
-from pyro.ops.stats import fit_generalized_pareto
 from tables import TABLES, as_rst
-from torch import Tensor
 
 from pyro_flows import fit
+from pyro_flows.diagnostics import log_weights
+from pyro_flows.diagnostics.evidence import estimate_evidence
 
-CHUNK = 1000
-MAX_PLATE_NESTING = 3
 HEADER = (
     "posterior",
     "guide",
@@ -60,44 +57,18 @@ class Score(NamedTuple):
     seconds: float
 
 
-@torch.no_grad()
-def draw(
-    model: Callable[..., Any], guide: AutoGuide, data: dict[str, Any], count: int
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Fresh draws: log p(x, z) - log q(z), and the values of the sites, ``(count, *site shape)``."""
-    weights, values = [], []
-    shapes = {name: node["value"].shape for name, node in guide.prototype_trace.iter_stochastic_nodes()}
-    for _ in range(math.ceil(count / CHUNK)):
-        with pyro.plate("draws", CHUNK, dim=-1 - MAX_PLATE_NESTING):
-            guide_trace = pyro.poutine.trace(guide).get_trace(**data)
-            model_trace = pyro.poutine.trace(pyro.poutine.replay(model, guide_trace)).get_trace(**data)
-        total = torch.zeros(CHUNK)
-        for trace, sign in ((model_trace, 1.0), (guide_trace, -1.0)):
-            trace.compute_log_prob()
-            for node in trace.nodes.values():
-                if node["type"] == "sample" and not pyro.poutine.util.site_is_subsample(node):
-                    total += sign * node["log_prob"].reshape(CHUNK, -1).sum(-1)
-        weights.append(total)
-        values.append({name: guide_trace.nodes[name]["value"].reshape(CHUNK, *shape) for name, shape in shapes.items()})
-    return torch.cat(weights), {name: torch.cat([chunk[name] for chunk in values]) for name in shapes}
-
-
 def score(posterior: Any, guide: AutoGuide, count: int, seconds: float) -> Score:
     """Evidence, importance weights, and errors against the reference draws."""
-    weights, samples = draw(posterior.model, guide, posterior.data, count)
-    weights = weights.double()
-    log_evidence = (weights.logsumexp(0) - math.log(len(weights))).item()
-    ratio = (weights - weights.max()).exp()
-    tail = ratio.sort().values[-int(min(0.2 * count, 3 * math.sqrt(count))) - 1 :]
-    khat, _ = fit_generalized_pareto(tail[1:] - tail[0])
+    weights, samples = log_weights(posterior.model, guide, count, kwargs=posterior.data)
+    found = estimate_evidence(weights.unsqueeze(-1))
+    elbo, log_evidence = weights.mean().item(), found.log_evidence.item()
     errors, ratios = [], []
     for name, draws in posterior.to_reference(samples).items():
         if name in posterior.mean:
             errors.append(abs(float(draws.mean()) - posterior.mean[name]) / posterior.sd[name])
             ratios.append(abs(math.log(float(draws.std()) / posterior.sd[name])))
-    elbo = weights.mean().item()
-    ess = (ratio.sum() ** 2 / (ratio**2).sum() / len(ratio)).item()
-    return Score(elbo, log_evidence, log_evidence - elbo, float(khat), ess, max(errors), max(ratios), seconds)
+    khat, ess = found.khat.item(), found.ess.item() / count
+    return Score(elbo, log_evidence, log_evidence - elbo, khat, ess, max(errors), max(ratios), seconds)
 
 
 def train(name: str, posterior: Any, seed: int) -> tuple[AutoGuide, float]:

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L4. Many climbs of one log density at once: L-BFGS on a batch, and the curvature where it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+__all__ = ["climb", "local_factor"]
+
+# Pairs of steps that L-BFGS remembers.
+HISTORY = 10
+# Armijo's rule: a step has to bring this share of what its slope promises, or it is cut down, so many times at most.
+SUFFICIENT, CUT, MAX_CUTS = 1e-4, 0.25, 8
+# Longest step, in units of the unconstrained latents.
+MAX_STEP = 5.0
+# Smallest curvature of a local Gaussian: its standard deviations are at most 10.
+MIN_CURVATURE = 0.01
+# Step of differences of gradients, in the same units; these need not be exact.
+DIFFERENCE = 3e-3
+
+Target = Callable[[Tensor], Tensor]
+
+
+def climb(target: Target, start: Tensor, num_steps: int) -> Iterator[Tensor]:
+    """Points of L-BFGS ascents, all of them one gradient of the target a try.
+
+    Args:
+        target: Log density, ``(R, N, d)`` to ``(R, N)``; each entry depends on its own vector only.
+        start: Where to begin, ``(R, N, d)``.
+        num_steps: Number of steps.
+
+    Yields:
+        Where they are after each step, ``(R, N, d)``.
+    """
+    z, (value, gradient) = start, _value_and_gradient(target, start)
+    steps: list[Tensor] = []
+    bends: list[Tensor] = []
+    for _ in range(num_steps):
+        direction = _two_loops(gradient, steps, bends)
+        slope = (direction * gradient).sum(-1)
+        direction = torch.where((slope > 0).unsqueeze(-1), direction, gradient)
+        slope = (direction * gradient).sum(-1)
+        length = direction.norm(dim=-1)
+        longest = MAX_STEP if steps else 1.0
+        step = (longest / length.clamp_min(1e-12)).clamp_max(1.0)
+        moved = torch.zeros_like(slope, dtype=torch.bool)
+        new_z, new_value, new_gradient = z, value, gradient
+        for _ in range(MAX_CUTS):
+            trial = torch.where(moved.unsqueeze(-1), new_z, z + step.unsqueeze(-1) * direction)
+            trial_value, trial_gradient = _value_and_gradient(target, trial)
+            better = ~moved & (trial_value >= value + SUFFICIENT * step * slope) & (trial_value > -torch.inf)
+            better &= (trial_value < torch.inf) & trial_gradient.isfinite().all(-1)
+            # From where there is no density at all, anywhere with some is better.
+            new_z = torch.where(better.unsqueeze(-1), trial, new_z)
+            new_value = torch.where(better, trial_value, new_value)
+            new_gradient = torch.where(better.unsqueeze(-1), trial_gradient, new_gradient)
+            moved |= better
+            if moved.all():
+                break
+            step = torch.where(moved, step, CUT * step)
+        steps.append(new_z - z)
+        bends.append(gradient - new_gradient)
+        del steps[:-HISTORY], bends[:-HISTORY]
+        z, value, gradient = new_z, new_value, new_gradient
+        yield z
+        if not moved.any():
+            return
+
+
+def local_factor(target: Target, points: Tensor) -> Tensor:
+    """Cholesky factors of minus the inverse Hessian, made positive definite.
+
+    Args:
+        target: As above.
+        points: ``(R, N, d)``.
+
+    Returns:
+        ``(R, N, d, d)`` in float64, lower triangular; NaN where the Hessian is not finite.
+    """
+    hessian = _hessian(target, points)
+    finite = hessian.isfinite().flatten(2).all(-1)[..., None, None]
+    if not finite.all():  # log-sum-exp and its like underflow in their second derivatives, not in their first
+        hessian = torch.where(finite, hessian, _difference_hessian(target, points))
+        finite = hessian.isfinite().flatten(2).all(-1)[..., None, None]
+    safe = torch.where(finite, 0.5 * (hessian + hessian.mT), torch.eye(hessian.shape[-1]).to(hessian))
+    curvature, vectors = torch.linalg.eigh(safe)
+    covariance = (vectors / curvature.abs().clamp_min(MIN_CURVATURE).unsqueeze(-2)) @ vectors.mT
+    factor, info = torch.linalg.cholesky_ex(0.5 * (covariance + covariance.mT))
+    return torch.where(finite & (info == 0)[..., None, None], factor, torch.nan)
+
+
+def _hessian(target: Target, points: Tensor) -> Tensor:
+    """``(R, N, d, d)`` by a backward pass a dimension; NaN if the target has no second derivative."""
+    nothing = torch.full((*points.shape, points.shape[-1]), torch.nan, dtype=torch.double, device=points.device)
+    with torch.enable_grad():
+        z = points.detach().requires_grad_()
+        try:
+            (gradient,) = torch.autograd.grad(_total(target(z)), z, create_graph=True)
+            rows = [torch.autograd.grad(column.sum(), z, retain_graph=True)[0] for column in gradient.unbind(-1)]
+        except RuntimeError:
+            return nothing
+    return torch.stack(rows, -1).double()
+
+
+def _difference_hessian(target: Target, points: Tensor) -> Tensor:
+    """The same by central differences of gradients."""
+    rows = []
+    for step in DIFFERENCE * torch.eye(points.shape[-1], dtype=points.dtype, device=points.device):
+        above, below = (_value_and_gradient(target, points + sign * step)[1] for sign in (1.0, -1.0))
+        rows.append((above - below) / (2.0 * DIFFERENCE))
+    return torch.stack(rows, -1).double()
+
+
+def _total(value: Tensor) -> Tensor:
+    return torch.where(value.isfinite(), value, 0.0).sum()
+
+
+@torch.enable_grad()
+def _value_and_gradient(target: Target, z: Tensor) -> tuple[Tensor, Tensor]:
+    z = z.detach().requires_grad_()
+    value = target(z)
+    total = _total(value)
+    gradient = torch.autograd.grad(total, z)[0] if total.requires_grad else torch.zeros_like(z)
+    return torch.where(value.isnan(), -torch.inf, value.detach()), gradient.nan_to_num(0.0, 0.0, 0.0)
+
+
+def _two_loops(gradient: Tensor, steps: list[Tensor], bends: list[Tensor]) -> Tensor:
+    """Inverse Hessian times gradient (Nocedal and Wright, Numerical Optimization, algorithm 7.4), row by row."""
+    direction = gradient
+    memory: list[tuple[Tensor, ...]] = []
+    scale: Tensor | float = 1.0
+    for step, bend in zip(reversed(steps), reversed(bends), strict=True):
+        curvature = (step * bend).sum(-1, keepdim=True)
+        usable = curvature > 1e-10 * bend.square().sum(-1, keepdim=True)
+        rho = torch.where(usable, 1.0 / torch.where(usable, curvature, 1.0), 0.0)
+        alpha = rho * (step * direction).sum(-1, keepdim=True)
+        direction = direction - alpha * bend
+        if not memory:
+            scale = torch.where(usable, curvature / bend.square().sum(-1, keepdim=True).clamp_min(1e-30), 1.0)
+        memory.append((step, bend, rho, alpha))
+    direction = scale * direction
+    for step, bend, rho, alpha in reversed(memory):
+        beta = rho * (bend * direction).sum(-1, keepdim=True)
+        direction = direction + step * (alpha - beta)
+    return direction

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L4. :func:`compare`: several guides of one model, measured against the best evidence that any of them gives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from pyro_flows._checks import check_int
+from pyro_flows.diagnostics.diagnose import Diagnosis, find_regions, weigh
+from pyro_flows.diagnostics.verdict import NOT_KNOWN, SEARCH_ELSEWHERE
+from pyro_flows.diagnostics.weights import Weigher
+
+__all__ = ["Comparison", "Row", "compare"]
+
+# Standard errors by which an estimate of the evidence has to lie below another to be called too low.
+SIGNIFICANT = 4.0
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One guide's line.
+
+    Attributes:
+        name: The guide's.
+        gap: The common log evidence less the guide's ELBO, in nats.
+        gap_se: Its standard error.
+        diagnosis: All else that is known of it.
+    """
+
+    name: str
+    gap: float
+    gap_se: float
+    diagnosis: Diagnosis
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Guides against one estimate of the evidence, smallest gap first; prints as a table.
+
+    Attributes:
+        log_evidence: The common estimate. NaN where plates are subsampled.
+        log_evidence_se: Its standard error.
+        source: The guide whose weights it comes from.
+        reliable: Whether that guide's k-hat is good; if not, the evidence may be higher, and so may all gaps.
+        rows: One for each guide.
+    """
+
+    log_evidence: float
+    log_evidence_se: float
+    source: str
+    reliable: bool
+    rows: tuple[Row, ...]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __getitem__(self, name: str) -> Row:
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(name)
+
+    def __str__(self) -> str:
+        width = max(len("guide"), *(len(row.name) for row in self.rows))
+        lines = [f"{'guide':<{width}}  {'ELBO':>20}  {'gap':>16}  {'k-hat':>5}  {'ESS / S':>7}  verdict"]
+        for row in self.rows:
+            found = row.diagnosis
+            elbo = f"{found.elbo:.3f} +/- {found.elbo_se:.3f}"
+            gap = f"{row.gap:.3f} +/- {row.gap_se:.3f}"
+            ess = found.ess / found.num_samples
+            lines.append(
+                f"{row.name:<{width}}  {elbo:>20}  {gap:>16}  {found.khat:>5.2f}  {ess:>7.3f}  {found.verdict}"
+            )
+        if math.isnan(self.log_evidence):
+            return "\n".join([*lines, f"No evidence: {self.rows[0].diagnosis.reason}"])
+        tail = "" if self.reliable else "; no guide has a good k-hat, so it is a lower bound rather than an estimate"
+        evidence = f"log evidence {self.log_evidence:.3f} +/- {self.log_evidence_se:.3f}"
+        return "\n".join([*lines, f"{evidence}, by the weights of {self.source}{tail}"])
+
+
+def compare(
+    model: Callable[..., Any],
+    guides: Mapping[str, Callable[..., Any]],
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    num_samples: int = 4000,
+    search: bool = True,
+    progress: bool = True,
+    seed: int | None = None,
+) -> Comparison:
+    """Measure several guides of one model against the best estimate of its evidence.
+
+    Each guide by itself would flatter itself: one that lost a mode underestimates the evidence by what it lost. All
+    gaps are therefore taken from one estimate, lost modes included: the most precise one among those whose k-hat is
+    good and that no other such estimate exceeds beyond noise. A guide whose own estimate is lower beyond noise
+    misses mass, whatever its weights say.
+
+    Args:
+        model: Any Pyro model.
+        guides: Name -> guide, at least one.
+        args: The model's arguments.
+        kwargs: The model's keyword arguments.
+        num_samples: Number of draws of each guide, >= 100.
+        search: Whether to look for lost modes; see :func:`diagnose`.
+        progress: Whether to show bars.
+        seed: As in :func:`diagnose`.
+
+    Raises:
+        ValueError: If there are no guides.
+        NotImplementedError: As :func:`diagnose`.
+    """
+    check_int("compare", "num_samples", num_samples, 100)
+    if not isinstance(guides, Mapping) or not guides:
+        raise ValueError(f"compare: expected guides by name, such as {{'AutoNormal': guide}}, but got {guides!r}.")
+    found: dict[str, Diagnosis] = {}
+    searched: dict[tuple[int, int], Any] = {}
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+        for name, guide in guides.items():
+            weigher = Weigher("compare", model, guide, args, kwargs)
+            layout = (weigher.structure.num_items, weigher.structure.item_dim)
+            if layout not in searched:
+                searched[layout] = find_regions(weigher, model, args, kwargs, search=search, progress=progress)
+            found[name] = weigh(weigher, guide, num_samples, *searched[layout], progress=progress)
+    source, reliable = _best(found)
+    log_evidence, error = found[source].log_evidence, found[source].log_evidence_se
+    rows = [
+        Row(
+            name=name,
+            gap=log_evidence - diagnosis.elbo,
+            gap_se=math.hypot(error, diagnosis.elbo_se),
+            diagnosis=_against(diagnosis, log_evidence, error),
+        )
+        for name, diagnosis in found.items()
+    ]
+    rows.sort(key=lambda row: -row.diagnosis.elbo)
+    return Comparison(log_evidence, error, source, reliable, tuple(rows))
+
+
+def _best(found: Mapping[str, Diagnosis]) -> tuple[str, bool]:
+    """Whose estimate of the evidence to take, and whether its weights can be relied on."""
+    good = {name: d for name, d in found.items() if d.khat <= d.khat_threshold and math.isfinite(d.log_evidence)}
+    good = {name: d for name, d in good.items() if not d.lost} or good
+    if not good:  # too heavy a tail makes an estimate too low, as a rule
+        return max(found, key=lambda name: found[name].log_evidence), False
+    top = max(good.values(), key=lambda d: d.log_evidence)
+    level = {
+        name: d
+        for name, d in good.items()
+        if top.log_evidence - d.log_evidence <= SIGNIFICANT * math.hypot(top.log_evidence_se, d.log_evidence_se)
+    }
+    return min(level, key=lambda name: level[name].log_evidence_se), True
+
+
+def _against(diagnosis: Diagnosis, log_evidence: float, error: float) -> Diagnosis:
+    """A diagnosis in the light of what other guides found."""
+    missing = log_evidence - diagnosis.log_evidence
+    noise = SIGNIFICANT * math.hypot(error, diagnosis.log_evidence_se)
+    if diagnosis.verdict in (NOT_KNOWN, SEARCH_ELSEWHERE) or diagnosis.khat > diagnosis.khat_threshold:
+        return diagnosis
+    if not missing > noise:
+        return diagnosis
+    share = -math.expm1(-missing)
+    return replace(
+        diagnosis,
+        verdict=SEARCH_ELSEWHERE,
+        reason=f"another guide finds {missing:.2f} nats more evidence: this one misses {share:.0%} of the mass.",
+        advice="Use the other guide, or start this one from its draws.",
+    )

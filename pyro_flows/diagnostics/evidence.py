@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L4. From log weights to the log evidence, its error, and what the weights say about themselves."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_flows.diagnostics.psis import pareto_smooth
+
+__all__ = ["Evidence", "Lost", "estimate_evidence", "lost_mass"]
+
+# A region with less than this share of all mass that was found is not worth a word.
+MIN_SHARE = 0.05
+# A mode is lost, rather than too thin, where the guide puts less than this part of what belongs there.
+NEGLIGIBLE = 0.2
+# Standard errors by which the two estimates of a region's mass have to differ.
+SIGNIFICANT = 4.0
+
+
+class Evidence(NamedTuple):
+    r"""What importance weights say, by item; all ``(N,)``.
+
+    Attributes:
+        log_evidence: log of the mean weight.
+        error: Its standard error, by the delta method :math:`\mathrm{sd}(w) / (\bar w \sqrt S)`.
+        ess: Effective sample size, :math:`(\sum w)^2 / \sum w^2`.
+        khat: Shape of the tail of the weights.
+    """
+
+    log_evidence: Tensor
+    error: Tensor
+    ess: Tensor
+    khat: Tensor
+
+
+def estimate_evidence(log_weights: Tensor) -> Evidence:
+    """From ``(S, N)`` log weights."""
+    count = len(log_weights)
+    log_mean = log_weights.logsumexp(0) - math.log(count)
+    relative = (log_weights - log_mean).exp()
+    error = relative.std(0) / math.sqrt(count)
+    ess = count / relative.square().mean(0)
+    khat = torch.tensor([pareto_smooth(column).khat for column in log_weights.unbind(1)], dtype=torch.double)
+    return Evidence(log_mean, error, ess, khat)
+
+
+class Lost(NamedTuple):
+    """What regions hold that the guide does not know of.
+
+    Attributes:
+        share: Of all mass that was found, ``(K, N)``; 0 where the guide draws enough, though its weights may be off.
+        log_evidence: With all that the guide's weights lack, ``(N,)``.
+        error: Its standard error, ``(N,)``.
+    """
+
+    share: Tensor
+    log_evidence: Tensor
+    error: Tensor
+
+
+def lost_mass(log_mass: Tensor, error: Tensor, where: Tensor, log_weights: Tensor) -> Lost:
+    """Compare each region's mass with what the guide's own draws say of it.
+
+    Args:
+        log_mass: log mass of K regions, measured without the guide, ``(K, N)``.
+        error: Its standard error, ``(K, N)``.
+        where: Which of them each draw is in, ``(S, N)``; K for none.
+        log_weights: The draws' weights, ``(S, N)``.
+    """
+    count = len(log_weights)
+    top = torch.maximum(log_weights.max(0).values, log_mass.max(0).values)
+    weights = (log_weights - top).exp()
+    inside = where == torch.arange(len(log_mass), device=where.device)[:, None, None]  # (K, S, N)
+    mass = (log_mass - top).exp()
+    by_guide = (weights * inside).mean(1)
+    own_error = mass * error.nan_to_num(0.0)
+    # Where the guide has no draws its estimate has no spread either; a right guide's weights would all be the evidence.
+    variance = torch.maximum((weights * inside).var(1), (weights.mean(0) + mass) * mass) / count
+    excess = mass - by_guide
+    significant = excess > SIGNIFICANT * (own_error.square() + variance).sqrt()
+    found = weights.mean(0) + (excess * significant).sum(0)
+    share = excess / found
+    drawn = inside.double().mean(1)
+    lost = significant & (share > MIN_SHARE) & (drawn < NEGLIGIBLE * share)
+    spread = (weights.var(0) / count + (own_error * significant).square().sum(0)).sqrt()
+    return Lost(share * lost, top + found.log(), spread / found)

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L4. Means and standard deviations of draws, plain and by importance weights, in one pass of bounded memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["Moments"]
+
+
+class Moments:
+    """Running moments of arrays whose first dimension is that of the draws.
+
+    Weighted sums are kept in units of the largest weight so far, per item, so that nothing overflows.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._parts: list[Tensor] = []  # sum of z, of z^2, of w, of w z, of w z^2, all about the centre
+
+    def add(self, values: Tensor, log_weights: Tensor) -> None:
+        """Take in draws.
+
+        Args:
+            values: ``(S, *shape)``.
+            log_weights: ``(S, *shape)`` with dimensions of size 1 where draws share a weight.
+        """
+        values, log_weights = values.double(), log_weights.to(values.device)
+        top = log_weights.max(0).values
+        if not self._count:
+            self._centre, self._top = values.mean(0), top
+            self._parts = [torch.zeros_like(self._centre) for _ in range(5)]
+        new_top = torch.maximum(self._top, top)
+        rescale = _exp(self._top - new_top)
+        weights = _exp(log_weights - new_top)
+        centred = values - self._centre
+        plain = (centred.sum(0), centred.square().sum(0))
+        weighted = (weights.sum(0), (weights * centred).sum(0), (weights * centred.square()).sum(0))
+        self._parts = [
+            *(old + new for old, new in zip(self._parts[:2], plain, strict=True)),
+            *(old * rescale + new for old, new in zip(self._parts[2:], weighted, strict=True)),
+        ]
+        self._top = new_top
+        self._count += len(values)
+
+    @property
+    def plain(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the draws as they are."""
+        first, second = (part / self._count for part in self._parts[:2])
+        return self._centre + first, (second - first.square()).clamp_min(0.0).sqrt()
+
+    @property
+    def weighted(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation by self-normalised importance weights."""
+        total = self._parts[2]
+        first, second = (part / total for part in self._parts[3:])
+        return self._centre + first, (second - first.square()).clamp_min(0.0).sqrt()
+
+
+def _exp(log_ratio: Tensor) -> Tensor:
+    return log_ratio.nan_to_num(-torch.inf, neginf=-torch.inf).exp()  # minus infinity less itself is no weight

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L4. The breakdown by site: which latents a guide has right, and which not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_flows.diagnostics.moments import Moments
+from pyro_flows.diagnostics.structure import Latent, Structure
+from pyro_flows.diagnostics.weights import Draws
+
+__all__ = ["SiteSummary", "SiteTally"]
+
+
+@dataclass(frozen=True, eq=False)
+class SiteSummary:
+    r"""What the guide and its importance weights say about one latent site.
+
+    Attributes:
+        name: Its name in the model.
+        log_prior: :math:`E_q \log p(\text{site} \mid \text{those before it})`, in nats. NaN if it depends on an
+            enumerated site.
+        mean: Mean of the guide's draws, of the site's shape.
+        sd: Their standard deviation.
+        weighted_mean: Mean by importance weights: the posterior's, as far as k-hat allows.
+        weighted_sd: Standard deviation likewise.
+        shift: Largest difference of means over coordinates, in weighted standard deviations and in unconstrained space.
+        sd_ratio: The guide's standard deviation over the weighted one, of the coordinate where it is farthest from 1.
+    """
+
+    name: str
+    log_prior: float
+    mean: Tensor
+    sd: Tensor
+    weighted_mean: Tensor
+    weighted_sd: Tensor
+    shift: float
+    sd_ratio: float
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the site."""
+        return self.mean.shape
+
+
+class _One:
+    """Running sums of one site."""
+
+    def __init__(self, latent: Latent) -> None:
+        self.latent = latent
+        self.log_prior = 0.0
+        self.count = 0
+        self.values = Moments()
+        self.unconstrained = Moments()
+
+    def add(self, values: Tensor, log_prior: Tensor | None, log_weights: Tensor) -> None:
+        self.count += len(values)
+        self.log_prior += float("nan") if log_prior is None else log_prior.sum().item()
+        for moments, array in ((self.values, values), (self.unconstrained, self.latent.unconstrain(values))):
+            shape = [len(values)] + [1] * (array.dim() - 1)
+            if self.latent.item_axis is not None:
+                shape[1 + self.latent.item_axis] = -1
+            moments.add(array, log_weights.reshape(shape))
+
+    def summary(self) -> SiteSummary:
+        mean, sd = self.values.plain
+        weighted_mean, weighted_sd = self.values.weighted
+        (a, s), (b, t) = self.unconstrained.plain, self.unconstrained.weighted
+        log_ratio = (s / t).log().nan_to_num(0.0).flatten()
+        return SiteSummary(
+            name=self.latent.name,
+            log_prior=self.log_prior / self.count,
+            mean=mean.cpu(),
+            sd=sd.cpu(),
+            weighted_mean=weighted_mean.cpu(),
+            weighted_sd=weighted_sd.cpu(),
+            shift=((a - b) / t).nan_to_num(0.0).abs().max().item(),
+            sd_ratio=log_ratio[log_ratio.abs().argmax()].exp().item(),
+        )
+
+
+class SiteTally:
+    """Takes in draws, gives a summary of each site."""
+
+    def __init__(self, structure: Structure) -> None:
+        self._sites = [_One(latent) for latent in structure.latents if latent.shape.numel()]
+
+    def add(self, draws: Draws, log_weights: Tensor) -> None:
+        """Take in one chunk; ``log_weights`` are ``(S, N)``."""
+        for site in self._sites:
+            name = site.latent.name
+            site.add(draws.values[name], draws.log_priors.get(name), log_weights)
+
+    def summaries(self) -> Mapping[str, SiteSummary]:
+        """Site name -> summary, in the model's order."""
+        return {site.latent.name: site.summary() for site in self._sites}

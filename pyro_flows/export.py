@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L5. A fitted guide as ArviZ's data, so that its summaries, plots and model comparison work as on MCMC."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_flows._checks import check_int
+from pyro_flows.diagnostics.psis import pareto_smooth
+from pyro_flows.diagnostics.scoring import given
+from pyro_flows.diagnostics.structure import Structure, sample_nodes
+from pyro_flows.diagnostics.weights import Draws, Weigher
+
+__all__ = ["to_inference_data"]
+
+OWNER = "to_inference_data"
+SAMPLE_DIMS = ("chain", "draw")
+# Draws by which a run of many is compared with runs of one.
+PROBES = 3
+# Numbers in flight at once in runs of the model.
+MAX_ELEMENTS = 2**22
+
+Variables = dict[str, tuple[tuple[str, ...], np.ndarray]]
+
+
+def to_inference_data(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    num_samples: int = 2000,
+    posterior_predictive: bool = True,
+    log_likelihood: bool = True,
+    coords: Mapping[str, Sequence[Any]] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    seed: int | None = None,
+) -> Any:
+    """Draws of a guide as ArviZ's ``InferenceData`` (0.x) or ``DataTree`` (1.x): ``az.summary(idata)`` and so on.
+
+    The draws are independent and make one chain. A plate is a dimension of its own name, whose coordinates are the
+    plate's indices; dimensions of events are named as ArviZ does, ``beta_dim_0``.
+
+    =========================  ========================================================================================
+    ``posterior``              latent and deterministic sites
+    ``sample_stats``           ``lp``, log p(x, z), and ``log_q``, log q(z), a draw; ``log_weight``, their difference,
+                               and ``khat``, its Pareto tail shape, both along the plate that every site is in, if any
+    ``posterior_predictive``   new values of the observed sites
+    ``log_likelihood``         of each observed value (an event is one), for ``az.loo`` and ``az.compare``; never scaled
+    ``observed_data``          observed sites
+    ``constant_data``          the model's other arguments that are tensors, by name
+    =========================  ========================================================================================
+
+    These are draws of the guide, not of the posterior: look at ``khat`` first. Means under the posterior weigh them::
+
+        log_weight = idata["sample_stats"]["log_weight"]
+        idata["posterior"]["mu"].weighted(np.exp(log_weight - log_weight.max())).mean()
+
+    Args:
+        model: Any Pyro model.
+        guide: Any Pyro guide that has a density.
+        args: The model's arguments.
+        kwargs: The model's keyword arguments.
+        num_samples: Number of draws, >= 1.
+        posterior_predictive: Whether to draw new data, which takes one more run of the model.
+        log_likelihood: Whether to keep a number for each draw and observed value.
+        coords: Dimension -> labels, as many as it is long.
+        dims: Variable -> names of all its dimensions but chain and draw, in place of those from the plates.
+        seed: Makes the draws repeatable and leaves torch's global random state alone.
+
+    Returns:
+        ``arviz.InferenceData``, or ``xarray.DataTree`` from ArviZ 1.0 on.
+
+    Raises:
+        ImportError: If ArviZ is not installed.
+        ValueError: If labels or names do not fit the model, the guide has a plate's items in another order than the
+            model, or a number is out of range.
+        NotImplementedError: If a plate is subsampled; if the guide has no density; if the model has enumerated sites
+            and ``log_likelihood`` is asked for.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> from pyro_flows import AutoFlowGuide
+        >>> from pyro_flows.export import to_inference_data
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        ...     with pyro.plate("schools", len(y)):
+        ...         pyro.sample("y", dist.Normal(mu, 10.0), obs=y)
+        >>> y = torch.tensor([28.0, 8.0, -3.0])
+        >>> guide = AutoFlowGuide(model).setup(y)
+        >>> idata = to_inference_data(model, guide, (y,), coords={"schools": ["A", "B", "C"]})  # doctest: +SKIP
+        >>> dict(idata.posterior_predictive.sizes)  # doctest: +SKIP
+        {'chain': 1, 'draw': 2000, 'schools': 3}
+    """
+    try:
+        import arviz
+    except ImportError as error:
+        raise ImportError(f'{OWNER}: expected ArviZ, but found none. Type: pip install "pyro-flows[arviz]"') from error
+    check_int(OWNER, "num_samples", num_samples, 1)
+    kwargs = dict(kwargs or {})
+    with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.no_grad():
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+        weigher = Weigher(OWNER, model, guide, args, kwargs)
+        structure = weigher.structure
+        _check_structure(structure, log_likelihood=log_likelihood)
+        chunks = list(weigher.chunks(num_samples, progress=False))
+        values = {site.name: torch.cat([chunk.values[site.name] for chunk in chunks]) for site in structure.latents}
+        runs = _Runs(model, args, kwargs, structure, {name: value[:PROBES] for name, value in values.items()})
+        deterministic, likelihood = runs.on_data(values)
+        predictive = runs.new_data(values) if posterior_predictive else {}
+    sites = runs.sites
+    observed = {name: site.value for name, site in sites.items() if site.is_data}
+    constants = {
+        name: value
+        for name, value in _tensor_arguments(model, args, kwargs).items()
+        if name not in sites and not any(_same(value, other) for other in observed.values())
+    }
+    names = {name: site.dims for name, site in sites.items()}
+    names |= {name: _generic(name, value.dim()) for name, value in constants.items()}
+    names |= _checked_dims(dims or {}, names)
+    groups: dict[str, Variables] = {
+        "posterior": _draws({**values, **deterministic}, names),
+        "sample_stats": _sample_stats(chunks, structure),
+        "posterior_predictive": _draws(predictive, names),
+        "log_likelihood": _draws(likelihood if log_likelihood else {}, names),
+        "observed_data": {name: (names[name], _numpy(value)) for name, value in observed.items()},
+        "constant_data": {name: (names[name], _numpy(value)) for name, value in constants.items()},
+    }
+    return _assemble(arviz, groups, runs.indices, coords or {})
+
+
+class _Site(NamedTuple):
+    """A site of the model: its value in one run, names of its dimensions, and how many of them are batch dimensions."""
+
+    value: Tensor
+    dims: tuple[str, ...]
+    batch_dim: int
+    is_data: bool
+    is_deterministic: bool
+
+    @classmethod
+    def read(cls, name: str, node: Mapping[str, Any]) -> _Site:
+        is_deterministic = bool(node["infer"].get("_deterministic"))
+        value, event_dim = node["value"], node["fn"].event_dim
+        if not is_deterministic:
+            value = value.expand(node["fn"].shape())
+        elif event_dim == value.dim():  # Pyro's default, which says nothing of plates
+            event_dim = 0
+        dims = list(_generic(name, value.dim()))
+        for frame in node["cond_indep_stack"]:
+            axis = value.dim() - event_dim + frame.dim if frame.vectorized else -1
+            if axis >= 0 and value.shape[axis] == frame.size and frame.name not in SAMPLE_DIMS:
+                dims[axis] = frame.name
+        has_value = value.numel() > 0  # pyro.factor observes nothing
+        is_data = node["is_observed"] and not is_deterministic and has_value
+        return cls(value, tuple(dims), value.dim() - event_dim, is_data, is_deterministic and has_value)
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        return self.value.shape[: self.batch_dim]
+
+
+class _Runs:
+    """Runs of the model at given values of its latents: of many draws at once in an outer plate, if that scores them as
+    runs of one do, else draw by draw.
+
+    Args:
+        model: The model.
+        args: Its arguments.
+        kwargs: Likewise.
+        structure: What is known of it.
+        probe: A few draws to choose by, ``(S, *site shape)`` a site.
+
+    Attributes:
+        sites: The model's sites.
+        indices: Plate -> its indices, as the model has them.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        structure: Structure,
+        probe: dict[str, Tensor],
+    ) -> None:
+        self._model = model
+        self._args = args
+        self._kwargs = kwargs
+        self._structure = structure
+        trace = self._trace(model, {name: value[0] for name, value in probe.items()})
+        self.sites = {name: _Site.read(name, node) for name, node in sample_nodes(trace).items()}
+        self.indices = {n: _numpy(node["value"]) for n, node in trace.nodes.items() if site_is_subsample(node)}
+        for plate, index in self.indices.items():
+            if not np.array_equal(index, _numpy(structure.indices[plate])):
+                raise ValueError(
+                    f"{OWNER}: expected one order of the items of plate '{plate}', but the model has {index} and the "
+                    f"guide {_numpy(structure.indices[plate])}. Give the guide the model's plate: create_plates=..."
+                )
+        self._chunk = max(1, MAX_ELEMENTS // sum(max(site.value.numel(), 1) for site in self.sites.values()))
+        self._vectorized = False
+        singly = self.on_data(probe)
+        self._vectorized = True
+        try:
+            self._vectorized = all(map(_all_close, self.on_data(probe), singly))
+        except (RuntimeError, ValueError, IndexError, NotImplementedError):
+            self._vectorized = False
+
+    def on_data(self, values: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Deterministic sites, ``(S, *site shape)``, and log likelihoods of observed ones, ``(S, *batch shape)``."""
+        deterministic: dict[str, list[Tensor]] = {n: [] for n, site in self.sites.items() if site.is_deterministic}
+        likelihood: dict[str, list[Tensor]] = {n: [] for n, site in self.sites.items() if site.is_data}
+        for count, trace in self._traces(self._model, values):
+            trace.compute_log_prob(lambda name, node: name in likelihood)
+            for name, parts in deterministic.items():
+                parts.append(_rows(trace.nodes[name]["value"], count, self.sites[name].value.shape))
+            for name, parts in likelihood.items():
+                parts.append(_rows(trace.nodes[name]["unscaled_log_prob"], count, self.sites[name].batch_shape))
+        return _joined(deterministic), _joined(likelihood)
+
+    def new_data(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Draws of the observed sites given those of the latents, ``(S, *site shape)``."""
+        drawn: dict[str, list[Tensor]] = {name: [] for name, site in self.sites.items() if site.is_data}
+        for count, trace in self._traces(poutine.uncondition(self._model), values):
+            for name, parts in drawn.items():
+                parts.append(_rows(trace.nodes[name]["value"], count, self.sites[name].value.shape))
+        return _joined(drawn)
+
+    def _traces(self, model: Callable[..., Any], values: dict[str, Tensor]) -> Iterator[tuple[int, Trace]]:
+        """Number of draws and trace of each run."""
+        num_samples = len(next(iter(values.values())))
+        if not self._vectorized:
+            for row in range(num_samples):
+                yield 1, self._trace(model, {name: value[row] for name, value in values.items()})
+            return
+        structure = self._structure
+        for start in range(0, num_samples, self._chunk):
+            count = min(self._chunk, num_samples - start)
+            part = {s.name: structure.lead(s, values[s.name][start : start + count]) for s in structure.latents}
+            with pyro.plate(f"_{OWNER}", count, dim=-1 - structure.nesting):
+                trace = self._trace(model, part)
+            yield count, trace
+
+    def _trace(self, model: Callable[..., Any], values: Mapping[str, Tensor]) -> Trace:
+        replayed = poutine.replay(model, trace=given(values))
+        with poutine.block():
+            return poutine.trace(replayed).get_trace(*self._args, **self._kwargs)
+
+
+def _rows(value: Tensor, count: int, shape: torch.Size) -> Tensor:
+    """A tensor from a run of ``count`` draws as ``(count, *shape)``; one without draws is the same for all."""
+    return value.reshape(-1, *shape).expand(count, *shape)
+
+
+def _joined(parts: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat(list(tensors)) for name, tensors in parts.items()}
+
+
+def _all_close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+    return all(torch.allclose(found[name], value, rtol=1e-4, atol=1e-3) for name, value in expected.items())
+
+
+def _check_structure(structure: Structure, *, log_likelihood: bool) -> None:
+    for plate in structure.subsampled:
+        raise NotImplementedError(
+            f"{OWNER}: expected the model to run on its full plates, but plate '{plate}' is subsampled, and each draw "
+            "would speak of other items. Pass arguments, or a model and a guide, that take all items, such as "
+            "subsample_size=None."
+        )
+    if structure.enumerates and log_likelihood:
+        raise NotImplementedError(
+            f"{OWNER}: expected a model without enumerated sites, whose values the log likelihood of an item is summed "
+            "over. Write log_likelihood=False for all other groups."
+        )
+
+
+def _tensor_arguments(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The model's arguments that are tensors, by name."""
+    try:
+        bound = inspect.signature(model).bind(*args, **kwargs).arguments
+    except ValueError:  # no signature, as of some built-in callables
+        return {}
+    return {name: value for name, value in bound.items() if isinstance(value, Tensor)}
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.to(other), other)
+
+
+def _generic(name: str, rank: int) -> tuple[str, ...]:
+    """Names of dimensions as ArviZ makes them."""
+    return tuple(f"{name}_dim_{axis}" for axis in range(rank))
+
+
+def _checked_dims(
+    dims: Mapping[str, Sequence[str]], names: Mapping[str, tuple[str, ...]]
+) -> dict[str, tuple[str, ...]]:
+    for name, given_dims in dims.items():
+        if name not in names:
+            raise ValueError(f"{OWNER}: expected dims of {', '.join(map(repr, names))}, but got {name!r}.")
+        if isinstance(given_dims, str) or len(given_dims) != len(names[name]):
+            raise ValueError(
+                f"{OWNER}: expected dims[{name!r}] to be a list of {len(names[name])} names, in place of "
+                f"{list(names[name])}, but got {given_dims!r}."
+            )
+    return {name: tuple(given_dims) for name, given_dims in dims.items()}
+
+
+def _numpy(value: Tensor) -> np.ndarray:
+    return value.detach().cpu().numpy()
+
+
+def _draws(values: Mapping[str, Tensor], names: Mapping[str, tuple[str, ...]]) -> Variables:
+    """Variables of ``(S, *shape)``, where the shape is that of the site or of its batch, as one chain."""
+    return {
+        name: (SAMPLE_DIMS + names[name][: value.dim() - 1], _numpy(value.unsqueeze(0)))
+        for name, value in values.items()
+    }
+
+
+def _sample_stats(chunks: Sequence[Draws], structure: Structure) -> Variables:
+    log_weights = torch.cat([chunk.log_weights for chunk in chunks])  # (S, N)
+    log_q = torch.cat([chunk.log_guide for chunk in chunks]).sum(-1)
+    log_p = torch.cat([chunk.log_likelihood + chunk.log_prior for chunk in chunks]).sum(-1)
+    khats = torch.tensor([pareto_smooth(column).khat for column in log_weights.unbind(-1)], dtype=torch.double)
+    plate = () if structure.items is None else (structure.items.name,)
+    if not plate:
+        log_weights, khats = log_weights.squeeze(-1), khats.squeeze(-1)
+    dims = {"lp": SAMPLE_DIMS, "log_q": SAMPLE_DIMS, "log_weight": SAMPLE_DIMS + plate, "khat": SAMPLE_DIMS[:1] + plate}
+    values = {"lp": log_p, "log_q": log_q, "log_weight": log_weights, "khat": khats}
+    return {name: (dims[name], _numpy(value.unsqueeze(0))) for name, value in values.items()}
+
+
+def _assemble(
+    arviz: ModuleType,
+    groups: Mapping[str, Variables],
+    indices: Mapping[str, np.ndarray],
+    coords: Mapping[str, Sequence[Any]],
+) -> Any:
+    """The container of the installed line of ArviZ."""
+    import xarray
+
+    sizes = {
+        dim: size
+        for variables in groups.values()
+        for dims, array in variables.values()
+        for dim, size in zip(dims, array.shape, strict=True)
+    }
+    for dim, labels in coords.items():
+        if dim not in sizes or len(labels) != sizes[dim]:
+            expected = f"{sizes[dim]} labels" if dim in sizes else f"labels of {', '.join(map(repr, sizes))}"
+            raise ValueError(f"{OWNER}: expected coords[{dim!r}] to be {expected}, but got {len(labels)} labels.")
+    index: dict[str, Any] = {dim: np.arange(size) for dim, size in sizes.items()} | {**indices, **coords}
+    datasets = {}
+    for group, variables in groups.items():
+        if variables:
+            own = {dim: index[dim] for dims, _ in variables.values() for dim in dims}
+            attrs = {"inference_library": "pyro_flows"}
+            datasets[group] = xarray.Dataset(variables, coords=own, attrs=attrs)
+    if int(arviz.__version__.split(".")[0]) >= 1:
+        return xarray.DataTree.from_dict(datasets)
+    return arviz.InferenceData(**datasets)

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L5. What all figures share: their axes, line styles that differ in print too, and draws as columns of numbers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["STYLES", "Columns", "Style", "as_columns", "as_numpy", "bulk", "legend_above", "new_axes", "new_grid"]
+
+Samples = Mapping[str, Mapping[str, Any]]
+
+
+class Style(NamedTuple):
+    """How one set of draws is drawn; any two differ without their colours."""
+
+    color: str
+    linestyle: Any
+
+
+# The first is the reference, a grey cloud or area; colours are Okabe and Ito's, dark ones first.
+STYLES = (
+    Style("0.6", "-"),
+    Style("black", "-"),
+    Style("#d55e00", "--"),
+    Style("#0072b2", ":"),
+    Style("#009e73", "-."),
+    Style("#cc79a7", (0, (6, 1, 1, 1, 1, 1))),
+)
+
+
+def new_axes(ax: Axes | None) -> Axes:
+    """The given Axes, or that of a new figure."""
+    if ax is not None:
+        return ax
+    from matplotlib import pyplot as plt
+
+    return plt.subplots(layout="constrained")[1]
+
+
+def new_grid(
+    owner: str, axes: Any, rows: int, columns: int, figsize: tuple[float, float], **options: Any
+) -> np.ndarray:
+    """The given array of Axes as ``(rows, columns)``, or that of a new figure.
+
+    Raises:
+        ValueError: If the array has another number of Axes.
+    """
+    if axes is None:
+        from matplotlib import pyplot as plt
+
+        return plt.subplots(rows, columns, figsize=figsize, squeeze=False, layout="constrained", **options)[1]
+    grid = np.asarray(axes, dtype=object)
+    if grid.size != rows * columns:
+        raise ValueError(
+            f"{owner}: expected {rows} x {columns} Axes, but got {grid.size}. "
+            f"Write `figure, axes = plt.subplots({rows}, {columns})`."
+        )
+    return grid.reshape(rows, columns)
+
+
+def as_numpy(value: Any) -> np.ndarray:
+    """A tensor, an array or a list as an array of float64."""
+    return torch.as_tensor(value).detach().cpu().double().numpy()
+
+
+class Columns(NamedTuple):
+    """Sets of draws as columns.
+
+    Attributes:
+        names: ``mu``, ``theta[0]`` and so on, C of them.
+        sets: Label -> ``(S, C)``; S may differ.
+        ranges: Where nearly all draws of all sets are, ``(C, 2)``.
+    """
+
+    names: list[str]
+    sets: dict[str, np.ndarray]
+    ranges: np.ndarray
+
+
+def as_columns(owner: str, samples: Samples, sites: Sequence[str] | None, limit: int) -> Columns:
+    """Draws of sites as columns.
+
+    Args:
+        owner: Whom errors name.
+        samples: Label -> site -> ``(S, *site shape)``.
+        sites: Names of sites, or of their elements, in order; None takes all that the first set has.
+        limit: How many columns there may be.
+
+    Raises:
+        TypeError: If there is no label around the sites.
+        ValueError: If there are no draws, too many sets or columns, or a set lacks a site.
+    """
+    if not 1 <= len(samples) <= len(STYLES):
+        raise ValueError(f"{owner}: expected 1 to {len(STYLES)} sets of draws, but got {len(samples)}.")
+    tables = {}
+    for label, draws in samples.items():
+        if not isinstance(draws, Mapping):
+            raise TypeError(
+                f"{owner}: expected draws of sites under {label!r}, but got a {type(draws).__name__}. "
+                'Write {"guide": guide.sample_posterior(1000)}, for example.'
+            )
+        tables[label] = {name: as_numpy(value) for name, value in draws.items()}
+    first = next(iter(tables.values()))
+    names = [name for site in sites or first for name in _elements(owner, site, first)]
+    if not 1 <= len(names) <= limit:
+        raise ValueError(
+            f"{owner}: expected 1 to {limit} columns, but got {len(names)}. "
+            f"Name those you want, for example sites={names[: min(limit, 3)]}."
+        )
+    sets = {label: np.stack([_column(owner, name, label, t) for name in names], 1) for label, t in tables.items()}
+    for label, table in sets.items():
+        for name, column in zip(names, table.T, strict=True):
+            if not np.isfinite(column).any():
+                raise ValueError(
+                    f"{owner}: expected draws of {name!r} in {label!r}, but none of {len(column)} is finite."
+                )
+    ranges = np.array([[bulk(table[:, i]) for table in sets.values()] for i in range(len(names))])  # (C, sets, 2)
+    return Columns(names, sets, np.stack([ranges[..., 0].min(1), ranges[..., 1].max(1)], 1))
+
+
+def bulk(values: np.ndarray) -> tuple[float, float]:
+    """Where all but the outermost half percent on each side are, and a tenth of that on each side."""
+    low, high = np.quantile(values[np.isfinite(values)], [0.005, 0.995])
+    pad = 0.1 * (high - low) or 0.5
+    return float(low - pad), float(high + pad)
+
+
+def legend_above(ax: Axes, num_columns: int) -> None:
+    """A legend over the Axes, where it hides nothing."""
+    ax.legend(
+        loc="lower left",
+        bbox_to_anchor=(0.0, 1.0),
+        borderaxespad=0.2,
+        ncols=num_columns,
+        frameon=False,
+        fontsize="small",
+    )
+
+
+def _elements(owner: str, name: str, table: Mapping[str, np.ndarray]) -> list[str]:
+    """The columns that a name stands for."""
+    if name not in table:
+        if name.partition("[")[0] in table and name.endswith("]"):
+            return [name]
+        raise ValueError(f"{owner}: expected sites among {', '.join(map(repr, table))}, but got {name!r}.")
+    shape = table[name].shape[1:]
+    if math.prod(shape) == 1:
+        return [name]
+    return [f"{name}[{','.join(map(str, index))}]" for index in itertools.product(*map(range, shape))]
+
+
+def _column(owner: str, name: str, label: str, table: Mapping[str, np.ndarray]) -> np.ndarray:
+    site, _, index = name.partition("[")
+    try:
+        if name in table:
+            return table[name].reshape(len(table[name]))
+        element = tuple(int(number) for number in index.rstrip("]").split(","))
+        return np.moveaxis(table[site], 0, -1)[element].reshape(len(table[site]))
+    except (KeyError, IndexError, ValueError):
+        raise ValueError(
+            f"{owner}: expected one number a draw of {name!r} in {label!r}, but it has "
+            f"{ {key: value.shape for key, value in table.items()} }."
+        ) from None

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The search for lost mass: climbs that arrive, masses that are right, items apart, and words where it is off."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor
+
+from pyro_flows import AutoFlowGuide, diagnose
+from pyro_flows.diagnostics.ascent import climb, local_factor
+from pyro_flows.diagnostics.search import Search
+from pyro_flows.diagnostics.weights import Weigher
+from tests.diagnostics.fits import BAD, mixture, mixture_guide, one_mode
+
+
+def test_climbs_arrive_at_the_maximum_of_an_ill_conditioned_target() -> None:
+    curvature = torch.logspace(-2, 4, 6, dtype=torch.double)
+    centre = torch.arange(6.0, dtype=torch.double)
+
+    def target(z: Tensor) -> Tensor:
+        return -0.5 * (curvature * (z - centre).square()).sum(-1)
+
+    start = 3.0 * torch.randn(5, 2, 6, dtype=torch.double)
+    *_, end = climb(target, start, 60)
+    assert target(end).min() > -0.01
+    factor = local_factor(target, end)
+    expected = curvature.rsqrt().diag().expand(5, 2, 6, 6)
+    torch.testing.assert_close(factor, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_curvature_without_second_derivatives() -> None:
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z):
+            ctx.save_for_backward(z)
+            return -0.5 * z.square()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, gradient):
+            return -gradient * ctx.saved_tensors[0]
+
+    factor = local_factor(lambda z: Square.apply(z).sum(-1), torch.randn(3, 1, 2, dtype=torch.double))
+    torch.testing.assert_close(factor, torch.eye(2, dtype=torch.double).expand(3, 1, 2, 2), rtol=1e-6, atol=1e-6)
+
+
+def test_masses_of_two_modes() -> None:
+    regions = Search(Weigher("test", mixture, mixture_guide, (), None), mixture, (), {}).run(progress=False)
+    assert regions is not None
+    largest = regions.log_mass[:, 0].argsort()[-2:]
+    order = largest[regions.centres[largest, 0, 0].argsort()]
+    assert regions.centres[order, 0, 0].tolist() == pytest.approx([-5.0, 5.0], abs=0.01)
+    inside = math.log(math.erf(regions.radius / math.sqrt(2)))
+    errors = (regions.log_mass[order, 0] - torch.tensor([0.3, 0.7]).log() - inside) / regions.error[order, 0]
+    assert errors.abs().max() < 4
+
+
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_a_lost_mode_is_found_and_a_good_guide_is_not_accused(seed: int) -> None:
+    lost = diagnose(mixture, partial(one_mode, 5.0), seed=seed, progress=False)
+    assert lost.verdict == "start elsewhere"
+    assert lost.lost[0].values["z"].item() == pytest.approx(-5.0, abs=0.1)
+    # What lies outside of the ellipsoid, a hundredth, is not counted.
+    assert abs(lost.log_evidence) < 4 * lost.log_evidence_se + 0.01
+    assert diagnose(mixture, mixture_guide, seed=seed, progress=False).trustworthy
+
+
+def test_lost_modes_of_items() -> None:
+    """Each item has two modes, at +-4, of which the guide has one."""
+
+    def model(sign: Tensor) -> None:
+        with pyro.plate("items", len(sign)):
+            z = pyro.sample("z", dist.Normal(0.0, 5.0))
+            pyro.sample("x", dist.Normal(z.abs(), 0.5), obs=torch.full((len(sign),), 4.0))
+
+    def guide(sign: Tensor) -> None:
+        with pyro.plate("items", len(sign)):
+            pyro.sample("z", dist.Normal(4.0 * sign, 0.5))
+
+    sign = torch.tensor([1.0, -1.0, 1.0])
+    report = diagnose(model, guide, (sign,), seed=0, progress=False)
+    assert report.verdict == "start elsewhere" and "3 of 3 items" in report.reason
+    # log 2 an item, less the hundredth outside.
+    assert report.gap == pytest.approx(3 * math.log(2.0), abs=0.1)
+
+
+def test_amortized_guides_are_judged_item_by_item() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1), 0.5), obs=x)
+
+    x = torch.linspace(-2.0, 2.0, 12)
+    guide = AutoFlowGuide(model, amortize={"data": lambda x: x.unsqueeze(-1)})
+    report = diagnose(model, guide, (x,), seed=0, progress=False)
+    assert report.items is not None and report.items.khat.shape == (12,)
+    assert report.log_weights.shape == (4000, 12)
+    exact = dist.Normal(0.0, 1.5).log_prob(x)
+    assert ((report.items.log_evidence - exact) / report.items.log_evidence_se).abs().max() < 4
+    assert report.items.gap.sum().item() == pytest.approx(report.gap, abs=1e-6)
+    assert not report.trustworthy and "by item of 'data'" in str(report)
+
+
+def test_what_is_not_searched_says_so() -> None:
+    fit = BAD["lost the small mode"]()
+    off = diagnose(fit.model, fit.guide, fit.args, search=False, seed=0, progress=False)
+    assert off.trustworthy and "not looked for, since search is off" in off.reason
+
+    def large() -> None:
+        pyro.sample("z", dist.Normal(torch.zeros(300), 1.0).to_event(1))
+
+    report = diagnose(large, AutoNormal(large, init_scale=1.0, init_loc_fn=lambda site: torch.zeros(300)), seed=0)
+    assert report.trustworthy and "300 dimensions" in report.reason
