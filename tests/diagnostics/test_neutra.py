@@ -22,14 +22,14 @@ def test_the_recipe_gives_draws_of_the_posterior() -> None:
         **{"guide": guide, "model": regression, "args": DATA, "kwargs": {}},
         **{"MCMC": lambda *a, **k: MCMC(*a, **k, disable_progbar=True), "NUTS": NUTS, "NeuTraReparam": NeuTraReparam},
     }
-    recipe = NEUTRA.replace("num_samples=1000", "num_samples=400").replace("warmup_steps=500", "warmup_steps=100")
+    recipe = NEUTRA.replace("num_samples=1000", "num_samples=200").replace("warmup_steps=500", "warmup_steps=60")
     assert recipe != NEUTRA and len(recipe.splitlines()) == 3
     exec(recipe, namespace)
-    draws = namespace["draws"]["w"].reshape(400, 3)
+    draws = namespace["draws"]["w"].reshape(200, 3)
     mean, covariance = regression_posterior(*DATA)
     sd = covariance.diagonal().sqrt()
-    # In these coordinates NUTS draws nearly independently: errors of 0.05 sds for means. Squares mix worse than the
-    # draws themselves; 100 independent ones leave errors of 0.07 for sds.
-    assert ((draws.mean(0) - mean) / sd).abs().max() < 0.2
-    assert (draws.std(0) / sd - 1).abs().max() < 0.25
+    # In these coordinates NUTS draws nearly independently: errors of 0.07 sds for means. Squares mix worse than the
+    # draws themselves; 50 independent ones leave errors of 0.1 for sds.
+    assert ((draws.mean(0) - mean) / sd).abs().max() < 0.25
+    assert (draws.std(0) / sd - 1).abs().max() < 0.3
     assert torch.isfinite(draws).all()
