@@ -14,11 +14,11 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_flows.flows import Flow, FlowDistribution, FlowSpec
+from pyro_flows.guides.log_joint import LogJoint
 from pyro_flows.guides.prior import LinearPrior
 from pyro_flows.guides.warm_start import (
     SCORE_DRAWS,
     Gaussian,
-    LogJoint,
     antithetic,
     best_gaussian,
     elbo_of,
@@ -90,13 +90,13 @@ class JointBlock(nn.Module):
 
         Args:
             loc: ``m``, ``(latent_dim,)``.
-            factor: ``L``, lower triangular with a positive diagonal; diagonal unless the flow has a whitening.
+            factor: ``L``, lower triangular with a positive diagonal; or its diagonal, if the flow has no whitening.
         """
         head, whitening = self.flow.head, self.flow.whitening
         if whitening is None:
-            head.initialize(loc, factor.diagonal())
+            head.initialize(loc, factor)
             return
-        whitening.set(loc, factor)
+        whitening.set(loc, factor if factor.dim() == 2 else factor.diag())
         standard = torch.zeros_like(loc), torch.ones_like(loc)
         if isinstance(head, PriorPooling):
             head.initialize(*standard, max_share=NO_SHARE)  # the priors of other coordinates
@@ -130,9 +130,8 @@ class JointBlock(nn.Module):
         """
         push = head.forward_and_ladj
         noise = antithetic(SCORE_DRAWS, found.loc)
-        conditional = torch.cholesky_inverse(found.factor.double()).diagonal().rsqrt().to(found.loc)
         best, best_state = -math.inf, None
-        for loc, scale in ((found.loc, conditional), (self.table.init_loc, torch.ones_like(found.loc))):
+        for loc, scale in ((found.loc, found.conditional_scale), (self.table.init_loc, torch.ones_like(found.loc))):
             head.initialize(loc, scale, max_share=POOLED_SHARE)
             if fit_on_fixed_draws(log_joint, push, list(head.parameters()), loc, POOLED_DRAWS):
                 elbo = elbo_of(log_joint, push, noise)

@@ -1,37 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L3. Warm starts: several cheap Gaussians, the best of which by ELBO becomes the guide's start."""
+"""L3. Warm starts: many cheap Gaussians, the best of which by ELBO becomes the guide's start."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import pyro
 import torch
-from pyro import poutine
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_flows.sites import SiteTable
+from pyro_flows.guides.ascent import climb, local_factor
+from pyro_flows.guides.log_joint import LogJoint
 
-__all__ = ["SCORE_DRAWS", "Gaussian", "LogJoint", "antithetic", "best_gaussian", "elbo_of", "fit_on_fixed_draws"]
+__all__ = ["SCORE_DRAWS", "Gaussian", "antithetic", "best_gaussian", "elbo_of", "fit_on_fixed_draws"]
 
-# L-BFGS paths: from the start itself and from around it, looked at after this many iterations each.
-NUM_PATHS = 3
-PATH_SPREAD = 0.7
-LOOKS = (0, 1, 2, 3, 5, 8, 12, 18, 26, 40)
+# Climbs from the start, from around it, and from draws of the prior; where the model runs draw by draw, and elsewhere.
+FEW_NEAR, FEW_PRIOR = 1, 1
+NEAR, PRIOR = 3, 12
+SPREAD = 0.7
+# Steps of a climb, and after how many its point is looked at.
+NUM_STEPS = 100
+LOOKS = (2, 5, 12, 30, 100)
 ISOTROPIC_SCALES = (0.1, 0.5)
 # Above this dimension Hessians cost more than they give: one backward pass a coordinate.
 HESSIAN_DIM = 200
-# Smallest curvature, in units of the unconstrained latents.
-MIN_CURVATURE = 0.01
-# Fixed antithetic draws and iterations of deterministic fits.
-FIXED_DRAWS = 32
+# Draws by which all candidates are ranked, and by which the first few are compared.
+RANK_DRAWS, SCORE_DRAWS, SHORT_LIST = 32, 128, 12
+# Draws of the model that are in flight at once.
+CHUNK = 2048
+# A Gaussian whose log weights vary less (half their variance is its gap, in nats) needs no full-rank fit.
+GOOD_GAP = 4.0
+FULL_RANK_DIM = 64
+# Fixed antithetic draws and iterations of deterministic fits; a covariance takes more of them than it has rows.
+FIXED_DRAWS, DRAWS_A_ROW = 64, 16
 FIXED_ITERATIONS = (150, 150)
-# Draws by which candidates are compared.
-SCORE_DRAWS = 128
 # What the line search of L-BFGS is told where the model has no density.
 FORBIDDEN = 1e15
 
@@ -42,125 +46,44 @@ class Gaussian:
 
     Attributes:
         loc: ``m``, ``(D,)``.
-        factor: ``L``, lower triangular with a positive diagonal, ``(D, D)``.
+        factor: ``L``, lower triangular with a positive diagonal, ``(D, D)``; or its diagonal, ``(D,)``, and no more.
         elbo: Estimate of its ELBO.
-        origin: Where it comes from, in words.
+        spread: Variance of its log weights.
     """
 
     loc: Tensor
     factor: Tensor
-    elbo: float
-    origin: str
+    elbo: float = -math.inf
+    spread: float = math.inf
+
+    def push(self, noise: Tensor) -> Tensor:
+        """Standard normal noise, ``(S, D)``, to draws."""
+        return self.loc + (noise * self.factor if self.factor.dim() == 1 else noise @ self.factor.mT)
+
+    @property
+    def conditional_scale(self) -> Tensor:
+        """Standard deviation of each coordinate given the others; a mean-field normal is no wider than that."""
+        if self.factor.dim() == 1:
+            return self.factor
+        return torch.cholesky_inverse(self.factor.double()).diagonal().rsqrt().to(self.factor)
 
 
-class LogJoint:
-    """log p(x, z) as a function of packed unconstrained draws, all of them in one run of the model where that works.
-
-    Tries draws as an outer batch dimension first, as vectorised particles do, and ``torch.vmap`` next, for models that
-    are not written for outer dimensions; whichever agrees with one run a draw is used, and one run a draw if neither
-    does.
-
-    Args:
-        model: The model.
-        table: Its latent sites.
-        args: Its arguments.
-        kwargs: Likewise.
-        max_plate_nesting: Number of batch dimensions that the model uses.
-    """
-
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        table: SiteTable,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        max_plate_nesting: int,
-    ) -> None:
-        self.model = model
-        self.table = table
-        self.args = args
-        self.kwargs = kwargs
-        self.nesting = max_plate_nesting
-        self._run = self._choose()
-
-    def __call__(self, draws: Tensor) -> Tensor:
-        """``(S, D)`` to ``(S,)``; differentiable.
-
-        Raises:
-            ValueError: Where Pyro's validation is on and a distribution of the model refuses its parameters.
-        """
-        return self._run(draws)
-
-    @torch.no_grad()
-    def _choose(self) -> Callable[[Tensor], Tensor]:
-        generator = torch.Generator(self.table.init_loc.device).manual_seed(0)
-        shape = (3, len(self.table.init_loc))
-        noise = torch.randn(shape, generator=generator, dtype=self.table.init_loc.dtype, device=generator.device)
-        draws = self.table.init_loc + 0.1 * noise
-        expected = self._one_by_one(draws)
-        for run in (self._side_by_side, self._by_vmap):
-            try:
-                found = run(draws)
-            except (ValueError, RuntimeError, IndexError):
-                continue
-            if found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-4, atol=1e-3):
-                return run
-        return self._one_by_one
-
-    def _side_by_side(self, draws: Tensor) -> Tensor:
-        count = len(draws)
-        lead = draws.reshape(count, *(1,) * self.nesting, draws.shape[-1])
-        return torch.stack([_sum_draws(part, count, self.nesting) for part in self._parts(lead)]).sum(0)
-
-    def _one(self, draw: Tensor) -> Tensor:
-        return torch.stack([part.sum() for part in self._parts(draw)]).sum()
-
-    def _one_by_one(self, draws: Tensor) -> Tensor:
-        return torch.stack([self._one(draw) for draw in draws])
-
-    def _by_vmap(self, draws: Tensor) -> Tensor:
-        with pyro.validation_enabled(False):  # checks branch on values, which vmap cannot; infinities tell as much
-            result: Tensor = torch.vmap(self._one, randomness="different")(draws)
-        return result
-
-    def _parts(self, packed: Tensor) -> list[Tensor]:
-        """Terms of the log density in unconstrained space."""
-        values, parts = {}, []
-        for site, part in self.table.split(packed):
-            values[site.name], log_density = site.constrain(part)
-            parts.append(-torch.as_tensor(log_density, dtype=packed.dtype, device=packed.device))
-        with poutine.block(), poutine.trace() as tape:
-            poutine.condition(self.model, data=values)(*self.args, **self.kwargs)
-        tape.trace.compute_log_prob()
-        for name, node in tape.trace.nodes.items():
-            if node["type"] != "sample" or site_is_subsample(node):
-                continue
-            if not node["is_observed"]:
-                raise RuntimeError(f"LogJoint: expected a model whose latents are all given, but '{name}' is not.")
-            parts.append(node["log_prob"].to(packed.dtype))
-        return parts
-
-
-def _sum_draws(log_prob: Tensor, count: int, nesting: int) -> Tensor:
-    """Sum over all dimensions but that of the draws."""
-    if log_prob.dim() > nesting and log_prob.shape[-1 - nesting] == count:
-        return log_prob.reshape(count, -1).sum(-1)
-    return log_prob.sum().expand(count)  # nothing that was drawn is in it
-
-
+@torch.no_grad()
 def best_gaussian(log_joint: LogJoint, start: Tensor, init_scale: float, *, correlated: bool) -> Gaussian:
-    r"""The best of several Gaussians by ELBO.
+    r"""The best of many Gaussians by ELBO.
 
     - the guide's own start, :math:`N(z_0, s^2 I)`;
-    - along three L-BFGS paths on the log joint, Gaussians with the local Hessian, and isotropic ones: the mode of a
-      centred hierarchy is at a scale of zero, where a Laplace approximation is worthless, but an early iterate is fine;
-    - the best mean-field normal on fixed draws, from the start and from the best of the above.
+    - along climbs of the log joint from there, from around it and from draws of the prior, Gaussians with the local
+      Hessian, and isotropic ones: the mode of a centred hierarchy is at a scale of zero, where a Laplace approximation
+      is worthless, but an early point of the climb is fine. Of several modes, the ELBO prefers that with most mass;
+    - where no local Hessian is any good, the best mean-field normal on fixed draws, and a Hessian there;
+    - where that is poor too, the best normal of any covariance on fixed draws.
 
     Args:
         log_joint: The target.
         start: :math:`z_0`, ``(D,)``.
         init_scale: :math:`s`.
-        correlated: Whether the guide can hold a correlated Gaussian; if not, Hessians give their diagonals.
+        correlated: Whether the guide can hold a correlated Gaussian; if not, all are made of independent coordinates.
 
     Raises:
         RuntimeError: If no candidate has a finite ELBO.
@@ -170,43 +93,82 @@ def best_gaussian(log_joint: LogJoint, start: Tensor, init_scale: float, *, corr
         Giordano, Ingram, Broderick. Black Box Variational Inference with a Deterministic Objective. JMLR 2024.
         arXiv:2304.05527, for mean-field fits on fixed draws.
     """
-    noise = antithetic(SCORE_DRAWS, start)
-    found: list[Gaussian] = []
-
-    def consider(loc: Tensor, factor: Tensor, origin: str) -> None:
-        if loc.isfinite().all() and factor.isfinite().all():
-            ladj = factor.diagonal().log().sum()
-            elbo = elbo_of(log_joint, lambda noise: (loc + noise @ factor.mT, ladj), noise)
-            found.append(Gaussian(loc, factor, elbo, origin))
-
-    identity = torch.eye(len(start), dtype=start.dtype, device=start.device)
-    consider(start, init_scale * identity, "the guide's own start")
-    for path in range(NUM_PATHS):
-        begin = start if path == 0 else start + PATH_SPREAD * torch.randn_like(start)
-        for step, loc in _path(log_joint, begin):
-            for scale in ISOTROPIC_SCALES:
-                consider(loc, scale * identity, f"isotropic, scale {scale}, L-BFGS iterate {step}")
-            factor = _hessian_factor(log_joint, loc, correlated=correlated)
-            if factor is not None:
-                consider(loc, factor, f"local Hessian at L-BFGS iterate {step}")
-    begins = [(start, init_scale * identity, "the start")]
-    best = max(found, key=lambda gaussian: gaussian.elbo)
-    begins.append((best.loc, best.factor, "the best of the L-BFGS paths"))
-    for loc, factor, origin in begins:
-        fitted = _mean_field(log_joint, loc, factor)
-        if fitted is not None:
-            fitted_loc, fitted_scale = fitted
-            consider(fitted_loc, torch.diag(fitted_scale), f"mean-field normal on fixed draws, from {origin}")
-            hessian = _hessian_factor(log_joint, fitted_loc, correlated=correlated)
-            if hessian is not None:
-                consider(fitted_loc, hessian, f"local Hessian at the mean-field normal from {origin}")
-    best = max(found, key=lambda gaussian: gaussian.elbo)
+    ones = torch.ones_like(start)
+    own = Gaussian(start, init_scale * ones)
+    with pyro.validation_enabled(False):  # one draw that a distribution refuses would stop them all
+        found = [own]
+        for points in _climbs(log_joint, start):
+            found += [Gaussian(loc, scale * ones) for loc in points for scale in ISOTROPIC_SCALES]
+            found += _local(log_joint, points, correlated=correlated)
+        best = _best(log_joint, found)
+        if best.factor.dim() == 1:
+            fitted = [_mean_field(log_joint, begin) for begin in (own, best)]
+            found = [best, *(gaussian for gaussian in fitted if gaussian is not None)]
+            for gaussian in found[1:]:
+                found += _local(log_joint, gaussian.loc.unsqueeze(0), correlated=correlated)
+            best = _best(log_joint, found)
+        if correlated and len(start) <= FULL_RANK_DIM and not best.spread / 2 < GOOD_GAP:
+            full = _full_rank(log_joint, best)
+            best = best if full is None else _best(log_joint, [best, full])
     if best.elbo == -math.inf:
         raise RuntimeError(
             "warm_start: expected a start with a finite ELBO, but none of the candidates has one. "
             "Pass an init_loc_fn that gives values where the model has a finite density."
         )
     return best
+
+
+def _climbs(log_joint: LogJoint, start: Tensor) -> list[Tensor]:
+    """Points on the way up, ``(number of climbs, D)`` at each look."""
+    near, prior = (NEAR, PRIOR) if log_joint.is_vectorized else (FEW_NEAR, FEW_PRIOR)
+    around = start + SPREAD * torch.randn(near, len(start), dtype=start.dtype, device=start.device)
+    begins = torch.stack([start, *around, *(draw.to(start) for draw in log_joint.from_prior(prior))])
+    begins = begins[begins.isfinite().all(-1)]
+    looks, points = [], begins
+    for number, climbed in enumerate(climb(_batched(log_joint), begins.unsqueeze(1), NUM_STEPS), 1):
+        points = climbed.squeeze(1)
+        if number in LOOKS:
+            looks.append(points)
+    return looks if looks and looks[-1] is points else [*looks, points]
+
+
+def _batched(log_joint: LogJoint) -> Callable[[Tensor], Tensor]:
+    """As :func:`climb` wants it: ``(R, 1, D)`` to ``(R, 1)``."""
+    return lambda z: log_joint(z.squeeze(1)).unsqueeze(1)
+
+
+def _local(log_joint: LogJoint, points: Tensor, *, correlated: bool) -> list[Gaussian]:
+    """Gaussians with the local curvature at each of ``(R, D)``."""
+    if points.shape[-1] > HESSIAN_DIM:
+        return []
+    factors = local_factor(_batched(log_joint), points.unsqueeze(1)).squeeze(1)
+    usable = factors.isfinite().flatten(1).all(-1)
+    gaussians = [Gaussian(*pair) for pair in zip(points[usable], factors[usable].to(points), strict=True)]
+    return gaussians if correlated else [replace(g, factor=g.conditional_scale) for g in gaussians]
+
+
+def _best(log_joint: LogJoint, found: list[Gaussian]) -> Gaussian:
+    """The highest ELBO, by a few draws of each and then by more of the best."""
+    ranked = sorted(_scored(log_joint, found, RANK_DRAWS), key=lambda gaussian: -gaussian.elbo)
+    return max(_scored(log_joint, ranked[:SHORT_LIST], SCORE_DRAWS), key=lambda gaussian: gaussian.elbo)
+
+
+def _scored(log_joint: LogJoint, found: list[Gaussian], count: int) -> list[Gaussian]:
+    noise = antithetic(count, found[0].loc)
+    draws = torch.cat([gaussian.push(noise) for gaussian in found])  # (candidates * count, D)
+    energy = torch.cat([log_joint(part) for part in draws.split(CHUNK)]).double().reshape(len(found), count)
+    diagonals = torch.stack([g.factor if g.factor.dim() == 1 else g.factor.diagonal() for g in found])
+    elbos = energy.mean(-1) + diagonals.double().log().sum(-1) + _entropy(noise)
+    spreads = (energy + 0.5 * noise.double().square().sum(-1)).var(-1)
+    elbos = torch.where(elbos.isfinite(), elbos, -torch.inf)
+    return [
+        replace(gaussian, elbo=elbo, spread=spread)
+        for gaussian, elbo, spread in zip(found, elbos.tolist(), spreads.tolist(), strict=True)
+    ]
+
+
+def _entropy(noise: Tensor) -> float:
+    return 0.5 * noise.shape[-1] * math.log(2 * math.pi * math.e)
 
 
 def antithetic(count: int, like: Tensor) -> Tensor:
@@ -224,9 +186,12 @@ def antithetic(count: int, like: Tensor) -> Tensor:
     return torch.cat([half, -half]).to(like.dtype)
 
 
-def _minimise(objective: Callable[[], Tensor], parameters: list[Tensor]) -> Callable[[int], None]:
-    """L-BFGS that goes on where it stopped, whose line search steps back from where the model has no density."""
-    optimizer = torch.optim.LBFGS(parameters, history_size=20, line_search_fn="strong_wolfe")
+@torch.enable_grad()
+def _minimise(objective: Callable[[], Tensor], parameters: list[Tensor], count: int) -> None:
+    """So many iterations of L-BFGS, whose line search steps back from where the model has no density."""
+    optimizer = torch.optim.LBFGS(
+        parameters, max_iter=count, max_eval=2 * count + 5, history_size=20, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -242,62 +207,38 @@ def _minimise(objective: Callable[[], Tensor], parameters: list[Tensor]) -> Call
             p.grad.nan_to_num_(0.0, 0.0, 0.0)
         return loss
 
-    def run(count: int) -> None:
-        optimizer.param_groups[0]["max_iter"] = count
-        optimizer.param_groups[0]["max_eval"] = 2 * count + 5
-        with torch.enable_grad():
-            optimizer.step(closure)  # type: ignore[arg-type]
-
-    return run
+    optimizer.step(closure)  # type: ignore[arg-type]
 
 
-def _path(log_joint: LogJoint, start: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Iterates of L-BFGS on the negative log joint."""
-    z = start.detach().clone().requires_grad_()
-    run = _minimise(lambda: -log_joint(z.unsqueeze(0)).sum(), [z])
-    before = 0
-    for look in LOOKS:
-        if look > before:
-            previous = z.detach().clone()
-            run(look - before)
-            if not z.isfinite().all() or torch.equal(previous, z.detach()):
-                return
-        before = look
-        yield look, z.detach().clone()
-
-
-def _hessian_factor(log_joint: LogJoint, loc: Tensor, *, correlated: bool) -> Tensor | None:
-    """Cholesky factor of the inverse of minus the Hessian, made positive definite."""
-    if len(loc) > HESSIAN_DIM:
-        return None
-    try:
-        with torch.enable_grad():
-            hessian = torch.autograd.functional.hessian(lambda z: log_joint(z.unsqueeze(0)).sum(), loc)
-    except (ValueError, RuntimeError):  # no density, or no second derivative
-        return None
-    assert torch.is_tensor(hessian)
-    if not hessian.isfinite().all():
-        return None
-    if not correlated:
-        return torch.diag(hessian.diagonal().abs().clamp_min(MIN_CURVATURE).rsqrt())
-    values, vectors = torch.linalg.eigh(hessian.double())
-    covariance = (vectors / values.abs().clamp_min(MIN_CURVATURE)) @ vectors.mT
-    factor, info = torch.linalg.cholesky_ex(covariance)
-    return factor.to(loc) if info == 0 else None
-
-
-def _mean_field(log_joint: LogJoint, loc: Tensor, factor: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Location and scale of the mean-field normal that maximises the ELBO on fixed draws; None if that fails."""
-    loc = loc.detach().clone().requires_grad_()
-    # The conditional scales: a mean-field normal is no wider than those.
-    conditional = torch.cholesky_inverse(factor.double()).diagonal().rsqrt()
-    log_scale = conditional.log().to(loc).requires_grad_()
+def _mean_field(log_joint: LogJoint, begin: Gaussian) -> Gaussian | None:
+    """The mean-field normal that maximises the ELBO on fixed draws; None if that fails."""
+    loc = begin.loc.clone().requires_grad_()
+    log_scale = begin.conditional_scale.log().requires_grad_()
     parameters = [loc, log_scale]
     if not fit_on_fixed_draws(
         log_joint, lambda noise: (loc + log_scale.exp() * noise, log_scale.sum()), parameters, loc
     ):
         return None
-    return loc.detach().clone(), log_scale.detach().exp()
+    return Gaussian(loc.detach().clone(), log_scale.detach().exp())
+
+
+def _full_rank(log_joint: LogJoint, begin: Gaussian) -> Gaussian | None:
+    """The normal of any covariance that maximises the ELBO on fixed draws, sought in the coordinates of another."""
+    factor = begin.factor if begin.factor.dim() == 2 else begin.factor.diag()
+    dim = len(begin.loc)
+    shift = torch.zeros_like(begin.loc, requires_grad=True)
+    log_scale = torch.zeros_like(begin.loc, requires_grad=True)
+    below = torch.zeros_like(factor, requires_grad=True)
+
+    def inner() -> Tensor:
+        return below.tril(-1) + log_scale.exp().diag()
+
+    def push(noise: Tensor) -> tuple[Tensor, Tensor]:
+        return begin.loc + (shift + noise @ inner().mT) @ factor.mT, log_scale.sum() + factor.diagonal().log().sum()
+
+    if not fit_on_fixed_draws(log_joint, push, [shift, log_scale, below], begin.loc, DRAWS_A_ROW * dim):
+        return None
+    return Gaussian(begin.loc + factor @ shift.detach(), factor @ inner().detach())
 
 
 def fit_on_fixed_draws(
@@ -326,7 +267,7 @@ def fit_on_fixed_draws(
         return -(log_joint(draws) + ladj).mean()
 
     for iterations in FIXED_ITERATIONS:
-        _minimise(loss, parameters)(iterations)  # afresh each time: the second run forgets the curvature of the way
+        _minimise(loss, parameters, iterations)  # afresh each time: the second run forgets the curvature of the way
         if not all(parameter.isfinite().all() for parameter in parameters):
             return False
     return True
@@ -340,5 +281,5 @@ def elbo_of(log_joint: LogJoint, push: Callable[[Tensor], tuple[Tensor, Tensor]]
         energy = (log_joint(draws) + ladj).double().mean()
     except ValueError:
         return -math.inf
-    elbo = energy.item() + 0.5 * noise.shape[-1] * math.log(2 * math.pi * math.e)
+    elbo = energy.item() + _entropy(noise)
     return elbo if math.isfinite(elbo) else -math.inf

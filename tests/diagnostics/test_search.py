@@ -14,9 +14,9 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 from pyro_flows import AutoFlowGuide, diagnose
-from pyro_flows.diagnostics.ascent import climb, local_factor
 from pyro_flows.diagnostics.search import Search
 from pyro_flows.diagnostics.weights import Weigher
+from pyro_flows.guides.ascent import climb, local_factor
 from tests.diagnostics.fits import BAD, mixture, mixture_guide, one_mode
 
 

@@ -15,7 +15,7 @@ from pyro.infer import Trace_ELBO, config_enumerate
 from torch import Tensor
 
 from pyro_flows import AutoFlowGuide
-from pyro_flows.guides.warm_start import LogJoint
+from pyro_flows.guides.log_joint import LogJoint
 from pyro_flows.sites import SiteTable
 
 COVARIANCE = torch.tensor([[4.0, 1.9, 0.002], [1.9, 1.0, 0.0], [0.002, 0.0, 1e-4]])

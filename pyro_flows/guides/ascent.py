@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L4. Many climbs of one log density at once: L-BFGS on a batch, and the curvature where it stands."""
+"""L3. Many climbs of one log density at once: L-BFGS on a batch, and the curvature where it stands."""
 
 from __future__ import annotations
 
