@@ -204,7 +204,7 @@ def _minimise(objective: Callable[[], Tensor], parameters: list[Tensor], count: 
         loss.backward()  # type: ignore[no-untyped-call]
         for p in parameters:
             assert p.grad is not None
-            p.grad.nan_to_num_(0.0, 0.0, 0.0)
+            p.grad = p.grad.nan_to_num(0.0, 0.0, 0.0).contiguous()
         return loss
 
     optimizer.step(closure)  # type: ignore[arg-type]

@@ -23,14 +23,16 @@ from pyro_flows.inference.steps import Trainer
 __all__ = ["FitResult", "fit"]
 
 # A run is a few cycles, in each of which the rate falls to a hundredth; the next one is as long as all before it.
-CYCLE = 500
-MAX_CYCLES = 5
+CYCLE = 250
+MAX_CYCLES = 6
+# Cycles before one that gains nothing is the last.
+PATIENCE = 2
 # A cycle whose gain is below this, in nats, or below two standard errors, is the last.
 MIN_GAIN = 0.005
 # Half the variance of log weights is the gap, where they are nearly constant; below this nothing is left to gain.
 NEGLIGIBLE_GAP = 1e-3
 # Learning rates: from a warm start, in many dimensions, without one, and for networks that read data.
-RATE_WARM, RATE_WARM_MANY, RATE_COLD, RATE_AMORTIZED = 2e-2, 2e-3, 1e-2, 2e-3
+RATE_WARM, RATE_WARM_MANY, RATE_COLD, RATE_AMORTIZED = 2e-2, 1e-2, 1e-2, 2e-3
 MANY_DIMENSIONS = 50
 PARTICLES_VECTORIZED, PARTICLES_MINIBATCH, PARTICLES_SEQUENTIAL = 16, 4, 2
 
@@ -207,7 +209,7 @@ def _run(trainer: Trainer, num_steps: int | None, *, progress: bool, begin: floa
                 trainer.restore(best_point)
                 trainer.rollbacks += 1
                 rate /= 2
-            elif num_steps is None and cycle > 0 and gain < max(MIN_GAIN, 2 * error):
+            elif num_steps is None and cycle >= PATIENCE and gain < max(MIN_GAIN, 2 * error):
                 reason = f"the last {length} steps gained {max(gain, 0.0):.3f} nats, not more than noise"
                 break
             rate /= 2
