@@ -15,6 +15,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_flows.diagnostics.structure import Structure, sample_nodes
+from pyro_flows.guides.log_joint import NO_DENSITY
 
 __all__ = ["DRAWS", "ModelScorer", "Score", "concatenate", "given"]
 
@@ -102,7 +103,7 @@ class ModelScorer:
         """
         try:
             return self._run(values, indices or {})
-        except ValueError:  # with validation on, one draw that a distribution refuses stops the run
+        except NO_DENSITY:  # one draw that a distribution refuses stops the run
             if self._run == self._one_by_one:
                 raise
             return self._one_by_one(values, indices or {})
@@ -140,7 +141,7 @@ class ModelScorer:
             one = {name: value[row] for name, value in values.items()}
             try:
                 scores.append(self._one(one, indices))
-            except ValueError:  # no density there
+            except NO_DENSITY:
                 device = next(iter(one.values())).device
                 nothing = torch.zeros(1, self._structure.num_items, dtype=torch.double, device=device)
                 scores.append(Score(nothing - torch.inf, dict.fromkeys(one, nothing)))

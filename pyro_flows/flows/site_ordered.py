@@ -26,7 +26,8 @@ COUPLINGS_DIM = 1000
 class SiteOrdered(FlowSpec):
     """Model-ordered flow: each site is affine in its noise given the sites before it, after an elementwise spline.
 
-    The family for hierarchies: contains every Gaussian, every non-centring and funnels.
+    The family for hierarchies: contains every Gaussian, every non-centring and funnels. In a guide, sites whose prior
+    is Gaussian given others have a head that knows it; see :class:`~pyro_flows.transforms.PriorPooling`.
 
     Args:
         block_sizes: Sizes of the blocks in order; the guide fills in the model's sites. None makes every coordinate a
@@ -37,6 +38,8 @@ class SiteOrdered(FlowSpec):
     References:
         Ko, Domke. Model-Informed Flows for Bayesian Inference. NeurIPS 2025. arXiv:2505.24243.
     """
+
+    knows_priors: ClassVar[bool] = True
 
     block_sizes: tuple[int, ...] | None = None
     hidden_dims: tuple[int, ...] = (32, 32)
@@ -52,8 +55,6 @@ class SiteOrdered(FlowSpec):
 
     def with_blocks(self, block_sizes: Sequence[int]) -> FlowSpec:
         return self if self.block_sizes is not None else replace(self, block_sizes=tuple(block_sizes))
-
-    knows_priors: ClassVar[bool] = True
 
     def layers(self, input_dim: int, context_dim: int) -> list[FlowTransform]:
         sizes = self.block_sizes or (1,) * input_dim

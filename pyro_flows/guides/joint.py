@@ -108,7 +108,9 @@ class JointBlock(nn.Module):
     ) -> None:
         """Find a good Gaussian for the model and start there; see :func:`best_gaussian`."""
         nesting = max((-frame.dim for site in self.table for frame in site.frames), default=0)
-        trace = poutine.block(poutine.trace(model).get_trace)(*args, **kwargs)
+        # At the start, since not every model bears draws of its own prior.
+        values = {site.name: site.to_support(part) for site, part in self.table.split(self.table.init_loc)}
+        trace = poutine.block(poutine.trace(poutine.condition(model, data=values)).get_trace)(*args, **kwargs)
         for name, site in trace.nodes.items():
             if site["type"] == "sample" and not site_is_subsample(site):
                 nesting = max(nesting, *(-f.dim for f in site["cond_indep_stack"] if f.vectorized), 0)

@@ -14,7 +14,10 @@ from torch import Tensor
 
 from pyro_flows.sites import SiteTable
 
-__all__ = ["LogJoint"]
+__all__ = ["NO_DENSITY", "LogJoint"]
+
+# What a model raises where it has no density: a distribution refuses its parameters, a covariance is not one.
+NO_DENSITY = (ValueError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 
 
 class LogJoint:
@@ -45,7 +48,8 @@ class LogJoint:
         self.args = args
         self.kwargs = kwargs
         self.nesting = max_plate_nesting
-        self._run = self._choose()
+        with pyro.validation_enabled(False):
+            self._run = self._choose()
 
     @property
     def is_vectorized(self) -> bool:
@@ -64,12 +68,20 @@ class LogJoint:
             yield packed
 
     def __call__(self, draws: Tensor) -> Tensor:
-        """``(S, D)`` to ``(S,)``; differentiable.
+        """``(S, D)`` to ``(S,)``; differentiable. Minus infinity or NaN where the model has no density.
 
-        Raises:
-            ValueError: Where Pyro's validation is on and a distribution of the model refuses its parameters.
+        Runs without validation, which would refuse all draws for the sake of one.
         """
-        return self._run(draws)
+        with pyro.validation_enabled(False):
+            return self._run_or_split(draws)
+
+    def _run_or_split(self, draws: Tensor) -> Tensor:
+        try:
+            return self._run(draws)
+        except NO_DENSITY:
+            if len(draws) == 1:
+                return 0.0 * draws.sum(-1) - torch.inf
+            return torch.cat([self._run_or_split(half) for half in draws.tensor_split(2)])
 
     @torch.no_grad()
     def _choose(self) -> Callable[[Tensor], Tensor]:
@@ -99,8 +111,7 @@ class LogJoint:
         return torch.stack([self._one(draw) for draw in draws])
 
     def _by_vmap(self, draws: Tensor) -> Tensor:
-        with pyro.validation_enabled(False):  # checks branch on values, which vmap cannot; infinities tell as much
-            result: Tensor = torch.vmap(self._one, randomness="different")(draws)
+        result: Tensor = torch.vmap(self._one, randomness="different")(draws)
         return result
 
     def _parts(self, packed: Tensor) -> list[Tensor]:

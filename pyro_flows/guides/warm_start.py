@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import pyro
 import torch
 from torch import Tensor
 
@@ -95,21 +94,20 @@ def best_gaussian(log_joint: LogJoint, start: Tensor, init_scale: float, *, corr
     """
     ones = torch.ones_like(start)
     own = Gaussian(start, init_scale * ones)
-    with pyro.validation_enabled(False):  # one draw that a distribution refuses would stop them all
-        found = [own]
-        for points in _climbs(log_joint, start):
-            found += [Gaussian(loc, scale * ones) for loc in points for scale in ISOTROPIC_SCALES]
-            found += _local(log_joint, points, correlated=correlated)
+    found = [own]
+    for points in _climbs(log_joint, start):
+        found += [Gaussian(loc, scale * ones) for loc in points for scale in ISOTROPIC_SCALES]
+        found += _local(log_joint, points, correlated=correlated)
+    best = _best(log_joint, found)
+    if best.factor.dim() == 1:
+        fitted = [_mean_field(log_joint, begin) for begin in (own, best)]
+        found = [best, *(gaussian for gaussian in fitted if gaussian is not None)]
+        for gaussian in found[1:]:
+            found += _local(log_joint, gaussian.loc.unsqueeze(0), correlated=correlated)
         best = _best(log_joint, found)
-        if best.factor.dim() == 1:
-            fitted = [_mean_field(log_joint, begin) for begin in (own, best)]
-            found = [best, *(gaussian for gaussian in fitted if gaussian is not None)]
-            for gaussian in found[1:]:
-                found += _local(log_joint, gaussian.loc.unsqueeze(0), correlated=correlated)
-            best = _best(log_joint, found)
-        if correlated and len(start) <= FULL_RANK_DIM and not best.spread / 2 < GOOD_GAP:
-            full = _full_rank(log_joint, best)
-            best = best if full is None else _best(log_joint, [best, full])
+    if correlated and len(start) <= FULL_RANK_DIM and not best.spread / 2 < GOOD_GAP:
+        full = _full_rank(log_joint, best)
+        best = best if full is None else _best(log_joint, [best, full])
     if best.elbo == -math.inf:
         raise RuntimeError(
             "warm_start: expected a start with a finite ELBO, but none of the candidates has one. "
@@ -195,10 +193,7 @@ def _minimise(objective: Callable[[], Tensor], parameters: list[Tensor], count: 
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        try:
-            loss = objective()
-        except ValueError:
-            loss = parameters[0].new_tensor(math.inf)
+        loss = objective()
         if not loss.isfinite():
             loss = torch.stack([p.sum() * 0.0 for p in parameters]).sum() + FORBIDDEN
         loss.backward()  # type: ignore[no-untyped-call]
@@ -276,10 +271,6 @@ def fit_on_fixed_draws(
 @torch.no_grad()
 def elbo_of(log_joint: LogJoint, push: Callable[[Tensor], tuple[Tensor, Tensor]], noise: Tensor) -> float:
     """ELBO of a transport map of standard normal noise, ``(S, D)``; minus infinity where the model has no density."""
-    try:
-        draws, ladj = push(noise)
-        energy = (log_joint(draws) + ladj).double().mean()
-    except ValueError:
-        return -math.inf
-    elbo = energy.item() + _entropy(noise)
+    draws, ladj = push(noise)
+    elbo = (log_joint(draws) + ladj).double().mean().item() + _entropy(noise)
     return elbo if math.isfinite(elbo) else -math.inf

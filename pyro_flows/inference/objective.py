@@ -16,6 +16,8 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_flows.guides.log_joint import NO_DENSITY
+
 __all__ = ["Batches", "Estimate", "Objective"]
 
 # Fresh draws of an estimate: runs times particles a run.
@@ -135,7 +137,7 @@ class Objective:
             try:
                 with _quiet():
                     values.append(-float(elbo.loss(self.model, self.guide, *args, **kwargs)))
-            except ValueError:  # a distribution refused a draw
+            except NO_DENSITY:
                 values.append(-math.inf)
         sample = torch.tensor(values, dtype=torch.float64)
         if not sample.isfinite().all():

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pyro_flows.guides.log_joint import NO_DENSITY
 from pyro_flows.inference.objective import Objective
 
 __all__ = ["Trainer"]
@@ -99,7 +100,7 @@ class Trainer:
             parameter.grad = None
         try:
             loss = self.objective.gradient(self._elbo)
-        except ValueError:  # Pyro's validation refused a draw
+        except NO_DENSITY:
             loss = math.nan
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = torch.stack([g.norm() for g in gradients]).norm().item() if gradients else math.nan

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pyro
@@ -132,3 +133,27 @@ def test_what_warm_start_cannot_do() -> None:
 
     with pytest.raises(RuntimeError, match="init_loc_fn"):
         AutoFlowGuide(nowhere).warm_start()
+
+
+def test_a_draw_that_a_model_refuses_spoils_no_others() -> None:
+    """A Cholesky factorisation fails for the whole batch if one of its matrices is not positive definite."""
+
+    def model() -> None:
+        c = pyro.sample("c", dist.Normal(0.0, 1.0))
+        one = torch.ones_like(c)
+        covariance = torch.stack([torch.stack([one, c], -1), torch.stack([c, one], -1)], -2)
+        factor = torch.linalg.cholesky(covariance)
+        pyro.sample("y", dist.MultivariateNormal(torch.zeros(2), scale_tril=factor), obs=torch.tensor([0.3, 0.5]))
+
+    guide = AutoFlowGuide(model).setup()
+    log_joint = LogJoint(guide.model, guide.posterior.joint.table, (), {}, 0)
+    draws = torch.tensor([[0.2], [1.5], [-0.4]], requires_grad=True)
+    found = log_joint(draws)
+    assert found[1] == -torch.inf and found[[0, 2]].isfinite().all()
+    torch.testing.assert_close(found[[0, 2]], log_joint(draws[[0, 2]]))
+    (gradient,) = torch.autograd.grad(found[[0, 2]].sum(), draws)
+    assert gradient.isfinite().all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of losses that are not finite
+        guide.warm_start()
+    assert abs(guide.median()["c"].item()) < 1.0
