@@ -63,7 +63,7 @@ class LogJoint:
                 with torch.no_grad(), poutine.block():
                     trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
                 packed, _ = self.table.pack({site.name: trace.nodes[site.name]["value"] for site in self.table})
-            except (ValueError, RuntimeError):
+            except Exception:  # many a likelihood does not bear its own prior, each in its own way
                 continue
             yield packed
 

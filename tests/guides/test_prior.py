@@ -115,3 +115,13 @@ def test_warm_start_of_a_funnel() -> None:
     """Far better than any Gaussian (about 1.6): the fixed-draws fit lets the priors have their share."""
     pyro.set_rng_seed(1)
     assert gap(AutoFlowGuide(schools).warm_start()) < 0.6
+
+
+def test_a_model_that_does_not_bear_other_values_goes_without() -> None:
+    def careful() -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        assert loc.abs().max() < 0.5, "the start is at 0"
+        pyro.sample("x", dist.Normal(loc, 1.0))
+
+    guide = AutoFlowGuide(careful).setup()
+    assert type(guide.posterior.joint.flow.head) is DiagonalAffine
