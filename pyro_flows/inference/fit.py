@@ -86,7 +86,7 @@ class FitResult:
     @property
     def advice(self) -> str:
         """What to do next, in a sentence."""
-        if self.kept == "start":
+        if self.kept == "start" and self.steps:
             return "Next: training gained nothing over the Gaussian start; compare another family, such as flow='iaf'."
         if self.rollbacks > 1:
             return f"Next: training was unstable; try learning_rate={self.learning_rate / 4:g}."

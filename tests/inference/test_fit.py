@@ -39,7 +39,7 @@ def banana() -> None:
 
 def test_a_gaussian_posterior_needs_no_steps() -> None:
     result = fit(conjugate, AutoFlowGuide(conjugate), (Y,), seed=0, progress=False)
-    assert result.steps == 0 and result.kept == "start"
+    assert result.steps == 0 and result.kept == "start" and "diagnose" in result.advice
     assert result.elbo == pytest.approx(LOG_EVIDENCE, abs=1e-3)
     assert "draws can tell" in result.reason
 
