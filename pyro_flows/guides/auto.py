@@ -136,9 +136,10 @@ class AutoFlowGuide(StoredGuide):
         return self
 
     def warm_start(self, *args: Any, **kwargs: Any) -> AutoFlowGuide:
-        """Before training, start at the best Gaussian by ELBO among several that cost some hundred gradients.
+        """Before training, start at the best Gaussian by ELBO among many that cost some hundred gradients.
 
-        Takes the model's arguments; returns the guide. See :mod:`pyro_flows.guides.warm_start`.
+        Where the model's priors are known and pooling them does better, as in a funnel, at that. Takes the model's
+        arguments; returns the guide. See :mod:`pyro_flows.guides.warm_start`.
 
         Raises:
             NotImplementedError: If the guide has local latents, or the model enumerated ones.
