@@ -62,13 +62,9 @@ class Posterior(nn.Module):
             table = _subtable(trace, outside)
             # A single global under a family of two dimensions or more: as in `FlowSpec.build_local`.
             small = bool(tables) and table.latent_dim < spec.min_dim
-            self.joint = JointBlock(
-                table,
-                DiagonalNormal() if small else spec,
-                init_scale,
-                prior=read_joint_prior(model, args, kwargs, table),
-                alone=not tables,
-            )
+            joint_spec = DiagonalNormal() if small else spec
+            prior = read_joint_prior(model, args, kwargs, table) if joint_spec.knows_priors else None
+            self.joint = JointBlock(table, joint_spec, init_scale, prior=prior, alone=not tables)
         self.encoders = nn.ModuleDict({_key((plate,)): Encoder(plate, f) for plate, f in amortize.items()})
         widths = {encoder.plate: probe(encoder, args, kwargs) for encoder in self._encoders()}
         self.local = nn.ModuleDict()

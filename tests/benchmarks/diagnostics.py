@@ -54,12 +54,7 @@ def wide_funnel() -> None:
 def heavy_schools(sigma: torch.Tensor, y: torch.Tensor) -> None:
     """Exact but for tau, which comes from a wide log-normal."""
     tau = pyro.sample("tau", dist.LogNormal(0.7, 1.5))
-    variance = tau.unsqueeze(-1).square() + sigma.square()
-    precision = variance.reciprocal().sum(-1) + 1.0 / 25.0
-    mu = pyro.sample("mu", dist.Normal((y / variance).sum(-1) / precision, precision.rsqrt()))
-    with pyro.plate("schools", len(sigma)):
-        precision = tau.square().reciprocal() + sigma.square().reciprocal()
-        pyro.sample("theta", dist.Normal((mu / tau.square() + y / sigma.square()) / precision, precision.rsqrt()))
+    fits.schools_given_tau(tau, sigma, y)
 
 
 # Guides that are off, so that weights vary, with weights that have a variance.

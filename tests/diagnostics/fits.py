@@ -224,6 +224,16 @@ def subsample_scale() -> Fit:
 SCHOOLS = (torch.tensor(SIGMA), torch.tensor(Y))
 
 
+def schools_given_tau(tau: Tensor, sigma: Tensor, y: Tensor) -> None:
+    """The exact posterior of the other latents of eight schools, centred."""
+    variance = tau.unsqueeze(-1).square() + sigma.square()
+    precision = variance.reciprocal().sum(-1) + 1.0 / 25.0
+    mu = pyro.sample("mu", dist.Normal((y / variance).sum(-1) / precision, precision.rsqrt()))
+    with pyro.plate("schools", len(sigma)):
+        precision = tau.square().reciprocal() + sigma.square().reciprocal()
+        pyro.sample("theta", dist.Normal((mu / tau.square() + y / sigma.square()) / precision, precision.rsqrt()))
+
+
 def schools_guide(sigma: Tensor, y: Tensor) -> None:
     """tau from a fine grid, mu and theta exactly."""
     grid = torch.linspace(-7.0, 5.0, 241, dtype=torch.double)
@@ -236,12 +246,7 @@ def schools_guide(sigma: Tensor, y: Tensor) -> None:
     parts = dist.Normal(grid.float(), 0.05)
     log_tau = dist.MixtureSameFamily(dist.Categorical(logits=log_density.float()), parts)
     tau = pyro.sample("tau", dist.TransformedDistribution(log_tau, dist.transforms.ExpTransform()))
-    variance = tau.unsqueeze(-1).square() + sigma.square()
-    precision = variance.reciprocal().sum(-1) + 1.0 / 25.0
-    mu = pyro.sample("mu", dist.Normal((y / variance).sum(-1) / precision, precision.rsqrt()))
-    with pyro.plate("schools", len(sigma)):
-        precision = tau.square().reciprocal() + sigma.square().reciprocal()
-        pyro.sample("theta", dist.Normal((mu / tau.square() + y / sigma.square()) / precision, precision.rsqrt()))
+    schools_given_tau(tau, sigma, y)
 
 
 def fitted_normal() -> Fit:

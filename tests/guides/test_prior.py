@@ -125,3 +125,14 @@ def test_a_model_that_does_not_bear_other_values_goes_without() -> None:
 
     guide = AutoFlowGuide(careful).setup()
     assert type(guide.posterior.joint.flow.head) is DiagonalAffine
+
+
+def test_a_family_that_has_no_use_for_priors_does_not_look_for_them() -> None:
+    runs = []
+
+    def counted() -> None:
+        runs.append(1)
+        schools()
+
+    AutoFlowGuide(counted, "iaf").setup()
+    assert len(runs) == 1
