@@ -202,6 +202,12 @@ class Flow(nn.Module):
         last = self.transform.parts[-1]
         return last if isinstance(last, Whitening) else None
 
+    def standardize(self, y: Tensor) -> Tensor:
+        """Values as input for those who condition on them; see :meth:`AffineHead.standardize`."""
+        if self.whitening is None:
+            return self.head.standardize(y)
+        return self.whitening.standardize(y, *self.head.gaussian())
+
     @property
     def base_dist(self) -> dist.TorchDistribution:
         """Standard normal noise of event shape ``(input_dim,)``, where the parameters live."""

@@ -24,13 +24,14 @@ DIFFERENCE = 3e-3
 Target = Callable[[Tensor], Tensor]
 
 
-def climb(target: Target, start: Tensor, num_steps: int) -> Iterator[Tensor]:
+def climb(target: Target, start: Tensor, num_steps: int, tolerance: float = 0.0) -> Iterator[Tensor]:
     """Points of L-BFGS ascents, all of them one gradient of the target a try.
 
     Args:
         target: Log density, ``(R, N, d)`` to ``(R, N)``; each entry depends on its own vector only.
         start: Where to begin, ``(R, N, d)``.
-        num_steps: Number of steps.
+        num_steps: Number of steps, at most.
+        tolerance: Ends where no step promises to bring more than this.
 
     Yields:
         Where they are after each step, ``(R, N, d)``.
@@ -43,6 +44,8 @@ def climb(target: Target, start: Tensor, num_steps: int) -> Iterator[Tensor]:
         slope = (direction * gradient).sum(-1)
         direction = torch.where((slope > 0).unsqueeze(-1), direction, gradient)
         slope = (direction * gradient).sum(-1)
+        if tolerance and not (slope > tolerance).any():
+            return
         length = direction.norm(dim=-1)
         longest = MAX_STEP if steps else 1.0
         step = (longest / length.clamp_min(1e-12)).clamp_max(1.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import pyro
@@ -21,6 +22,7 @@ from pyro_flows.guides.amortize import checked_encoders
 from pyro_flows.guides.initialization import init_to_prior_median
 from pyro_flows.guides.joint import JointBlock
 from pyro_flows.guides.local import LocalBlock
+from pyro_flows.guides.local_start import Call, Watch, start, unwatched
 from pyro_flows.guides.posterior import Latents, Posterior
 from pyro_flows.guides.prototype import checked_init, hide_from_guide, trace_latents
 from pyro_flows.guides.store import StoredGuide
@@ -138,14 +140,26 @@ class AutoFlowGuide(StoredGuide):
     def warm_start(self, *args: Any, **kwargs: Any) -> AutoFlowGuide:
         """Before training, start at the best Gaussian by ELBO among many that cost some hundred gradients.
 
-        Where the model's priors are known and pooling them does better, as in a funnel, at that. Takes the model's
-        arguments; returns the guide. See :mod:`pyro_flows.guides.warm_start`.
+        Where the model's priors are known and pooling them does better, as in a funnel, at that. Local latents start at
+        the mode and curvature of each item, of those that the arguments speak of. Takes the model's arguments; returns
+        the guide. See :mod:`pyro_flows.guides.warm_start` and :mod:`pyro_flows.guides.local_start`.
 
         Raises:
-            NotImplementedError: If the guide has local latents, or the model enumerated ones.
+            NotImplementedError: If a plate is amortized, or the model has enumerated sites.
             RuntimeError: If the model has no finite density near the start.
         """
-        self.setup(*args, **kwargs)._posterior.warm_start(self.model, args, kwargs)
+        return self.warm_start_on([(args, kwargs)])
+
+    def warm_start_on(self, calls: Sequence[Call], watch: Watch = unwatched) -> AutoFlowGuide:
+        """As :meth:`warm_start`, from many mini-batches, so that every item is in one.
+
+        Args:
+            calls: The model's arguments, ``(args, kwargs)``, for each mini-batch.
+            watch: Wraps a pass over them, given with its title; for a progress bar.
+        """
+        args, kwargs = calls[0]
+        posterior = self.setup(*args, **kwargs)._posterior
+        start(self.model, posterior, calls, partial(self._make_plates, {}), self.init_scale, watch)
         return self
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:

@@ -5,18 +5,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from pyro import poutine
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_flows.flows import Flow, FlowDistribution, FlowSpec
 from pyro_flows.guides.log_joint import LogJoint
 from pyro_flows.guides.prior import LinearPrior
 from pyro_flows.guides.warm_start import (
+    MANY_ROWS,
     SCORE_DRAWS,
     Gaussian,
     antithetic,
@@ -63,7 +61,6 @@ class JointBlock(nn.Module):
         spec: Recipe of the flow; told the sites' sizes, in order.
         init_scale: Standard deviation at the start, > 0.
         prior: Priors that follow other sites of the table, for families that make use of them.
-        alone: Whether there are no local blocks, so that a warm start is possible.
     """
 
     def __init__(
@@ -73,13 +70,12 @@ class JointBlock(nn.Module):
         init_scale: float,
         *,
         prior: LinearPrior | None = None,
-        alone: bool = True,
     ) -> None:
         super().__init__()
         self.table = table
         sizes = [site.size for site in table if site.size]
         pooling = None if prior is None else PriorPooling(prior.known, *prior.dense(table.latent_dim))
-        whitening = Whitening(table.latent_dim) if alone and 1 < table.latent_dim <= WHITENING_DIM else None
+        whitening = Whitening(table.latent_dim) if 1 < table.latent_dim <= WHITENING_DIM else None
         flow = build_reproducibly(lambda: spec.build_joint(sizes, pooling=pooling, whitening=whitening))
         self.flow = flow.to(dtype=table.init_loc.dtype, device=table.init_loc.device)
         self.flow.head.initialize(table.init_loc, torch.full_like(table.init_loc, init_scale))
@@ -103,26 +99,13 @@ class JointBlock(nn.Module):
         else:
             head.initialize(*standard)
 
-    def warm_start(
-        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], init_scale: float
-    ) -> None:
-        """Find a good Gaussian for the model and start there; see :func:`best_gaussian`."""
-        nesting = max((-frame.dim for site in self.table for frame in site.frames), default=0)
-        # At the start, since not every model bears draws of its own prior.
-        values = {site.name: site.to_support(part) for site, part in self.table.split(self.table.init_loc)}
-        trace = poutine.block(poutine.trace(poutine.condition(model, data=values)).get_trace)(*args, **kwargs)
-        for name, site in trace.nodes.items():
-            if site["type"] == "sample" and not site_is_subsample(site):
-                nesting = max(nesting, *(-f.dim for f in site["cond_indep_stack"] if f.vectorized), 0)
-                if site["infer"].get("enumerate"):
-                    raise NotImplementedError(
-                        f"AutoFlowGuide.warm_start: expected a model without enumerated sites, but '{name}' is one. "
-                        "Train the guide as it is."
-                    )
-        log_joint = LogJoint(model, self.table, args, kwargs, nesting)
+    def warm_start(self, log_joint: LogJoint, init_scale: float) -> None:
+        """Find a good Gaussian for a target and start there; see :func:`best_gaussian`."""
         found = best_gaussian(log_joint, self.table.init_loc, init_scale, correlated=self.flow.whitening is not None)
-        if isinstance(self.flow.head, PriorPooling) and self._pool(log_joint, self.flow.head, found) > found.elbo:
-            return
+        head = self.flow.head
+        if isinstance(head, PriorPooling) and log_joint.rows < MANY_ROWS:
+            if self._pool(log_joint, head, found) > found.elbo:
+                return
         self.start(found.loc, found.factor)
 
     def _pool(self, log_joint: LogJoint, head: PriorPooling, found: Gaussian) -> float:
@@ -150,4 +133,4 @@ class JointBlock(nn.Module):
 
     def standardize(self, packed: Tensor) -> Tensor:
         """Packed values as input for those who condition on them."""
-        return self.flow.head.standardize(packed)
+        return self.flow.standardize(packed)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -101,6 +102,27 @@ class LocalBlock(nn.Module):
         assert isinstance(head, PartialPooling)
         return head
 
+    @torch.no_grad()
+    def start_items(self, loc: Tensor, scale: Tensor, prior: Tensor | None) -> None:
+        """Make every item of a table start at a Gaussian of its own.
+
+        Args:
+            loc: ``(items, item_dim)``, in the order of the full plates.
+            scale: Likewise.
+            prior: Locations and log-scales of their priors, ``(items, 2 * item_dim)``, where they are known; these
+                have their full weight.
+        """
+        assert self.items is not None
+        self.items[:, EMBEDDING_DIM:] = self.head.start(loc, scale, prior, max_share=math.inf)
+
+    def known_prior(
+        self, latents: Mapping[tuple[str, ...], Tensor], joint: JointBlock | None, parents: Sequence[LocalBlock]
+    ) -> Tensor:
+        """Locations and log-scales of the items' priors, ``(..., 2 * item_dim)``; see :meth:`distribution`."""
+        assert self.prior is not None
+        given = _given(latents, joint, parents)
+        return self.prior(_join(given)) if given else self.prior.bias
+
     def item_context(self, indices: Mapping[str, Tensor], encoded: Mapping[str, Tensor]) -> Tensor:
         """Features and own Gaussian of the items at hand, ``lead + (F,)``.
 
@@ -117,6 +139,25 @@ class LocalBlock(nn.Module):
         features = _join(outputs)
         # Plates of this block without an encoder: their items are alike given the rest.
         return torch.cat([features, self.encoded(features)], -1)
+
+    def context(
+        self,
+        items: Tensor,
+        latents: Mapping[tuple[str, ...], Tensor],
+        joint: JointBlock | None,
+        parents: Sequence[LocalBlock],
+    ) -> Tensor:
+        """What the flow is conditioned on; see :meth:`distribution`."""
+        parts = [items]
+        if joint is not None or parents:
+            standard = [parent.head.standardize(latents[parent.table.names]) for parent in parents]
+            if joint is not None:
+                first = joint.standardize(latents[()])
+                standard.insert(0, first if self.project is None else F.linear(first, self.project))
+            parts = [*standard, items]
+        if self.prior is not None:
+            parts.append(self.known_prior(latents, joint, parents))
+        return _join(parts)
 
     def distribution(
         self,
@@ -136,21 +177,19 @@ class LocalBlock(nn.Module):
             parents: As in the constructor.
             path_gradient: See :class:`~pyro_flows.flows.FlowDistribution`.
         """
-        parts = [items]
-        given = [] if joint is None else [latents[()]]
-        given += [latents[parent.table.names] for parent in parents]
-        if given:
-            standard = [parent.head.standardize(latents[parent.table.names]) for parent in parents]
-            if joint is not None:
-                first = joint.standardize(latents[()])
-                standard.insert(0, first if self.project is None else F.linear(first, self.project))
-            parts = [*standard, items]
-        if self.prior is not None:
-            parts.append(self.prior(_join(given)) if given else self.prior.bias)
+        given = _given(latents, joint, parents) if torch.is_grad_enabled() else []
         distribution: FlowDistribution = self.flow(
-            _join(parts), path_gradient=path_gradient, given=tuple(given) if torch.is_grad_enabled() else ()
+            self.context(items, latents, joint, parents), path_gradient=path_gradient, given=tuple(given)
         )
         return distribution
+
+
+def _given(
+    latents: Mapping[tuple[str, ...], Tensor], joint: JointBlock | None, parents: Sequence[LocalBlock]
+) -> list[Tensor]:
+    """Packed latents that a block conditions on, in order."""
+    given = [] if joint is None else [latents[()]]
+    return [*given, *(latents[parent.table.names] for parent in parents)]
 
 
 def _join(parts: Sequence[Tensor]) -> Tensor:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import pyro
@@ -12,12 +12,15 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_flows.sites import SiteTable
+from pyro_flows.sites import Site, SiteTable
 
-__all__ = ["NO_DENSITY", "LogJoint"]
+__all__ = ["NO_DENSITY", "LogJoint", "checked_nesting", "constrain", "scored_sites"]
 
 # What a model raises where it has no density: a distribution refuses its parameters, a covariance is not one.
 NO_DENSITY = (ValueError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+
+# Draws times items that are in flight at once.
+MAX_ROWS = 2**18
 
 
 class LogJoint:
@@ -50,6 +53,14 @@ class LogJoint:
         self.nesting = max_plate_nesting
         with pyro.validation_enabled(False):
             self._run = self._choose()
+
+    # Items of plates that a draw runs over, beyond the model's own cost.
+    rows = 1
+
+    @property
+    def chunk(self) -> int:
+        """Draws that may be in flight at once."""
+        return max(1, MAX_ROWS // self.rows)
 
     @property
     def is_vectorized(self) -> bool:
@@ -104,32 +115,69 @@ class LogJoint:
         lead = draws.reshape(count, *(1,) * self.nesting, draws.shape[-1])
         return torch.stack([_sum_draws(part, count, self.nesting) for part in self._parts(lead)]).sum(0)
 
-    def _one(self, draw: Tensor) -> Tensor:
+    def one(self, draw: Tensor) -> Tensor:
+        """``(D,)`` to ``()``."""
         return torch.stack([part.sum() for part in self._parts(draw)]).sum()
 
     def _one_by_one(self, draws: Tensor) -> Tensor:
-        return torch.stack([self._one(draw) for draw in draws])
+        return torch.stack([self.one(draw) for draw in draws])
 
     def _by_vmap(self, draws: Tensor) -> Tensor:
-        result: Tensor = torch.vmap(self._one, randomness="different")(draws)
+        result: Tensor = torch.vmap(self.one, randomness="different")(draws)
         return result
 
     def _parts(self, packed: Tensor) -> list[Tensor]:
         """Terms of the log density in unconstrained space."""
-        values, parts = {}, []
-        for site, part in self.table.split(packed):
-            values[site.name], log_density = site.constrain(part)
-            parts.append(-torch.as_tensor(log_density, dtype=packed.dtype, device=packed.device))
-        with poutine.block(), poutine.trace() as tape:
-            poutine.condition(self.model, data=values)(*self.args, **self.kwargs)
-        tape.trace.compute_log_prob()
-        for name, node in tape.trace.nodes.items():
-            if node["type"] != "sample" or site_is_subsample(node):
-                continue
-            if not node["is_observed"]:
-                raise RuntimeError(f"LogJoint: expected a model whose latents are all given, but '{name}' is not.")
-            parts.append(node["log_prob"].to(packed.dtype))
-        return parts
+        values, parts = constrain(self.table.split(packed))
+        nodes = scored_sites(self.model, values, self.args, self.kwargs)
+        return [*parts, *(node["log_prob"].to(packed.dtype) for node in nodes)]
+
+
+def constrain(split: Iterable[tuple[Site, Tensor]]) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Values on the supports by site, and the log-determinants of the maps to them, of the sites' batch shapes."""
+    values, ladjs = {}, []
+    for site, part in split:
+        values[site.name], log_density = site.constrain(part)
+        if torch.is_tensor(log_density):
+            ladjs.append(-log_density.to(part.dtype))
+    return values, ladjs
+
+
+def scored_sites(
+    model: Callable[..., Any], values: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """The model's sample sites, with their ``log_prob``, in a run with all latents (and subsamples) given."""
+    with poutine.block(), poutine.trace() as tape:
+        poutine.condition(model, data=values)(*args, **kwargs)
+    tape.trace.compute_log_prob()
+    for name, node in tape.trace.nodes.items():
+        if node["type"] != "sample" or site_is_subsample(node):
+            continue
+        if not node["is_observed"]:
+            raise RuntimeError(f"LogJoint: expected a model whose latents are all given, but '{name}' is not.")
+        yield node
+
+
+def checked_nesting(
+    model: Callable[..., Any], values: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> int:
+    """Number of batch dimensions that a model uses.
+
+    Raises:
+        NotImplementedError: If it has enumerated sites.
+    """
+    with torch.no_grad(), poutine.block(), poutine.trace() as tape:
+        poutine.condition(model, data=values)(*args, **kwargs)
+    nesting = 0
+    for name, node in tape.trace.nodes.items():
+        if node["type"] == "sample" and not site_is_subsample(node):
+            nesting = max(nesting, *(-frame.dim for frame in node["cond_indep_stack"] if frame.vectorized), 0)
+            if node["infer"].get("enumerate"):
+                raise NotImplementedError(
+                    f"AutoFlowGuide.warm_start: expected a model without enumerated sites, but '{name}' is one. "
+                    "Train the guide as it is."
+                )
+    return nesting
 
 
 def _sum_draws(log_prob: Tensor, count: int, nesting: int) -> Tensor:

@@ -56,7 +56,6 @@ class Posterior(nn.Module):
         sites = SiteTable.from_trace(trace)
         outside, tables = partition(sites, local)
         self.order = tuple(site.name for site in sites)
-        self.init_scale = init_scale
         self.joint: JointBlock | None = None
         if outside:
             table = _subtable(trace, outside)
@@ -64,7 +63,7 @@ class Posterior(nn.Module):
             small = bool(tables) and table.latent_dim < spec.min_dim
             joint_spec = DiagonalNormal() if small else spec
             prior = read_joint_prior(model, args, kwargs, table) if joint_spec.knows_priors else None
-            self.joint = JointBlock(table, joint_spec, init_scale, prior=prior, alone=not tables)
+            self.joint = JointBlock(table, joint_spec, init_scale, prior=prior)
         self.encoders = nn.ModuleDict({_key((plate,)): Encoder(plate, f) for plate, f in amortize.items()})
         widths = {encoder.plate: probe(encoder, args, kwargs) for encoder in self._encoders()}
         self.local = nn.ModuleDict()
@@ -206,15 +205,6 @@ class Posterior(nn.Module):
                 shape = unconstrained.shape[:1] + unconstrained.shape[1 + extra_rank :]
                 values[site.name] = site.to_support(unconstrained.reshape(shape))
         return {name: values[name] for name in self.order}
-
-    def warm_start(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Start at a good Gaussian for the model."""
-        for block in self.blocks():
-            raise NotImplementedError(
-                f"AutoFlowGuide.warm_start: expected a guide without local latents, but plate {_title(block)} has "
-                'some. Train the guide as it is, or run the model on full plates with structure="joint".'
-            )
-        self.only_block.warm_start(model, args, kwargs, self.init_scale)
 
     def sample(self, num_samples: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Site name -> draws, ``(num_samples, *site shape)`` over the full plates."""

@@ -13,22 +13,22 @@ from torch import Tensor
 from pyro_flows.guides.ascent import climb, local_factor
 from pyro_flows.guides.log_joint import LogJoint
 
-__all__ = ["SCORE_DRAWS", "Gaussian", "antithetic", "best_gaussian", "elbo_of", "fit_on_fixed_draws"]
+__all__ = ["MANY_ROWS", "SCORE_DRAWS", "Gaussian", "antithetic", "best_gaussian", "elbo_of", "fit_on_fixed_draws"]
 
-# Climbs from the start, from around it, and from draws of the prior; where the model runs draw by draw, and elsewhere.
+# Climbs from around the start and from draws of the prior: where a draw is dear, and elsewhere.
 FEW_NEAR, FEW_PRIOR = 1, 1
 NEAR, PRIOR = 3, 12
 SPREAD = 0.7
-# Steps of a climb, and after how many its point is looked at.
-NUM_STEPS = 100
+# Steps of a climb, the gain in nats below which it has arrived, and after how many its point is looked at.
+NUM_STEPS, ARRIVED = 100, 1e-4
 LOOKS = (2, 5, 12, 30, 100)
 ISOTROPIC_SCALES = (0.1, 0.5)
 # Above this dimension Hessians cost more than they give: one backward pass a coordinate.
 HESSIAN_DIM = 200
 # Draws by which all candidates are ranked, and by which the first few are compared.
 RANK_DRAWS, SCORE_DRAWS, SHORT_LIST = 32, 128, 12
-# Draws of the model that are in flight at once.
-CHUNK = 2048
+# A draw of a model with more items than this is too dear for deterministic fits.
+MANY_ROWS = 2000
 # A Gaussian whose log weights vary less (half their variance is its gap, in nats) needs no full-rank fit.
 GOOD_GAP = 4.0
 FULL_RANK_DIM = 64
@@ -99,13 +99,14 @@ def best_gaussian(log_joint: LogJoint, start: Tensor, init_scale: float, *, corr
         found += [Gaussian(loc, scale * ones) for loc in points for scale in ISOTROPIC_SCALES]
         found += _local(log_joint, points, correlated=correlated)
     best = _best(log_joint, found)
-    if best.factor.dim() == 1:
+    if best.factor.dim() == 1 and log_joint.rows < MANY_ROWS:
         fitted = [_mean_field(log_joint, begin) for begin in (own, best)]
         found = [best, *(gaussian for gaussian in fitted if gaussian is not None)]
         for gaussian in found[1:]:
             found += _local(log_joint, gaussian.loc.unsqueeze(0), correlated=correlated)
         best = _best(log_joint, found)
-    if correlated and len(start) <= FULL_RANK_DIM and not best.spread / 2 < GOOD_GAP:
+    small = len(start) <= FULL_RANK_DIM and log_joint.rows < MANY_ROWS
+    if correlated and small and not best.spread / 2 < GOOD_GAP:
         full = _full_rank(log_joint, best)
         best = best if full is None else _best(log_joint, [best, full])
     if best.elbo == -math.inf:
@@ -118,12 +119,13 @@ def best_gaussian(log_joint: LogJoint, start: Tensor, init_scale: float, *, corr
 
 def _climbs(log_joint: LogJoint, start: Tensor) -> list[Tensor]:
     """Points on the way up, ``(number of climbs, D)`` at each look."""
-    near, prior = (NEAR, PRIOR) if log_joint.is_vectorized else (FEW_NEAR, FEW_PRIOR)
+    many = log_joint.is_vectorized and log_joint.rows == 1
+    near, prior = (NEAR, PRIOR) if many else (FEW_NEAR, FEW_PRIOR)
     around = start + SPREAD * torch.randn(near, len(start), dtype=start.dtype, device=start.device)
     begins = torch.stack([start, *around, *(draw.to(start) for draw in log_joint.from_prior(prior))])
     begins = begins[begins.isfinite().all(-1)]
     looks, points = [], begins
-    for number, climbed in enumerate(climb(_batched(log_joint), begins.unsqueeze(1), NUM_STEPS), 1):
+    for number, climbed in enumerate(climb(_batched(log_joint), begins.unsqueeze(1), NUM_STEPS, ARRIVED), 1):
         points = climbed.squeeze(1)
         if number in LOOKS:
             looks.append(points)
@@ -154,7 +156,7 @@ def _best(log_joint: LogJoint, found: list[Gaussian]) -> Gaussian:
 def _scored(log_joint: LogJoint, found: list[Gaussian], count: int) -> list[Gaussian]:
     noise = antithetic(count, found[0].loc)
     draws = torch.cat([gaussian.push(noise) for gaussian in found])  # (candidates * count, D)
-    energy = torch.cat([log_joint(part) for part in draws.split(CHUNK)]).double().reshape(len(found), count)
+    energy = torch.cat([log_joint(part) for part in draws.split(log_joint.chunk)]).double().reshape(len(found), count)
     diagonals = torch.stack([g.factor if g.factor.dim() == 1 else g.factor.diagonal() for g in found])
     elbos = energy.mean(-1) + diagonals.double().log().sum(-1) + _entropy(noise)
     spreads = (energy + 0.5 * noise.double().square().sum(-1)).var(-1)

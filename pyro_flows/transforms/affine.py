@@ -49,13 +49,18 @@ class AffineHead(FlowTransform):
         """Set the Gaussian that the head is before any training: ``N(loc, diag(scale)^2)``, each ``(input_dim,)``."""
         self.raw.set(torch.stack([loc, scale.log() / LOG_SCALE_RATE, torch.zeros_like(loc)]))
 
+    def gaussian(self) -> tuple[Tensor, Tensor]:
+        """Location and scale at average context, each ``(input_dim,)``."""
+        loc, scale, _ = decode_gaussian(self.raw.value)
+        return loc, scale
+
     def standardize(self, y: Tensor) -> Tensor:
         r"""Values as input for those who condition on them: :math:`(y - m) / \sqrt{1 + \sigma^2}` at average context.
 
         Unconstrained values mostly come in natural units of order one. Where the posterior is narrower than that, as
         it is for the parent of many items, their response to a standardised value would have to be minute.
         """
-        loc, scale, _ = decode_gaussian(self.raw.value)
+        loc, scale = self.gaussian()
         return (y - loc) * torch.rsqrt(1.0 + scale.square())
 
     def _gaussian(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,10 +12,12 @@ from torch.nn import functional as F
 from pyro_flows.transforms.affine import AffineHead, decode_gaussian
 from pyro_flows.transforms.networks import CenteredNetwork, eased, uneased
 
-__all__ = ["START_SHARE", "PartialPooling", "pool", "split_start"]
+__all__ = ["START_SHARE", "PartialPooling", "pool", "start_share", "unpool"]
 
 # Largest share of the precision that a known prior has at the start, so that the start is the Gaussian asked for.
 START_SHARE = 1e-3
+# Smallest share that is left to the Gaussian that is pooled with a prior.
+MIN_SHARE = 1e-2
 
 
 def pool(loc: Tensor, log_scale: Tensor, own_loc: Tensor, own_log_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -25,21 +27,19 @@ def pool(loc: Tensor, log_scale: Tensor, own_loc: Tensor, own_log_scale: Tensor)
     return mean, -0.5 * torch.logaddexp(-2.0 * log_scale, -2.0 * own_log_scale), weight
 
 
-def split_start(
-    loc: Tensor, scale: Tensor, prior_loc: Tensor, prior_log_scale: Tensor, max_share: float = START_SHARE
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The Gaussian that gives ``N(loc, scale^2)`` when pooled with a prior that has a share of the precision.
+def unpool(loc: Tensor, scale: Tensor, other_loc: Tensor, other_log_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Location and log-scale of the Gaussian that gives ``N(loc, scale^2)`` when pooled with another.
 
-    The prior's factor is 1 unless that would be more than ``max_share``.
-
-    Returns:
-        Location and log-scale of the Gaussian, and the raw logarithm of the factor.
+    Where the other one is as narrow as that already, a very wide one that still gives the location.
     """
-    ratio = 2.0 * (prior_log_scale - scale.log())
-    log_share = (math.log(max_share) + ratio).clamp(max=0.0)
-    share = (log_share - ratio).exp()  # of the precision
-    own_loc = (loc - share * prior_loc) / (1.0 - share)
-    return own_loc, scale.log() - 0.5 * torch.log1p(-share), uneased(log_share)
+    share = torch.exp(2.0 * (scale.log() - other_log_scale))  # the other one's, of the precision
+    rest = (1.0 - share).clamp_min(MIN_SHARE)
+    return loc + share / rest * (loc - other_loc), scale.log() - 0.5 * rest.log()
+
+
+def start_share(scale: Tensor, prior_log_scale: Tensor, max_share: float = START_SHARE) -> Tensor:
+    """Raw logarithm of a prior's factor: 1, unless its share of the precision ``scale^-2`` would be too large."""
+    return uneased((math.log(max_share) + 2.0 * (prior_log_scale - scale.log())).clamp(max=0.0))
 
 
 class PartialPooling(AffineHead):
@@ -102,28 +102,36 @@ class PartialPooling(AffineHead):
             self.network = CenteredNetwork(given_dim + feature_dim, hidden_dims, 2 * input_dim)
 
     @torch.no_grad()
-    def start(self, loc: Tensor, scale: Tensor, prior: Tensor | None = None) -> Tensor:
+    def start(
+        self, loc: Tensor, scale: Tensor, prior: Tensor | None = None, *, max_share: float = START_SHARE
+    ) -> Tensor:
         """Make every item start at ``N(loc, diag(scale)^2)``.
 
         Args:
             loc: ``(..., input_dim)``, one for each item.
-            scale: ``(input_dim,)``.
-            prior: Location and log-scale of the prior at the start, ``(2 * input_dim,)``, if any is known.
+            scale: The same, or ``(input_dim,)``.
+            prior: Location and log-scale of the prior at the start, ``(2 * input_dim,)`` or one for each item, if any
+                is known.
+            max_share: The prior's factor is 1 unless its share of the precision would then be more.
 
         Returns:
             The items' own Gaussians, ``(..., 2 * input_dim)``.
         """
         center = loc.reshape(-1, self.input_dim).mean(0)
+        typical = scale if scale.dim() == 1 else scale.reshape(-1, self.input_dim).log().mean(0).exp()
         # Half of the precision each, where the other Gaussian is free and starts at the center.
-        own_loc, reference = 2.0 * loc - center, math.sqrt(2.0) * scale
-        own_log_scale = reference.log()
+        reference = math.sqrt(2.0) * typical
+        own_loc, own_log_scale = unpool(loc, scale, center, reference.log())
         if self.has_prior:
             assert prior is not None
             prior_loc, prior_log_scale = prior.chunk(2, -1)
-            pooled_loc, pooled_log_scale, log_share = split_start(loc, scale, prior_loc, prior_log_scale)
+            typical_log_scale = prior_log_scale.reshape(-1, self.input_dim).mean(0)
+            log_share = start_share(typical, typical_log_scale, max_share)
+            prior_log_scale = prior_log_scale - 0.5 * eased(log_share)
+            pooled_loc, pooled_log_scale = unpool(loc, scale, prior_loc, prior_log_scale)
             own_loc = torch.where(self.known, pooled_loc, own_loc)
             own_log_scale = torch.where(self.known, pooled_log_scale, own_log_scale)
-            reference = torch.where(self.known, scale, reference)
+            reference = torch.where(self.known, typical, reference)
             self.log_share.copy_(torch.where(self.known, log_share, 0.0))
         self.initialize(center, reference)
         own_loc = (own_loc - center) / reference

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from pyro_flows.transforms.affine import AffineHead, decode_gaussian
 from pyro_flows.transforms.networks import eased
-from pyro_flows.transforms.partial_pooling import START_SHARE, pool, split_start
+from pyro_flows.transforms.partial_pooling import START_SHARE, pool, start_share, unpool
 
 __all__ = ["PriorPooling"]
 
@@ -74,9 +74,9 @@ class PriorPooling(AffineHead):
         prior = F.linear(loc[self.order], self.slope.flatten(0, 1), self.bias.flatten())
         prior_loc, prior_log_scale = prior.chunk(2)
         pooled = self.order[self.count_free :]
-        own_loc, own_log_scale, log_share = split_start(
-            loc[pooled], scale[pooled], prior_loc, prior_log_scale, max_share
-        )
+        log_share = start_share(scale[pooled], prior_log_scale, max_share)
+        shared_log_scale = prior_log_scale - 0.5 * eased(log_share)
+        own_loc, own_log_scale = unpool(loc[pooled], scale[pooled], prior_loc, shared_log_scale)
         super().initialize(loc.index_copy(0, pooled, own_loc), scale.index_copy(0, pooled, own_log_scale.exp()))
         with torch.no_grad():
             self.log_share.copy_(log_share)

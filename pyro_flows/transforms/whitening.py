@@ -35,6 +35,12 @@ class Whitening(FlowTransform):
         self.loc.copy_(loc)
         self.factor.copy_(factor)
 
+    def standardize(self, y: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+        """As ``AffineHead.standardize``, for a Gaussian ``N(loc, diag(scale)^2)`` under this map."""
+        factor = self.factor.detach().tril()
+        variance = (factor * scale).square().sum(-1)
+        return (y - self.loc.detach() - factor @ loc) * torch.rsqrt(1.0 + variance)
+
     def _fixed(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``m``, ``L`` and ``log|det L|``."""
         factor = self.factor.detach().tril()

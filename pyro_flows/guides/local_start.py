@@ -1,0 +1,376 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L3. The warm start of a guide with local latents: a Newton-like fit of every item, then a Gaussian of the globals."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_flows.guides.ascent import climb, local_factor
+from pyro_flows.guides.local import LocalBlock
+from pyro_flows.guides.log_joint import NO_DENSITY, LogJoint, checked_nesting, constrain, scored_sites
+from pyro_flows.guides.posterior import Latents, Posterior
+from pyro_flows.guides.warm_start import antithetic, elbo_of
+
+__all__ = ["Call", "Watch", "start", "unwatched"]
+
+# Steps of an item's climb, and the gain in nats below which it has arrived.
+NUM_STEPS, ARRIVED = 30, 1e-5
+# Items with more latents than this stay where they are: a Hessian has so many rows.
+MAX_ITEM_DIM = 50
+# Mini-batches that the items of one pass come from, at most.
+MAX_CALLS = 1000
+# Mini-batches by which globals are fitted: as many as give so many items, within limits.
+GLOBAL_ITEMS, MAX_GLOBAL_CALLS = 1000, 10
+SCORE_DRAWS = 32
+
+Call = tuple[tuple[Any, ...], Mapping[str, Any]]
+MakePlates = Callable[[tuple[Any, ...], Mapping[str, Any]], dict[str, pyro.plate]]
+
+
+@dataclass(frozen=True, eq=False)
+class MiniBatch:
+    """The model's arguments, and the items that they stand for.
+
+    Attributes:
+        args: The model's arguments.
+        kwargs: Likewise.
+        indices: Plate -> items at hand.
+        drawn: Those plates among them whose items the model would draw at random.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    indices: dict[str, Tensor]
+    drawn: dict[str, Tensor]
+
+
+# Wraps a pass over mini-batches, given with its title.
+Watch = Callable[[Iterator[MiniBatch], str], Iterable[MiniBatch]]
+
+
+def unwatched(batches: Iterator[MiniBatch], title: str) -> Iterable[MiniBatch]:
+    """No progress bar."""
+    return batches
+
+
+def start(
+    model: Callable[..., Any],
+    posterior: Posterior,
+    calls: Sequence[Call],
+    make_plates: MakePlates,
+    init_scale: float,
+    watch: Watch,
+) -> None:
+    """Warm start of a guide; see ``AutoFlowGuide.warm_start_on``.
+
+    Args:
+        model: The model.
+        posterior: The guide's distribution, as built.
+        calls: Arguments of one or many mini-batches; the first alone if no latents are local.
+        make_plates: The guide's plates for these.
+        init_scale: Standard deviation of the globals at the start.
+        watch: Wraps a pass over the mini-batches.
+    """
+    if any(True for _ in posterior.blocks()):
+        LocalStart(model, posterior, calls, make_plates, init_scale).run(watch)
+        return
+    joint, (args, kwargs) = posterior.only_block, calls[0]
+    # At the start, since not every model bears draws of its own prior.
+    values = {site.name: site.to_support(part) for site, part in joint.table.split(joint.table.init_loc)}
+    nesting = checked_nesting(model, values, args, kwargs)
+    joint.warm_start(LogJoint(model, joint.table, args, kwargs, nesting), init_scale)
+
+
+class _Drawn(Messenger):
+    """Takes down the plates that draw their items, and are not given any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plates: set[str] = set()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["value"] is None:
+            self.plates.add(msg["name"])
+
+
+def mini_batches(call: Call, make_plates: MakePlates) -> Iterator[MiniBatch]:
+    """What a call's arguments stand for: one mini-batch, or, where plates draw their own, one for each of their parts.
+
+    Args:
+        call: The model's arguments.
+        make_plates: The guide's plates for these.
+    """
+    args, kwargs = call
+    with poutine.block(), _Drawn() as drawn:
+        plates = make_plates(args, kwargs)
+    indices = {name: torch.as_tensor(plate.indices) for name, plate in plates.items()}
+    parts: list[list[tuple[str, Tensor]]] = []
+    for name in sorted(drawn.plates & set(plates)):
+        size, count, items = plates[name].size, plates[name].subsample_size, indices[name]
+        if count < size:
+            starts = [min(start, size - count) for start in range(0, size, count)]
+            parts.append([(name, torch.arange(start, start + count, device=items.device)) for start in starts])
+    for chosen in itertools.product(*parts):
+        yield MiniBatch(args, kwargs, {**indices, **dict(chosen)}, dict(chosen))
+
+
+class LocalStart:
+    """Fits every item to the data that it has, given where the globals are; then the globals, given that.
+
+    An item's own Gaussian is what the likelihood says about it: mode and curvature of its log density, less the prior
+    that the head pools it with. For a Gaussian likelihood that is exact at once, whatever the globals; the ELBO with
+    such items is then the marginal density of the globals, whose best Gaussian is found as in a model without plates.
+
+    Args:
+        model: The model.
+        posterior: The guide's distribution, as built.
+        calls: Arguments of one or many mini-batches.
+        make_plates: The guide's plates for these.
+        init_scale: Standard deviation of the globals at the start.
+
+    Raises:
+        NotImplementedError: If a plate is amortized, or the model has enumerated sites.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        posterior: Posterior,
+        calls: Sequence[Call],
+        make_plates: MakePlates,
+        init_scale: float,
+    ) -> None:
+        for block in posterior.blocks():
+            if block.items is None:
+                raise NotImplementedError(
+                    f"AutoFlowGuide.warm_start: expected plates without encoders, but {block.table.names} has one. "
+                    "Train the guide as it is: its items cannot start anywhere but where the encoder puts them."
+                )
+        self.model = model
+        self.posterior = posterior
+        self.init_scale = init_scale
+        self.calls = calls
+        self.make_plates = make_plates
+        first = next(self.batches())
+        self.nesting = checked_nesting(model, {**self.values(first, self.locations(first)), **first.drawn}, *call(first))
+
+    def batches(self) -> Iterator[MiniBatch]:
+        """All mini-batches of the arguments."""
+        parts = itertools.chain.from_iterable(mini_batches(one, self.make_plates) for one in self.calls)
+        return itertools.islice(parts, MAX_CALLS)
+
+    @torch.no_grad()
+    def run(self, watch: Watch) -> None:
+        """Set the guide's start; leaves it as it was if that has no better an ELBO.
+
+        Args:
+            watch: Wraps a pass over the mini-batches, for a progress bar.
+        """
+        posterior = self.posterior
+        before = copy.deepcopy(posterior.state_dict())
+        chosen: list[MiniBatch] = []
+        for batch in itertools.islice(self.batches(), MAX_GLOBAL_CALLS):
+            chosen.append(batch)
+            if sum(self.num_items(batch) for batch in chosen) >= GLOBAL_ITEMS:
+                break
+        marginal = MarginalLogJoint(self, chosen)
+        was = self._elbo(marginal)
+        self._start_items(watch(self.batches(), "items"))
+        if posterior.joint is not None:
+            posterior.joint.warm_start(marginal, self.init_scale)
+            self._start_items(watch(self.batches(), "items again"))
+        if not self._elbo(marginal) > was:
+            posterior.load_state_dict(before)
+
+    def num_items(self, batch: MiniBatch) -> int:
+        """Items of the largest block in a mini-batch."""
+        return max(
+            math.prod(len(batch.indices[name]) for name in block.table.names) for block in self.posterior.blocks()
+        )
+
+    def _elbo(self, marginal: MarginalLogJoint) -> float:
+        joint = self.posterior.joint
+        if joint is None:
+            return float(marginal.one(torch.zeros(0)))
+        push = joint.flow.transform.forward_and_ladj
+        return elbo_of(marginal, push, antithetic(SCORE_DRAWS, joint.table.init_loc))
+
+    def locations(self, batch: MiniBatch) -> Latents:
+        """Packed latents at zero noise."""
+        posterior, latents = self.posterior, Latents()
+        if posterior.joint is not None:
+            latents[()], _ = posterior.joint.flow.transform.forward_and_ladj(posterior.joint.flow.base_dist.mean)
+        for block in posterior.blocks():
+            latents[block.table.names], _ = self.push(block, batch, latents, None)
+        return latents
+
+    def push(self, block: LocalBlock, batch: MiniBatch, latents: Latents, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A block's packed latents and log-determinant, from noise, ``lead + (n,)``; None means zero.
+
+        By the head alone: the layers below are taken to be the identity, as they are at the start.
+        """
+        posterior = self.posterior
+        context = block.context(
+            block.item_context(batch.indices, {}), latents, posterior.joint, posterior.parents(block)
+        )
+        shape = (*context.shape[:-1], block.table.item_dim)
+        noise = context.new_zeros(shape) if noise is None else noise.expand(shape)
+        return block.head.forward_and_ladj(noise, context)
+
+    def values(self, batch: MiniBatch, latents: Latents) -> dict[str, Tensor]:
+        """Values of all sites, from packed latents."""
+        posterior = self.posterior
+        split = [] if posterior.joint is None else list(posterior.joint.table.split(latents[()]))
+        for block in posterior.blocks():
+            split += block.table.split(latents[block.table.names])
+        return {**constrain(split)[0], **batch.drawn}
+
+    def _start_items(self, batches: Iterable[MiniBatch]) -> None:
+        """One pass over the data for all blocks that are no other's parents: those are fixed where they are."""
+        parents = {name for block in self.posterior.blocks() for name in block.parent_names}
+        fitted = [
+            _Items(self, block)
+            for block in self.posterior.blocks()
+            if block.table.names not in parents and block.table.item_dim <= MAX_ITEM_DIM
+        ]
+        for batch in batches:
+            latents = self.locations(batch)
+            values = self.values(batch, latents)
+            for items in fitted:
+                items.fit(batch, latents, values)
+        for items in fitted:
+            items.set()
+
+
+class _Items:
+    """Modes and scales of a block's items, taken down batch by batch."""
+
+    def __init__(self, owner: LocalStart, block: LocalBlock) -> None:
+        assert block.items is not None
+        self.owner = owner
+        self.block = block
+        like, count, size = block.items, block.table.num_items, block.table.item_dim
+        self.loc, self.scale = like.new_full((2, count, size), math.nan)
+        self.prior = None if block.prior is None else like.new_zeros(count, 2 * size)
+
+    def fit(self, batch: MiniBatch, latents: Latents, values: Mapping[str, Tensor]) -> None:
+        """Climb to the modes of the items at hand, all at once."""
+        block, posterior = self.block, self.owner.posterior
+        start = latents[block.table.names]
+        log_density = _item_log_density(self.owner.model, block, batch, values, start.shape[:-1])
+        point = start.reshape(-1, 1, start.shape[-1])
+        with pyro.validation_enabled(False):
+            try:
+                for point in climb(log_density, point, NUM_STEPS, tolerance=ARRIVED):
+                    pass
+                factor = local_factor(log_density, point).squeeze(1)
+            except NO_DENSITY:
+                return
+        rows = block.table.flat_index(batch.indices).reshape(-1).to(self.loc.device)
+        self.loc[rows] = point.squeeze(1)
+        # Given each other, for heads of independent coordinates.
+        self.scale[rows] = torch.cholesky_inverse(factor).diagonal(dim1=-2, dim2=-1).rsqrt().to(self.scale)
+        if self.prior is not None:
+            prior = block.known_prior(latents, posterior.joint, posterior.parents(block))
+            self.prior[rows] = prior.expand(*start.shape[:-1], -1).reshape(len(rows), -1)
+
+    def set(self) -> None:
+        """Write them into the block; items that were not seen take the average."""
+        seen = (self.loc.isfinite() & self.scale.isfinite()).all(-1)
+        if not seen.any():
+            return
+        loc, scale = self.loc[seen], self.scale[seen]
+        self.loc[~seen], self.scale[~seen] = loc.mean(0), scale.log().mean(0).exp()
+        if self.prior is not None:
+            self.prior[~seen] = self.prior[seen].mean(0)
+        self.block.start_items(self.loc, self.scale, self.prior)
+
+
+def _item_log_density(
+    model: Callable[..., Any], block: LocalBlock, batch: MiniBatch, values: Mapping[str, Tensor], lead: torch.Size
+) -> Callable[[Tensor], Tensor]:
+    """Each item's part of the log joint, ``(N, 1, n)`` to ``(N, 1)``, with everything else as in ``values``."""
+    table = block.table
+    # What a subsampled plate multiplies the terms of its items by is not theirs.
+    scale = math.prod(
+        size / len(batch.indices[name]) for name, size in zip(table.names, table.full_sizes, strict=True)
+    )
+
+    def per_item(term: Tensor) -> Tensor:
+        term = term.reshape((-1, *((1,) * (len(lead) - term.dim()) + term.shape)[-len(lead) :])).sum(0)
+        for axis, size in enumerate(lead):
+            if size == 1 < term.shape[axis]:
+                term = term.sum(axis, keepdim=True)
+        return term.expand(lead)
+
+    def log_density(z: Tensor) -> Tensor:
+        own, ladjs = constrain(table.split(z.reshape(*lead, z.shape[-1])))
+        total = torch.zeros(lead, dtype=z.dtype, device=z.device)
+        for ladj in ladjs:
+            total = total + per_item(ladj)
+        for node in scored_sites(model, {**values, **own}, *call(batch)):
+            if {frame.name for frame in node["cond_indep_stack"]}.issuperset(table.names):
+                total = total + per_item(node["log_prob"].to(z.dtype)) / scale
+        return total.reshape(-1, 1)
+
+    return log_density
+
+
+class MarginalLogJoint(LogJoint):
+    """The ELBO given the globals: log p(x, local latents | globals) less the log density of the local ones, drawn with
+    fixed noise, plus the globals' log prior. Where each item's conditional is exact, that is log p(x, globals).
+
+    Args:
+        owner: Whose items these are.
+        batches: Mini-batches over which it is an average.
+    """
+
+    def __init__(self, owner: LocalStart, batches: Sequence[MiniBatch]) -> None:
+        self.owner = owner
+        self.batches = batches
+        self.noise = [
+            {name: torch.randn_like(location) for name, location in owner.locations(batch).items()} for batch in batches
+        ]
+        self.rows = max(map(owner.num_items, batches)) * len(batches)
+        first, joint = batches[0], owner.posterior.joint
+        if joint is not None:  # nothing to choose otherwise: there is one draw
+            super().__init__(owner.model, joint.table, first.args, first.kwargs, owner.nesting)
+
+    def _parts(self, packed: Tensor) -> list[Tensor]:
+        posterior, count = self.owner.posterior, len(self.batches)
+        parts = []
+        if posterior.joint is not None:
+            parts += constrain(posterior.joint.table.split(packed))[1]
+        for batch, noise in zip(self.batches, self.noise, strict=True):
+            latents: Latents = {} if posterior.joint is None else {(): packed}
+            for block in posterior.blocks():
+                table = block.table
+                eps = noise[table.names]
+                latents[table.names], ladj = self.owner.push(block, batch, latents, eps)
+                _, ladjs = constrain(table.split(latents[table.names]))
+                log_q = -0.5 * (eps.square() + math.log(2 * math.pi)).sum(-1) - ladj
+                scale = math.prod(
+                    size / len(batch.indices[name]) for name, size in zip(table.names, table.full_sizes, strict=True)
+                )
+                parts += [term * (scale / count) for term in (*ladjs, -log_q)]
+            values = self.owner.values(batch, latents)
+            for node in scored_sites(self.owner.model, values, *call(batch)):
+                parts.append(node["log_prob"].to(packed.dtype) / count)
+        return parts
+
+
+def call(batch: MiniBatch) -> Call:
+    """The model's arguments."""
+    return batch.args, batch.kwargs
