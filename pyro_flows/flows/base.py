@@ -34,6 +34,15 @@ __all__ = ["Flow", "FlowDistribution", "FlowSpec"]
 HEADS = ("diagonal", "low_rank", "full_rank")
 
 
+class _MirroredNormal(dist.Normal):
+    """See :meth:`FlowDistribution.mirrored`."""
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        shape = self._extended_shape(sample_shape)
+        half = self.loc.new_empty((shape[0] // 2, *shape[1:])).normal_()
+        return self.loc + self.scale * torch.cat([half, -half])
+
+
 class FlowDistribution(dist.TransformedDistribution):
     r"""Standard normal noise through a flow.
 
@@ -80,6 +89,12 @@ class FlowDistribution(dist.TransformedDistribution):
 
     def expand(self, batch_shape: torch.Size, _instance: object = None) -> FlowDistribution:
         base_dist = self.base_dist.expand(batch_shape)
+        bound = self._bound
+        return FlowDistribution(base_dist, bound.transform, bound.context, self._path_gradient, self._given)
+
+    def mirrored(self) -> FlowDistribution:
+        """The same, but half of the draws along the first dimension have the noise of the other half, negated."""
+        base_dist = _MirroredNormal(self.base_dist.mean, self.base_dist.stddev, validate_args=False).to_event(1)
         bound = self._bound
         return FlowDistribution(base_dist, bound.transform, bound.context, self._path_gradient, self._given)
 

@@ -103,10 +103,11 @@ class JointBlock(nn.Module):
         """Find a good Gaussian for a target and start there; see :func:`best_gaussian`."""
         found = best_gaussian(log_joint, self.table.init_loc, init_scale, correlated=self.flow.whitening is not None)
         head = self.flow.head
+        pooled = -math.inf
         if isinstance(head, PriorPooling) and log_joint.rows < MANY_ROWS:
-            if self._pool(log_joint, head, found) > found.elbo:
-                return
-        self.start(found.loc, found.factor)
+            pooled = self._pool(log_joint, head, found)
+        if not pooled > found.elbo:
+            self.start(found.loc, found.factor)
 
     def _pool(self, log_joint: LogJoint, head: PriorPooling, found: Gaussian) -> float:
         """Let the head's priors have their share, on fixed draws; returns the ELBO.

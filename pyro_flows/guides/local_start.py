@@ -164,7 +164,7 @@ class LocalStart:
         self.calls = calls
         self.make_plates = make_plates
         first = next(self.batches())
-        self.nesting = checked_nesting(model, {**self.values(first, self.locations(first)), **first.drawn}, *call(first))
+        self.nesting = checked_nesting(model, self.values(first, self.locations(first)), *call(first))
 
     def batches(self) -> Iterator[MiniBatch]:
         """All mini-batches of the arguments."""
@@ -201,11 +201,16 @@ class LocalStart:
         )
 
     def _elbo(self, marginal: MarginalLogJoint) -> float:
-        joint = self.posterior.joint
-        if joint is None:
-            return float(marginal.one(torch.zeros(0)))
-        push = joint.flow.transform.forward_and_ladj
-        return elbo_of(marginal, push, antithetic(SCORE_DRAWS, joint.table.init_loc))
+        """By the items' noise and its mirror image, so that no luck of a draw decides."""
+        joint, total = self.posterior.joint, 0.0
+        for _ in range(2):
+            if joint is None:
+                total += float(marginal.one(torch.zeros(0)))
+            else:
+                push = joint.flow.transform.forward_and_ladj
+                total += elbo_of(marginal, push, antithetic(SCORE_DRAWS, joint.table.init_loc))
+            marginal.mirror()
+        return total / 2
 
     def locations(self, batch: MiniBatch) -> Latents:
         """Packed latents at zero noise."""
@@ -216,7 +221,9 @@ class LocalStart:
             latents[block.table.names], _ = self.push(block, batch, latents, None)
         return latents
 
-    def push(self, block: LocalBlock, batch: MiniBatch, latents: Latents, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    def push(
+        self, block: LocalBlock, batch: MiniBatch, latents: Latents, noise: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """A block's packed latents and log-determinant, from noise, ``lead + (n,)``; None means zero.
 
         By the head alone: the layers below are taken to be the identity, as they are at the start.
@@ -270,11 +277,10 @@ class _Items:
         block, posterior = self.block, self.owner.posterior
         start = latents[block.table.names]
         log_density = _item_log_density(self.owner.model, block, batch, values, start.shape[:-1])
-        point = start.reshape(-1, 1, start.shape[-1])
+        begin = start.reshape(-1, 1, start.shape[-1])
         with pyro.validation_enabled(False):
             try:
-                for point in climb(log_density, point, NUM_STEPS, tolerance=ARRIVED):
-                    pass
+                *_, point = (begin, *climb(log_density, begin, NUM_STEPS, tolerance=ARRIVED))
                 factor = local_factor(log_density, point).squeeze(1)
             except NO_DENSITY:
                 return
@@ -304,9 +310,7 @@ def _item_log_density(
     """Each item's part of the log joint, ``(N, 1, n)`` to ``(N, 1)``, with everything else as in ``values``."""
     table = block.table
     # What a subsampled plate multiplies the terms of its items by is not theirs.
-    scale = math.prod(
-        size / len(batch.indices[name]) for name, size in zip(table.names, table.full_sizes, strict=True)
-    )
+    scale = math.prod(size / len(batch.indices[name]) for name, size in zip(table.names, table.full_sizes, strict=True))
 
     def per_item(term: Tensor) -> Tensor:
         term = term.reshape((-1, *((1,) * (len(lead) - term.dim()) + term.shape)[-len(lead) :])).sum(0)
@@ -347,6 +351,10 @@ class MarginalLogJoint(LogJoint):
         first, joint = batches[0], owner.posterior.joint
         if joint is not None:  # nothing to choose otherwise: there is one draw
             super().__init__(owner.model, joint.table, first.args, first.kwargs, owner.nesting)
+
+    def mirror(self) -> None:
+        """Negate the noise."""
+        self.noise = [{name: -eps for name, eps in noise.items()} for noise in self.noise]
 
     def _parts(self, packed: Tensor) -> list[Tensor]:
         posterior, count = self.owner.posterior, len(self.batches)

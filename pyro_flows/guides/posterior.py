@@ -182,17 +182,33 @@ class Posterior(nn.Module):
                 latents[()] = joint.reshape((count,) + (1,) * self._rank + joint.shape[-1:])
             for block in self.blocks():
                 own = items[block.table.names]
-                distribution = block.distribution(own, latents, self.joint, self.parents(block), path_gradient=False)
-                lead = distribution.batch_shape
-                if len(lead) <= own.dim() - 1:  # nothing that was drawn is given: all draws share the context
-                    lead = (count,) + (1,) * (self._rank - len(lead)) + tuple(lead)
-                like = own.new_zeros(()).expand((*lead, block.table.item_dim))
-                latents[block.table.names] = distribution.transforms[0](_noise(like, generator))
+                axis = max(range(-own.dim(), -1), key=lambda dim: own.shape[dim])  # of the longest plate
+                length = max(1, MAX_ROWS * own.shape[axis] // (count * own.shape[:-1].numel()))
+                latents[block.table.names] = torch.cat(
+                    [
+                        self._draw_items(block, _narrow(own, axis, first, length), part, count, generator)
+                        for first in range(0, own.shape[axis], length)
+                        for part in [{k: _narrow(v, axis, first, length) for k, v in latents.items()}]
+                    ],
+                    axis,
+                )
             chunks.append(latents)
         draws = {names: torch.cat([chunk[names] for chunk in chunks]) for names in chunks[0]}
         if () in draws:
             draws[()] = draws[()].reshape(num_samples, -1)
         return draws
+
+    def _draw_items(
+        self, block: LocalBlock, items: Tensor, latents: Latents, count: int, generator: torch.Generator | None
+    ) -> Tensor:
+        """So many packed draws of items with these contexts, ``(count, *lead, item_dim)``."""
+        distribution = block.distribution(items, latents, self.joint, self.parents(block), path_gradient=False)
+        lead = distribution.batch_shape
+        if len(lead) <= items.dim() - 1:  # nothing that was drawn is given: all draws share the context
+            lead = torch.Size((count,) + (1,) * (self._rank - len(lead)) + tuple(lead))
+        like = items.new_zeros(()).expand((*lead, block.table.item_dim))
+        value: Tensor = distribution.transforms[0](_noise(like, generator))
+        return value
 
     def _values(self, draws: Latents) -> dict[str, Tensor]:
         """Site name -> values on the supports, ``(S, *site shape)``, in the model's order."""
@@ -287,6 +303,13 @@ def _full_start(table: LocalTable, start: Tensor, amortized: Collection[str]) ->
         if name not in amortized:
             start = start.index_select(axis, torch.arange(size, device=start.device) % start.shape[axis])
     return start
+
+
+def _narrow(value: Tensor, axis: int, first: int, length: int) -> Tensor:
+    """A part along an axis, counted from the right; all of it where the axis is of size 1 or missing."""
+    if value.dim() < -axis or value.shape[axis] == 1:
+        return value
+    return value.narrow(axis, first, min(length, value.shape[axis] - first))
 
 
 def _noise(like: Tensor, generator: torch.Generator | None) -> Tensor:

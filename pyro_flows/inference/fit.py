@@ -6,7 +6,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from tqdm.auto import tqdm
 
 from pyro_flows._checks import check_int, check_positive
 from pyro_flows.guides import AutoFlowGuide
+from pyro_flows.guides.local_start import MiniBatch
 from pyro_flows.inference.objective import Batches, Estimate, Objective
 from pyro_flows.inference.steps import Trainer
 
@@ -34,7 +36,11 @@ NEGLIGIBLE_GAP = 1e-3
 # Learning rates: from a warm start, in many dimensions, without one, and for networks that read data.
 RATE_WARM, RATE_WARM_MANY, RATE_COLD, RATE_AMORTIZED = 2e-2, 1e-2, 1e-2, 2e-3
 MANY_DIMENSIONS = 50
-PARTICLES_VECTORIZED, PARTICLES_MINIBATCH, PARTICLES_SEQUENTIAL = 16, 4, 2
+# Mini-batches that items are warm-started from.
+WARM_CALLS = 1000
+PARTICLES_VECTORIZED, PARTICLES_MINIBATCH, FEW_PARTICLES = 16, 4, 2
+# Mini-batches with more items than this take two particles, a mirrored pair.
+MANY_ITEMS = 2000
 
 
 @dataclass(frozen=True)
@@ -153,26 +159,48 @@ def fit(
         if seed is not None:
             torch.default_generator.manual_seed(seed)
         batches = Batches(args, kwargs)
-        warm = _warm_start(guide, batches)
+        warm = _warm_start(guide, batches, progress=progress)
         objective = Objective(model, guide, batches)
         if num_particles is None:
-            num_particles = PARTICLES_MINIBATCH if batches.many else PARTICLES_VECTORIZED
-            if not objective.vectorized:
-                num_particles = PARTICLES_SEQUENTIAL
+            num_particles = PARTICLES_MINIBATCH if objective.subsampled else PARTICLES_VECTORIZED
+            if not objective.vectorized or (objective.subsampled and objective.num_items > MANY_ITEMS):
+                num_particles = FEW_PARTICLES
         rate = learning_rate or _default_rate(guide, warm=warm)
-        trainer = Trainer(objective, num_particles, rate)
-        return _run(trainer, num_steps, progress=progress, begin=begin)
+        with sparse_tables(guide, enabled=objective.subsampled) as tables:
+            trainer = Trainer(objective, num_particles, rate, tables)
+            return _run(trainer, num_steps, progress=progress, begin=begin)
 
 
-def _warm_start(guide: Callable[..., Any], batches: Batches) -> bool:
-    if not isinstance(guide, AutoFlowGuide) or guide.prototype_trace is not None or batches.many:
+def _warm_start(guide: Callable[..., Any], batches: Batches, *, progress: bool) -> bool:
+    if not isinstance(guide, AutoFlowGuide) or guide.prototype_trace is not None:
         return False
-    args, kwargs = batches.first
+    calls = batches.one_pass(WARM_CALLS)
+    guide.setup(*calls[0][0], **calls[0][1])
+    if len(calls) > 1 and not len(guide.posterior.local):
+        return False  # a part of the data would make too wide a start, and a wrong one
+
+    def watch(passed: Iterator[MiniBatch], title: str) -> Iterable[MiniBatch]:
+        return tqdm(passed, desc=f"warm start, {title}", total=len(calls), disable=not progress, mininterval=0.5)
+
     try:
-        guide.warm_start(*args, **kwargs)
-    except NotImplementedError:  # local latents, enumerated sites
+        guide.warm_start_on(calls, watch)
+    except NotImplementedError:  # amortized plates, enumerated sites
         return False
     return True
+
+
+@contextmanager
+def sparse_tables(guide: Callable[..., Any], *, enabled: bool) -> Iterator[list[Tensor]]:
+    """The items' tables of a guide, whose gradients are sparse here."""
+    blocks = list(guide.posterior.blocks()) if enabled and isinstance(guide, AutoFlowGuide) else []
+    blocks = [block for block in blocks if block.items is not None]
+    try:
+        for block in blocks:
+            block.sparse = True
+        yield [block.items for block in blocks]
+    finally:
+        for block in blocks:
+            block.sparse = False
 
 
 def _default_rate(guide: Callable[..., Any], *, warm: bool) -> float:
@@ -186,7 +214,9 @@ def _default_rate(guide: Callable[..., Any], *, warm: bool) -> float:
 def _run(trainer: Trainer, num_steps: int | None, *, progress: bool, begin: float) -> FitResult:
     objective = trainer.objective
     start = trainer.snapshot()
-    at_start = best = objective.estimate()
+    # With mini-batches the same noise each time: differences between them would drown any gain.
+    seed = int(torch.randint(2**31, ())) if objective.subsampled else None
+    at_start = best = objective.estimate(seed)
     best_point = start
     lengths = [num_steps] if num_steps is not None else [CYCLE * 2 ** max(i - 1, 0) for i in range(MAX_CYCLES)]
     reason = f"all {sum(lengths)} steps done"
@@ -198,8 +228,8 @@ def _run(trainer: Trainer, num_steps: int | None, *, progress: bool, begin: floa
             bar = tqdm(total=length, desc=f"cycle {cycle + 1}", disable=not progress, mininterval=0.5)
             with bar:
                 trainer.cycle(length, rate, partial(_advance, bar, trainer))
-            now = objective.estimate()
-            gain, error = now.mean - best.mean, math.hypot(now.error, best.error)
+            now = objective.estimate(seed)
+            gain, error = now.gain_over(best)
             if now.mean > best.mean or objective.trains_model:
                 best, best_point = now, trainer.snapshot()
             if num_steps is None and not objective.trains_model and now.variance / 2 < NEGLIGIBLE_GAP:
@@ -215,7 +245,7 @@ def _run(trainer: Trainer, num_steps: int | None, *, progress: bool, begin: floa
             rate /= 2
     except KeyboardInterrupt:
         reason = "interrupted"
-        now = objective.estimate()
+        now = objective.estimate(seed)
         if now.mean > best.mean:
             best, best_point = now, trainer.snapshot()
     trainer.restore(best_point)
@@ -244,12 +274,10 @@ def _keep_the_better(
     trainer: Trainer, trained: dict[Tensor, Tensor], start: dict[Tensor, Tensor]
 ) -> tuple[str, Estimate]:
     """Which of two points has the higher ELBO on fresh draws, from the same noise and mini-batches."""
-    objective = trainer.objective
-    state = torch.random.get_rng_state()
-    flow = objective.estimate()
+    seed = int(torch.randint(2**31, ()))
+    flow = trainer.objective.estimate(seed)
     trainer.restore(start)
-    torch.random.set_rng_state(state)
-    gaussian = objective.estimate()
+    gaussian = trainer.objective.estimate(seed)
     if flow.mean >= gaussian.mean:
         trainer.restore(trained)
         return "flow", flow

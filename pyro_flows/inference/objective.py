@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,15 +14,17 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_flows.flows import FlowDistribution
 from pyro_flows.guides.log_joint import NO_DENSITY
 
 __all__ = ["Batches", "Estimate", "Objective"]
 
-# Fresh draws of an estimate: runs times particles a run.
-ESTIMATE_RUNS, ESTIMATE_PARTICLES = 50, 200
+# Draws of an estimate: runs times particles a run, fewer where there are more than so many items in all.
+ESTIMATE_RUNS, ESTIMATE_PARTICLES, ESTIMATE_ITEMS = 50, 200, 2**20
 SEQUENTIAL_RUNS = 200
 # Draws by which vectorised particles are compared with single ones, and how many standard errors they may differ.
 CHECK_RUNS, CHECK_ERRORS = 40, 5.0
@@ -30,11 +33,30 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Estimate(NamedTuple):
-    """A Monte Carlo estimate of an ELBO: mean, its standard error, and the variance of one draw."""
+    """A Monte Carlo estimate of an ELBO: mean, its standard error, the variance of one draw, and the values of runs."""
 
     mean: float
     error: float
     variance: float
+    values: Tensor
+
+    def gain_over(self, other: Estimate) -> tuple[float, float]:
+        """Difference of the means and its standard error; runs are paired, in case that they share anything."""
+        difference = self.values - other.values
+        error = (difference.var() / len(difference)).sqrt().item()
+        return self.mean - other.mean, error if math.isfinite(error) else math.inf
+
+
+class _Mirrored(Messenger):
+    """Half of a flow's particles mirror the other half.
+
+    What a mini-batch says about a location then has no part in the gradient of a scale, to first order, where it would
+    be by far the largest part of its noise.
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if isinstance(msg["fn"], FlowDistribution):
+            msg["fn"] = msg["fn"].mirrored()
 
 
 class Batches:
@@ -76,11 +98,21 @@ class Batches:
         """The arguments of the next step."""
         return next(self._stream)
 
+    def one_pass(self, limit: int) -> list[Call]:
+        """So many mini-batches, or all, if they are fewer."""
+        endless = self._endless()
+        return [next(endless) for _ in range(min(limit, self._count(limit)))]
+
+    def _count(self, limit: int) -> int:
+        return sum(1 for _ in itertools.islice(self._source, limit))
+
 
 class Objective:
     """The ELBO, by ``TraceEnum_ELBO`` where the model has enumerated sites and ``Trace_ELBO`` elsewhere.
 
     Attributes:
+        subsampled: Whether a step sees a part of the data.
+        num_items: Size of the largest latent site at hand.
         vectorized: Whether particles can be drawn in one run.
         trains_model: Whether the model has parameters of its own.
         parameters: Unconstrained leaves of the guide's and the model's parameters.
@@ -98,6 +130,10 @@ class Objective:
         sites = [s for s in trace.nodes.values() if s["type"] == "sample" and not site_is_subsample(s)]
         self.enumerates = any(site["infer"].get("enumerate") for site in sites)
         self.nesting = max((-f.dim for s in sites for f in s["cond_indep_stack"] if f.vectorized), default=0)
+        frames = [frame for site in sites for frame in site["cond_indep_stack"]]
+        self.subsampled = batches.many or any(frame.full_size not in (None, frame.size) for frame in frames)
+        self.num_items = max((site["value"].numel() for site in sites if not site["is_observed"]), default=1)
+        self._calls = batches.one_pass(ESTIMATE_RUNS)
         self.vectorized = True
         self.vectorized = self._vectorizes()
         with pyro.validation_enabled(False):
@@ -120,20 +156,30 @@ class Objective:
     def gradient(self, elbo: Trace_ELBO | TraceEnum_ELBO) -> float:
         """Loss of the next mini-batch; its gradient is added to the ``grad`` of :attr:`parameters`."""
         args, kwargs = self.batches.next()
+        mirrored = self.subsampled and elbo.vectorize_particles and elbo.num_particles % 2 == 0
+        guide = _Mirrored()(self.guide) if mirrored else self.guide
         with _quiet():
-            return float(elbo.loss_and_grads(self.model, self.guide, *args, **kwargs))
+            return float(elbo.loss_and_grads(self.model, guide, *args, **kwargs))
 
-    def estimate(self) -> Estimate:
-        """The ELBO on fresh draws, without gradients."""
-        vectorized = self.vectorized
-        return self._estimate(ESTIMATE_RUNS if vectorized else SEQUENTIAL_RUNS, ESTIMATE_PARTICLES if vectorized else 1)
+    def estimate(self, seed: int | None = None) -> Estimate:
+        """The ELBO without gradients, on mini-batches that are the same each time.
+
+        Args:
+            seed: Of the noise; None draws it afresh.
+        """
+        with torch.random.fork_rng(devices=[], enabled=seed is not None):
+            if seed is not None:
+                torch.default_generator.manual_seed(seed)
+            if not self.vectorized:
+                return self._estimate(SEQUENTIAL_RUNS, 1)
+            particles = ESTIMATE_ITEMS // (ESTIMATE_RUNS * self.num_items)
+            return self._estimate(ESTIMATE_RUNS, max(2, min(ESTIMATE_PARTICLES, particles)))
 
     @torch.no_grad()
     def _estimate(self, runs: int, particles: int) -> Estimate:
         elbo = self.elbo(particles)
         values = []
-        for _ in range(runs):
-            args, kwargs = self.batches.next()
+        for args, kwargs in itertools.islice(itertools.cycle(self._calls), runs):
             try:
                 with _quiet():
                     values.append(-float(elbo.loss(self.model, self.guide, *args, **kwargs)))
@@ -141,9 +187,9 @@ class Objective:
                 values.append(-math.inf)
         sample = torch.tensor(values, dtype=torch.float64)
         if not sample.isfinite().all():
-            return Estimate(-math.inf, math.inf, math.inf)
+            return Estimate(-math.inf, math.inf, math.inf, sample)
         variance = sample.var().item()
-        return Estimate(sample.mean().item(), math.sqrt(variance / runs), variance * particles)
+        return Estimate(sample.mean().item(), math.sqrt(variance / runs), variance * particles, sample)
 
     def _vectorizes(self) -> bool:
         """Whether vectorised particles run, and agree with single ones."""

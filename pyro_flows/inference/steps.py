@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class Trainer:
         objective: What to maximise.
         num_particles: Draws a step.
         peak_rate: Largest learning rate.
+        tables: Those parameters whose gradient is sparse: a step moves the rows that it has seen.
 
     Attributes:
         steps: Steps so far.
@@ -45,7 +46,9 @@ class Trainer:
         rollbacks: Returns to the best point.
     """
 
-    def __init__(self, objective: Objective, num_particles: int, peak_rate: float) -> None:
+    def __init__(
+        self, objective: Objective, num_particles: int, peak_rate: float, tables: Sequence[Tensor] = ()
+    ) -> None:
         self.objective = objective
         self.num_particles = num_particles
         self.peak_rate = peak_rate
@@ -56,9 +59,16 @@ class Trainer:
         self._elbo = objective.elbo(num_particles)
         self._norms: deque[float] = deque(maxlen=MEMORY)
         self._parameters = objective.parameters
+        self._tables = [p for p in self._parameters if any(p is table for table in tables)]
 
-    def _fresh_optimizer(self) -> torch.optim.Adam:
-        return torch.optim.Adam(self._parameters, lr=self.peak_rate, betas=BETAS)
+    def _fresh_optimizers(self) -> list[torch.optim.Optimizer]:
+        dense = [p for p in self._parameters if all(p is not table for table in self._tables)]
+        made: list[torch.optim.Optimizer] = []
+        if dense:
+            made.append(torch.optim.Adam(dense, lr=self.peak_rate, betas=BETAS))
+        if self._tables:
+            made.append(torch.optim.SparseAdam(self._tables, lr=self.peak_rate, betas=BETAS))
+        return made
 
     def snapshot(self) -> Point:
         """A copy of all parameters."""
@@ -77,10 +87,10 @@ class Trainer:
             RuntimeError: If none of the first steps ever has a finite loss.
         """
         best_loss, best_spread, best_point = math.inf, 0.0, self.snapshot()
-        optimizer = self._fresh_optimizer()
+        optimizers = self._fresh_optimizers()
         first = len(self.losses)
         for step in range(length):
-            self._step(optimizer, rate * _schedule(step / length))
+            self._step(optimizers, rate * _schedule(step / length))
             after_step()
             if step % WINDOW == WINDOW - 1:
                 window = self.losses[max(first, len(self.losses) - WINDOW) :]
@@ -90,11 +100,11 @@ class Trainer:
                     best_loss, best_spread, best_point = loss, spread, self.snapshot()
                 elif not loss < best_loss + TOLERANCE * best_spread + 1.0:
                     self.restore(best_point)
-                    optimizer = self._fresh_optimizer()
+                    optimizers = self._fresh_optimizers()
                     self.rollbacks += 1
                     rate /= 2
 
-    def _step(self, optimizer: torch.optim.Adam, rate: float) -> None:
+    def _step(self, optimizers: Sequence[torch.optim.Optimizer], rate: float) -> None:
         self.steps += 1
         for parameter in self._parameters:
             parameter.grad = None
@@ -102,7 +112,7 @@ class Trainer:
             loss = self.objective.gradient(self._elbo)
         except NO_DENSITY:
             loss = math.nan
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        gradients = [_entries(p) for p in self._parameters if p.grad is not None]
         norm = torch.stack([g.norm() for g in gradients]).norm().item() if gradients else math.nan
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.skipped += 1
@@ -120,9 +130,19 @@ class Trainer:
             return
         if norm > CLIP * median:
             torch._foreach_mul_(gradients, CLIP * median / norm)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+
+
+def _entries(parameter: Tensor) -> Tensor:
+    """A gradient's entries, or those that are stored, in place."""
+    assert parameter.grad is not None
+    if not parameter.grad.is_sparse:
+        return parameter.grad
+    parameter.grad = parameter.grad.coalesce()
+    return parameter.grad._values()
 
 
 def _schedule(progress: float) -> float:

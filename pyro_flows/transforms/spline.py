@@ -78,10 +78,14 @@ class RationalQuadratic:
         self._center, self._scale = self._standardize()
 
     def _select(self, value: Tensor, knots: Tensor) -> _Bins:
-        index = (value.unsqueeze(-1) >= knots[..., 1:]).sum(-1)  # (..., D)
-        table = self._table.expand(value.shape + self._table.shape[-2:])
-        picked = table.gather(-2, index[..., None, None].expand((*index.shape, 1, 6)))
-        return _Bins(*picked.squeeze(-2).unbind(-1))
+        # Values that share a table are gathered from it side by side: from a copy for each, the backward pass would
+        # fill as many copies with zeros.
+        own = value.shape[value.dim() - knots.dim() + 1 :]
+        beside = value.reshape(-1, *own).movedim(0, -1)  # (..., D, values)
+        index = (beside.unsqueeze(-1) >= knots[..., 1:].unsqueeze(-2)).sum(-1)
+        table = self._table.expand(own + self._table.shape[-2:])
+        picked = table.gather(-2, index.unsqueeze(-1).expand(*index.shape, 6))
+        return _Bins(*picked.movedim(-2, 0).reshape(*value.shape, 6).unbind(-1))
 
     def _standardize(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of what the spline in the box makes of standard normal noise."""

@@ -8,11 +8,12 @@ Run by hand, never by pytest. Each measure prints a table; ``--write`` also puts
 
 from __future__ import annotations
 
+import itertools
 import math
 import resource
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import pyro
@@ -25,7 +26,10 @@ from pyro.optim import CosineAnnealingLR
 from tables import Measure, Rows, parser, run
 from torch import Tensor
 
-from pyro_flows import AutoFlowGuide
+from pyro_flows import AutoFlowGuide, fit
+from pyro_flows.inference.fit import sparse_tables
+from pyro_flows.inference.objective import Batches, Objective
+from pyro_flows.inference.steps import Trainer
 
 
 class Effects(NamedTuple):
@@ -93,12 +97,11 @@ class Effects(NamedTuple):
                 mean, sd = guide.locs.theta, guide.scales.theta
                 mu_sd, log_tau_sd = guide.scales.mu, guide.scales.tau
             else:
-                total, square = 0.0, 0.0
-                for _ in range(10):  # a million groups in bounded memory
-                    draws = guide.sample_posterior(max(4, 4_000_000 // len(self.y) // 10))
-                    total = total + draws["theta"].double().mean(0) / 10
-                    square = square + draws["theta"].double().square().mean(0) / 10
-                mean, sd = total, (square - total**2).sqrt()
+                # From mirrored draws, hence exact where the guide is Gaussian; the mean of plain ones is off by their
+                # own sampling error.
+                mean = guide.median(num_samples=20)["theta"]
+                count = max(40, 4_000_000 // len(self.y))
+                sd = torch.cat([draws.std(0) for draws in guide.sample_posterior(count)["theta"].split(100_000, -1)])
                 latent = guide.posterior.joint.distribution(path_gradient=False).sample(torch.Size((20_000,)))
                 mu_sd, log_tau_sd = latent.std(0)
         error = ((mean - exact["theta"]).abs() / exact["theta_sd"]).float()
@@ -111,43 +114,54 @@ class Effects(NamedTuple):
         ]
 
 
-# With the usual 0.999 the first gradients, N times those of the end, hold steps back for thousands of steps.
-BETAS = (0.9, 0.99)
+class Shuffled:
+    """Indices of all groups, in mini-batches, in another order at each pass; what a ``DataLoader`` would give."""
+
+    def __init__(self, count: int, batch: int) -> None:
+        self.count, self.batch = count, batch
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(torch.randperm(self.count).split(self.batch))
 
 
-def fit(effects: Effects, guide: AutoGuide, batch: int, num_steps: int, lr: float) -> float:
-    """Plain SVI over shuffled mini-batches, Adam with a cosine schedule; returns seconds."""
-    settings = {"lr": lr, "betas": BETAS}
+def plain_svi(effects: Effects, guide: AutoGuide, batches: Shuffled, num_steps: int, lr: float) -> float:
+    """Plain SVI, Adam with a cosine schedule; returns seconds."""
+    # With the usual 0.999 the first gradients, N times those of the end, hold steps back for thousands of steps.
+    settings = {"lr": lr, "betas": (0.9, 0.99)}
     optim = CosineAnnealingLR({"optimizer": torch.optim.Adam, "optim_args": settings, "T_max": num_steps})
     svi = SVI(effects.model, guide, optim, Trace_ELBO())
     start = time.perf_counter()
-    order = torch.zeros(0, dtype=torch.long)
-    for _ in range(num_steps):
-        if len(order) < batch:
-            order = torch.randperm(len(effects.y))
-        svi.step(order[:batch])
+    endless = itertools.chain.from_iterable(batches for _ in itertools.count())
+    for index in itertools.islice(endless, num_steps):
+        svi.step(index)
         optim.step()
-        order = order[batch:]
     return time.perf_counter() - start
+
+
+def spread_rows(name: str, scores: Sequence[Sequence[float]]) -> list[str]:
+    """A row of the table."""
+    return [name, *(spread(column) for column in zip(*scores, strict=True))]
 
 
 HEADER = ("guide", "mean error, sds: median", "99 %", "sd ratio: median", "mu sd ratio", "log tau sd ratio", "seconds")
 
 
 def measure_effects(seeds: int) -> tuple[Sequence[str], Rows]:
-    """Gaussian random effects, 10,000 groups, batches of 100, 20,000 steps x 1 particle, lr 0.02, betas 0.9, 0.99."""
-    rows = []
-    for make in (AutoNormal, AutoFlowGuide):
-        scores = []
-        for seed in range(seeds):
-            effects = Effects.simulate(10_000, seed)
-            pyro.clear_param_store()
-            pyro.set_rng_seed(seed)
-            guide = make(effects.model, create_plates=effects.plates)
-            seconds = fit(effects, guide, 100, 20_000, 0.02)
-            scores.append([*effects.score(guide, effects.exact()), seconds])
-        rows.append([make.__name__, *(spread(column) for column in zip(*scores, strict=True))])
-    return HEADER, rows
+    """Gaussian random effects, 10,000 groups, batches of 100: AutoNormal by 20,000 steps of SVI, the flow by fit."""
+    normal, flow = [], []
+    for seed in range(seeds):
+        effects, batches = Effects.simulate(10_000, seed), Shuffled(10_000, 100)
+        exact = effects.exact()
+        pyro.clear_param_store()
+        pyro.set_rng_seed(seed)
+        guide = AutoNormal(effects.model, create_plates=effects.plates)
+        seconds = plain_svi(effects, guide, batches, 20_000, 0.02)
+        normal.append([*effects.score(guide, exact), seconds])
+        guide = AutoFlowGuide(effects.model, create_plates=effects.plates)
+        result = fit(effects.model, guide, batches, seed=seed, progress=False)
+        flow.append([*effects.score(guide, exact), result.seconds])
+        print(f"seed {seed}", normal[-1], flow[-1], flush=True)
+    return HEADER, [spread_rows("AutoNormal, SVI", normal), spread_rows("AutoFlowGuide, fit", flow)]
 
 
 def funnel(counts: Tensor) -> None:
@@ -194,47 +208,35 @@ def measure_funnel(seeds: int) -> tuple[Sequence[str], Rows]:
     return ("guide", "nats above AutoNormal, median (range over seeds)", "step, x AutoNormal"), rows
 
 
-def fit_sparse(effects: Effects, guide: AutoFlowGuide, batch: int, num_steps: int, lr: float) -> float:
-    """The same loop with torch's lazy Adam for the rows of the mini-batch; returns seconds a step."""
-    (block,) = guide.setup(torch.arange(batch)).posterior.blocks()
-    block.sparse = True
-    others = [p for p in guide.parameters() if p is not block.items]
-    sparse = torch.optim.SparseAdam([block.items], lr=lr, betas=BETAS)
-    optimizers = [torch.optim.Adam(others, lr=lr, betas=BETAS), sparse]
-    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(o, num_steps) for o in optimizers]
-    elbo = Trace_ELBO()
-    order = torch.zeros(0, dtype=torch.long)
-    start = time.perf_counter()
-    for _ in range(num_steps):
-        if len(order) < batch:
-            order = torch.randperm(len(effects.y))
-        elbo.differentiable_loss(effects.model, guide, order[:batch]).backward()
-        for part in (*optimizers, *schedules):
-            part.step()
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        order = order[batch:]
-    return (time.perf_counter() - start) / num_steps
+def step_seconds(effects: Effects) -> Callable[[], float]:
+    """Time of ``fit``'s step at mini-batches of 100 groups, over 200 steps at each call."""
+    guide = AutoFlowGuide(effects.model, create_plates=effects.plates).setup(torch.arange(100))
+    objective = Objective(effects.model, guide, Batches(Shuffled(len(effects.y), 100), None))
+
+    def measure() -> float:
+        with sparse_tables(guide, enabled=True) as tables:
+            trainer = Trainer(objective, 4, 1e-3, tables)
+            trainer.cycle(50, 1e-3, lambda: None)
+            start = time.perf_counter()
+            trainer.cycle(200, 1e-3, lambda: None)
+            return time.perf_counter() - start
+
+    return measure
 
 
 def measure_million(seeds: int) -> tuple[Sequence[str], Rows]:
-    """A million groups, mini-batches of 10,000, lazy Adam, 6000 steps; a step of 100 at 10^6 groups and at 10^4."""
-    effects = Effects.simulate(1_000_000, 0)
-    small = Effects.simulate(10_000, 0)
-    pyro.set_rng_seed(0)
-    guide = AutoFlowGuide(effects.model, create_plates=effects.plates)
-    seconds = 6000 * fit_sparse(effects, guide, 10_000, 6000, 0.02)
-    scores = effects.score(guide, effects.exact())
-    ratios = []
-    for _ in range(max(3, seeds)):
-        steps = []
-        for data in (effects, small):
-            fresh = AutoFlowGuide(data.model, create_plates=data.plates)
-            fit_sparse(data, fresh, 100, 20, 1e-3)
-            steps.append(fit_sparse(data, fresh, 100, 200, 1e-3))
-        ratios.append(steps[0] / steps[1])
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    row = ["AutoFlowGuide", *(f"{score:.3f}" for score in scores), f"{seconds:.0f}", f"{memory:.1f}", spread(ratios)]
+    """A million groups, mini-batches of 10,000, fit as it is; and a step of 100 groups at 10^6 against 10^4."""
+    scores = []
+    for seed in range(seeds):
+        effects = Effects.simulate(1_000_000, seed)
+        guide = AutoFlowGuide(effects.model, create_plates=effects.plates)
+        result = fit(effects.model, guide, Shuffled(1_000_000, 10_000), seed=seed, progress=False)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        scores.append([*effects.score(guide, effects.exact()), result.seconds, memory])
+        print(f"seed {seed}", scores[-1], flush=True)
+    large, small = (step_seconds(Effects.simulate(count, 0)) for count in (1_000_000, 10_000))
+    ratios = [large() / small() for _ in range(5)]
+    row = [*spread_rows("AutoFlowGuide, fit", scores), spread(ratios)]
     return (*HEADER, "peak GiB", "step at 10^6 / at 10^4"), [row]
 
 

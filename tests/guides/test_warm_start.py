@@ -111,12 +111,12 @@ def test_a_regression_that_is_not_vectorised_starts_well() -> None:
 
 
 def test_what_warm_start_cannot_do() -> None:
-    def plated(size: int = 10) -> None:
-        with pyro.plate("data", 10, subsample_size=5):
+    def plated(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(0.0, 1.0))
 
-    with pytest.raises(NotImplementedError, match="plate 'data' has some"):
-        AutoFlowGuide(plated).warm_start()
+    with pytest.raises(NotImplementedError, match=r"'data'.* has one"):
+        AutoFlowGuide(plated, amortize={"data": torch.nn.Linear(2, 3)}).warm_start(torch.zeros(10, 2))
 
     @config_enumerate
     def mixture() -> None:

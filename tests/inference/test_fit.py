@@ -101,6 +101,64 @@ def test_mini_batches_from_a_data_loader() -> None:
     assert decoder.bias.item() == pytest.approx(x.mean().item(), abs=0.15)  # standard error of 25 x 1000 draws and more
 
 
+def random_effects(y: Tensor, index: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+    with pyro.plate("groups", len(y), subsample=index):
+        theta = pyro.sample("theta", dist.Normal(mu, 0.7))
+        pyro.sample("y", dist.Normal(theta, 1.0), obs=y[index])
+
+
+def groups(y: Tensor, index: Tensor) -> pyro.plate:
+    return pyro.plate("groups", len(y), subsample=index)
+
+
+def test_groups_in_mini_batches() -> None:
+    """The globals' posterior N(m, s^2) is hundred times narrower than the prior, and one mini-batch knows a tenth."""
+    torch.manual_seed(0)
+    y = 2.0 + torch.randn(1000) * 1.49**0.5
+    batches = [(y, index) for index in torch.randperm(1000).split(100)]
+    guide = AutoFlowGuide(random_effects, create_plates=groups)
+    result = fit(random_effects, guide, batches, seed=0, progress=False)
+    precision = 1000 / 1.49 + 0.01
+    draws = guide.sample_posterior(20_000)["mu"].double()
+    scale = precision**-0.5
+    assert abs(draws.mean().item() - y.sum().item() / 1.49 / precision) < 0.15 * scale
+    assert abs(math.log(draws.std().item() / scale)) < 0.05  # ten standard errors
+    assert result.elbo_se > 1.0  # of the data in mini-batches; yet the gain is seen
+    assert not any(block.sparse for block in guide.posterior.blocks())
+
+
+def test_mirrored_noise_takes_a_mini_batch_out_of_the_gradient_of_scales() -> None:
+    torch.manual_seed(0)
+    y = 2.0 + torch.randn(1000) * 1.49**0.5
+    batches = [(y, index) for index in torch.randperm(1000).split(100)]
+    guide = AutoFlowGuide(random_effects, flow="diagonal_normal", create_plates=groups)
+    guide.warm_start_on([(batch, {}) for batch in batches])
+    objective = Objective(random_effects, guide, Batches(batches, None))
+    raw = guide.posterior.joint.flow.head.raw.value  # location, log-scale, shift
+    spread = {}
+    for particles in (2, 3):  # an odd number has no mirror image
+        elbo, found = objective.elbo(particles), []
+        for _ in range(100):
+            raw.grad = None
+            objective.gradient(elbo)
+            assert raw.grad is not None
+            found.append(raw.grad[1, 0].item())
+        spread[particles] = torch.tensor(found).std().item() * particles**0.5
+    assert spread[2] < spread[3] / 5
+
+
+def test_rows_that_a_mini_batch_does_not_touch_stay_where_they_are() -> None:
+    torch.manual_seed(0)
+    y = torch.randn(40)
+    guide = AutoFlowGuide(random_effects, create_plates=groups).setup(y, torch.arange(10))
+    (block,) = guide.posterior.blocks()
+    before = block.items.detach().clone()
+    fit(random_effects, guide, [(y, torch.arange(10))], num_steps=20, seed=0, progress=False)
+    moved = (block.items != before).any(-1)
+    assert moved[:10].all() and not moved[10:].any()
+
+
 def test_enumerated_sites_are_enumerated() -> None:
     @config_enumerate
     def mixture(y: Tensor) -> None:
