@@ -31,16 +31,9 @@ from pyro_flows.transforms import (
 
 __all__ = ["Flow", "FlowDistribution", "FlowSpec"]
 
+# Draws by which the mean of a flow is known, where gradients are centred.
+MEAN_DRAWS = 128
 HEADS = ("diagonal", "low_rank", "full_rank")
-
-
-class _MirroredNormal(dist.Normal):
-    """See :meth:`FlowDistribution.mirrored`."""
-
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
-        shape = self._extended_shape(sample_shape)
-        half = self.loc.new_empty((shape[0] // 2, *shape[1:])).normal_()
-        return self.loc + self.scale * torch.cat([half, -half])
 
 
 class FlowDistribution(dist.TransformedDistribution):
@@ -83,6 +76,7 @@ class FlowDistribution(dist.TransformedDistribution):
         self._bound = BoundTransform(transform, context)
         self._given = given
         self._path_gradient = path_gradient and transform.has_score
+        self._centered = False
         # (value, its score if known, the score in the context if latents before it steer it)
         self._draw: tuple[Tensor, Tensor | None, Tensor | None] | None = None
         super().__init__(base_dist, [self._bound])
@@ -90,13 +84,27 @@ class FlowDistribution(dist.TransformedDistribution):
     def expand(self, batch_shape: torch.Size, _instance: object = None) -> FlowDistribution:
         base_dist = self.base_dist.expand(batch_shape)
         bound = self._bound
-        return FlowDistribution(base_dist, bound.transform, bound.context, self._path_gradient, self._given)
+        other = FlowDistribution(base_dist, bound.transform, bound.context, self._path_gradient, self._given)
+        other._centered = self._centered
+        return other
 
-    def mirrored(self) -> FlowDistribution:
-        """The same, but half of the draws along the first dimension have the noise of the other half, negated."""
-        base_dist = _MirroredNormal(self.base_dist.mean, self.base_dist.stddev, validate_args=False).to_event(1)
-        bound = self._bound
-        return FlowDistribution(base_dist, bound.transform, bound.context, self._path_gradient, self._given)
+    def centered(self) -> FlowDistribution:
+        r"""The same with a control variate for a noise that all draws along the first dimension share.
+
+        The gradients :math:`u_p` that come back to the draws :math:`z_p` of one mini-batch have most of their noise in
+        common: how far the mini-batch pulls. It enters by way of :math:`\sum_p (\partial z_p / \partial\theta)^\top
+        u_p`; here by way of
+
+        .. math::
+            \sum_p \Big(\frac{\partial z_p}{\partial\theta}\Big)^{\!\top} \Big(u_p - \frac{1}{P - 1}
+            \sum_{r \neq p} u_r\Big) + \Big(\frac{\partial \bar z}{\partial\theta}\Big)^{\!\top} \sum_p u_p,
+
+        with :math:`\bar z` the mean of many more draws that the model does not see. The mean is the same, and no
+        parameter but a location is pulled by chance.
+        """
+        other = self.expand(self.base_dist.batch_shape)
+        other._centered = True
+        return other
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         eps = self.base_dist.rsample(sample_shape)
@@ -109,11 +117,20 @@ class FlowDistribution(dist.TransformedDistribution):
             self._draw = (value, None, None) if scorable else None
             return value
         value, score = self._bound.call_with_score(eps.requires_grad_(), -eps.detach())
+        if self._centered and self._bound.context is None and value.dim() > 1 and len(value) > 1:
+            value = self._bound.replace_last(self._recentered(value))
         if self._given and sample_shape:  # one context for several draws: no score for each
             self._draw = None
         else:
             self._draw = (value, score, self._score_in_context(eps, value, score))
         return value
+
+    def _recentered(self, value: Tensor) -> Tensor:
+        """See :meth:`centered`."""
+        value.register_hook(lambda u: u - (u.sum(0, keepdim=True) - u) / (len(u) - 1))
+        half = torch.randn(MEAN_DRAWS // 2, value.shape[-1], dtype=value.dtype, device=value.device)
+        mean = self._bound.transform.forward_and_ladj(torch.cat([half, -half]))[0].mean(0)
+        return value + (mean - mean.detach())
 
     def _score_in_context(self, eps: Tensor, value: Tensor, score: Tensor) -> Tensor | None:
         r""":math:`\nabla_c \log q(z | c)` at fixed z: the derivative at fixed noise, less what comes through z."""

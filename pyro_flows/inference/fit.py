@@ -24,13 +24,15 @@ from pyro_flows.inference.steps import Trainer
 
 __all__ = ["FitResult", "fit"]
 
-# A run is a few cycles, in each of which the rate falls to a hundredth; the next one is as long as all before it.
-CYCLE = 250
-MAX_CYCLES = 6
-# Cycles before one that gains nothing is the last.
-PATIENCE = 2
-# A cycle whose gain is below this, in nats, or below two standard errors, is the last.
-MIN_GAIN = 0.005
+# A run is a few cycles, in each of which the rate falls to a hundredth; the next one is as long as all before it. With
+# mini-batches the first is longer, to get rid of the noise that it begins with.
+CYCLE, CYCLE_MINIBATCH = 250, 1000
+MAX_STEPS = 8000
+# Steps before a cycle that gains nothing is the last.
+PATIENCE = 500
+# A cycle whose gain is below this, in nats, or below so much for every local latent, or below two standard errors, is
+# the last.
+MIN_GAIN, MIN_LOCAL_GAIN = 0.005, 1e-4
 # Half the variance of log weights is the gap, where they are nearly constant; below this nothing is left to gain.
 NEGLIGIBLE_GAP = 1e-3
 # Learning rates: from a warm start, in many dimensions, without one, and for networks that read data.
@@ -38,9 +40,9 @@ RATE_WARM, RATE_WARM_MANY, RATE_COLD, RATE_AMORTIZED = 2e-2, 1e-2, 1e-2, 2e-3
 MANY_DIMENSIONS = 50
 # Mini-batches that items are warm-started from.
 WARM_CALLS = 1000
-PARTICLES_VECTORIZED, PARTICLES_MINIBATCH, FEW_PARTICLES = 16, 4, 2
-# Mini-batches with more items than this take two particles, a mirrored pair.
-MANY_ITEMS = 2000
+PARTICLES_VECTORIZED, PARTICLES_MINIBATCH, FEW_PARTICLES = 16, 8, 2
+# Mini-batches with more items than this take few particles.
+MANY_ITEMS = 1000
 
 
 @dataclass(frozen=True)
@@ -218,19 +220,24 @@ def _run(trainer: Trainer, num_steps: int | None, *, progress: bool, begin: floa
     seed = int(torch.randint(2**31, ())) if objective.subsampled else None
     at_start = best = objective.estimate(seed)
     best_point = start
-    lengths = [num_steps] if num_steps is not None else [CYCLE * 2 ** max(i - 1, 0) for i in range(MAX_CYCLES)]
+    lengths = [num_steps or (CYCLE_MINIBATCH if objective.subsampled else CYCLE)]
+    while num_steps is None and sum(lengths) < MAX_STEPS:
+        lengths.append(sum(lengths))
     reason = f"all {sum(lengths)} steps done"
     if num_steps is None and not objective.trains_model and at_start.variance / 2 < NEGLIGIBLE_GAP:
         lengths, reason = [], "the start is the posterior, as far as its draws can tell"
     rate = trainer.peak_rate
+    min_gain = max(MIN_GAIN, MIN_LOCAL_GAIN * _num_local(objective.guide))
     try:
         for cycle, length in enumerate(lengths):
+            done = sum(lengths[:cycle])
             bar = tqdm(total=length, desc=f"cycle {cycle + 1}", disable=not progress, mininterval=0.5)
             with bar:
                 trainer.cycle(length, rate, partial(_advance, bar, trainer))
             now = objective.estimate(seed)
             gain, error = now.gain_over(best)
-            if now.mean > best.mean or objective.trains_model:
+            # A part of the data prefers where it came from: there only a significant loss counts.
+            if gain > (-2 * error if objective.subsampled else 0.0) or objective.trains_model:
                 best, best_point = now, trainer.snapshot()
             if num_steps is None and not objective.trains_model and now.variance / 2 < NEGLIGIBLE_GAP:
                 reason = f"the log weights of its draws vary by {math.sqrt(now.variance):.3f} nats, next to nothing"
@@ -239,7 +246,7 @@ def _run(trainer: Trainer, num_steps: int | None, *, progress: bool, begin: floa
                 trainer.restore(best_point)
                 trainer.rollbacks += 1
                 rate /= 2
-            elif num_steps is None and cycle >= PATIENCE and gain < max(MIN_GAIN, 2 * error):
+            elif num_steps is None and done >= PATIENCE and gain < max(min_gain, 2 * error):
                 reason = f"the last {length} steps gained {max(gain, 0.0):.3f} nats, not more than noise"
                 break
             rate /= 2
@@ -270,15 +277,22 @@ def _run(trainer: Trainer, num_steps: int | None, *, progress: bool, begin: floa
     )
 
 
+def _num_local(guide: Callable[..., Any]) -> int:
+    """Number of local latents that have parameters of their own."""
+    blocks = guide.posterior.blocks() if isinstance(guide, AutoFlowGuide) else ()
+    return sum(block.table.num_items * block.table.item_dim for block in blocks if block.items is not None)
+
+
 def _keep_the_better(
     trainer: Trainer, trained: dict[Tensor, Tensor], start: dict[Tensor, Tensor]
 ) -> tuple[str, Estimate]:
     """Which of two points has the higher ELBO on fresh draws, from the same noise and mini-batches."""
-    seed = int(torch.randint(2**31, ()))
-    flow = trainer.objective.estimate(seed)
+    objective, seed = trainer.objective, int(torch.randint(2**31, ()))
+    flow = objective.estimate(seed)
     trainer.restore(start)
-    gaussian = trainer.objective.estimate(seed)
-    if flow.mean >= gaussian.mean:
+    gaussian = objective.estimate(seed)
+    gain, error = flow.gain_over(gaussian)
+    if gain >= (-2 * error if objective.subsampled else 0.0):
         trainer.restore(trained)
         return "flow", flow
     return "start", gaussian

@@ -23,8 +23,10 @@ from pyro_flows.guides.log_joint import NO_DENSITY
 
 __all__ = ["Batches", "Estimate", "Objective"]
 
-# Draws of an estimate: runs times particles a run, fewer where there are more than so many items in all.
-ESTIMATE_RUNS, ESTIMATE_PARTICLES, ESTIMATE_ITEMS = 50, 200, 2**20
+# Draws of an estimate: runs times particles a run, fewer where there are more than so many items in all; a run for each
+# mini-batch of a pass, up to so many.
+ESTIMATE_RUNS, ESTIMATE_PARTICLES, ESTIMATE_ITEMS = 50, 200, 2**18
+ESTIMATE_CALLS = 200
 SEQUENTIAL_RUNS = 200
 # Draws by which vectorised particles are compared with single ones, and how many standard errors they may differ.
 CHECK_RUNS, CHECK_ERRORS = 40, 5.0
@@ -47,16 +49,12 @@ class Estimate(NamedTuple):
         return self.mean - other.mean, error if math.isfinite(error) else math.inf
 
 
-class _Mirrored(Messenger):
-    """Half of a flow's particles mirror the other half.
-
-    What a mini-batch says about a location then has no part in the gradient of a scale, to first order, where it would
-    be by far the largest part of its noise.
-    """
+class _Centered(Messenger):
+    """Takes what a mini-batch does to all particles alike out of the gradients, as far as it is noise."""
 
     def _pyro_sample(self, msg: Any) -> None:
         if isinstance(msg["fn"], FlowDistribution):
-            msg["fn"] = msg["fn"].mirrored()
+            msg["fn"] = msg["fn"].centered()
 
 
 class Batches:
@@ -112,6 +110,7 @@ class Objective:
 
     Attributes:
         subsampled: Whether a step sees a part of the data.
+        scale: What the terms of a mini-batch are multiplied by, the largest such factor.
         num_items: Size of the largest latent site at hand.
         vectorized: Whether particles can be drawn in one run.
         trains_model: Whether the model has parameters of its own.
@@ -132,8 +131,9 @@ class Objective:
         self.nesting = max((-f.dim for s in sites for f in s["cond_indep_stack"] if f.vectorized), default=0)
         frames = [frame for site in sites for frame in site["cond_indep_stack"]]
         self.subsampled = batches.many or any(frame.full_size not in (None, frame.size) for frame in frames)
+        self.scale = max((float(torch.as_tensor(site["scale"]).max()) for site in sites), default=1.0)
         self.num_items = max((site["value"].numel() for site in sites if not site["is_observed"]), default=1)
-        self._calls = batches.one_pass(ESTIMATE_RUNS)
+        self._calls = batches.one_pass(ESTIMATE_CALLS)
         self.vectorized = True
         self.vectorized = self._vectorizes()
         with pyro.validation_enabled(False):
@@ -156,8 +156,8 @@ class Objective:
     def gradient(self, elbo: Trace_ELBO | TraceEnum_ELBO) -> float:
         """Loss of the next mini-batch; its gradient is added to the ``grad`` of :attr:`parameters`."""
         args, kwargs = self.batches.next()
-        mirrored = self.subsampled and elbo.vectorize_particles and elbo.num_particles % 2 == 0
-        guide = _Mirrored()(self.guide) if mirrored else self.guide
+        centered = self.subsampled and elbo.vectorize_particles
+        guide = _Centered()(self.guide) if centered else self.guide
         with _quiet():
             return float(elbo.loss_and_grads(self.model, guide, *args, **kwargs))
 
@@ -172,8 +172,8 @@ class Objective:
                 torch.default_generator.manual_seed(seed)
             if not self.vectorized:
                 return self._estimate(SEQUENTIAL_RUNS, 1)
-            particles = ESTIMATE_ITEMS // (ESTIMATE_RUNS * self.num_items)
-            return self._estimate(ESTIMATE_RUNS, max(2, min(ESTIMATE_PARTICLES, particles)))
+            runs = max(ESTIMATE_RUNS, len(self._calls))
+            return self._estimate(runs, max(2, min(ESTIMATE_PARTICLES, ESTIMATE_ITEMS // (runs * self.num_items))))
 
     @torch.no_grad()
     def _estimate(self, runs: int, particles: int) -> Estimate:

@@ -25,6 +25,9 @@ WARM_UP, FINAL = 0.05, 0.01
 WINDOW, TOLERANCE = 100, 10.0
 # The default 0.999 remembers the first gradients, which are the largest by far, for thousands of steps.
 BETAS = (0.9, 0.99)
+# Adam's eps for items' tables, in nats per unit of their parameters: gradients below this move a row in proportion to
+# their size. A row is seen once in a pass; by the sign of its gradient it would never come to rest.
+TABLE_EPS = 0.1
 MAX_FAILURES = 10
 
 Point = dict[Tensor, Tensor]
@@ -60,14 +63,15 @@ class Trainer:
         self._norms: deque[float] = deque(maxlen=MEMORY)
         self._parameters = objective.parameters
         self._tables = [p for p in self._parameters if any(p is table for table in tables)]
+        self._dense = [p for p in self._parameters if all(p is not table for table in tables)]
 
     def _fresh_optimizers(self) -> list[torch.optim.Optimizer]:
-        dense = [p for p in self._parameters if all(p is not table for table in self._tables)]
         made: list[torch.optim.Optimizer] = []
-        if dense:
-            made.append(torch.optim.Adam(dense, lr=self.peak_rate, betas=BETAS))
+        if self._dense:
+            made.append(torch.optim.Adam(self._dense, lr=self.peak_rate, betas=BETAS))
         if self._tables:
-            made.append(torch.optim.SparseAdam(self._tables, lr=self.peak_rate, betas=BETAS))
+            eps = TABLE_EPS * self.objective.scale
+            made.append(torch.optim.SparseAdam(self._tables, lr=self.peak_rate, betas=BETAS, eps=eps))
         return made
 
     def snapshot(self) -> Point:

@@ -141,6 +141,12 @@ class BoundTransform(Transform):
         self._last = (x, y, ladj)
         return y, score
 
+    def replace_last(self, y: Tensor) -> Tensor:
+        """Take a tensor, which has the same value, for the last ``y``; returns it."""
+        assert self._last is not None
+        self._last = (self._last[0], y, self._last[2])
+        return y
+
     def _inverse(self, y: Tensor) -> Tensor:
         if self._last is not None and self._last[1] is y:
             return self._last[0]

@@ -85,6 +85,8 @@ class Effects(NamedTuple):
         tau = (p * grid).sum()
         return {
             "theta": first,
+            "mu": mu,
+            "log_tau": tau,
             "theta_sd": (second - first**2).sqrt(),
             "mu_sd": ((p * (variances + means**2)).sum() - mu**2).sqrt(),
             "log_tau_sd": ((p * grid**2).sum() - tau**2).sqrt(),
