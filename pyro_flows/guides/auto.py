@@ -151,11 +151,9 @@ class AutoFlowGuide(StoredGuide):
         return self.warm_start_on([(args, kwargs)])
 
     def warm_start_on(self, calls: Sequence[Call], watch: Watch = unwatched) -> AutoFlowGuide:
-        """As :meth:`warm_start`, from many mini-batches, so that every item is in one.
+        """As :meth:`warm_start`, from ``(args, kwargs)`` of many mini-batches, so that every item is in one.
 
-        Args:
-            calls: The model's arguments, ``(args, kwargs)``, for each mini-batch.
-            watch: Wraps a pass over them, given with its title; for a progress bar.
+        ``watch`` wraps a pass over them, given with its title, for a progress bar.
         """
         args, kwargs = calls[0]
         posterior = self.setup(*args, **kwargs)._posterior

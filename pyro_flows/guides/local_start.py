@@ -154,8 +154,9 @@ class LocalStart:
     ) -> None:
         for block in posterior.blocks():
             if block.items is None:
+                plates = " and ".join(f"'{name}'" for name in block.table.names)
                 raise NotImplementedError(
-                    f"AutoFlowGuide.warm_start: expected plates without encoders, but {block.table.names} has one. "
+                    f"AutoFlowGuide.warm_start: expected plates without encoders, but {plates} has one. "
                     "Train the guide as it is: its items cannot start anywhere but where the encoder puts them."
                 )
         self.model = model

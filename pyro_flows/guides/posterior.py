@@ -184,14 +184,11 @@ class Posterior(nn.Module):
                 own = items[block.table.names]
                 axis = max(range(-own.dim(), -1), key=lambda dim: own.shape[dim])  # of the longest plate
                 length = max(1, MAX_ROWS * own.shape[axis] // (count * own.shape[:-1].numel()))
-                latents[block.table.names] = torch.cat(
-                    [
-                        self._draw_items(block, _narrow(own, axis, first, length), part, count, generator)
-                        for first in range(0, own.shape[axis], length)
-                        for part in [{k: _narrow(v, axis, first, length) for k, v in latents.items()}]
-                    ],
-                    axis,
-                )
+                pieces = []
+                for first in range(0, own.shape[axis], length):
+                    given = {names: _narrow(value, axis, first, length) for names, value in latents.items()}
+                    pieces.append(self._draw_items(block, _narrow(own, axis, first, length), given, count, generator))
+                latents[block.table.names] = torch.cat(pieces, axis)
             chunks.append(latents)
         draws = {names: torch.cat([chunk[names] for chunk in chunks]) for names in chunks[0]}
         if () in draws:

@@ -123,6 +123,10 @@ def fit(
     end the trained guide has to beat its own start on fresh draws, or the start is restored. Ctrl-C stops early
     and keeps the best so far.
 
+    With mini-batches, parameters of items move when their item is seen (lazy Adam), gradients have a control variate
+    (:meth:`~pyro_flows.flows.FlowDistribution.centered`), and estimates are compared mini-batch by mini-batch, so that
+    the data's share in their noise cancels; there, only a significant loss to the start counts as one.
+
     Args:
         model: Any Pyro model; its own parameters (a decoder) are trained along.
         guide: Any Pyro guide.
@@ -182,7 +186,8 @@ def _warm_start(guide: Callable[..., Any], batches: Batches, *, progress: bool) 
         return False  # a part of the data would make too wide a start, and a wrong one
 
     def watch(passed: Iterator[MiniBatch], title: str) -> Iterable[MiniBatch]:
-        return tqdm(passed, desc=f"warm start, {title}", total=len(calls), disable=not progress, mininterval=0.5)
+        total = len(calls) if batches.many else None  # a plate that draws its own mini-batches has so many as it has
+        return tqdm(passed, desc=f"warm start, {title}", total=total, disable=not progress, mininterval=0.5)
 
     try:
         guide.warm_start_on(calls, watch)
@@ -236,8 +241,7 @@ def _run(trainer: Trainer, num_steps: int | None, *, progress: bool, begin: floa
                 trainer.cycle(length, rate, partial(_advance, bar, trainer))
             now = objective.estimate(seed)
             gain, error = now.gain_over(best)
-            # A part of the data prefers where it came from: there only a significant loss counts.
-            if gain > (-2 * error if objective.subsampled else 0.0) or objective.trains_model:
+            if objective.trains_model or objective.prefers(now, best):
                 best, best_point = now, trainer.snapshot()
             if num_steps is None and not objective.trains_model and now.variance / 2 < NEGLIGIBLE_GAP:
                 reason = f"the log weights of its draws vary by {math.sqrt(now.variance):.3f} nats, next to nothing"
@@ -253,7 +257,7 @@ def _run(trainer: Trainer, num_steps: int | None, *, progress: bool, begin: floa
     except KeyboardInterrupt:
         reason = "interrupted"
         now = objective.estimate(seed)
-        if now.mean > best.mean:
+        if objective.prefers(now, best):
             best, best_point = now, trainer.snapshot()
     trainer.restore(best_point)
     kept = "flow"
@@ -291,8 +295,7 @@ def _keep_the_better(
     flow = objective.estimate(seed)
     trainer.restore(start)
     gaussian = objective.estimate(seed)
-    gain, error = flow.gain_over(gaussian)
-    if gain >= (-2 * error if objective.subsampled else 0.0):
+    if objective.prefers(flow, gaussian):
         trainer.restore(trained)
         return "flow", flow
     return "start", gaussian

@@ -175,6 +175,14 @@ class Objective:
             runs = max(ESTIMATE_RUNS, len(self._calls))
             return self._estimate(runs, max(2, min(ESTIMATE_PARTICLES, ESTIMATE_ITEMS // (runs * self.num_items))))
 
+    def prefers(self, now: Estimate, before: Estimate) -> bool:
+        """Whether an estimate is good enough to go on from: higher, or with mini-batches not significantly lower.
+
+        A part of the data prefers what was fitted to it.
+        """
+        gain, error = now.gain_over(before)
+        return gain > (-2 * error if self.subsampled else 0.0)
+
     @torch.no_grad()
     def _estimate(self, runs: int, particles: int) -> Estimate:
         elbo = self.elbo(particles)
