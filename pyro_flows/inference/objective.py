@@ -27,6 +27,8 @@ __all__ = ["Batches", "Estimate", "Objective"]
 # mini-batch of a pass, up to so many.
 ESTIMATE_RUNS, ESTIMATE_PARTICLES, ESTIMATE_ITEMS = 50, 200, 2**18
 ESTIMATE_CALLS = 200
+# Elements of the mini-batches that are kept for estimates, at most.
+HELD_ELEMENTS = 2**25
 SEQUENTIAL_RUNS = 200
 # Draws by which vectorised particles are compared with single ones, and how many standard errors they may differ.
 CHECK_RUNS, CHECK_ERRORS = 40, 5.0
@@ -83,12 +85,16 @@ class Batches:
         except RuntimeError:
             raise ValueError("fit: expected at least one mini-batch, but got none.") from None
 
+    def _pass(self) -> Iterator[Call]:
+        for item in self._source:
+            yield (tuple(item) if isinstance(item, (tuple, list)) else (item,)), self.kwargs
+
     def _endless(self) -> Iterator[Call]:
         while True:
             empty = True
-            for item in self._source:
+            for call in self._pass():
                 empty = False
-                yield (tuple(item) if isinstance(item, (tuple, list)) else (item,)), self.kwargs
+                yield call
             if empty:
                 raise RuntimeError("no mini-batches")
 
@@ -97,12 +103,15 @@ class Batches:
         return next(self._stream)
 
     def one_pass(self, limit: int) -> list[Call]:
-        """So many mini-batches, or all, if they are fewer."""
-        endless = self._endless()
-        return [next(endless) for _ in range(min(limit, self._count(limit)))]
-
-    def _count(self, limit: int) -> int:
-        return sum(1 for _ in itertools.islice(self._source, limit))
+        """So many mini-batches, or all, or those that fit into memory, if they are fewer."""
+        calls: list[Call] = []
+        held = 0
+        for call in itertools.islice(self._pass(), limit):
+            calls.append(call)
+            held += sum(value.numel() for value in call[0] if torch.is_tensor(value))
+            if held > HELD_ELEMENTS:
+                break
+        return calls
 
 
 class Objective:
