@@ -22,6 +22,7 @@ from pyro_flows.guides.local import LocalBlock
 from pyro_flows.guides.log_joint import NO_DENSITY, LogJoint, checked_nesting, constrain, scored_sites
 from pyro_flows.guides.posterior import Latents, Posterior
 from pyro_flows.guides.warm_start import antithetic, elbo_of
+from pyro_flows.plates import LocalTable
 
 __all__ = ["Call", "Watch", "start", "unwatched"]
 
@@ -54,6 +55,17 @@ class MiniBatch:
     kwargs: Mapping[str, Any]
     indices: dict[str, Tensor]
     drawn: dict[str, Tensor]
+
+    @property
+    def call(self) -> Call:
+        """The model's arguments."""
+        return self.args, self.kwargs
+
+    def scale(self, table: LocalTable) -> float:
+        """What subsampled plates multiply the terms of these items by."""
+        return math.prod(
+            size / len(self.indices[name]) for name, size in zip(table.names, table.full_sizes, strict=True)
+        )
 
 
 # Wraps a pass over mini-batches, given with its title.
@@ -165,7 +177,7 @@ class LocalStart:
         self.calls = calls
         self.make_plates = make_plates
         first = next(self.batches())
-        self.nesting = checked_nesting(model, self.values(first, self.locations(first)), *call(first))
+        self.nesting = checked_nesting(model, self.values(first, self.locations(first)), *first.call)
 
     def batches(self) -> Iterator[MiniBatch]:
         """All mini-batches of the arguments."""
@@ -311,7 +323,7 @@ def _item_log_density(
     """Each item's part of the log joint, ``(N, 1, n)`` to ``(N, 1)``, with everything else as in ``values``."""
     table = block.table
     # What a subsampled plate multiplies the terms of its items by is not theirs.
-    scale = math.prod(size / len(batch.indices[name]) for name, size in zip(table.names, table.full_sizes, strict=True))
+    scale = batch.scale(table)
 
     def per_item(term: Tensor) -> Tensor:
         term = term.reshape((-1, *((1,) * (len(lead) - term.dim()) + term.shape)[-len(lead) :])).sum(0)
@@ -325,7 +337,7 @@ def _item_log_density(
         total = torch.zeros(lead, dtype=z.dtype, device=z.device)
         for ladj in ladjs:
             total = total + per_item(ladj)
-        for node in scored_sites(model, {**values, **own}, *call(batch)):
+        for node in scored_sites(model, {**values, **own}, *batch.call):
             if {frame.name for frame in node["cond_indep_stack"]}.issuperset(table.names):
                 total = total + per_item(node["log_prob"].to(z.dtype)) / scale
         return total.reshape(-1, 1)
@@ -370,16 +382,9 @@ class MarginalLogJoint(LogJoint):
                 latents[table.names], ladj = self.owner.push(block, batch, latents, eps)
                 _, ladjs = constrain(table.split(latents[table.names]))
                 log_q = -0.5 * (eps.square() + math.log(2 * math.pi)).sum(-1) - ladj
-                scale = math.prod(
-                    size / len(batch.indices[name]) for name, size in zip(table.names, table.full_sizes, strict=True)
-                )
+                scale = batch.scale(table)
                 parts += [term * (scale / count) for term in (*ladjs, -log_q)]
             values = self.owner.values(batch, latents)
-            for node in scored_sites(self.owner.model, values, *call(batch)):
+            for node in scored_sites(self.owner.model, values, *batch.call):
                 parts.append(node["log_prob"].to(packed.dtype) / count)
         return parts
-
-
-def call(batch: MiniBatch) -> Call:
-    """The model's arguments."""
-    return batch.args, batch.kwargs
