@@ -6,13 +6,14 @@ from pyro_flows.diagnostics import Comparison, Diagnosis, compare, diagnose, imp
 from pyro_flows.export import to_inference_data
 from pyro_flows.flows import Flow, FlowSpec
 from pyro_flows.guides import AutoFlowGuide, init_to_prior_median
-from pyro_flows.inference import FitResult, fit
+from pyro_flows.inference import CompiledSVI, FitResult, fit
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AutoFlowGuide",
     "Comparison",
+    "CompiledSVI",
     "Diagnosis",
     "FitResult",
     "Flow",

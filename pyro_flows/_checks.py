@@ -30,7 +30,7 @@ def check_sizes(owner: str, name: str, value: Any) -> None:
         )
 
 
-def check_choice(owner: str, name: str, value: Any, choices: Sequence[str]) -> None:
+def check_choice(owner: str, name: str, value: Any, choices: Sequence[Any]) -> None:
     """Raise ValueError unless ``value`` is one of ``choices``, which are listed."""
     if value not in choices:
         raise ValueError(f"{owner}: expected {name} to be one of {', '.join(map(repr, choices))}, but got {value!r}.")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_flows._checks import check_int, check_positive
+from pyro_flows._checks import check_choice, check_int, check_positive
 from pyro_flows.guides import AutoFlowGuide
 from pyro_flows.guides.local_start import MiniBatch
 from pyro_flows.inference.objective import Batches, Estimate, Objective
@@ -112,6 +112,7 @@ def fit(
     num_steps: int | None = None,
     num_particles: int | None = None,
     learning_rate: float | None = None,
+    compile: bool | str = "auto",
     progress: bool = True,
     seed: int | None = None,
 ) -> FitResult:
@@ -136,6 +137,8 @@ def fit(
         num_steps: Number of steps, >= 1; None stops by the rule above, after 8000 at most.
         num_particles: Draws a step, >= 1.
         learning_rate: Peak rate of Adam, > 0.
+        compile: Whether to compile a step (see :class:`CompiledSVI`): True, False, or ``"auto"``, where eager steps
+            would take longer than the compiler does.
         progress: Whether to show a bar.
         seed: Makes the run repeatable and leaves torch's global random state alone.
 
@@ -160,6 +163,7 @@ def fit(
             check_int("fit", name, value, 1)
     if learning_rate is not None:
         check_positive("fit", "learning_rate", learning_rate)
+    check_choice("fit", "compile", compile, (True, False, "auto"))
     begin = time.perf_counter()
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
@@ -173,8 +177,11 @@ def fit(
                 num_particles = FEW_PARTICLES
         rate = learning_rate or _default_rate(guide, warm=warm)
         with sparse_tables(guide, enabled=objective.subsampled) as tables:
-            trainer = Trainer(objective, num_particles, rate, tables)
-            return _run(trainer, num_steps, progress=progress, begin=begin)
+            trainer = Trainer(objective, num_particles, rate, tables, compile)
+            try:
+                return _run(trainer, num_steps, progress=progress, begin=begin)
+            finally:
+                objective.release()
 
 
 def _warm_start(guide: Callable[..., Any], batches: Batches, *, progress: bool) -> bool:

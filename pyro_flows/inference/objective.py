@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import pyro
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from pyro_flows.flows import FlowDistribution
 from pyro_flows.guides.log_joint import NO_DENSITY
+from pyro_flows.inference.record import FlatParameter, LossGraph, RecordingError, leaves_of, used_leaves
 
 __all__ = ["Batches", "Estimate", "Objective"]
 
@@ -123,7 +125,7 @@ class Objective:
         num_items: Size of the largest latent site at hand.
         vectorized: Whether particles can be drawn in one run.
         trains_model: Whether the model has parameters of its own.
-        parameters: Unconstrained leaves of the guide's and the model's parameters.
+        parameters: Unconstrained leaves of the guide's and the model's parameters, or one vector of those in use.
     """
 
     def __init__(self, model: Callable[..., Any], guide: Callable[..., Any], batches: Batches) -> None:
@@ -145,11 +147,12 @@ class Objective:
         self._calls = batches.one_pass(ESTIMATE_CALLS)
         self.vectorized = True
         self.vectorized = self._vectorizes()
-        with pyro.validation_enabled(False):
-            of_guide = _leaves(guide, args, kwargs)
-            of_model = _leaves(poutine.replay(model, guide_trace), args, kwargs)
+        of_guide = leaves_of(guide, args, kwargs)
+        of_model = leaves_of(poutine.replay(model, guide_trace), args, kwargs)
         self.trains_model = any(all(p is not q for q in of_guide) for p in of_model)
         self.parameters = list({id(p): p for p in (*of_guide, *of_model)}.values())
+        self._flat: FlatParameter | None = None
+        self._graph: LossGraph | None = None
 
     def elbo(self, num_particles: int) -> Trace_ELBO | TraceEnum_ELBO:
         """The loss with so many particles."""
@@ -162,13 +165,57 @@ class Objective:
             ignore_jit_warnings=True,
         )
 
-    def gradient(self, elbo: Trace_ELBO | TraceEnum_ELBO) -> float:
-        """Loss of the next mini-batch; its gradient is added to the ``grad`` of :attr:`parameters`."""
-        args, kwargs = self.batches.next()
+    def _loss(self, elbo: Trace_ELBO | TraceEnum_ELBO, name: str) -> Callable[..., Any]:
+        """A method of the loss with the model and the guide filled in."""
         centered = self.subsampled and elbo.vectorize_particles
-        guide = _Centered()(self.guide) if centered else self.guide
+        return partial(getattr(elbo, name), self.model, _Centered()(self.guide) if centered else self.guide)
+
+    def gradient(self, elbo: Trace_ELBO | TraceEnum_ELBO) -> float:
+        """Loss of the next mini-batch; its gradient is left in the ``grad`` of :attr:`parameters`, which has none."""
+        args, kwargs = self.batches.next()
+        if self._flat is not None and self._graph is not None and self._graph.matches(args, kwargs):
+            loss, self._flat.flat.grad = self._graph(args, kwargs)
+            return float(loss)
         with _quiet():
-            return float(elbo.loss_and_grads(self.model, guide, *args, **kwargs))
+            value = float(self._loss(elbo, "loss_and_grads")(*args, **kwargs))
+        if self._flat is not None:  # a mini-batch of another shape
+            self._flat.gather_gradients()
+        return value
+
+    def record(self, elbo: Trace_ELBO | TraceEnum_ELBO) -> LossGraph:
+        """Go on with a recorded step (see :class:`LossGraph`) and with a single parameter, until :meth:`release`.
+
+        Raises:
+            RecordingError: If that can't be done.
+        """
+        args, kwargs = self.batches.first
+        loss = self._loss(elbo, "differentiable_loss")
+        with torch.random.fork_rng():
+            leaves = used_leaves(loss, self.parameters, args, kwargs)
+            flat = FlatParameter(leaves)
+            try:
+                self._graph = LossGraph(loss, flat, args, kwargs)
+            except RecordingError:
+                flat.release()
+                raise
+        self._flat = flat
+        self.parameters = [flat.flat]
+        return self._graph
+
+    def compile(self) -> None:
+        """Compile the recorded step.
+
+        Raises:
+            RuntimeError: If there is no working compiler; the graph runs as it is.
+        """
+        assert self._graph is not None
+        with torch.random.fork_rng():
+            self._graph.compile(*self.batches.first)
+
+    def release(self) -> None:
+        """Give parameters memory of their own again, after :meth:`record`."""
+        if self._flat is not None:
+            self._flat.release()
 
     def estimate(self, seed: int | None = None) -> Estimate:
         """The ELBO without gradients, on mini-batches that are the same each time.
@@ -230,10 +277,3 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Encountered (NaN|infinite|[+-]?inf)", category=UserWarning)
         yield
-
-
-def _leaves(run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """Unconstrained leaves of all param statements of a run."""
-    with poutine.trace(param_only=True) as capture:
-        run(*args, **kwargs)
-    return [node["value"].unconstrained() for node in capture.trace.nodes.values()]

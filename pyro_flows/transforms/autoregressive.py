@@ -13,10 +13,13 @@ from pyro.nn.auto_reg_nn import MaskedLinear, create_mask
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_flows.transforms.base import FlowTransform, expand_context
+from pyro_flows.transforms.base import FlowTransform, expand_context, is_recording
 from pyro_flows.transforms.networks import ContextParameters
 
 __all__ = ["AutoregressiveTransform", "MaskedNetwork", "pull_score", "resolve_order"]
+
+# Above this dimension the passes that a score takes are too many to be recorded, all of them, into one graph.
+MAX_RECORDED_DIM = 32
 
 
 class AutoregressiveTransform(FlowTransform):
@@ -105,6 +108,12 @@ def pull_score(x: Tensor, y: Tensor, ladj: Tensor, slope: Tensor, score: Tensor)
     tolerance = 1e-12 if x.dtype == torch.float64 else 1e-6
     with torch.no_grad():
         result = target / slope
+    recording = is_recording()
+    if recording and x.shape[-1] > MAX_RECORDED_DIM:
+        raise NotImplementedError(
+            f"an autoregressive flow of {x.shape[-1]} dimensions takes as many passes as it needs, which is not fixed "
+            f"beforehand; at most {MAX_RECORDED_DIM} can be recorded. Use path_gradient=False or another family"
+        )
     for _ in range(x.shape[-1] - 1):
         (product,) = torch.autograd.grad(y, x, result, retain_graph=True)
         with torch.no_grad():
@@ -112,7 +121,7 @@ def pull_score(x: Tensor, y: Tensor, ladj: Tensor, slope: Tensor, score: Tensor)
             # Against the size of the terms: where they cancel, rounding is all that is left of the residual.
             size = target.norm(dim=-1) + (slope * result).norm(dim=-1)
             result = result + residual / slope
-            if bool((residual.norm(dim=-1) <= tolerance * size).all()):
+            if not recording and bool((residual.norm(dim=-1) <= tolerance * size).all()):
                 break
     return result
 

@@ -11,8 +11,14 @@ from pyro.distributions import constraints
 from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor
 from torch.distributions.transforms import Transform
+from torch.fx.experimental import proxy_tensor
 
-__all__ = ["BoundTransform", "FlowTransform", "expand_context"]
+__all__ = ["BoundTransform", "FlowTransform", "expand_context", "is_recording"]
+
+
+def is_recording() -> bool:
+    """Whether operations are being recorded into a graph, where Python must not look at values."""
+    return proxy_tensor.get_proxy_mode() is not None
 
 
 class FlowTransform(TransformModule):

@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L4. A loss and its gradient as one graph of tensor operations over a single flat parameter, without Python."""
+
+from __future__ import annotations
+
+import operator
+import os
+import sys
+import traceback
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+__all__ = ["FlatParameter", "LossGraph", "RecordingError", "leaves_of", "used_leaves"]
+
+# A graph has to give the loss and the gradient of the eager code from the same noise, up to rounding: relative to
+# their size, by precision.
+AGREEMENT = {torch.float64: 1e-8}
+ROUGH_AGREEMENT = 2e-3
+# Folders whose lines are not the user's.
+LIBRARIES = tuple(os.path.dirname(module.__file__) + os.sep for module in (torch, pyro) if module.__file__)
+SITE_PACKAGES = os.path.dirname(LIBRARIES[1][:-1]) + os.sep
+OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+
+Loss = Callable[..., Tensor]
+
+
+class RecordingError(RuntimeError):
+    """A step that is no fixed sequence of tensor operations; the message says which line makes it so."""
+
+
+class FlatParameter:
+    """Leaves of a model and a guide as views of one vector, so that an optimiser has a single tensor to move.
+
+    The leaves stay what they are to everyone else (parameters of modules, entries of Pyro's store), but share memory
+    with :attr:`flat` until :meth:`release`.
+
+    Args:
+        leaves: Unconstrained parameters, of one dtype and on one device.
+
+    Raises:
+        RecordingError: If there are none, or they are of several dtypes or on several devices.
+    """
+
+    def __init__(self, leaves: Sequence[Tensor]) -> None:
+        kinds = {(leaf.dtype, leaf.device) for leaf in leaves}
+        if len(kinds) != 1:
+            found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds)) or "none"
+            raise RecordingError(f"expected parameters of one dtype on one device, but got {found}")
+        self.leaves = list(leaves)
+        self.flat = torch.nn.Parameter(torch.cat([leaf.detach().reshape(-1) for leaf in leaves]))
+        self.sizes = [leaf.numel() for leaf in leaves]
+        for leaf, part in zip(leaves, self.flat.detach().split(self.sizes), strict=True):
+            leaf.data = part.view(leaf.shape)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all leaves still share memory with the vector: nobody has given one other memory."""
+        step = self.flat.element_size()
+        address = self.flat.data_ptr()
+        for leaf, size in zip(self.leaves, self.sizes, strict=True):
+            if leaf.data_ptr() != address:
+                return False
+            address += size * step
+        return True
+
+    def gather_gradients(self) -> None:
+        """Move the gradients of the leaves into that of the vector."""
+        parts = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self.leaves]
+        self.flat.grad = torch.cat([part.reshape(-1) for part in parts])
+        for leaf in self.leaves:
+            leaf.grad = None
+
+    def release(self) -> None:
+        """Give each leaf memory of its own again."""
+        for leaf in self.leaves:
+            leaf.data = leaf.detach().clone()
+
+
+def leaves_of(run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Unconstrained leaves of all param statements of a run."""
+    with pyro.validation_enabled(False), poutine.block(), poutine.trace(param_only=True) as capture:
+        run(*args, **kwargs)
+    return [node["value"].unconstrained() for node in capture.trace.nodes.values()]
+
+
+def used_leaves(loss: Loss, leaves: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Those leaves that the loss has a gradient in, once each, found by an eager step."""
+    trained = list({id(leaf): leaf for leaf in leaves if leaf.requires_grad}.values())
+    with _recordable():
+        gradients = torch.autograd.grad(loss(*args, **kwargs), trained, allow_unused=True)
+    return [leaf for leaf, gradient in zip(trained, gradients, strict=True) if gradient is not None]
+
+
+class LossGraph:
+    """A loss and its gradient, for arguments of one structure.
+
+    Tensors among the arguments are inputs: new data of the same shapes take no recording. Those that the code finds by
+    itself (in a closure, buffers of a module) are read at each call from where they were, and noise is drawn afresh.
+    Everything else, such as numbers and flags, is as it was when recording.
+
+    Args:
+        loss: Differentiable; takes the arguments.
+        parameter: What to differentiate in.
+        args: Arguments to record with.
+        kwargs: Likewise.
+
+    Raises:
+        RecordingError: If the loss is no fixed sequence of tensor operations, or the graph does not agree with it.
+
+    Attributes:
+        num_operations: Size of the graph.
+    """
+
+    def __init__(self, loss: Loss, parameter: FlatParameter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._parameter = parameter
+        inputs, self._spec = pytree.tree_flatten((args, kwargs))
+        self._structure = _structure(inputs, self._spec)
+        data = [value for value in inputs if torch.is_tensor(value)]
+
+        def gradient(leaves: list[Tensor], data: list[Tensor]) -> tuple[Tensor, ...]:
+            rest = iter(data)
+            args, kwargs = pytree.tree_unflatten(
+                [next(rest) if torch.is_tensor(value) else value for value in inputs], self._spec
+            )
+            value = loss(*args, **kwargs)
+            return value.detach(), *torch.autograd.grad(value, leaves)
+
+        with _recordable():
+            state = torch.random.get_rng_state()
+            expected = gradient(parameter.leaves, data)
+            torch.random.set_rng_state(state)
+            try:
+                graph = make_fx(gradient)(parameter.leaves, data)
+            except Exception as error:  # whatever torch says of code that it can't follow
+                raise RecordingError(_reason(error)) from error
+        graph.graph.set_codegen(torch.fx.graph.CodeGen())
+        self._captured = _lift_constants(graph)
+        _flatten_leaves(graph, parameter)
+        graph.graph.eliminate_dead_code()
+        graph.graph.lint()
+        graph.recompile()
+        self._run: Callable[..., Sequence[Tensor]] = graph
+        self._graph = graph
+        self.num_operations = sum(node.op == "call_function" for node in graph.graph.nodes)
+        torch.random.set_rng_state(state)
+        self._verify(expected, self(args, kwargs))
+
+    def matches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether it was recorded for arguments like these."""
+        inputs, spec = pytree.tree_flatten((args, kwargs))
+        return _structure(inputs, spec) == self._structure
+
+    @torch.no_grad()
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Loss, ``()``, and gradient in the flat parameter."""
+        data = [value for value in pytree.tree_leaves((args, kwargs)) if torch.is_tensor(value)]
+        loss, gradient = self._run(self._parameter.flat.detach(), *data, *self._captured)
+        return loss, gradient
+
+    def compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Have torch's compiler turn the graph into machine code; takes seconds to minutes, unless it did so before.
+
+        Noise is drawn by the same functions as in eager code, so that the same seed gives the same numbers.
+
+        Raises:
+            RuntimeError: If there is no working C++ compiler, or torch's fails. The graph itself still runs.
+        """
+        data = [value for value in pytree.tree_leaves((args, kwargs)) if torch.is_tensor(value)]
+        inputs: list[Any] = [self._parameter.flat.detach(), *data, *self._captured]
+        options: dict[str, Any] = {"fallback_random": True}
+        if inputs[0].is_cuda:
+            options["triton.cudagraphs"] = True
+        state = torch.random.get_rng_state()
+        expected = self(args, kwargs)
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's own, about torch
+                run = torch._inductor.compile(self._graph, inputs, options=options)
+                torch.random.set_rng_state(state)
+                found = run(*inputs)
+        except Exception as error:  # a missing compiler is reported in many ways
+            raise RuntimeError(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
+        self._verify(expected, found)
+        self._run = run
+
+    def _verify(self, expected: Sequence[Tensor], found: Sequence[Tensor]) -> None:
+        """Whether two runs from the same noise agree.
+
+        Raises:
+            RecordingError: If not.
+        """
+        tolerance = AGREEMENT.get(self._parameter.flat.dtype, ROUGH_AGREEMENT)
+        for name, one, other in zip(
+            ("loss", "gradient"),
+            (expected[0], torch.cat([part.reshape(-1) for part in expected[1:]])),
+            (found[0], torch.cat([part.reshape(-1) for part in found[1:]])),
+            strict=True,
+        ):
+            if not one.isfinite().all():
+                raise RecordingError(f"its {name} is not finite")
+            if not (one - other).norm() <= tolerance * (1e-3 + one.norm()):
+                raise RecordingError(
+                    f"its {name} is not repeated by the recorded operations from the same noise: random numbers that "
+                    "are not torch's, or state that changes from call to call"
+                )
+
+
+def _structure(inputs: Sequence[Any], spec: Any) -> tuple[Any, ...]:
+    """What arguments have to share to share a graph."""
+    kinds: list[Any] = []
+    for value in inputs:
+        if torch.is_tensor(value):
+            kinds.append((value.shape, value.stride(), value.dtype, value.device, value.requires_grad))
+        elif isinstance(value, (int, float, str, bool, type(None))):
+            kinds.append((type(value), value))
+        else:
+            kinds.append((type(value), id(value)))
+    return (spec, *kinds)
+
+
+def _lift_constants(graph: GraphModule) -> list[Tensor]:
+    """Turn tensors that the graph holds into further inputs, and return them."""
+    last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
+    lifted: dict[int, Node] = {}
+    captured: list[Tensor] = []
+    held = {node: getattr(graph, node.target) for node in graph.graph.nodes if node.op == "get_attr"}
+    for node, tensor in held.items():
+        if id(tensor) not in lifted:
+            with graph.graph.inserting_after(last):
+                last = lifted[id(tensor)] = graph.graph.placeholder(f"captured_{len(captured)}")
+            captured.append(tensor.detach())
+        node.replace_all_uses_with(lifted[id(tensor)])
+        graph.graph.erase_node(node)
+    return captured
+
+
+def _flatten_leaves(graph: GraphModule, parameter: FlatParameter) -> None:
+    """Have the graph take one vector for all leaves, and return one gradient."""
+    nodes = graph.graph
+    leaves = [node for node in nodes.nodes if node.op == "placeholder"][: len(parameter.leaves)]
+    with nodes.inserting_before(leaves[0]):
+        flat = nodes.placeholder("flat")
+    first = next(node for node in nodes.nodes if node.op != "placeholder")
+    with nodes.inserting_before(first):
+        parts = nodes.call_function(torch.ops.aten.split_with_sizes.default, (flat, parameter.sizes))
+        for index, (node, leaf) in enumerate(zip(leaves, parameter.leaves, strict=True)):
+            part = nodes.call_function(operator.getitem, (parts, index))
+            node.replace_all_uses_with(nodes.call_function(torch.ops.aten.view.default, (part, list(leaf.shape))))
+    for node in leaves:
+        nodes.erase_node(node)
+    output = next(node for node in nodes.nodes if node.op == "output")
+    loss, *gradients = output.args[0]
+    with nodes.inserting_before(output):
+        rows = [nodes.call_function(torch.ops.aten.reshape.default, (gradient, [-1])) for gradient in gradients]
+        joined = nodes.call_function(torch.ops.aten.cat.default, (rows,))
+    output.args = ((loss, joined),)
+
+
+@contextmanager
+def _recordable() -> Iterator[None]:
+    """Pyro without what looks at values: validation, warnings about NaN, and losses as Python numbers."""
+    places: list[tuple[types.ModuleType, str, Any]] = []
+    replacements: dict[str, Callable[..., Any]] = {
+        "warn_if_nan": lambda value, *_, **__: value,
+        "warn_if_inf": lambda value, *_, **__: value,
+        "torch_item": lambda value: value.detach() if torch.is_tensor(value) else value,
+    }
+    for name, module in list(sys.modules.items()):
+        if name.startswith("pyro.") and isinstance(module, types.ModuleType):
+            places += [(module, key, vars(module)[key]) for key in replacements if key in vars(module)]
+    try:
+        for module, key, _ in places:
+            setattr(module, key, replacements[key])
+        with pyro.validation_enabled(False), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning)
+            yield
+    finally:
+        for module, key, original in places:
+            setattr(module, key, original)
+
+
+def _reason(error: Exception) -> str:
+    """The last line that is the user's, and what torch says of it."""
+    message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "tracing tensor" in message or isinstance(error, torch.fx.proxy.TraceError):
+        message = "a value of a tensor steers Python (`.item()`, `float()`, `if`)"
+    frames = traceback.extract_tb(error.__traceback__)
+    # The user's lines if there are any, and else Pyro's or ours.
+    for others in ((*LIBRARIES, OURS, "<"), (LIBRARIES[0], __file__, "<")):
+        found = [frame for frame in frames if not frame.filename.startswith(others)]
+        if found:
+            name = found[-1].filename.removeprefix(SITE_PACKAGES)
+            name = os.path.basename(name) if os.path.isabs(name) else name
+            return f"{name}, line {found[-1].lineno}, `{found[-1].line}`: {message}"
+    return message
