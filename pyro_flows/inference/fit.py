@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import math
-import statistics
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,22 +17,13 @@ from tqdm.auto import tqdm
 from pyro_flows._checks import check_choice, check_int, check_positive
 from pyro_flows.guides import AutoFlowGuide
 from pyro_flows.guides.local_start import MiniBatch
-from pyro_flows.inference.objective import Batches, Estimate, Objective
+from pyro_flows.inference.checkpoint import Checkpoint
+from pyro_flows.inference.objective import Batches, Objective
+from pyro_flows.inference.run import Run
 from pyro_flows.inference.steps import Trainer
 
 __all__ = ["FitResult", "fit"]
 
-# A run is a few cycles, in each of which the rate falls to a hundredth; the next one is as long as all before it. With
-# mini-batches the first is longer, to get rid of the noise that it begins with.
-CYCLE, CYCLE_MINIBATCH = 250, 1000
-MAX_STEPS = 8000
-# Steps before a cycle that gains nothing is the last.
-PATIENCE = 500
-# A cycle whose gain is below this, in nats, or below so much for every local latent, or below two standard errors, is
-# the last.
-MIN_GAIN, MIN_LOCAL_GAIN = 0.005, 1e-4
-# Half the variance of log weights is the gap, where they are nearly constant; below this nothing is left to gain.
-NEGLIGIBLE_GAP = 1e-3
 # Learning rates: from a warm start, in many dimensions, without one, and for networks that read data.
 RATE_WARM, RATE_WARM_MANY, RATE_COLD, RATE_AMORTIZED = 2e-2, 1e-2, 1e-2, 2e-3
 MANY_DIMENSIONS = 50
@@ -115,6 +104,7 @@ def fit(
     compile: bool | str = "auto",
     progress: bool = True,
     seed: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> FitResult:
     """Train a guide; everything that is None is chosen from the model.
 
@@ -141,10 +131,12 @@ def fit(
             would take longer than the compiler does.
         progress: Whether to show a bar.
         seed: Makes the run repeatable and leaves torch's global random state alone.
+        checkpoint: A file that is written once a minute and at the end. If it is there, the run that wrote it goes on:
+            call again with the same model, guide and options. A run that was done is not trained again.
 
     Raises:
         TypeError: If ``args`` is an iterator, which would be used up.
-        ValueError: If a number is out of range, or the mini-batches are none.
+        ValueError: If a number is out of range, the mini-batches are none, or the checkpoint is of other parameters.
         RuntimeError: If no step of the first ten has a finite loss.
 
     Example:
@@ -169,7 +161,8 @@ def fit(
         if seed is not None:
             torch.default_generator.manual_seed(seed)
         batches = Batches(args, kwargs)
-        warm = _warm_start(guide, batches, progress=progress)
+        record = Checkpoint(checkpoint)
+        warm = not record.exists and _warm_start(guide, batches, progress=progress)
         objective = Objective(model, guide, batches)
         if num_particles is None:
             num_particles = PARTICLES_MINIBATCH if objective.subsampled else PARTICLES_VECTORIZED
@@ -178,10 +171,25 @@ def fit(
         rate = learning_rate or _default_rate(guide, warm=warm)
         with sparse_tables(guide, enabled=objective.subsampled) as tables:
             trainer = Trainer(objective, num_particles, rate, tables, compile)
+            run = Run(trainer, num_steps, record, progress=progress)
             try:
-                return _run(trainer, num_steps, progress=progress, begin=begin)
+                kept, best = run.finish(run.train())
             finally:
                 objective.release()
+    return FitResult(
+        elbo=best.mean,
+        elbo_se=best.error,
+        start_elbo=run.start_estimate.mean,
+        steps=trainer.steps,
+        seconds=time.perf_counter() - begin,
+        kept=kept,
+        reason=run.reason,
+        skipped=trainer.skipped,
+        rollbacks=trainer.rollbacks,
+        num_particles=trainer.num_particles,
+        learning_rate=trainer.peak_rate,
+        losses=tuple(trainer.losses),
+    )
 
 
 def _warm_start(guide: Callable[..., Any], batches: Batches, *, progress: bool) -> bool:
@@ -223,95 +231,3 @@ def _default_rate(guide: Callable[..., Any], *, warm: bool) -> float:
         return RATE_WARM if guide.latent_dim <= MANY_DIMENSIONS else RATE_WARM_MANY
     amortized = isinstance(guide, AutoFlowGuide) and len(guide.posterior.encoders) > 0
     return RATE_AMORTIZED if amortized else RATE_COLD
-
-
-def _run(trainer: Trainer, num_steps: int | None, *, progress: bool, begin: float) -> FitResult:
-    objective = trainer.objective
-    start = trainer.snapshot()
-    # With mini-batches the same noise each time: differences between them would drown any gain.
-    seed = int(torch.randint(2**31, ())) if objective.subsampled else None
-    at_start = best = objective.estimate(seed)
-    best_point = start
-    lengths = [num_steps or (CYCLE_MINIBATCH if objective.subsampled else CYCLE)]
-    while num_steps is None and sum(lengths) < MAX_STEPS:
-        lengths.append(sum(lengths))
-    reason = f"all {sum(lengths)} steps done"
-    if num_steps is None and not objective.trains_model and at_start.variance / 2 < NEGLIGIBLE_GAP:
-        lengths, reason = [], "the start is the posterior, as far as its draws can tell"
-    rate = trainer.peak_rate
-    min_gain = max(MIN_GAIN, MIN_LOCAL_GAIN * _num_local(objective.guide))
-    try:
-        for cycle, length in enumerate(lengths):
-            done = sum(lengths[:cycle])
-            bar = tqdm(total=length, desc=f"cycle {cycle + 1}", disable=not progress, mininterval=0.5)
-            with bar:
-                trainer.cycle(length, rate, partial(_advance, bar, trainer))
-            now = objective.estimate(seed)
-            gain, error = now.gain_over(best)
-            if objective.trains_model or objective.prefers(now, best):
-                best, best_point = now, trainer.snapshot()
-            if num_steps is None and not objective.trains_model and now.variance / 2 < NEGLIGIBLE_GAP:
-                reason = f"the log weights of its draws vary by {math.sqrt(now.variance):.3f} nats, next to nothing"
-                break
-            if gain < -2 * error and not objective.trains_model:
-                trainer.restore(best_point)
-                trainer.rollbacks += 1
-                rate /= 2
-            elif num_steps is None and done >= PATIENCE and gain < max(min_gain, 2 * error):
-                reason = f"the last {length} steps gained {max(gain, 0.0):.3f} nats, not more than noise"
-                break
-            rate /= 2
-    except KeyboardInterrupt:
-        reason = "interrupted"
-        now = objective.estimate(seed)
-        if objective.prefers(now, best):
-            best, best_point = now, trainer.snapshot()
-    trainer.restore(best_point)
-    kept = "flow"
-    if not objective.trains_model and best_point is not start:
-        kept, best = _keep_the_better(trainer, best_point, start)
-    elif best_point is start:
-        kept = "start"
-    return FitResult(
-        elbo=best.mean,
-        elbo_se=best.error,
-        start_elbo=at_start.mean,
-        steps=trainer.steps,
-        seconds=time.perf_counter() - begin,
-        kept=kept,
-        reason=reason,
-        skipped=trainer.skipped,
-        rollbacks=trainer.rollbacks,
-        num_particles=trainer.num_particles,
-        learning_rate=trainer.peak_rate,
-        losses=tuple(trainer.losses),
-    )
-
-
-def _num_local(guide: Callable[..., Any]) -> int:
-    """Number of local latents that have parameters of their own."""
-    blocks = guide.posterior.blocks() if isinstance(guide, AutoFlowGuide) else ()
-    return sum(block.table.num_items * block.table.item_dim for block in blocks if block.items is not None)
-
-
-def _keep_the_better(
-    trainer: Trainer, trained: dict[Tensor, Tensor], start: dict[Tensor, Tensor]
-) -> tuple[str, Estimate]:
-    """Which of two points has the higher ELBO on fresh draws, from the same noise and mini-batches."""
-    objective, seed = trainer.objective, int(torch.randint(2**31, ()))
-    flow = objective.estimate(seed)
-    trainer.restore(start)
-    gaussian = objective.estimate(seed)
-    if objective.prefers(flow, gaussian):
-        trainer.restore(trained)
-        return "flow", flow
-    return "start", gaussian
-
-
-def _advance(bar: Any, trainer: Trainer) -> None:
-    bar.update()
-    if trainer.steps % 50 == 0:
-        recent = trainer.losses[-200:]
-        half = len(recent) // 2
-        trend = statistics.fmean(recent[:half] or [0.0]) - statistics.fmean(recent[half:] or [0.0])
-        bar.set_postfix_str(f"ELBO {-statistics.fmean(recent[half:]):.3f}, trend {trend:+.3f}")

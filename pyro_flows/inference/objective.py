@@ -125,7 +125,8 @@ class Objective:
         num_items: Size of the largest latent site at hand.
         vectorized: Whether particles can be drawn in one run.
         trains_model: Whether the model has parameters of its own.
-        parameters: Unconstrained leaves of the guide's and the model's parameters, or one vector of those in use.
+        leaves: Unconstrained leaves of the guide's and the model's parameters.
+        parameters: The same; or, once a step is recorded, one vector of those in use.
     """
 
     def __init__(self, model: Callable[..., Any], guide: Callable[..., Any], batches: Batches) -> None:
@@ -150,7 +151,8 @@ class Objective:
         of_guide = leaves_of(guide, args, kwargs)
         of_model = leaves_of(poutine.replay(model, guide_trace), args, kwargs)
         self.trains_model = any(all(p is not q for q in of_guide) for p in of_model)
-        self.parameters = list({id(p): p for p in (*of_guide, *of_model)}.values())
+        self.leaves = list({id(p): p for p in (*of_guide, *of_model)}.values())
+        self.parameters = self.leaves
         self._flat: FlatParameter | None = None
         self._graph: LossGraph | None = None
 
@@ -191,7 +193,7 @@ class Objective:
         args, kwargs = self.batches.first
         loss = self._loss(elbo, "differentiable_loss")
         with torch.random.fork_rng():
-            leaves = used_leaves(loss, self.parameters, args, kwargs)
+            leaves = used_leaves(loss, self.leaves, args, kwargs)
             flat = FlatParameter(leaves)
             try:
                 self._graph = LossGraph(loss, flat, args, kwargs)

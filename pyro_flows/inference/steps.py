@@ -40,7 +40,8 @@ COMPILED_SAVES = 0.85
 # Seconds that the compiler takes for an operation of the graph, about, on a machine of two cores.
 COMPILE_SECONDS = 0.03
 
-Point = dict[Tensor, Tensor]
+# Values of the objective's leaves, in order.
+Point = list[Tensor]
 
 
 class Trainer:
@@ -123,32 +124,38 @@ class Trainer:
 
     def snapshot(self) -> Point:
         """A copy of all parameters."""
-        return {p: p.detach().clone() for p in self._parameters}
+        return [leaf.detach().clone() for leaf in self.objective.leaves]
 
     @torch.no_grad()
     def restore(self, point: Point) -> None:
         """Go back to a snapshot."""
-        for parameter, value in point.items():
-            parameter.copy_(value)
+        for leaf, value in zip(self.objective.leaves, point, strict=True):
+            leaf.copy_(value)
 
-    def cycle(self, length: int, rate: float, after_step: Callable[[], None]) -> None:
+    def cycle(self, length: int, rate: float, after_step: Callable[[int], None], first: int = 0) -> None:
         """So many steps, with a rate that rises to ``rate`` and falls to a hundredth of it.
+
+        Args:
+            length: Number of steps.
+            rate: The highest rate.
+            after_step: Is told how many steps of the cycle are done.
+            first: Where the cycle goes on, if it was broken off.
 
         Raises:
             RuntimeError: If none of the first steps ever has a finite loss.
         """
         best_loss, best_spread, best_point = math.inf, 0.0, self.snapshot()
         optimizers = self._fresh_optimizers()
-        first = len(self.losses)
-        for step in range(length):
-            if step in (0, TIMED) and self._considers_compiling(length - step):
+        begun = len(self.losses)
+        for step in range(first, length):
+            if step in (first, first + TIMED) and self._considers_compiling(length - step):
                 optimizers = self._fresh_optimizers()
             begin = time.perf_counter()
             self._step(optimizers, rate * _schedule(step / length))
             self._seconds.append(time.perf_counter() - begin)
-            after_step()
+            after_step(step + 1)
             if step % WINDOW == WINDOW - 1:
-                window = self.losses[max(first, len(self.losses) - WINDOW) :]
+                window = self.losses[max(begun, len(self.losses) - WINDOW) :]
                 loss = statistics.fmean(window) if window else math.inf
                 spread = statistics.stdev(window) if len(window) > 1 else 0.0
                 if loss < best_loss:
