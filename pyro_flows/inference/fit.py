@@ -101,6 +101,7 @@ def fit(
     num_steps: int | None = None,
     num_particles: int | None = None,
     learning_rate: float | None = None,
+    anneal: bool = False,
     compile: bool | str = "auto",
     progress: bool = True,
     seed: int | None = None,
@@ -127,6 +128,8 @@ def fit(
         num_steps: Number of steps, >= 1; None stops by the rule above, after 8000 at most.
         num_particles: Draws a step, >= 1.
         learning_rate: Peak rate of Adam, > 0.
+        anneal: Whether to flatten the log joint at first, for a posterior of several modes: the guide sees them all
+            before it settles. There is no warm start then, which would choose one.
         compile: Whether to compile a step (see :class:`CompiledSVI`): True, False, or ``"auto"``, where eager steps
             would take longer than the compiler does.
         progress: Whether to show a bar.
@@ -162,7 +165,7 @@ def fit(
             torch.default_generator.manual_seed(seed)
         batches = Batches(args, kwargs)
         record = Checkpoint(checkpoint)
-        warm = not record.exists and _warm_start(guide, batches, progress=progress)
+        warm = not (anneal or record.exists) and _warm_start(guide, batches, progress=progress)
         objective = Objective(model, guide, batches)
         if num_particles is None:
             num_particles = PARTICLES_MINIBATCH if objective.subsampled else PARTICLES_VECTORIZED
@@ -171,7 +174,7 @@ def fit(
         rate = learning_rate or _default_rate(guide, warm=warm)
         with sparse_tables(guide, enabled=objective.subsampled) as tables:
             trainer = Trainer(objective, num_particles, rate, tables, compile)
-            run = Run(trainer, num_steps, record, progress=progress)
+            run = Run(trainer, num_steps, record, anneal=anneal, progress=progress)
             try:
                 kept, best = run.finish(run.train())
             finally:

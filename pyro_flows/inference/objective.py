@@ -125,6 +125,7 @@ class Objective:
         num_items: Size of the largest latent site at hand.
         vectorized: Whether particles can be drawn in one run.
         trains_model: Whether the model has parameters of its own.
+        power: What the log joint is multiplied by in gradients, an inverse temperature; 1 is the model itself.
         leaves: Unconstrained leaves of the guide's and the model's parameters.
         parameters: The same; or, once a step is recorded, one vector of those in use.
     """
@@ -151,6 +152,7 @@ class Objective:
         of_guide = leaves_of(guide, args, kwargs)
         of_model = leaves_of(poutine.replay(model, guide_trace), args, kwargs)
         self.trains_model = any(all(p is not q for q in of_guide) for p in of_model)
+        self.power = 1.0
         self.leaves = list({id(p): p for p in (*of_guide, *of_model)}.values())
         self.parameters = self.leaves
         self._flat: FlatParameter | None = None
@@ -170,7 +172,8 @@ class Objective:
     def _loss(self, elbo: Trace_ELBO | TraceEnum_ELBO, name: str) -> Callable[..., Any]:
         """A method of the loss with the model and the guide filled in."""
         centered = self.subsampled and elbo.vectorize_particles
-        return partial(getattr(elbo, name), self.model, _Centered()(self.guide) if centered else self.guide)
+        model = self.model if self.power == 1.0 else poutine.scale(self.model, scale=self.power)
+        return partial(getattr(elbo, name), model, _Centered()(self.guide) if centered else self.guide)
 
     def gradient(self, elbo: Trace_ELBO | TraceEnum_ELBO) -> float:
         """Loss of the next mini-batch; its gradient is left in the ``grad`` of :attr:`parameters`, which has none."""

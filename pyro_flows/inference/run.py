@@ -19,8 +19,8 @@ from pyro_flows.inference.steps import Trainer
 __all__ = ["Run"]
 
 # A run is a few cycles, in each of which the rate falls to a hundredth; the next one is as long as all before it. With
-# mini-batches the first is longer, to get rid of the noise that it begins with.
-CYCLE, CYCLE_MINIBATCH = 250, 1000
+# mini-batches the first is longer, to get rid of the noise that it begins with; annealed, to have time to cool.
+CYCLE, CYCLE_LONG = 250, 1000
 MAX_STEPS = 8000
 # Steps before a cycle that gains nothing is the last.
 PATIENCE = 500
@@ -39,6 +39,7 @@ class Run:
         trainer: Makes the steps.
         num_steps: Number of steps, in one cycle; None stops by itself.
         checkpoint: Where to go on from, and to write to.
+        anneal: Whether the first cycle begins with a flattened log joint.
         progress: Whether to show a bar.
 
     Attributes:
@@ -46,13 +47,17 @@ class Run:
         reason: Why it stopped.
     """
 
-    def __init__(self, trainer: Trainer, num_steps: int | None, checkpoint: Checkpoint, *, progress: bool) -> None:
+    def __init__(
+        self, trainer: Trainer, num_steps: int | None, checkpoint: Checkpoint, *, anneal: bool, progress: bool
+    ) -> None:
         self.trainer = trainer
         self.objective = trainer.objective
         self.checkpoint = checkpoint
+        self.anneal = anneal
         self.progress = progress
         self.num_steps = num_steps
-        self.lengths = [num_steps or (CYCLE_MINIBATCH if self.objective.subsampled else CYCLE)]
+        first = CYCLE_LONG if self.objective.subsampled or anneal else CYCLE
+        self.lengths = [num_steps or first]
         while num_steps is None and sum(self.lengths) < MAX_STEPS:
             self.lengths.append(sum(self.lengths))
         # With mini-batches the same noise each time: differences between estimates would drown any gain.
@@ -91,7 +96,13 @@ class Run:
         """Run to the end, or until Ctrl-C; returns whether the trained point has to be compared with the start."""
         objective, trainer = self.objective, self.trainer
         judged = self.num_steps is None and not objective.trains_model
-        if judged and not self.reason and self.start_is_best and self.start_estimate.variance / 2 < NEGLIGIBLE_GAP:
+        if (
+            judged
+            and not self.anneal
+            and not self.reason
+            and self.start_is_best
+            and self.start_estimate.variance / 2 < NEGLIGIBLE_GAP
+        ):
             self.reason = "the start is the posterior, as far as its draws can tell"
         try:
             while not self.reason:
@@ -117,10 +128,16 @@ class Run:
             disable=not self.progress,
             mininterval=0.5,
         ) as bar:
-            trainer.cycle(length, self.rate, lambda step: self._advance(bar, step), self.step)
+            trainer.cycle(
+                length,
+                self.rate,
+                lambda step: self._advance(bar, step),
+                first=self.step,
+                anneal=self.anneal and self.cycle == 0,
+            )
         now = objective.estimate(self.seed)
         gain, error = now.gain_over(self.best)
-        if objective.trains_model or objective.prefers(now, self.best):
+        if objective.trains_model or objective.prefers(now, self.best) or (self.anneal and self.cycle == 0):
             self._keep(now)
         if judged and now.variance / 2 < NEGLIGIBLE_GAP:
             self.reason = f"the log weights of its draws vary by {math.sqrt(now.variance):.3f} nats, next to nothing"

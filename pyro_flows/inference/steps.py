@@ -32,6 +32,8 @@ BETAS = (0.9, 0.99)
 # their size. A row is seen once in a pass; by the sign of its gradient it would never come to rest.
 TABLE_EPS = 0.1
 MAX_FAILURES = 10
+# Temperature at which annealing begins.
+HOTTEST = 30.0
 # Steps after which eager ones are timed. A step is recorded if eager steps would go on for so many seconds; that takes
 # a second or two and saves a quarter of the time. Compiling saves most of it.
 TIMED = 20
@@ -132,7 +134,9 @@ class Trainer:
         for leaf, value in zip(self.objective.leaves, point, strict=True):
             leaf.copy_(value)
 
-    def cycle(self, length: int, rate: float, after_step: Callable[[int], None], first: int = 0) -> None:
+    def cycle(
+        self, length: int, rate: float, after_step: Callable[[int], None], *, first: int = 0, anneal: bool = False
+    ) -> None:
         """So many steps, with a rate that rises to ``rate`` and falls to a hundredth of it.
 
         Args:
@@ -140,6 +144,7 @@ class Trainer:
             rate: The highest rate.
             after_step: Is told how many steps of the cycle are done.
             first: Where the cycle goes on, if it was broken off.
+            anneal: Whether the log joint is flattened at first, by a temperature that falls to 1 in half of the steps.
 
         Raises:
             RuntimeError: If none of the first steps ever has a finite loss.
@@ -148,8 +153,10 @@ class Trainer:
         optimizers = self._fresh_optimizers()
         begun = len(self.losses)
         for step in range(first, length):
-            if step in (first, first + TIMED) and self._considers_compiling(length - step):
+            if not anneal and step in (first, first + TIMED) and self._considers_compiling(length - step):
                 optimizers = self._fresh_optimizers()
+            if anneal:
+                self.objective.power = min(1.0, HOTTEST ** (2 * step / length - 1))
             begin = time.perf_counter()
             self._step(optimizers, rate * _schedule(step / length))
             self._seconds.append(time.perf_counter() - begin)
@@ -160,7 +167,7 @@ class Trainer:
                 spread = statistics.stdev(window) if len(window) > 1 else 0.0
                 if loss < best_loss:
                     best_loss, best_spread, best_point = loss, spread, self.snapshot()
-                elif not loss < best_loss + TOLERANCE * best_spread + 1.0:
+                elif not anneal and not loss < best_loss + TOLERANCE * best_spread + 1.0:
                     self.restore(best_point)
                     optimizers = self._fresh_optimizers()
                     self.rollbacks += 1
