@@ -34,10 +34,10 @@ TABLE_EPS = 0.1
 MAX_FAILURES = 10
 # Temperature at which annealing begins.
 HOTTEST = 30.0
-# Steps after which eager ones are timed. A step is recorded if eager steps would go on for so many seconds; that takes
-# a second or two and saves a quarter of the time. Compiling saves most of it.
+# Steps after which eager ones are timed. Recording takes as long as a hundred of them, and saves a quarter of each later
+# one: it is done if at least so many go on for so many seconds. Compiling saves most of it.
 TIMED = 20
-WORTH_RECORDING = 10.0
+WORTH_RECORDING, WORTH_SECONDS = 500, 10.0
 COMPILED_SAVES = 0.85
 # Seconds that the compiler takes for an operation of the graph, about, on a machine of two cores.
 COMPILE_SECONDS = 0.03
@@ -105,7 +105,7 @@ class Trainer:
         if self._compile is False or (self._compile == "auto" and len(self._seconds) < TIMED // 2):
             return False
         ahead = steps_left * statistics.median(self._seconds) if self._seconds else math.inf
-        if self._compile == "auto" and ahead < WORTH_RECORDING:
+        if self._compile == "auto" and (steps_left < WORTH_RECORDING or ahead < WORTH_SECONDS):
             return False
         asked, self._compile = self._compile is True, False
         try:

@@ -75,7 +75,10 @@ def funnel(dim: int) -> None:
 def mixture(apart: float) -> None:
     """Two normals."""
     components = dist.Normal(torch.tensor([-apart, apart]), 1.0)
-    pyro.sample("z", dist.MixtureSameFamily(dist.Categorical(torch.tensor([0.3, 0.7])), components))
+    target = dist.MixtureSameFamily(dist.Categorical(torch.tensor([0.3, 0.7])), components)
+    prior = dist.Normal(0.0, 10.0)  # a mixture itself has a support that no guide of Pyro's knows
+    z = pyro.sample("z", prior)
+    pyro.factor("mixture", target.log_prob(z) - prior.log_prob(z))
 
 
 def logistic(dim: int, rows: int, separation: float) -> Model:
