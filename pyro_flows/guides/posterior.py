@@ -61,7 +61,7 @@ class Posterior(nn.Module):
             table = _subtable(trace, outside)
             # A single global under a family of two dimensions or more: as in `FlowSpec.build_local`.
             small = bool(tables) and table.latent_dim < spec.min_dim
-            joint_spec = DiagonalNormal() if small else spec
+            joint_spec = DiagonalNormal(base=spec.base) if small else spec
             prior = read_joint_prior(model, args, kwargs, table) if joint_spec.knows_priors else None
             self.joint = JointBlock(table, joint_spec, init_scale, prior=prior)
         self.encoders = nn.ModuleDict({_key((plate,)): Encoder(plate, f) for plate, f in amortize.items()})
@@ -177,8 +177,9 @@ class Posterior(nn.Module):
             count = min(step, num_samples - start)
             latents: Latents = {}
             if self.joint is not None:
-                zeros = self.joint.flow.base_dist.mean
-                joint = self.joint.flow.transform.condition(None)(_noise(zeros.expand(count, -1), generator))
+                flow = self.joint.flow
+                like = self.joint.table.init_loc.new_zeros(()).expand(count, self.latent_dim)
+                joint = flow.transform.condition(None)(flow.base.sample(like, generator))
                 latents[()] = joint.reshape((count,) + (1,) * self._rank + joint.shape[-1:])
             for block in self.blocks():
                 own = items[block.table.names]
@@ -204,7 +205,7 @@ class Posterior(nn.Module):
         if len(lead) <= items.dim() - 1:  # nothing that was drawn is given: all draws share the context
             lead = torch.Size((count,) + (1,) * (self._rank - len(lead)) + tuple(lead))
         like = items.new_zeros(()).expand((*lead, block.table.item_dim))
-        value: Tensor = distribution.transforms[0](_noise(like, generator))
+        value: Tensor = distribution.transforms[0](block.flow.base.sample(like, generator))
         return value
 
     def _values(self, draws: Latents) -> dict[str, Tensor]:
@@ -250,7 +251,7 @@ class Posterior(nn.Module):
         if self.joint is not None:
             packed, ladj = self.joint.table.pack({site.name: values[site.name] for site in self.joint.table})
             distribution = self.joint.distribution(path_gradient=False)
-            total = distribution.log_prob(packed.to(distribution.base_dist.mean)) + ladj
+            total = distribution.log_prob(packed.to(self.joint.flow.head.raw.value)) + ladj
             latents[()] = packed.reshape(packed.shape[:-1] + (1,) * rank + packed.shape[-1:])
         for block in self.blocks():
             own = self._full_items(block, args, kwargs)
@@ -307,12 +308,3 @@ def _narrow(value: Tensor, axis: int, first: int, length: int) -> Tensor:
     if value.dim() < -axis or value.shape[axis] == 1:
         return value
     return value.narrow(axis, first, min(length, value.shape[axis] - first))
-
-
-def _noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard normal noise of a tensor's shape; with a generator, symmetric along the first dimension."""
-    if generator is None:
-        return torch.randn_like(like, memory_format=torch.contiguous_format)
-    shape = (len(like) // 2, *like.shape[1:])
-    half = torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
-    return torch.cat([half, -half, torch.zeros_like(like[: len(like) % 2])])
