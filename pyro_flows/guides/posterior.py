@@ -10,7 +10,8 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
-from pyro_flows.flows import DiagonalNormal, FlowSpec
+from pyro_flows.flows import DiagonalNormal, FlowSpec, Mixture
+from pyro_flows.flows.bases import resolve_base
 from pyro_flows.guides.amortize import Encoder, probe
 from pyro_flows.guides.joint import JointBlock
 from pyro_flows.guides.local import LocalBlock
@@ -55,6 +56,13 @@ class Posterior(nn.Module):
         super().__init__()
         sites = SiteTable.from_trace(trace)
         outside, tables = partition(sites, local)
+        if tables and isinstance(resolve_base("AutoFlowGuide", spec.base), Mixture):
+            plates = " and ".join(f"'{name}'" for name in tables[0].names)
+            raise NotImplementedError(
+                f"AutoFlowGuide: expected a normal or Student-t base, since site '{tables[0].sites[0].name}' in plate "
+                f"{plates} has a flow of its own for each item, but got {spec.base!r}. Leave base out, or run the "
+                'model on its full plates and write AutoFlowGuide(model, flow=..., structure="joint").'
+            )
         self.order = tuple(site.name for site in sites)
         self.joint: JointBlock | None = None
         if outside:
@@ -178,7 +186,7 @@ class Posterior(nn.Module):
             latents: Latents = {}
             if self.joint is not None:
                 flow = self.joint.flow
-                like = self.joint.table.init_loc.new_zeros(()).expand(count, self.latent_dim)
+                like = flow.head.raw.value.new_zeros(()).expand(count, self.latent_dim)
                 joint = flow.transform.condition(None)(flow.base.sample(like, generator))
                 latents[()] = joint.reshape((count,) + (1,) * self._rank + joint.shape[-1:])
             for block in self.blocks():
