@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from pyro_flows.flows import Flow, FlowDistribution, FlowSpec
-from pyro_flows.flows.bases import MixtureBase
+from pyro_flows.flows.bases import MixtureBase, StudentTBase
 from pyro_flows.guides.log_joint import LogJoint
 from pyro_flows.guides.mixture_start import best_mixture
 from pyro_flows.guides.prior import LinearPrior
+from pyro_flows.guides.tail_start import fit_tails
 from pyro_flows.guides.warm_start import (
     MANY_ROWS,
     SCORE_DRAWS,
@@ -102,9 +103,9 @@ class JointBlock(nn.Module):
             head.initialize(*standard)
 
     def warm_start(self, log_joint: LogJoint, init_scale: float) -> None:
-        """Find a good Gaussian for a target, or with a mixture as base a good mixture, and start there.
+        """Find a good Gaussian for a target and start there; on another base, at what that can do.
 
-        See :func:`best_gaussian` and :func:`best_mixture`.
+        See :func:`best_gaussian`, :func:`best_mixture` and :func:`fit_tails`.
         """
         correlated = self.flow.whitening is not None
         found = best_gaussian(log_joint, self.table.init_loc, init_scale, correlated=correlated)
@@ -120,6 +121,8 @@ class JointBlock(nn.Module):
                 return
         if not pooled > found.elbo:
             self.start(found.loc, found.factor)
+        if isinstance(base, StudentTBase) and log_joint.is_vectorized and log_joint.rows < MANY_ROWS:
+            fit_tails(log_joint, self.flow)
 
     def _pool(self, log_joint: LogJoint, head: PriorPooling, found: Gaussian) -> float:
         """Let the head's priors have their share, on fixed draws; returns the ELBO.
