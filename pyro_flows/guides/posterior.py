@@ -170,8 +170,8 @@ class Posterior(nn.Module):
             num_samples: Number of draws S.
             args: The model's arguments, for encoders.
             kwargs: Likewise.
-            repeatable: Use noise that is the same at each call and, but for a mixture, symmetric about zero, so that
-                summaries repeat, leave the global random state alone, and have an exact median where the flow is affine.
+            repeatable: Use noise that is the same at each call and (but for a mixture) symmetric about zero, so that
+                summaries repeat, leave the global random state alone, and have an exact median where a flow is affine.
 
         Returns:
             ``(S, latent_dim)`` under ``()``, and ``(S, *lead, item_dim)`` under each local block's plates.

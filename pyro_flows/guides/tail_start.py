@@ -18,6 +18,7 @@ NUM_STEPS, NUM_DRAWS, RATE = 200, 64, 0.03
 SCORE_DRAWS = 512
 
 
+@torch.enable_grad()
 def fit_tails(log_joint: LogJoint, flow: Flow) -> None:
     """Train base and head alone, in place, on path gradients; undone where the ELBO does not rise.
 
@@ -49,7 +50,6 @@ def fit_tails(log_joint: LogJoint, flow: Flow) -> None:
             part.load_state_dict(state)
 
 
-@torch.enable_grad()
 def _terms(log_joint: LogJoint, flow: Flow, count: int) -> Tensor:
     """Log weights of so many draws, ``(count,)``, with path gradients."""
     distribution = flow()
