@@ -138,28 +138,25 @@ class DiagonalNormalMixture(dist.TorchDistribution):  # type: ignore[misc]
         standard, _ = self._standard(value)
         return -(self._joint(value).softmax(-1).unsqueeze(-1) * standard / self.scales).sum(-2)
 
-    @torch.no_grad()
     def pick(self, noise: Tensor, which: Tensor) -> Tensor:
         """Draws of given components, ``(..., D)``, from standard normal noise and indices, ``(...)``."""
         return self.locs[which] + self.scales[which] * noise
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        # Detached rather than under no_grad, which torch.jit.trace does not take down.
+        fixed = DiagonalNormalMixture(*(p.detach() for p in (self.locs, self.scales, self.logits)), self.batch_shape)
         shape = self._extended_shape(sample_shape)
-        with torch.no_grad():
-            rows = torch.multinomial(self.logits.softmax(-1), shape[:-1].numel(), replacement=True)
-            noise = torch.randn(shape, dtype=self.locs.dtype, device=self.locs.device)
-            value = self.pick(noise, rows.reshape(shape[:-1]))
+        rows = torch.multinomial(fixed.logits.softmax(-1), shape[:-1].numel(), replacement=True)
+        noise = torch.randn(shape, dtype=self.locs.dtype, device=self.locs.device)
+        value = fixed.pick(noise, rows.reshape(shape[:-1]))
         if not (torch.is_grad_enabled() and any(p.requires_grad for p in (self.locs, self.scales, self.logits))):
             return value
-        with torch.no_grad():
-            share = self._joint(value).softmax(-1)
-            standard, _ = self._standard(value)
-            in_scale = share.unsqueeze(-1) * standard
-            in_logits = self._weight_velocity(value)
+        share = fixed._joint(value).softmax(-1)
+        in_scales = share.unsqueeze(-1) * fixed._standard(value)[0]
+        in_logits = fixed._weight_velocity(value)
         # Zeros whose derivative is one: the value is the draw, and its derivatives are the velocities.
         locs, scales, logits = (p - p.detach() for p in (self.locs, self.scales, self.logits))
-        moved = share @ locs + (in_scale * scales).sum(-2) + (in_logits * logits.unsqueeze(-1)).sum(-2)
-        return value + moved
+        return value + share @ locs + (in_scales * scales + in_logits * logits.unsqueeze(-1)).sum(-2)
 
     def _weight_velocity(self, value: Tensor) -> Tensor:
         """Derivatives of a draw in the logits, ``(..., K, D)``."""
@@ -180,9 +177,8 @@ def base_score(base_dist: Any, eps: Tensor) -> Tensor:
     inner = base_dist.base_dist if isinstance(base_dist, dist.Independent) else base_dist
     eps = eps.detach()
     if hasattr(inner, "score"):
-        with torch.no_grad():
-            score: Tensor = inner.score(eps)
-            return score
+        score: Tensor = inner.score(eps).detach()
+        return score
     with torch.enable_grad():
         leaf = eps.requires_grad_()
         return torch.autograd.grad(base_dist.log_prob(leaf).sum(), leaf)[0]
