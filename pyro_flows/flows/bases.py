@@ -70,9 +70,9 @@ class DiagonalNormalMixture(dist.TorchDistribution):  # type: ignore[misc]
     coincide, and, since all densities are logarithms, many dimensions.
 
     Warning:
-        Where components are far apart, hardly any draw is where the mass of a weight moves: single gradients of weights
-        are next to nothing, and rare ones large. Weights have to start where they should be, as
-        ``AutoFlowGuide.warm_start`` lets them.
+        Where components are far apart, hardly any draw is where the mass of a weight moves: most gradients of weights are
+        next to nothing, and rare ones large. Weights have to be right before, as ``AutoFlowGuide.warm_start`` makes
+        them.
 
     Shape:
         - event shape: ``(D,)``.

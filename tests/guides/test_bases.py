@@ -170,6 +170,22 @@ def test_modes_of_other_widths_and_weights(flow: type[flows.FlowSpec]) -> None:
     torch.testing.assert_close(found, weights.sort().values, atol=0.01, rtol=0.0)
 
 
+def test_weights_of_modes_that_are_not_normal() -> None:
+    """Their normals alone say 0.67."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 8.0).mask(False))
+        skew = dist.Gumbel(0.0, 1.0).log_prob(z) + torch.tensor(0.4).log()
+        heavy = dist.StudentT(6.0, 12.0, 0.7).log_prob(z) + torch.tensor(0.6).log()
+        pyro.factor("target", torch.logaddexp(skew, heavy))
+
+    guide = AutoFlowGuide(model, flow=flows.Auto(base="mixture")).warm_start()
+    values, _ = log_weights(model, guide, 10_000)
+    assert values.mean() > -0.01 - 3 * values.std() / 10_000**0.5
+    share = (guide.sample_posterior(10_000)["z"] > 6.0).double().mean()
+    assert (share - 0.6).abs() < 0.03 + 3 * (0.24 / 10_000) ** 0.5
+
+
 def test_a_single_mode_gets_the_gaussian() -> None:
     """Components that are left over do no harm."""
 
