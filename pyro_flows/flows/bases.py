@@ -70,8 +70,8 @@ class DiagonalNormalMixture(dist.TorchDistribution):  # type: ignore[misc]
     coincide, and, since all densities are logarithms, many dimensions.
 
     Warning:
-        Where components are far apart, hardly any draw is where the mass of a weight moves: most gradients of weights are
-        next to nothing, and rare ones large. Weights have to be right before, as ``AutoFlowGuide.warm_start`` makes
+        Where components are far apart, hardly any draw is where the mass of a weight moves: most gradients of weights
+        are next to nothing, and rare ones large. They have to be right before, as ``AutoFlowGuide.warm_start`` makes
         them.
 
     Shape:
@@ -144,7 +144,8 @@ class DiagonalNormalMixture(dist.TorchDistribution):  # type: ignore[misc]
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         # Detached rather than under no_grad, which torch.jit.trace does not take down.
-        fixed = DiagonalNormalMixture(*(p.detach() for p in (self.locs, self.scales, self.logits)), self.batch_shape)
+        locs, scales, logits = (p.detach() for p in (self.locs, self.scales, self.logits))
+        fixed = DiagonalNormalMixture(locs, scales, logits, self.batch_shape)
         shape = self._extended_shape(sample_shape)
         rows = torch.multinomial(fixed.logits.softmax(-1), shape[:-1].numel(), replacement=True)
         noise = torch.randn(shape, dtype=self.locs.dtype, device=self.locs.device)
@@ -155,7 +156,7 @@ class DiagonalNormalMixture(dist.TorchDistribution):  # type: ignore[misc]
         in_scales = share.unsqueeze(-1) * fixed._standard(value)[0]
         in_logits = fixed._weight_velocity(value)
         # Zeros whose derivative is one: the value is the draw, and its derivatives are the velocities.
-        locs, scales, logits = (p - p.detach() for p in (self.locs, self.scales, self.logits))
+        locs, scales, logits = self.locs - locs, self.scales - scales, self.logits - logits
         return value + share @ locs + (in_scales * scales + in_logits * logits.unsqueeze(-1)).sum(-2)
 
     def _weight_velocity(self, value: Tensor) -> Tensor:
