@@ -9,10 +9,10 @@ from typing import Any
 __all__ = ["check_choice", "check_int", "check_positive", "check_sizes"]
 
 
-def check_positive(owner: str, name: str, value: Any) -> None:
-    """Raise ValueError unless ``value`` is a number > 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        raise ValueError(f"{owner}: expected {name} to be a number > 0, but got {value!r}.")
+def check_positive(owner: str, name: str, value: Any, low: float = 0) -> None:
+    """Raise ValueError unless ``value`` is a number > 0, or > ``low``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > low:
+        raise ValueError(f"{owner}: expected {name} to be a number > {low:g}, but got {value!r}.")
 
 
 def check_int(owner: str, name: str, value: Any, low: int, high: int | None = None) -> None:

@@ -3,6 +3,7 @@
 
 from pyro_flows.flows.affine import DiagonalNormal, FullRankNormal, LowRankNormal
 from pyro_flows.flows.base import Flow, FlowDistribution, FlowSpec
+from pyro_flows.flows.bases import Mixture, StudentT
 from pyro_flows.flows.block_autoregressive import BlockNAF
 from pyro_flows.flows.custom import CustomFlow
 from pyro_flows.flows.householder import HouseholderFlow
@@ -34,12 +35,14 @@ __all__ = [
     "FullRankNormal",
     "HouseholderFlow",
     "LowRankNormal",
+    "Mixture",
     "PlanarFlow",
     "RadialFlow",
     "RealNVP",
     "SiteOrdered",
     "SplineAutoregressiveFlow",
     "SplineCoupling",
+    "StudentT",
     "SylvesterFlow",
     "get",
     "names",

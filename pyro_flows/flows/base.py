@@ -16,6 +16,7 @@ from pyro.distributions.score_parts import ScoreParts
 from torch import Tensor, nn
 
 from pyro_flows._checks import check_choice, check_int
+from pyro_flows.flows.bases import Base, BaseSpec, StandardNormal, base_score, resolve_base
 from pyro_flows.transforms import (
     AffineHead,
     BoundTransform,
@@ -37,7 +38,7 @@ HEADS = ("diagonal", "low_rank", "full_rank")
 
 
 class FlowDistribution(dist.TransformedDistribution):
-    r"""Standard normal noise through a flow.
+    r"""Noise through a flow: standard normal, or another base's.
 
     ``log_prob`` is the ordinary density, differentiable in the value and in the parameters. What Pyro's ELBOs take
     their gradient from is ``score_parts(value).entropy_term``; for this distribution's own draw it has the value
@@ -47,11 +48,11 @@ class FlowDistribution(dist.TransformedDistribution):
         \nabla_\theta = \Big(\frac{\partial z}{\partial \theta}\Big)^{\!\top} \nabla_z \log q(z),
 
     which leaves out the score term: its mean is zero, its variance is not, and without it the gradient of the ELBO
-    vanishes draw by draw where q is the posterior ("sticking the landing"). Any other value, such as a replayed one,
-    gets the ordinary density.
+    vanishes draw by draw where q is the posterior ("sticking the landing"). Parameters of the base count by the way
+    that they move the noise. Any other value, such as a replayed one, gets the ordinary density.
 
     Args:
-        base_dist: Noise with event shape ``(input_dim,)``; a standard normal.
+        base_dist: Noise with event shape ``(input_dim,)``; its draws have path derivatives.
         transform: The flow's map.
         context: Optional context, ``batch_shape + (context_dim,)``.
         path_gradient: Whether draws carry the path gradient. Needs grad mode; skipped under ``torch.no_grad()``
@@ -116,7 +117,7 @@ class FlowDistribution(dist.TransformedDistribution):
             scorable = self._bound.transform.one_pass_inverse and not self._given
             self._draw = (value, None, None) if scorable else None
             return value
-        value, score = self._bound.call_with_score(eps.requires_grad_(), -eps.detach())
+        value, score = self._bound.call_with_score(eps.requires_grad_(), base_score(self.base_dist, eps))
         if self._centered and self._bound.context is None and value.dim() > 1 and len(value) > 1:
             value = self._bound.replace_last(self._recentered(value))
         if self._given and sample_shape:  # one context for several draws: no score for each
@@ -128,8 +129,13 @@ class FlowDistribution(dist.TransformedDistribution):
     def _recentered(self, value: Tensor) -> Tensor:
         """See :meth:`centered`."""
         value.register_hook(lambda u: u - (u.sum(0, keepdim=True) - u) / (len(u) - 1))
-        half = torch.randn(MEAN_DRAWS // 2, value.shape[-1], dtype=value.dtype, device=value.device)
-        mean = self._bound.transform.forward_and_ladj(torch.cat([half, -half]))[0].mean(0)
+        if isinstance(getattr(self.base_dist, "base_dist", None), StandardNormal):
+            half = torch.randn(MEAN_DRAWS // 2, value.shape[-1], dtype=value.dtype, device=value.device)
+            eps = torch.cat([half, -half])
+        else:
+            rounds = math.ceil(MEAN_DRAWS / self.batch_shape.numel())
+            eps = self.base_dist.rsample(torch.Size([rounds])).reshape(-1, value.shape[-1])
+        mean = self._bound.transform.forward_and_ladj(eps)[0].mean(0)
         return value + (mean - mean.detach())
 
     def _score_in_context(self, eps: Tensor, value: Tensor, score: Tensor) -> Tensor | None:
@@ -167,7 +173,8 @@ class FlowDistribution(dist.TransformedDistribution):
         context = self._bound.context
         with _frozen(self._bound.transform) as transform:
             eps, ladj = transform.inverse_and_ladj(value, None if context is None else context.detach())
-        return self.base_dist.log_prob(eps) + ladj
+        path = (eps * base_score(self.base_dist, eps)).sum(-1)  # and nothing through parameters of the base
+        return self.base_dist.log_prob(eps).detach() + (path - path.detach()) + ladj
 
 
 class _Through(torch.autograd.Function):
@@ -206,6 +213,7 @@ class Flow(nn.Module):
         layers: Transforms from the base outwards; may be empty.
         head: The outermost trained transform, which is affine.
         whitening: What a warm start may put around it.
+        base: Where the noise comes from; None is a standard normal.
 
     Example:
         >>> from pyro_flows import flows
@@ -215,10 +223,17 @@ class Flow(nn.Module):
         (torch.Size([5, 3]), torch.Size([5]))
     """
 
-    def __init__(self, layers: Sequence[FlowTransform], head: AffineHead, whitening: Whitening | None = None) -> None:
+    def __init__(
+        self,
+        layers: Sequence[FlowTransform],
+        head: AffineHead,
+        whitening: Whitening | None = None,
+        base: Base | None = None,
+    ) -> None:
         super().__init__()
         self.input_dim = head.input_dim
         self.context_dim = head.context_dim
+        self.base = Base(head.input_dim) if base is None else base
         self.transform = Chain([*layers, head] if whitening is None else [*layers, head, whitening])
 
     @property
@@ -242,11 +257,9 @@ class Flow(nn.Module):
 
     @property
     def base_dist(self) -> dist.TorchDistribution:
-        """Standard normal noise of event shape ``(input_dim,)``, where the parameters live."""
-        reference = self.head.raw.value
-        zeros = reference.new_zeros(self.input_dim)
-        # Constants of ours: checking them at every step would cost more than drawing.
-        return dist.Normal(zeros, torch.ones_like(zeros), validate_args=False).to_event(1)
+        """Noise of event shape ``(input_dim,)``, where the parameters live."""
+        base_dist: dist.TorchDistribution = self.base(self.head.raw.value)
+        return base_dist
 
     def forward(
         self, context: Tensor | None = None, *, path_gradient: bool = True, given: tuple[Tensor, ...] = ()
@@ -282,6 +295,8 @@ class FlowSpec:
 
     Args:
         head: Outermost affine layer: ``"diagonal"``, ``"low_rank"`` or ``"full_rank"``.
+        base: Where the noise comes from: ``"normal"``; ``"student_t"`` or a :class:`~pyro_flows.flows.StudentT`, for
+            heavy tails; ``"mixture"`` or a :class:`~pyro_flows.flows.Mixture`, for several modes.
     """
 
     # What a family can do; documented in docs/choosing_a_flow.rst.
@@ -295,9 +310,11 @@ class FlowSpec:
     knows_priors: ClassVar[bool] = False
 
     head: str = "diagonal"
+    base: str | BaseSpec = "normal"
 
     def __post_init__(self) -> None:
         check_choice(type(self).__name__, "head", self.head, HEADS)
+        resolve_base(type(self).__name__, self.base)
 
     def layers(self, input_dim: int, context_dim: int) -> list[FlowTransform]:
         """The transforms between the noise and the head, base side first."""
@@ -325,7 +342,8 @@ class FlowSpec:
                 f"{owner}: expected input_dim >= {self.min_dim}, but got {input_dim}. "
                 'Use "spline" or "auto" for a single latent.'
             )
-        return Flow(self.layers(input_dim, context_dim), self._make_head(input_dim, context_dim))
+        head = self._make_head(input_dim, context_dim)
+        return Flow(self.layers(input_dim, context_dim), head, base=self._make_base(input_dim))
 
     def build_joint(
         self, block_sizes: Sequence[int], *, pooling: PriorPooling | None = None, whitening: Whitening | None = None
@@ -344,7 +362,7 @@ class FlowSpec:
         if pooling is not None and self.knows_priors and self.head == "diagonal":
             head = pooling
         assert isinstance(head, AffineHead)
-        return Flow(layers, head, whitening if self.correlates or self.head == "full_rank" else None)
+        return Flow(layers, head, whitening if self.correlates or self.head == "full_rank" else None, flow.base)
 
     def build_local(self, input_dim: int, given_dim: int, feature_dim: int, known: Tensor | None = None) -> Flow:
         """Make a flow for one item of a plate, with weights that all items share and a partially pooled head.
@@ -362,7 +380,10 @@ class FlowSpec:
         if self.head != "diagonal" and input_dim > 1:
             layers.append(self._make_head(input_dim, 0))
         head = PartialPooling(input_dim, given_dim=given_dim, feature_dim=feature_dim, known=known)
-        return Flow(layers, head)
+        return Flow(layers, head, base=self._make_base(input_dim))
+
+    def _make_base(self, input_dim: int) -> Base:
+        return resolve_base(type(self).__name__, self.base).build(input_dim)
 
     def _make_head(self, input_dim: int, context_dim: int) -> AffineHead:
         if self.head == "full_rank":

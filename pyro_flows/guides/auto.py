@@ -218,7 +218,7 @@ class AutoFlowGuide(StoredGuide):
         return self._joint.distribution(path_gradient=self.path_gradient)
 
     def get_base_dist(self) -> dist.TorchDistribution:
-        """Standard normal noise, event shape ``(latent_dim,)``."""
+        """The flow's noise, event shape ``(latent_dim,)``: a standard normal, or the spec's ``base``."""
         return self._joint.flow.base_dist
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
@@ -367,7 +367,7 @@ class AutoFlowGuide(StoredGuide):
         Taken in unconstrained space and mapped to the support, so that the result is on it. The standard error of
         the p-quantile is at most :math:`\sqrt{p (1 - p) / S} / f`, with :math:`f` the density there: for a normal 2 %
         of a standard deviation at the median and 4 % at 5 %, with the default number of draws. The noise is the same
-        at each call and symmetric, so results repeat and the median of a Gaussian guide is exact.
+        at each call and symmetric (as far as the base is), so results repeat and a Gaussian guide's median is exact.
 
         Args:
             quantiles: Probabilities in [0, 1].

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from pyro_flows.flows import Flow, FlowDistribution, FlowSpec
+from pyro_flows.flows.bases import MixtureBase, StudentTBase
+from pyro_flows.guides.base_start import fit_modes, fit_tails
 from pyro_flows.guides.log_joint import LogJoint
+from pyro_flows.guides.mixture_start import best_mixture
 from pyro_flows.guides.prior import LinearPrior
 from pyro_flows.guides.warm_start import (
     MANY_ROWS,
@@ -100,14 +103,29 @@ class JointBlock(nn.Module):
             head.initialize(*standard)
 
     def warm_start(self, log_joint: LogJoint, init_scale: float) -> None:
-        """Find a good Gaussian for a target and start there; see :func:`best_gaussian`."""
-        found = best_gaussian(log_joint, self.table.init_loc, init_scale, correlated=self.flow.whitening is not None)
-        head = self.flow.head
+        """Find a good Gaussian for a target and start there; on another base, at what that can do.
+
+        See :func:`best_gaussian`, :func:`best_mixture`, :func:`fit_modes` and :func:`fit_tails`.
+        """
+        cheap = log_joint.is_vectorized and log_joint.rows < MANY_ROWS
+        correlated = self.flow.whitening is not None
+        found = best_gaussian(log_joint, self.table.init_loc, init_scale, correlated=correlated)
+        head, base = self.flow.head, self.flow.base
         pooled = -math.inf
         if isinstance(head, PriorPooling) and log_joint.rows < MANY_ROWS:
             pooled = self._pool(log_joint, head, found)
+        if isinstance(base, MixtureBase):
+            mixture = best_mixture(log_joint, self.table.init_loc, len(base.locs), correlated=correlated)
+            if mixture is not None and mixture.elbo(log_joint) > max(pooled, found.elbo):
+                self.start(mixture.loc, mixture.factor)
+                base.set(mixture.locs, mixture.scales, mixture.weights)
+                if cheap and self.flow.transform.has_score:
+                    fit_modes(log_joint, self.flow)
+                return
         if not pooled > found.elbo:
             self.start(found.loc, found.factor)
+        if isinstance(base, StudentTBase) and cheap:
+            fit_tails(log_joint, self.flow)
 
     def _pool(self, log_joint: LogJoint, head: PriorPooling, found: Gaussian) -> float:
         """Let the head's priors have their share, on fixed draws; returns the ELBO.

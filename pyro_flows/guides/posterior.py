@@ -10,7 +10,8 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
-from pyro_flows.flows import DiagonalNormal, FlowSpec
+from pyro_flows.flows import DiagonalNormal, FlowSpec, Mixture
+from pyro_flows.flows.bases import resolve_base
 from pyro_flows.guides.amortize import Encoder, probe
 from pyro_flows.guides.joint import JointBlock
 from pyro_flows.guides.local import LocalBlock
@@ -55,13 +56,20 @@ class Posterior(nn.Module):
         super().__init__()
         sites = SiteTable.from_trace(trace)
         outside, tables = partition(sites, local)
+        if tables and isinstance(resolve_base("AutoFlowGuide", spec.base), Mixture):
+            plates = " and ".join(f"'{name}'" for name in tables[0].names)
+            raise NotImplementedError(
+                f"AutoFlowGuide: expected a normal or Student-t base, since site '{tables[0].sites[0].name}' in plate "
+                f"{plates} has a flow of its own for each item, but got {spec.base!r}. Leave base out, or run the "
+                'model on its full plates and write AutoFlowGuide(model, flow=..., structure="joint").'
+            )
         self.order = tuple(site.name for site in sites)
         self.joint: JointBlock | None = None
         if outside:
             table = _subtable(trace, outside)
             # A single global under a family of two dimensions or more: as in `FlowSpec.build_local`.
             small = bool(tables) and table.latent_dim < spec.min_dim
-            joint_spec = DiagonalNormal() if small else spec
+            joint_spec = DiagonalNormal(base=spec.base) if small else spec
             prior = read_joint_prior(model, args, kwargs, table) if joint_spec.knows_priors else None
             self.joint = JointBlock(table, joint_spec, init_scale, prior=prior)
         self.encoders = nn.ModuleDict({_key((plate,)): Encoder(plate, f) for plate, f in amortize.items()})
@@ -162,8 +170,8 @@ class Posterior(nn.Module):
             num_samples: Number of draws S.
             args: The model's arguments, for encoders.
             kwargs: Likewise.
-            repeatable: Use noise that is the same at each call and symmetric about zero, so that summaries repeat,
-                leave the global random state alone, and have an exact median where the flow is affine.
+            repeatable: Use noise that is the same at each call and (but for a mixture) symmetric about zero, so that
+                summaries repeat, leave the global random state alone, and have an exact median where a flow is affine.
 
         Returns:
             ``(S, latent_dim)`` under ``()``, and ``(S, *lead, item_dim)`` under each local block's plates.
@@ -177,8 +185,9 @@ class Posterior(nn.Module):
             count = min(step, num_samples - start)
             latents: Latents = {}
             if self.joint is not None:
-                zeros = self.joint.flow.base_dist.mean
-                joint = self.joint.flow.transform.condition(None)(_noise(zeros.expand(count, -1), generator))
+                flow = self.joint.flow
+                like = flow.head.raw.value.new_zeros(()).expand(count, self.latent_dim)
+                joint = flow.transform.condition(None)(flow.base.sample(like, generator))
                 latents[()] = joint.reshape((count,) + (1,) * self._rank + joint.shape[-1:])
             for block in self.blocks():
                 own = items[block.table.names]
@@ -204,7 +213,7 @@ class Posterior(nn.Module):
         if len(lead) <= items.dim() - 1:  # nothing that was drawn is given: all draws share the context
             lead = torch.Size((count,) + (1,) * (self._rank - len(lead)) + tuple(lead))
         like = items.new_zeros(()).expand((*lead, block.table.item_dim))
-        value: Tensor = distribution.transforms[0](_noise(like, generator))
+        value: Tensor = distribution.transforms[0](block.flow.base.sample(like, generator))
         return value
 
     def _values(self, draws: Latents) -> dict[str, Tensor]:
@@ -250,7 +259,7 @@ class Posterior(nn.Module):
         if self.joint is not None:
             packed, ladj = self.joint.table.pack({site.name: values[site.name] for site in self.joint.table})
             distribution = self.joint.distribution(path_gradient=False)
-            total = distribution.log_prob(packed.to(distribution.base_dist.mean)) + ladj
+            total = distribution.log_prob(packed.to(self.joint.flow.head.raw.value)) + ladj
             latents[()] = packed.reshape(packed.shape[:-1] + (1,) * rank + packed.shape[-1:])
         for block in self.blocks():
             own = self._full_items(block, args, kwargs)
@@ -307,12 +316,3 @@ def _narrow(value: Tensor, axis: int, first: int, length: int) -> Tensor:
     if value.dim() < -axis or value.shape[axis] == 1:
         return value
     return value.narrow(axis, first, min(length, value.shape[axis] - first))
-
-
-def _noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard normal noise of a tensor's shape; with a generator, symmetric along the first dimension."""
-    if generator is None:
-        return torch.randn_like(like, memory_format=torch.contiguous_format)
-    shape = (len(like) // 2, *like.shape[1:])
-    half = torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
-    return torch.cat([half, -half, torch.zeros_like(like[: len(like) % 2])])

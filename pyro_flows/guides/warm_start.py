@@ -13,7 +13,18 @@ from torch import Tensor
 from pyro_flows.guides.ascent import climb, local_factor
 from pyro_flows.guides.log_joint import LogJoint
 
-__all__ = ["MANY_ROWS", "SCORE_DRAWS", "Gaussian", "antithetic", "best_gaussian", "elbo_of", "fit_on_fixed_draws"]
+__all__ = [
+    "MANY_ROWS",
+    "SCORE_DRAWS",
+    "Gaussian",
+    "antithetic",
+    "best_gaussian",
+    "climbs",
+    "elbo_of",
+    "fit_on_fixed_draws",
+    "local_gaussians",
+    "scored",
+]
 
 # Climbs from around the start and from draws of the prior: where a draw is dear, and elsewhere.
 FEW_NEAR, FEW_PRIOR = 1, 1
@@ -95,15 +106,15 @@ def best_gaussian(log_joint: LogJoint, start: Tensor, init_scale: float, *, corr
     ones = torch.ones_like(start)
     own = Gaussian(start, init_scale * ones)
     found = [own]
-    for points in _climbs(log_joint, start):
+    for points in climbs(log_joint, start):
         found += [Gaussian(loc, scale * ones) for loc in points for scale in ISOTROPIC_SCALES]
-        found += _local(log_joint, points, correlated=correlated)
+        found += local_gaussians(log_joint, points, correlated=correlated)
     best = _best(log_joint, found)
     if best.factor.dim() == 1 and log_joint.rows < MANY_ROWS:
         fitted = [_mean_field(log_joint, begin) for begin in (own, best)]
         found = [best, *(gaussian for gaussian in fitted if gaussian is not None)]
         for gaussian in found[1:]:
-            found += _local(log_joint, gaussian.loc.unsqueeze(0), correlated=correlated)
+            found += local_gaussians(log_joint, gaussian.loc.unsqueeze(0), correlated=correlated)
         best = _best(log_joint, found)
     small = len(start) <= FULL_RANK_DIM and log_joint.rows < MANY_ROWS
     if correlated and small and not best.spread / 2 < GOOD_GAP:
@@ -117,10 +128,13 @@ def best_gaussian(log_joint: LogJoint, start: Tensor, init_scale: float, *, corr
     return best
 
 
-def _climbs(log_joint: LogJoint, start: Tensor) -> list[Tensor]:
-    """Points on the way up, ``(number of climbs, D)`` at each look."""
+def climbs(log_joint: LogJoint, start: Tensor, prior: int = PRIOR) -> list[Tensor]:
+    """Points on the way up, ``(number of climbs, D)`` at each look. From ``prior`` draws of the prior, if cheap.
+
+    The last look is at where they have arrived.
+    """
     many = log_joint.is_vectorized and log_joint.rows == 1
-    near, prior = (NEAR, PRIOR) if many else (FEW_NEAR, FEW_PRIOR)
+    near, prior = (NEAR, prior) if many else (FEW_NEAR, FEW_PRIOR)
     around = start + SPREAD * torch.randn(near, len(start), dtype=start.dtype, device=start.device)
     begins = torch.stack([start, *around, *(draw.to(start) for draw in log_joint.from_prior(prior))])
     begins = begins[begins.isfinite().all(-1)]
@@ -137,7 +151,7 @@ def _batched(log_joint: LogJoint) -> Callable[[Tensor], Tensor]:
     return lambda z: log_joint(z.squeeze(1)).unsqueeze(1)
 
 
-def _local(log_joint: LogJoint, points: Tensor, *, correlated: bool) -> list[Gaussian]:
+def local_gaussians(log_joint: LogJoint, points: Tensor, *, correlated: bool) -> list[Gaussian]:
     """Gaussians with the local curvature at each of ``(R, D)``."""
     if points.shape[-1] > HESSIAN_DIM:
         return []
@@ -149,11 +163,12 @@ def _local(log_joint: LogJoint, points: Tensor, *, correlated: bool) -> list[Gau
 
 def _best(log_joint: LogJoint, found: list[Gaussian]) -> Gaussian:
     """The highest ELBO, by a few draws of each and then by more of the best."""
-    ranked = sorted(_scored(log_joint, found, RANK_DRAWS), key=lambda gaussian: -gaussian.elbo)
-    return max(_scored(log_joint, ranked[:SHORT_LIST], SCORE_DRAWS), key=lambda gaussian: gaussian.elbo)
+    ranked = sorted(scored(log_joint, found, RANK_DRAWS), key=lambda gaussian: -gaussian.elbo)
+    return max(scored(log_joint, ranked[:SHORT_LIST], SCORE_DRAWS), key=lambda gaussian: gaussian.elbo)
 
 
-def _scored(log_joint: LogJoint, found: list[Gaussian], count: int) -> list[Gaussian]:
+def scored(log_joint: LogJoint, found: list[Gaussian], count: int) -> list[Gaussian]:
+    """Candidates with their ELBO and spread, from as many draws of each."""
     noise = antithetic(count, found[0].loc)
     draws = torch.cat([gaussian.push(noise) for gaussian in found])  # (candidates * count, D)
     energy = torch.cat([log_joint(part) for part in draws.split(log_joint.chunk)]).double().reshape(len(found), count)
