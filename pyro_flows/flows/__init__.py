@@ -2,10 +2,11 @@
 """L2. Flow families: recipes that build flows, by name or as a dataclass."""
 
 from pyro_flows.flows.affine import DiagonalNormal, FullRankNormal, LowRankNormal
-from pyro_flows.flows.base import Flow, FlowDistribution, FlowSpec
+from pyro_flows.flows.base import Flow, FlowSpec
 from pyro_flows.flows.bases import Mixture, StudentT
 from pyro_flows.flows.block_autoregressive import BlockNAF
 from pyro_flows.flows.custom import CustomFlow
+from pyro_flows.flows.distribution import FlowDistribution
 from pyro_flows.flows.householder import HouseholderFlow
 from pyro_flows.flows.iaf import IAF
 from pyro_flows.flows.maf import MAF

@@ -53,12 +53,19 @@ class Estimate(NamedTuple):
         return self.mean - other.mean, error if math.isfinite(error) else math.inf
 
 
-class _Centered(Messenger):
-    """Takes what a mini-batch does to all particles alike out of the gradients, as far as it is noise."""
+class _QuietParticles(Messenger):
+    """Takes noise out of gradients: draws are spread evenly over the particles, and what a mini-batch does to all
+    particles alike does not count, as far as it is noise."""
+
+    def __init__(self, *, centered: bool) -> None:
+        super().__init__()
+        self.centered = centered
 
     def _pyro_sample(self, msg: Any) -> None:
         if isinstance(msg["fn"], FlowDistribution):
-            msg["fn"] = msg["fn"].centered()
+            msg["fn"] = msg["fn"].stratified()
+            if self.centered:
+                msg["fn"] = msg["fn"].centered()
 
 
 class Batches:
@@ -171,9 +178,11 @@ class Objective:
 
     def _loss(self, elbo: Trace_ELBO | TraceEnum_ELBO, name: str) -> Callable[..., Any]:
         """A method of the loss with the model and the guide filled in."""
-        centered = self.subsampled and elbo.vectorize_particles
         model = self.model if self.power == 1.0 else poutine.scale(self.model, scale=self.power)
-        return partial(getattr(elbo, name), model, _Centered()(self.guide) if centered else self.guide)
+        guide = self.guide
+        if elbo.vectorize_particles:
+            guide = _QuietParticles(centered=self.subsampled)(guide)
+        return partial(getattr(elbo, name), model, guide)
 
     def gradient(self, elbo: Trace_ELBO | TraceEnum_ELBO) -> float:
         """Loss of the next mini-batch; its gradient is left in the ``grad`` of :attr:`parameters`, which has none."""

@@ -34,7 +34,7 @@ TABLE_EPS = 0.1
 MAX_FAILURES = 10
 # Temperature at which annealing begins.
 HOTTEST = 30.0
-# Steps after which eager ones are timed. Recording takes as long as a hundred of them, and saves a quarter of each later
+# Steps after which eager ones are timed. Recording takes as long as a hundred of them and saves a quarter of each later
 # one: it is done if at least so many go on for so many seconds. Compiling saves most of it.
 TIMED = 20
 WORTH_RECORDING, WORTH_SECONDS = 500, 10.0

@@ -195,7 +195,7 @@ def test_models_that_outer_plates_break_are_run_draw_by_draw() -> None:
 
 
 def test_a_start_that_training_does_not_beat_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["pyro_flows.inference.fit"], "NEGLIGIBLE_GAP", 0.0)
+    monkeypatch.setattr(sys.modules["pyro_flows.inference.run"], "NEGLIGIBLE_GAP", 0.0)
     guide = AutoFlowGuide(conjugate).warm_start(Y)
     before = {name: p.detach().clone() for name, p in guide.named_parameters()}
     result = fit(conjugate, guide, (Y,), num_steps=3, learning_rate=1.0, seed=0, progress=False)

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L2. The distribution that a flow gives (:class:`FlowDistribution`). The only file that knows how path gradients reach
+Pyro."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.score_parts import ScoreParts
+from torch import Tensor
+
+from pyro_flows.flows.bases import StandardNormal, StratifiedNormal, base_score
+from pyro_flows.transforms import BoundTransform, FlowTransform
+
+__all__ = ["FlowDistribution"]
+
+# Draws by which the mean of a flow is known, where gradients are centred.
+MEAN_DRAWS = 128
+
+
+class FlowDistribution(dist.TransformedDistribution):
+    r"""Noise through a flow: standard normal, or another base's.
+
+    ``log_prob`` is the ordinary density, differentiable in the value and in the parameters. What Pyro's ELBOs take
+    their gradient from is ``score_parts(value).entropy_term``; for this distribution's own draw it has the value
+    :math:`\log q(z)` and the *path* gradient
+
+    .. math::
+        \nabla_\theta = \Big(\frac{\partial z}{\partial \theta}\Big)^{\!\top} \nabla_z \log q(z),
+
+    which leaves out the score term: its mean is zero, its variance is not, and without it the gradient of the ELBO
+    vanishes draw by draw where q is the posterior ("sticking the landing"). Parameters of the base count by the way
+    that they move the noise. Any other value, such as a replayed one, gets the ordinary density.
+
+    Args:
+        base_dist: Noise with event shape ``(input_dim,)``; its draws have path derivatives.
+        transform: The flow's map.
+        context: Optional context, ``batch_shape + (context_dim,)``.
+        path_gradient: Whether draws carry the path gradient. Needs grad mode; skipped under ``torch.no_grad()``
+            and where ``transform.has_score`` is false.
+        given: Latents drawn before, of which the context is a function. The path gradient then counts how they steer
+            this density, and leaves out how parameters steer it by way of the context.
+
+    References:
+        Roeder, Wu, Duvenaud. Sticking the Landing. NeurIPS 2017. arXiv:1703.09194, eq. (8).
+    """
+
+    def __init__(
+        self,
+        base_dist: dist.TorchDistribution,
+        transform: FlowTransform,
+        context: Tensor | None = None,
+        path_gradient: bool = True,
+        given: tuple[Tensor, ...] = (),
+    ) -> None:
+        if given and context is not None:
+            context = context.expand(base_dist.batch_shape + context.shape[-1:])  # a score for every element
+        self._bound = BoundTransform(transform, context)
+        self._given = given
+        self._path_gradient = path_gradient and transform.has_score
+        self._centered = False
+        # (value, its score if known, the score in the context if latents before it steer it)
+        self._draw: tuple[Tensor, Tensor | None, Tensor | None] | None = None
+        super().__init__(base_dist, [self._bound])
+
+    def expand(self, batch_shape: torch.Size, _instance: object = None) -> FlowDistribution:
+        base_dist = self.base_dist.expand(batch_shape)
+        bound = self._bound
+        other = FlowDistribution(base_dist, bound.transform, bound.context, self._path_gradient, self._given)
+        other._centered = self._centered
+        return other
+
+    def centered(self) -> FlowDistribution:
+        r"""The same with a control variate for a noise that all draws along the first dimension share.
+
+        The gradients :math:`u_p` that come back to the draws :math:`z_p` of one mini-batch have most of their noise in
+        common: how far the mini-batch pulls. It enters by way of :math:`\sum_p (\partial z_p / \partial\theta)^\top
+        u_p`; here by way of
+
+        .. math::
+            \sum_p \Big(\frac{\partial z_p}{\partial\theta}\Big)^{\!\top} \Big(u_p - \frac{1}{P - 1}
+            \sum_{r \neq p} u_r\Big) + \Big(\frac{\partial \bar z}{\partial\theta}\Big)^{\!\top} \sum_p u_p,
+
+        with :math:`\bar z` the mean of many more draws that the model does not see. The mean is the same, and no
+        parameter but a location is pulled by chance.
+        """
+        other = self.expand(self.base_dist.batch_shape)
+        other._centered = True
+        return other
+
+    def stratified(self) -> FlowDistribution:
+        """The same with draws that are spread evenly along the first dimension; see :class:`StratifiedNormal`.
+
+        Each by itself is distributed as before. Another base than the normal stays as it is.
+        """
+        other = self.expand(self.base_dist.batch_shape)
+        if other._is_normal:
+            noise = other.base_dist.base_dist
+            other.base_dist = StratifiedNormal(noise.loc, noise.scale, validate_args=False).to_event(1)
+        return other
+
+    @property
+    def _is_normal(self) -> bool:
+        return isinstance(getattr(self.base_dist, "base_dist", None), StandardNormal)
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        eps = self.base_dist.rsample(sample_shape)
+        if not (self._path_gradient and torch.is_grad_enabled()):
+            self._draw = None
+            return self._bound(eps)
+        if torch._C._get_tracing_state():  # no torch.autograd.grad inside torch.jit.trace
+            value = self._bound(eps)
+            scorable = self._bound.transform.one_pass_inverse and not self._given
+            self._draw = (value, None, None) if scorable else None
+            return value
+        value, score = self._bound.call_with_score(eps.requires_grad_(), base_score(self.base_dist, eps))
+        if self._centered and self._bound.context is None and value.dim() > 1 and len(value) > 1:
+            value = self._bound.replace_last(self._recentered(value))
+        if self._given and sample_shape:  # one context for several draws: no score for each
+            self._draw = None
+        else:
+            self._draw = (value, score, self._score_in_context(eps, value, score))
+        return value
+
+    def _recentered(self, value: Tensor) -> Tensor:
+        """See :meth:`centered`."""
+        value.register_hook(lambda u: u - (u.sum(0, keepdim=True) - u) / (len(u) - 1))
+        if self._is_normal:
+            half = torch.randn(MEAN_DRAWS // 2, value.shape[-1], dtype=value.dtype, device=value.device)
+            eps = torch.cat([half, -half])
+        else:
+            rounds = math.ceil(MEAN_DRAWS / self.batch_shape.numel())
+            eps = self.base_dist.rsample(torch.Size([rounds])).reshape(-1, value.shape[-1])
+        mean = self._bound.transform.forward_and_ladj(eps)[0].mean(0)
+        return value + (mean - mean.detach())
+
+    def _score_in_context(self, eps: Tensor, value: Tensor, score: Tensor) -> Tensor | None:
+        r""":math:`\nabla_c \log q(z | c)` at fixed z: the derivative at fixed noise, less what comes through z."""
+        context = self._bound.context
+        if not self._given or context is None or not context.requires_grad:
+            return None
+        ladj = self._bound.log_abs_det_jacobian(eps, value)
+        (steered,) = torch.autograd.grad((value, ladj), context, (score, torch.ones_like(ladj)), retain_graph=True)
+        return -steered
+
+    def rsample_and_log_prob(self, sample_shape: torch.Size = torch.Size()) -> tuple[Tensor, Tensor]:
+        """A reparameterised draw and its log density, from one pass."""
+        value = self.rsample(sample_shape)
+        return value, self.log_prob(value)
+
+    def score_parts(self, value: Tensor) -> ScoreParts:
+        """Ingredients of Pyro's gradient estimators; see the class for the entropy term."""
+        log_prob = self.log_prob(value)
+        entropy_term = log_prob
+        if self._draw is not None and self._draw[0] is value:
+            _, score, score_in_context = self._draw
+            if score is None:
+                entropy_term = self._frozen_log_prob(value)
+            else:
+                path = (value * score).sum(-1)
+                if score_in_context is not None:
+                    context: Tensor = _Through.apply(self._bound.context, *self._given)  # type: ignore[no-untyped-call]
+                    path = path + (context * score_in_context).sum(-1)
+                entropy_term = log_prob.detach() + (path - path.detach())
+        return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=entropy_term)
+
+    def _frozen_log_prob(self, value: Tensor) -> Tensor:
+        """Log density whose gradient goes through values only: the path gradient at the cost of an inverse pass."""
+        context = self._bound.context
+        with _frozen(self._bound.transform) as transform:
+            eps, ladj = transform.inverse_and_ladj(value, None if context is None else context.detach())
+        path = (eps * base_score(self.base_dist, eps)).sum(-1)  # and nothing through parameters of the base
+        return self.base_dist.log_prob(eps).detach() + (path - path.detach()) + ladj
+
+
+class _Through(torch.autograd.Function):
+    """A tensor as it is, with a gradient in some tensors that it is a function of, and in nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, *sources: Tensor) -> Tensor:
+        ctx.tensor, ctx.sources = tensor, sources
+        return tensor.detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        gradients = torch.autograd.grad(ctx.tensor, ctx.sources, gradient, retain_graph=True, allow_unused=True)
+        return None, *gradients
+
+
+@contextmanager
+def _frozen(module: FlowTransform) -> Iterator[FlowTransform]:
+    """The module with its parameters detached. ``torch.func.functional_call`` does this, but not inside a trace."""
+    slots = [(part._parameters, name, p) for part in module.modules() for name, p in part._parameters.items()]
+    try:
+        for parameters, name, p in slots:
+            parameters[name] = None if p is None else p.detach()  # type: ignore[assignment]
+        yield module
+    finally:
+        for parameters, name, p in slots:
+            parameters[name] = p
