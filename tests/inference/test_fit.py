@@ -221,14 +221,14 @@ def test_gradients_out_of_proportion_are_skipped_and_divergence_is_rolled_back()
     objective = Objective(conjugate, guide, Batches((Y,), None))
     objective.model = rare
     trainer = Trainer(objective, 1, 0.01)
-    trainer.cycle(200, 0.01, lambda: None)
+    trainer.cycle(200, 0.01, lambda step: None)
     assert trainer.skipped >= 25
     assert objective.guide.median()["loc"].item() == pytest.approx(2.0, abs=0.2)
 
     objective.model = conjugate
     worse = 0
 
-    def diverge() -> None:
+    def diverge(step: int) -> None:
         nonlocal worse
         worse += 1
         if worse == 150:
