@@ -24,7 +24,7 @@ STARTS, FEW_STARTS = 12, 4
 WIDENING = 3.0
 # Steps of each climb, and after how many its point is a candidate: the mode of a centred hierarchy is at a scale of
 # zero, where there is no mass, but an early point of the way there is fine.
-NUM_STEPS = 60
+NUM_STEPS = 90
 LOOKS = (6, 15, 30, 60)
 # Draws from the Gaussian at a candidate: to rank it, and to say how much mass there is.
 RANKING_DRAWS, FEW_RANKING_DRAWS = 32, 8

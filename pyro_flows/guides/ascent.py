@@ -13,7 +13,8 @@ __all__ = ["climb", "local_factor"]
 # Pairs of steps that L-BFGS remembers.
 HISTORY = 10
 # Armijo's rule: a step has to bring this share of what its slope promises, or it is cut down, so many times at most.
-SUFFICIENT, CUT, MAX_CUTS = 1e-4, 0.25, 8
+# After some cuts the way so far is forgotten, and the gradient tried.
+SUFFICIENT, CUT, FORGET, MAX_CUTS = 1e-4, 0.25, 6, 12
 # Longest step, in units of the unconstrained latents.
 MAX_STEP = 5.0
 # Smallest curvature of a local Gaussian: its standard deviations are at most 10.
@@ -27,50 +28,59 @@ Target = Callable[[Tensor], Tensor]
 def climb(target: Target, start: Tensor, num_steps: int, tolerance: float = 0.0) -> Iterator[Tensor]:
     """Points of L-BFGS ascents, all of them one gradient of the target a try.
 
+    Each goes its own way: where one has to try a shorter step, the others go on.
+
     Args:
         target: Log density, ``(R, N, d)`` to ``(R, N)``; each entry depends on its own vector only.
         start: Where to begin, ``(R, N, d)``.
-        num_steps: Number of steps, at most.
+        num_steps: Number of tries, at most.
         tolerance: Ends where no step promises to bring more than this.
 
     Yields:
-        Where they are after each step, ``(R, N, d)``.
+        Where they are after each try, ``(R, N, d)``.
     """
     z, (value, gradient) = start, _value_and_gradient(target, start)
-    steps: list[Tensor] = []
-    bends: list[Tensor] = []
+    steps = bends = z.new_zeros((0, *z.shape))
+    direction, slope, step = _next_step(gradient, steps, bends)
+    cuts = torch.zeros_like(value)
     for _ in range(num_steps):
-        direction = _two_loops(gradient, steps, bends)
-        slope = (direction * gradient).sum(-1)
-        direction = torch.where((slope > 0).unsqueeze(-1), direction, gradient)
-        slope = (direction * gradient).sum(-1)
-        if tolerance and not (slope > tolerance).any():
+        if not ((slope > tolerance) & (cuts < MAX_CUTS)).any():
             return
-        length = direction.norm(dim=-1)
-        longest = MAX_STEP if steps else 1.0
-        step = (longest / length.clamp_min(1e-12)).clamp_max(1.0)
-        moved = torch.zeros_like(slope, dtype=torch.bool)
-        new_z, new_value, new_gradient = z, value, gradient
-        for _ in range(MAX_CUTS):
-            trial = torch.where(moved.unsqueeze(-1), new_z, z + step.unsqueeze(-1) * direction)
-            trial_value, trial_gradient = _value_and_gradient(target, trial)
-            better = ~moved & (trial_value >= value + SUFFICIENT * step * slope) & (trial_value > -torch.inf)
-            better &= (trial_value < torch.inf) & trial_gradient.isfinite().all(-1)
-            # From where there is no density at all, anywhere with some is better.
-            new_z = torch.where(better.unsqueeze(-1), trial, new_z)
-            new_value = torch.where(better, trial_value, new_value)
-            new_gradient = torch.where(better.unsqueeze(-1), trial_gradient, new_gradient)
-            moved |= better
-            if moved.all():
-                break
-            step = torch.where(moved, step, CUT * step)
-        steps.append(new_z - z)
-        bends.append(gradient - new_gradient)
-        del steps[:-HISTORY], bends[:-HISTORY]
-        z, value, gradient = new_z, new_value, new_gradient
+        trial = z + step * direction
+        trial_value, trial_gradient = _value_and_gradient(target, trial)
+        # From where there is no density at all, anywhere with some is better.
+        better = (trial_value >= value + SUFFICIENT * step.squeeze(-1) * slope) & (trial_value.abs() < torch.inf)
+        better &= trial_gradient.isfinite().all(-1)
+        moved = better.unsqueeze(-1)
+        steps = _remember(steps, trial - z, moved)
+        bends = _remember(bends, gradient - trial_gradient, moved)
+        z, gradient = torch.where(moved, trial, z), torch.where(moved, trial_gradient, gradient)
+        value, cuts = torch.where(better, trial_value, value), torch.where(better, 0.0, cuts + 1.0)
+        forget = cuts == FORGET
+        steps, bends = (torch.where(forget.unsqueeze(-1), 0.0, memory) for memory in (steps, bends))
+        ahead, promised, first = _next_step(gradient, steps, bends)
+        renewed = better | forget
+        direction = torch.where(renewed.unsqueeze(-1), ahead, direction)
+        slope = torch.where(renewed, promised, slope)
+        step = torch.where(renewed.unsqueeze(-1), first, CUT * step)
         yield z
-        if not moved.any():
-            return
+
+
+def _next_step(gradient: Tensor, steps: Tensor, bends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Direction, slope along it, and the share of it to try first, ``(R, N, 1)``."""
+    direction = _two_loops(gradient, steps, bends)
+    direction = torch.where((direction * gradient).sum(-1, keepdim=True) > 0, direction, gradient)
+    has_moved = (steps != 0).any(-1, keepdim=True).any(0)
+    longest = torch.where(has_moved, MAX_STEP, 1.0)
+    step = (longest / direction.norm(dim=-1, keepdim=True).clamp_min(1e-12)).clamp_max(1.0)
+    return direction, (direction * gradient).sum(-1), step
+
+
+def _remember(memory: Tensor, new: Tensor, moved: Tensor) -> Tensor:
+    """Push a vector onto the memory of those that moved, ``(HISTORY, R, N, d)``, newest last."""
+    if len(memory) < HISTORY:
+        memory = torch.cat([torch.zeros_like(new).unsqueeze(0), memory])
+    return torch.where(moved, torch.cat([memory[1:], new.unsqueeze(0)]), memory)
 
 
 def local_factor(target: Target, points: Tensor) -> Tensor:
@@ -130,12 +140,12 @@ def _value_and_gradient(target: Target, z: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(value.isnan(), -torch.inf, value.detach()), gradient.nan_to_num(0.0, 0.0, 0.0)
 
 
-def _two_loops(gradient: Tensor, steps: list[Tensor], bends: list[Tensor]) -> Tensor:
+def _two_loops(gradient: Tensor, steps: Tensor, bends: Tensor) -> Tensor:
     """Inverse Hessian times gradient (Nocedal and Wright, Numerical Optimization, algorithm 7.4), row by row."""
     direction = gradient
     memory: list[tuple[Tensor, ...]] = []
     scale: Tensor | float = 1.0
-    for step, bend in zip(reversed(steps), reversed(bends), strict=True):
+    for step, bend in zip(steps.flip(0), bends.flip(0), strict=True):
         curvature = (step * bend).sum(-1, keepdim=True)
         usable = curvature > 1e-10 * bend.square().sum(-1, keepdim=True)
         rho = torch.where(usable, 1.0 / torch.where(usable, curvature, 1.0), 0.0)

@@ -27,7 +27,7 @@ from pyro_flows.plates import LocalTable
 __all__ = ["Call", "Watch", "start", "unwatched"]
 
 # Steps of an item's climb, and the gain in nats below which it has arrived.
-NUM_STEPS, ARRIVED = 30, 1e-5
+NUM_STEPS, ARRIVED = 45, 1e-5
 # Items with more latents than this stay where they are: a Hessian has so many rows.
 MAX_ITEM_DIM = 50
 # Mini-batches that the items of one pass come from, at most.

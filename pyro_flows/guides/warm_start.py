@@ -31,8 +31,8 @@ FEW_NEAR, FEW_PRIOR = 1, 1
 NEAR, PRIOR = 3, 12
 SPREAD = 0.7
 # Steps of a climb, the gain in nats below which it has arrived, and after how many its point is looked at.
-NUM_STEPS, ARRIVED = 100, 1e-4
-LOOKS = (2, 5, 12, 30, 100)
+NUM_STEPS, ARRIVED = 150, 1e-4
+LOOKS = (2, 5, 12, 35, 150)
 ISOTROPIC_SCALES = (0.1, 0.5)
 # Above this dimension Hessians cost more than they give: one backward pass a coordinate.
 HESSIAN_DIM = 200

@@ -28,7 +28,7 @@ def test_climbs_arrive_at_the_maximum_of_an_ill_conditioned_target() -> None:
         return -0.5 * (curvature * (z - centre).square()).sum(-1)
 
     start = 3.0 * torch.randn(5, 2, 6, dtype=torch.double)
-    *_, end = climb(target, start, 60)
+    *_, end = climb(target, start, 90)
     assert target(end).min() > -0.01
     factor = local_factor(target, end)
     expected = curvature.rsqrt().diag().expand(5, 2, 6, 6)
