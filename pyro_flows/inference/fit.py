@@ -29,9 +29,11 @@ RATE_WARM, RATE_WARM_MANY, RATE_COLD, RATE_AMORTIZED = 2e-2, 1e-2, 1e-2, 2e-3
 MANY_DIMENSIONS = 50
 # Mini-batches that items are warm-started from.
 WARM_CALLS = 1000
-PARTICLES_VECTORIZED, PARTICLES_MINIBATCH, FEW_PARTICLES = 16, 8, 2
-# Mini-batches with more items than this take few particles.
-MANY_ITEMS = 1000
+# Particles of a step: as many as come for next to nothing where they share its operations, that is with so many values
+# of sites in all, within limits; in mini-batches; and of models that run one at a time, or have more than so
+# many items in a mini-batch.
+MIN_PARTICLES, MAX_PARTICLES, VALUES = 16, 128, 2**17
+PARTICLES_MINIBATCH, FEW_PARTICLES, MANY_ITEMS = 8, 2, 1000
 
 
 @dataclass(frozen=True)
@@ -168,9 +170,7 @@ def fit(
         warm = not (anneal or record.exists) and _warm_start(guide, batches, progress=progress)
         objective = Objective(model, guide, batches)
         if num_particles is None:
-            num_particles = PARTICLES_MINIBATCH if objective.subsampled else PARTICLES_VECTORIZED
-            if not objective.vectorized or (objective.subsampled and objective.num_items > MANY_ITEMS):
-                num_particles = FEW_PARTICLES
+            num_particles = _default_particles(objective)
         rate = learning_rate or _default_rate(guide, warm=warm)
         with sparse_tables(guide, enabled=objective.subsampled) as tables:
             trainer = Trainer(objective, num_particles, rate, tables, compile)
@@ -212,6 +212,14 @@ def _warm_start(guide: Callable[..., Any], batches: Batches, *, progress: bool) 
     except NotImplementedError:  # amortized plates, enumerated sites
         return False
     return True
+
+
+def _default_particles(objective: Objective) -> int:
+    if not objective.vectorized or (objective.subsampled and objective.num_items > MANY_ITEMS):
+        return FEW_PARTICLES
+    if objective.subsampled:
+        return PARTICLES_MINIBATCH
+    return max(MIN_PARTICLES, min(MAX_PARTICLES, VALUES // objective.num_values))
 
 
 @contextmanager

@@ -130,6 +130,7 @@ class Objective:
         subsampled: Whether a step sees a part of the data.
         scale: What the terms of a mini-batch are multiplied by, the largest such factor.
         num_items: Size of the largest latent site at hand.
+        num_values: Number of latent and observed values at hand.
         vectorized: Whether particles can be drawn in one run.
         trains_model: Whether the model has parameters of its own.
         power: What the log joint is multiplied by in gradients, an inverse temperature; 1 is the model itself.
@@ -153,6 +154,7 @@ class Objective:
         self.subsampled = batches.many or any(frame.full_size not in (None, frame.size) for frame in frames)
         self.scale = max((float(torch.as_tensor(site["scale"]).max()) for site in sites), default=1.0)
         self.num_items = max((site["value"].numel() for site in sites if not site["is_observed"]), default=1)
+        self.num_values = sum(torch.as_tensor(site["value"]).numel() for site in sites)
         self._calls = batches.one_pass(ESTIMATE_CALLS)
         self.vectorized = True
         self.vectorized = self._vectorizes()
