@@ -83,11 +83,12 @@ class Auto(SiteOrdered):
     only its spline, with more bins; above 1000 dimensions couplings are left out.
 
     Args:
-        num_transforms: Number of affine couplings, >= 0; used for 2 to 1000 dimensions.
+        num_transforms: Number of affine couplings, >= 0, each of which moves its share of the coordinates given all
+            others; used for 2 to 1000 dimensions.
         coupling_dims: Widths of each coupling's hidden layers.
     """
 
-    num_transforms: int = 2
+    num_transforms: int = 3
     coupling_dims: tuple[int, ...] = (64, 64)
 
     def __post_init__(self) -> None:
@@ -101,7 +102,11 @@ class Auto(SiteOrdered):
         layers = super().layers(input_dim, context_dim)
         if self.num_transforms and input_dim <= COUPLINGS_DIM:
             couplings = AffineCouplings(
-                input_dim, context_dim, num_transforms=self.num_transforms, hidden_dims=self.coupling_dims
+                input_dim,
+                context_dim,
+                num_transforms=self.num_transforms,
+                hidden_dims=self.coupling_dims,
+                num_parts=max(2, self.num_transforms),
             )
             layers.insert(0, couplings)
         return layers

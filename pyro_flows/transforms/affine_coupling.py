@@ -28,6 +28,7 @@ class AffineCouplings(Couplings):
         num_transforms: Number of couplings; at least 1.
         hidden_dims: Widths of each network's hidden layers.
         log_scale_bound: Largest absolute log-scale of one coupling, > 0.
+        num_parts: Number of parts that take turns in moving; see :class:`~pyro_flows.transforms.coupling.Couplings`.
 
     References:
         Dinh, Sohl-Dickstein, Bengio. Density estimation using Real NVP. ICLR 2017. arXiv:1605.08803, eq. (7)-(8).
@@ -41,12 +42,22 @@ class AffineCouplings(Couplings):
         num_transforms: int = 4,
         hidden_dims: Sequence[int] = (64, 64),
         log_scale_bound: float = 1.0,
+        num_parts: int = 2,
     ) -> None:
-        super().__init__(input_dim, context_dim, num_transforms=num_transforms, hidden_dims=hidden_dims, count_raw=2)
+        super().__init__(
+            input_dim,
+            context_dim,
+            num_transforms=num_transforms,
+            hidden_dims=hidden_dims,
+            count_raw=2,
+            num_parts=num_parts,
+        )
         self.log_scale_bound = log_scale_bound
 
     def _shift_log_scale(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         shift, log_scale = raw.chunk(2, -1)
+        if self.log_scale_bound == 1.0:  # the default, at two operations less
+            return shift, torch.tanh(log_scale)
         return shift, self.log_scale_bound * torch.tanh(log_scale / self.log_scale_bound)
 
     def _map(self, b: Tensor, raw: Tensor, *, with_slope: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyro_flows.transforms.base import FlowTransform, expand_context
-from pyro_flows.transforms.networks import HEAD_SLOPE, centered, eased, reference_noise, with_reference
+from pyro_flows.transforms.networks import HEAD_SLOPE, eased, reference_noise
 
 __all__ = ["Couplings"]
 
@@ -21,9 +21,12 @@ class Couplings(FlowTransform):
     r"""A stack of couplings: :math:`y_a = x_a`, and :math:`y_b = f(x_b;\, \phi(x_a))` elementwise.
 
     Pyro's couplings always steer the same half and leave the other to a ``Permute`` whose permutation is lost on
-    save. Here couplings come in pairs that see one random order forwards and backwards, so that a pair moves every
-    coordinate, and the orders are buffers. All couplings keep their weights in one tensor per layer, since an
-    optimiser's step costs by the tensor. The networks are centred over standard normal inputs (see
+    save. Here parts of one random order take turns: each coupling moves the next part given all the others, and when
+    every part had its turn there is a new order; the orders are buffers. Coordinates of one part are not bent together,
+    so that a round of three leaves out a ninth of all triples, and one of two a quarter.
+
+    All couplings keep their weights in one tensor per layer, since an optimiser's step costs by the tensor. The
+    networks are centred over standard normal inputs (see
     :class:`~pyro_flows.transforms.networks.CenteredNetwork`), and their last hidden layer is scaled by :math:`1/H`:
     Adam moves each weight by the learning rate, so a sum over H of them would move H times as fast, and couplings are
     to refine what the other layers have found.
@@ -37,6 +40,7 @@ class Couplings(FlowTransform):
         num_transforms: Number of couplings; at least 1.
         hidden_dims: Widths of each network's hidden layers.
         count_raw: Number of network outputs per moving coordinate.
+        num_parts: Number of parts, at least 2; no more than there are coordinates are used.
     """
 
     orders: Tensor
@@ -44,10 +48,18 @@ class Couplings(FlowTransform):
     reference: Tensor
 
     def __init__(
-        self, input_dim: int, context_dim: int, *, num_transforms: int, hidden_dims: Sequence[int], count_raw: int
+        self,
+        input_dim: int,
+        context_dim: int,
+        *,
+        num_transforms: int,
+        hidden_dims: Sequence[int],
+        count_raw: int,
+        num_parts: int = 2,
     ) -> None:
         super().__init__(input_dim, context_dim)
-        self.split_dim = input_dim // 2
+        num_parts = min(num_parts, input_dim)
+        self.split_dim = input_dim - math.ceil(input_dim / num_parts)
         sizes = [self.split_dim + context_dim, *hidden_dims, count_raw * (input_dim - self.split_dim)]
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
@@ -58,7 +70,10 @@ class Couplings(FlowTransform):
 
         absolute: list[Tensor] = []
         for index in range(num_transforms):
-            absolute.append(torch.randperm(input_dim) if index % 2 == 0 else absolute[-1].flip(0))
+            turn = index % num_parts
+            if turn == 0:
+                order = torch.randperm(input_dim)
+            absolute.append(order.roll(turn * input_dim // num_parts))
         # Each coupling gathers from the layout that the one before left, so a coupling costs one gather.
         current = torch.arange(input_dim)
         orders = []
@@ -70,7 +85,7 @@ class Couplings(FlowTransform):
         self.register_buffer("reference", reference_noise(sizes[0]))
 
     def _map(self, b: Tensor, raw: Tensor, *, with_slope: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Map the moving half; returns it, elementwise log-slopes and, if asked for, their derivatives in ``b``.
+        """Map the moving part; returns it, elementwise log-slopes and, if asked for, their derivatives in ``b``.
 
         Shape:
             - b: ``(..., n)``.
@@ -79,34 +94,40 @@ class Couplings(FlowTransform):
         raise NotImplementedError
 
     def _unmap(self, b: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
-        """Inverse of :meth:`_map`; returns the half and the elementwise log-slopes of the inverse."""
+        """Inverse of :meth:`_map`; returns the part and the elementwise log-slopes of the inverse."""
         raise NotImplementedError
 
     def _layers(self) -> Iterator[tuple[Tensor, ...]]:
-        """One tuple (order, weight, bias, weight, bias, ...) a coupling."""
-        columns = [column for pair in zip(self.weights, self.biases, strict=True) for column in pair]
-        return zip(self.orders.unbind(0), *(column.unbind(0) for column in columns), strict=True)
+        """One tuple (order, weight, bias, weight, bias, ...) a coupling, as they are used: the last bias centres."""
+        *weights, weight = self.weights
+        *biases, bias = self.biases
+        hidden = self.reference.expand(len(self.orders), *self.reference.shape)
+        for w, b in zip(weights, biases, strict=True):
+            hidden = F.silu(torch.baddbmm(b.unsqueeze(1), hidden, w.mT))
+        weight = eased(weight, HEAD_SLOPE) / hidden.shape[-1]
+        center = hidden.mean(1).unsqueeze(-1)
+        bias = torch.baddbmm(eased(bias, HEAD_SLOPE).unsqueeze(-1), weight, center, alpha=-1).squeeze(-1)
+        pairs = zip([*weights, weight], [*biases, bias], strict=True)
+        columns = [column.unbind(0) for pair in pairs for column in pair]
+        return zip(self.orders.unbind(0), *columns, strict=True)
 
     def _condition(self, a: Tensor, layer: Sequence[Tensor], context: Tensor | None) -> Tensor:
-        """The network: raw parameters from the half that stays."""
+        """The network: raw parameters from the coordinates that stay."""
         hidden = a if context is None else torch.cat([a, expand_context(context, a)], -1)
-        batch_shape = hidden.shape[:-1]
-        hidden = with_reference(hidden, self.reference)
         *inner, weight, bias = layer
         for w, b in zip(inner[::2], inner[1::2], strict=True):
             hidden = F.silu(F.linear(hidden, w, b))
-        hidden = centered(hidden, batch_shape)
-        return F.linear(hidden / hidden.shape[-1], eased(weight, HEAD_SLOPE), eased(bias, HEAD_SLOPE))
+        return F.linear(hidden, weight, bias)
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total = x.new_zeros(x.shape[:-1])
         for order, *layer in self._layers():
-            x = x[..., order]
+            x = x.index_select(-1, order)
             a, b = x[..., : self.split_dim], x[..., self.split_dim :]
             b, log_slope, _ = self._map(b, self._condition(a, layer, context))
             x = torch.cat([a, b], -1)
             total = total + log_slope.sum(-1)
-        return x[..., self.final_order], total
+        return x.index_select(-1, self.final_order), total
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total = y.new_zeros(y.shape[:-1])
@@ -123,7 +144,7 @@ class Couplings(FlowTransform):
     ) -> tuple[Tensor, Tensor, Tensor]:
         total = x.new_zeros(x.shape[:-1])
         for order, *layer in self._layers():
-            x, score = x[..., order], score[..., order]
+            x, score = x.index_select(-1, order), score.index_select(-1, order)
             a, b = x[..., : self.split_dim], x[..., self.split_dim :]
             b, log_slope, d_log_slope = self._map(b, self._condition(a, layer, context), with_slope=True)
             with torch.no_grad():
@@ -138,4 +159,4 @@ class Couplings(FlowTransform):
             score = torch.cat([score_a - through_a, score_b], -1).detach()
             x = torch.cat([a, b], -1)
             total = total + log_slope.sum(-1)
-        return x[..., self.final_order], total, score[..., self.final_order]
+        return x.index_select(-1, self.final_order), total, score.index_select(-1, self.final_order)

@@ -75,7 +75,6 @@ class RationalQuadratic:
         self._table = torch.stack(
             [self.x_knots, width, self.y_knots, height, slopes[..., :-1], slopes[..., 1:]], -1
         )  # (..., D, K, 6)
-        self._center, self._scale = self._standardize()
 
     def _select(self, value: Tensor, knots: Tensor) -> _Bins:
         # Values that share a table are gathered from it side by side: from a copy for each, the backward pass would
@@ -87,11 +86,14 @@ class RationalQuadratic:
         picked = table.gather(-2, index.unsqueeze(-1).expand(*index.shape, 6))
         return _Bins(*picked.movedim(-2, 0).reshape(*value.shape, 6).unbind(-1))
 
-    def _standardize(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of what the spline in the box makes of standard normal noise."""
-        like = self.x_knots[..., 0]
-        nodes, weights = _quadrature(like.dtype, like.device)
-        y = self._evaluate(nodes.reshape(-1, *(1,) * like.dim()).expand(-1, *like.shape))[0].movedim(0, -1)
+    def _nodes(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """Quadrature nodes for coordinates of a shape, ``(7, *shape)``, and their weights."""
+        nodes, weights = _quadrature(self.x_knots.dtype, self.x_knots.device)
+        return nodes.reshape(-1, *(1,) * len(shape)).expand(-1, *shape), weights
+
+    def _standardize(self, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of what the box makes of standard normal noise, from its values at nodes."""
+        y = y.movedim(0, -1)
         mean = y @ weights
         return mean, ((y - mean.unsqueeze(-1)).square() @ weights).sqrt()
 
@@ -118,12 +120,20 @@ class RationalQuadratic:
 
     def __call__(self, x: Tensor, *, with_slope: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
         """Map ``x``; returns ``y``, elementwise ``log dy/dx`` and, if asked for, its derivative in ``x``, detached."""
-        y, log_slope, d_log_slope = self._evaluate(x, with_slope=with_slope)
-        return (y - self._center) / self._scale, log_slope - self._scale.log(), d_log_slope
+        own = x.shape[x.dim() - self.x_knots.dim() + 1 :]
+        nodes, weights = self._nodes(own)
+        # Nodes and values in one pass, which costs by the operation.
+        found = self._evaluate(torch.cat([nodes, x.reshape(-1, *own)]), with_slope=with_slope)
+        (at_nodes, y), (_, log_slope) = (part.tensor_split([len(nodes)]) for part in found[:2])
+        d_log_slope = None if found[2] is None else found[2][len(nodes) :].reshape(x.shape)
+        center, scale = self._standardize(at_nodes, weights)
+        return ((y - center) / scale).reshape(x.shape), (log_slope - scale.log()).reshape(x.shape), d_log_slope
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Map back; returns ``x`` and elementwise ``log dx/dy``."""
-        y = y * self._scale + self._center
+        nodes, weights = self._nodes(self.x_knots.shape[:-1])
+        center, scale = self._standardize(self._evaluate(nodes)[0], weights)
+        y = y * scale + center
         inside = y.abs() < self.bound
         clamped = y.clamp(-self.bound, self.bound)
         left, width, bottom, height, slope_left, slope_right = self._select(clamped, self.y_knots)
@@ -142,7 +152,7 @@ class RationalQuadratic:
         numerator = slope_right * theta**2 + 2.0 * delta * (theta * rest) + slope_left * rest**2
         log_slope = 2.0 * denominator.log() - 2.0 * delta.log() - numerator.log()
         x = left + theta * width
-        log_slope = torch.where(inside, log_slope, torch.zeros_like(y)) + self._scale.log()
+        log_slope = torch.where(inside, log_slope, torch.zeros_like(y)) + scale.log()
         return torch.where(inside, x, y), log_slope
 
 

@@ -98,3 +98,11 @@ def test_speed_of_the_output_does_not_grow_with_the_width(
             transform.weights[-1].add_(0.01 * torch.randn_like(transform.weights[-1]).sign())
             moves.append(float((transform(x) - x).abs().mean()))
     assert moves[1] < 1.5 * moves[0]
+
+
+@pytest.mark.parametrize("dim, num_parts", [(2, 3), (3, 3), (4, 3), (13, 2), (13, 3), (13, 5)])
+def test_a_round_of_couplings_moves_every_coordinate(dim: int, num_parts: int) -> None:
+    transform = AffineCouplings(dim, num_transforms=min(num_parts, dim), num_parts=num_parts)
+    randomise_parameters(transform)
+    x = torch.randn(5, dim)
+    assert (transform(x) != x).all()
