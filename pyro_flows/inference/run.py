@@ -23,7 +23,7 @@ __all__ = ["Run"]
 CYCLE, CYCLE_LONG = 250, 1000
 MAX_STEPS = 8000
 # Steps before a cycle that gains nothing is the last.
-PATIENCE = 500
+PATIENCE = 250
 # A cycle whose gain is below this, in nats, or below so much for every local latent, or below two standard errors, is
 # the last.
 MIN_GAIN, MIN_LOCAL_GAIN = 0.005, 1e-4
