@@ -57,18 +57,27 @@ class Score(NamedTuple):
     seconds: float
 
 
-def score(posterior: Any, guide: AutoGuide, count: int, seconds: float) -> Score:
-    """Evidence, importance weights, and errors against the reference draws."""
+def score(
+    posterior: Any, guide: AutoGuide, count: int, seconds: float
+) -> tuple[Score, dict[str, tuple[float, float]]]:
+    """Evidence and importance weights; by parameter, signed error of the mean in reference sds and log sd ratio."""
     weights, samples = log_weights(posterior.model, guide, count, kwargs=posterior.data)
     found = estimate_evidence(weights.unsqueeze(-1))
     elbo, log_evidence = weights.mean().item(), found.log_evidence.item()
-    errors, ratios = [], []
+    errors = moment_errors(posterior, samples)
+    mean_error, log_sd_ratio = (max(abs(pair[i]) for pair in errors.values()) for i in (0, 1))
+    khat, ess = found.khat.item(), found.ess.item() / count
+    return Score(elbo, log_evidence, log_evidence - elbo, khat, ess, mean_error, log_sd_ratio, seconds), errors
+
+
+def moment_errors(posterior: Any, samples: Any) -> dict[str, tuple[float, float]]:
+    """By parameter: signed error of the mean, in reference sds, and log ratio of sds."""
+    errors = {}
     for name, draws in posterior.to_reference(samples).items():
         if name in posterior.mean:
-            errors.append(abs(float(draws.mean()) - posterior.mean[name]) / posterior.sd[name])
-            ratios.append(abs(math.log(float(draws.std()) / posterior.sd[name])))
-    khat, ess = found.khat.item(), found.ess.item() / count
-    return Score(elbo, log_evidence, log_evidence - elbo, khat, ess, max(errors), max(ratios), seconds)
+            error = (float(draws.mean()) - posterior.mean[name]) / posterior.sd[name]
+            errors[name] = (error, math.log(float(draws.std()) / posterior.sd[name]))
+    return errors
 
 
 def train(name: str, posterior: Any, seed: int) -> tuple[AutoGuide, float]:
@@ -110,7 +119,7 @@ def main() -> None:
                 posterior = package.load_posterior(title)
                 try:
                     guide, seconds = train(name, posterior, seed)
-                    scores.append(score(posterior, guide, options.draws, seconds))
+                    scores.append(score(posterior, guide, options.draws, seconds)[0])
                 except (ValueError, RuntimeError) as error:
                     print(f"{title}, {name}, seed {seed}: {type(error).__name__}: {str(error)[:200]}", flush=True)
                     scores.append(Score(*(math.nan,) * len(Score._fields)))
