@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from functools import partial
 
 import pyro
-import torch
 from never_worse import funnel
 from tables import Measure, Rows, parser, run
 

@@ -3,16 +3,15 @@
 
     python tests/benchmarks/hierarchies.py [--only NAME ...] [--seeds 1] [--cache FOLDER] [--write]
 
-``fit(model, AutoFlowGuide(model))`` with nothing set. Data come with statsmodels and scikit-learn. Each model is written
-once, for Pyro and for NumPyro, whose NUTS (float64, four chains, reparameterised where that helps) goes on until the
-Monte Carlo error of each mean is 0.015 sds; its draws stay in ``--cache``. Run by hand, never by pytest; needs
+``fit(model, AutoFlowGuide(model))`` with nothing set. Data come with statsmodels and scikit-learn. Each model is
+written once, for Pyro and for NumPyro, whose NUTS (float64, four chains, non-centred where that helps) goes on until
+the Monte Carlo error of each mean is 0.015 sds; its draws stay in ``--cache``. Run by hand, never by pytest; needs
 ``pip install "pyro-flows[benchmarks]"``.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import sys
 import tempfile
