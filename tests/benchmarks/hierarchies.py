@@ -176,7 +176,7 @@ HIERARCHIES = {
     "grunfeld": Hierarchy(grunfeld, grunfeld_data, ("coef", "effect")),
     "anes96": Hierarchy(anes96, anes96_data, ("selfLR", "educ", "income", "TVnews")),
     "elnino": Hierarchy(elnino, elnino_data),
-    "wine": Hierarchy(wine, wine_data),
+    "wine": Hierarchy(wine, wine_data, ("between",)),
 }
 
 
@@ -230,18 +230,17 @@ def draw_reference(hierarchy: Hierarchy) -> tuple[dict[str, np.ndarray], str]:
         raise ImportError('hierarchies.py: needs NumPyro; pip install "pyro-flows[benchmarks]"') from error
     from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
     from numpyro.infer import MCMC, NUTS
-    from numpyro.infer.reparam import LocScaleReparam
 
     def decentered(name: str, fn: Any, obs: Any) -> tuple[None, Any]:
-        """LocScaleReparam(0) for any Gaussian."""
-        normal = fn
-        while hasattr(normal, "base_dist"):
-            normal = normal.base_dist
-        if not hasattr(normal, "scale_tril"):
-            return LocScaleReparam(0.0)(name, fn, obs)
-        noise = numpyro.distributions.Normal(0.0, 1.0).expand(fn.shape()).to_event(1)
+        """What LocScaleReparam(0) does, for normals, log-normals and multivariate normals."""
+        noise = numpyro.distributions.Normal(0.0, 1.0).expand(fn.shape()).to_event(fn.event_dim)
         eps = numpyro.sample(f"{name}_decentered", noise)
-        return None, normal.loc + (normal.scale_tril * eps[..., None, :]).sum(-1)
+        while isinstance(fn, numpyro.distributions.Independent | numpyro.distributions.ExpandedDistribution):
+            fn = fn.base_dist
+        if hasattr(fn, "scale_tril"):
+            return None, fn.loc + (fn.scale_tril * eps[..., None, :]).sum(-1)
+        value = fn.loc + fn.scale * eps
+        return None, jax.numpy.exp(value) if isinstance(fn, numpyro.distributions.LogNormal) else value
 
     numpyro.enable_x64()
     data = {key: jax.numpy.asarray(value) for key, value in hierarchy.load().items()}
