@@ -4,9 +4,9 @@
     python tests/benchmarks/hierarchies.py [--only NAME ...] [--seeds 1] [--cache FOLDER] [--write]
 
 ``fit(model, AutoFlowGuide(model))`` with nothing set. Data come with statsmodels and scikit-learn. Each model is
-written once, for Pyro and for NumPyro, whose NUTS (float64, four chains, non-centred where that helps) goes on until
-the Monte Carlo error of each mean is 0.015 sds; its draws stay in ``--cache``. Run by hand, never by pytest; needs
-``pip install "pyro-flows[benchmarks]"``.
+written once, for Pyro and for NumPyro, whose NUTS (float64, four chains; non-centred, or with Gaussian parts integrated
+out, where that helps) goes on until the Monte Carlo error of each mean is 0.015 sds; its draws stay in ``--cache``. Run
+by hand, never by pytest; needs ``pip install "pyro-flows[benchmarks]"``.
 """
 
 from __future__ import annotations
@@ -94,6 +94,34 @@ def grunfeld_data() -> Data:
     return {"x": x, "firm": codes(table.firm), "year": codes(table.year), "y": standard(np.log(table.invest))}
 
 
+def grunfeld_collapsed(pp: Any, d: Any, x: Any, firm: Any, year: Any, y: Any) -> None:
+    """The same with mu, coefficients and effects integrated out: 8 dimensions, where NUTS has no funnel to enter."""
+    tau = pp.sample("tau", d.HalfNormal(1.0).expand([3]).to_event(1))
+    factor = pp.sample("factor", d.LKJCholesky(3, 2.0))
+    sd_year = pp.sample("sd_year", d.HalfNormal(1.0))
+    noise = pp.sample("noise", d.HalfNormal(1.0))
+    pp.factor("y", grunfeld_given(tau, factor, sd_year, noise, x, firm, year, y)[0])
+
+
+def grunfeld_given(
+    tau: Any, factor: Any, sd_year: Any, noise: Any, x: Any, firm: Any, year: Any, y: Any, eps: Any = 0.0
+) -> tuple[Any, dict[str, Any]]:
+    """Log density of y given the variances, and a draw of what was integrated out from 56 standard normals."""
+    from jax import numpy as jnp
+    from jax.scipy.linalg import block_diag, solve_triangular
+
+    firms = (jnp.eye(11)[firm][:, :, None] * x[:, None, :]).reshape(len(y), 33)
+    design = jnp.concatenate([x, firms, jnp.eye(20)[year]], 1)
+    scale = block_diag(jnp.eye(3), jnp.kron(jnp.eye(11), tau[:, None] * factor), sd_year * jnp.eye(20))
+    precision = jnp.eye(56) + scale.T @ (design.T @ design) @ scale / noise**2
+    chol = jnp.linalg.cholesky(precision)
+    white = solve_triangular(chol, scale.T @ (design.T @ y), lower=True) / noise**2
+    log_y = -0.5 * (y @ y / noise**2 - white @ white) - jnp.log(jnp.diagonal(chol)).sum() - len(y) * jnp.log(noise)
+    drawn = scale @ solve_triangular(chol.T, white + eps, lower=False)
+    coef = drawn[:3] + drawn[3:36].reshape(11, 3)
+    return log_y, {"mu": drawn[:3], "coef": coef, "effect": drawn[36:]}
+
+
 VOTE_LEVELS = {"PID": 7, "selfLR": 7, "educ": 7, "income": 24, "TVnews": 8}
 
 
@@ -165,15 +193,21 @@ def wine_data() -> Data:
 
 @dataclass(frozen=True)
 class Hierarchy:
-    """A model, its data, and the sites that NUTS takes non-centred."""
+    """A model, its data, and how NUTS takes it: with sites non-centred, or with a Gaussian part integrated out.
+
+    For the latter, ``given`` draws that part from standard normals, ``count`` of them.
+    """
 
     write: Callable[..., None]
     load: Callable[[], Data]
     noncentered: tuple[str, ...] = ()
+    collapsed: Callable[..., None] | None = None
+    given: Callable[..., tuple[Any, dict[str, Any]]] | None = None
+    count: int = 0
 
 
 HIERARCHIES = {
-    "grunfeld": Hierarchy(grunfeld, grunfeld_data, ("coef", "effect")),
+    "grunfeld": Hierarchy(grunfeld, grunfeld_data, (), grunfeld_collapsed, grunfeld_given, 56),
     "anes96": Hierarchy(anes96, anes96_data, ("selfLR", "educ", "income", "TVnews")),
     "elnino": Hierarchy(elnino, elnino_data),
     "wine": Hierarchy(wine, wine_data, ("between",)),
@@ -245,7 +279,9 @@ def draw_reference(hierarchy: Hierarchy) -> tuple[dict[str, np.ndarray], str]:
     numpyro.enable_x64()
     data = {key: jax.numpy.asarray(value) for key, value in hierarchy.load().items()}
     config = dict.fromkeys(hierarchy.noncentered, decentered)
-    twin = numpyro.handlers.reparam(partial(hierarchy.write, numpyro, numpyro.distributions), config=config)
+    twin = numpyro.handlers.reparam(
+        partial(hierarchy.collapsed or hierarchy.write, numpyro, numpyro.distributions), config=config
+    )
     kernel = NUTS(twin, target_accept_prob=0.95, dense_mass=True)
     mcmc = MCMC(kernel, num_warmup=WARMUP, num_samples=BLOCK, num_chains=CHAINS, chain_method="sequential",
                 progress_bar=False)  # fmt: skip
@@ -256,6 +292,10 @@ def draw_reference(hierarchy: Hierarchy) -> tuple[dict[str, np.ndarray], str]:
         mcmc.post_warmup_state = mcmc.last_state
         divergent += int(mcmc.get_extra_fields()["diverging"].sum())
         samples = {k: v for k, v in mcmc.get_samples(group_by_chain=True).items() if not k.endswith("_decentered")}
+        if hierarchy.given:
+            eps = jax.random.normal(jax.random.PRNGKey(1000 + len(blocks)), (CHAINS, BLOCK, hierarchy.count))
+            rest = lambda sites, eps: hierarchy.given(**sites, **data, eps=eps)[1]  # noqa: E731
+            samples |= jax.jit(jax.vmap(jax.vmap(rest)))(samples, eps)
         blocks.append(
             {
                 key: column.reshape(CHAINS, BLOCK)
