@@ -20,7 +20,6 @@ try:
     import jax.numpy as jnp
     import numpyro
     import numpyro.distributions as dist
-    import optax
     from numpyro import handlers
     from numpyro.infer import SVI, Trace_ELBO, autoguide
     from numpyro.infer.util import log_density
@@ -76,7 +75,7 @@ def run(title: str, name: str, posterior: Any, count: int, seed: int) -> tuple[t
     twin = TWINS[title]
     data = {k: jnp.asarray(v.numpy()) if torch.is_tensor(v) else v for k, v in posterior.data.items()}
     guide = GUIDES[name](twin)
-    optim = optax.adam(optax.exponential_decay(RATE, STEPS, 0.01))
+    optim = numpyro.optim.Adam(lambda step: RATE * 0.01 ** (step / STEPS))
     svi = SVI(twin, guide, optim, Trace_ELBO(num_particles=PARTICLES))
     begin = time.perf_counter()
     result = svi.run(jax.random.PRNGKey(seed), STEPS, progress_bar=False, **data)
