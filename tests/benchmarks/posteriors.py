@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real posteriors with reference draws: how close each guide comes, by defaults.
 
-    python tests/benchmarks/posteriors.py FOLDER [--only NAME ...] [--guides NAME ...] [--seeds 1] [--write]
+    python tests/benchmarks/posteriors.py FOLDER [--only NAME ...] [--guides NAME ...] [--seeds 1] [--numpyro] [--write]
 
 FOLDER is a Python package with ``names()`` and ``load_posterior(name)``, whose result has ``model``, ``data`` (keyword
 arguments), ``to_reference(samples)``, ``mean`` and ``sd`` by parameter. ``AutoFlowGuide`` is trained by ``fit`` with
-nothing set; its peers by plain SVI, 2000 steps of 16 particles, Adam at 0.01 with decay. Run by hand, never by pytest.
+nothing set; its peers by plain SVI, 2000 steps of 16 particles, Adam at 0.01 with decay. ``--numpyro`` adds NumPyro's
+guides, by the same steps, for the models of which numpyro_guides.py has a twin, and makes a table of these alone. Run
+by hand, never by pytest.
 """
 
 from __future__ import annotations
@@ -57,18 +59,32 @@ class Score(NamedTuple):
     seconds: float
 
 
-def score(posterior: Any, guide: AutoGuide, count: int, seconds: float) -> Score:
-    """Evidence, importance weights, and errors against the reference draws."""
+def score(posterior: Any, guide: AutoGuide, count: int, seconds: float) -> tuple[Score, dict[str, tuple[float, float]]]:
+    """Evidence and importance weights; by parameter, signed error of the mean in reference sds and log sd ratio."""
     weights, samples = log_weights(posterior.model, guide, count, kwargs=posterior.data)
+    return summarize(posterior, weights, samples, seconds)
+
+
+def summarize(
+    posterior: Any, weights: torch.Tensor, samples: Any, seconds: float
+) -> tuple[Score, dict[str, tuple[float, float]]]:
+    """See :func:`score`."""
     found = estimate_evidence(weights.unsqueeze(-1))
     elbo, log_evidence = weights.mean().item(), found.log_evidence.item()
-    errors, ratios = [], []
+    errors = moment_errors(posterior, samples)
+    mean_error, log_sd_ratio = (max(abs(pair[i]) for pair in errors.values()) for i in (0, 1))
+    khat, ess = found.khat.item(), found.ess.item() / len(weights)
+    return Score(elbo, log_evidence, log_evidence - elbo, khat, ess, mean_error, log_sd_ratio, seconds), errors
+
+
+def moment_errors(posterior: Any, samples: Any) -> dict[str, tuple[float, float]]:
+    """By parameter: signed error of the mean, in reference sds, and log ratio of sds."""
+    errors = {}
     for name, draws in posterior.to_reference(samples).items():
         if name in posterior.mean:
-            errors.append(abs(float(draws.mean()) - posterior.mean[name]) / posterior.sd[name])
-            ratios.append(abs(math.log(float(draws.std()) / posterior.sd[name])))
-    khat, ess = found.khat.item(), found.ess.item() / count
-    return Score(elbo, log_evidence, log_evidence - elbo, khat, ess, max(errors), max(ratios), seconds)
+            error = (float(draws.mean()) - posterior.mean[name]) / posterior.sd[name]
+            errors[name] = (error, math.log(float(draws.std()) / posterior.sd[name]))
+    return errors
 
 
 def train(name: str, posterior: Any, seed: int) -> tuple[AutoGuide, float]:
@@ -97,20 +113,26 @@ def main() -> None:
     made.add_argument("--guides", nargs="*", default=list(GUIDES), choices=list(GUIDES))
     made.add_argument("--seeds", type=int, default=1)
     made.add_argument("--draws", type=int, default=20_000)
+    made.add_argument("--numpyro", action="store_true", help="NumPyro's guides too; posteriors_numpyro.rst")
     made.add_argument("--write", action="store_true", help="write docs/tables/posteriors.rst")
     options = made.parse_args()
     torch.set_num_threads(1)
     sys.path.insert(0, str(options.folder.resolve().parent))
     package = importlib.import_module(options.folder.resolve().name)
+    peers: Any = importlib.import_module("numpyro_guides") if options.numpyro else None
     rows = []
-    for title in options.only or package.names():
-        for name in options.guides:
+    for title in options.only or (list(peers.TWINS) if peers else package.names()):
+        extra = list(peers.GUIDES) if peers and title in peers.TWINS else []
+        for name in options.guides + extra:
             scores = []
             for seed in range(options.seeds):
                 posterior = package.load_posterior(title)
                 try:
+                    if name in extra:
+                        scores.append(summarize(posterior, *peers.run(title, name, posterior, options.draws, seed))[0])
+                        continue
                     guide, seconds = train(name, posterior, seed)
-                    scores.append(score(posterior, guide, options.draws, seconds))
+                    scores.append(score(posterior, guide, options.draws, seconds)[0])
                 except (ValueError, RuntimeError) as error:
                     print(f"{title}, {name}, seed {seed}: {type(error).__name__}: {str(error)[:200]}", flush=True)
                     scores.append(Score(*(math.nan,) * len(Score._fields)))
@@ -118,7 +140,7 @@ def main() -> None:
             rows.append([title, name, *cells])
             print("  ".join(rows[-1]), flush=True)
     if options.write:
-        (TABLES / "posteriors.rst").write_text(as_rst(HEADER, rows))
+        (TABLES / f"posteriors{'_numpyro' if peers else ''}.rst").write_text(as_rst(HEADER, rows))
 
 
 if __name__ == "__main__":
