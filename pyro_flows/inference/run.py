@@ -147,7 +147,8 @@ class Run:
             self.rate /= 2
         elif self.num_steps is None and done >= PATIENCE and gain < max(_min_gain(objective.guide), 2 * error):
             self.reason = f"the last {length} steps gained {max(gain, 0.0):.3f} nats, not more than noise"
-        self.rate /= 2
+        elif objective.subsampled or objective.trains_model:
+            self.rate /= 2
         self.cycle, self.step = self.cycle + 1, 0
 
     def _keep(self, now: Estimate) -> None:
