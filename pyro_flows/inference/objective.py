@@ -33,7 +33,7 @@ ESTIMATE_CALLS = 200
 HELD_ELEMENTS = 2**25
 SEQUENTIAL_RUNS = 200
 # Draws by which vectorised particles are compared with single ones, and how many standard errors they may differ.
-CHECK_RUNS, CHECK_ERRORS = 400, 5.0
+CHECK_RUNS, CHECK_ERRORS = 100, 5.0
 # The same for log joints of the same draws, relative.
 AGREEMENT = 1e-3
 
