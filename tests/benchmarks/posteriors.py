@@ -6,8 +6,8 @@
 FOLDER is a Python package with ``names()`` and ``load_posterior(name)``, whose result has ``model``, ``data`` (keyword
 arguments), ``to_reference(samples)``, ``mean`` and ``sd`` by parameter. ``AutoFlowGuide`` is trained by ``fit`` with
 nothing set; its peers by plain SVI, 2000 steps of 16 particles, Adam at 0.01 with decay. ``--numpyro`` adds NumPyro's
-guides, by the same steps, for the models of which numpyro_guides.py has a twin, and makes a table of these alone. Run
-by hand, never by pytest.
+guides, by 5000 steps, for the models of which numpyro_guides.py has a twin, and makes a table of these alone. Run by
+hand, never by pytest.
 """
 
 from __future__ import annotations
