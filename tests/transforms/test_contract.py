@@ -57,6 +57,7 @@ TRANSFORMS: dict[str, Callable[[int, int], FlowTransform]] = {
     "SplineCouplings": lambda d, c: T.SplineCouplings(d, c, hidden_dims=(16,), count_bins=4),
     "Sylvester": lambda d, c: T.Sylvester(d, c, num_ortho=3),
     "Whitening": lambda d, c: T.Whitening(d),
+    "LowRankWhitening": lambda d, c: low_rank_whitening(d),
 }
 BASES = {"AffineHead", "FlowTransform"}  # Not transforms of their own.
 TWO_DIMENSIONS = {"AffineCouplings", "PriorPooling", "SplineCouplings"}
