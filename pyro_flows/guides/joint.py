@@ -27,7 +27,7 @@ from pyro_flows.guides.warm_start import (
     fit_on_fixed_draws,
 )
 from pyro_flows.sites import SiteTable
-from pyro_flows.transforms import FixedAffine, LowRankWhitening, PriorPooling, Whitening
+from pyro_flows.transforms import FixedAffine, LowRankAffine, LowRankWhitening, PriorPooling, Whitening
 
 __all__ = ["JointBlock", "build_reproducibly"]
 
@@ -108,9 +108,14 @@ class JointBlock(nn.Module):
 
     def _start_low_rank(self, found: LowRankGaussian) -> None:
         """As :meth:`start`."""
-        assert isinstance(self.flow.whitening, LowRankWhitening)
-        self.flow.whitening.set(found.loc, found.scale, found.directions, found.stretch)
-        self._start_standard(found.loc)
+        head, whitening = self.flow.head, self.flow.whitening
+        if isinstance(whitening, LowRankWhitening):
+            whitening.set(found.loc, found.scale, found.directions, found.stretch)
+            self._start_standard(found.loc)
+        else:
+            assert isinstance(head, LowRankAffine)
+            head.initialize(found.loc, found.scale)
+            head.set_directions(found.directions, found.stretch)
 
     def _start_standard(self, loc: Tensor) -> None:
         head = self.flow.head
@@ -120,10 +125,18 @@ class JointBlock(nn.Module):
         else:
             head.initialize(*standard)
 
+    @property
+    def _low_rank(self) -> int:
+        """How many correlated directions a warm start may have where it cannot have all; 0 for none."""
+        whitening, head = self.flow.whitening, self.flow.head
+        if isinstance(whitening, LowRankWhitening):
+            return whitening.rank
+        return head.rank if whitening is None and isinstance(head, LowRankAffine) else 0
+
     def warm_start(self, log_joint: LogJoint, init_scale: float) -> None:
         """Find a good Gaussian for a target and start there; on another base, at what that can do.
 
-        See :func:`best_gaussian`, :func:`best_mixture`, :func:`fit_modes` and :func:`fit_tails`.
+        See :func:`best_gaussian`, :func:`best_low_rank`, :func:`best_mixture`, :func:`fit_modes` and :func:`fit_tails`.
         """
         cheap = log_joint.is_vectorized and log_joint.rows < MANY_ROWS
         whitening = self.flow.whitening
@@ -136,8 +149,8 @@ class JointBlock(nn.Module):
         if isinstance(head, PriorPooling) and log_joint.rows < MANY_ROWS:
             pooled = self._pool(log_joint, head, found)
         low_rank = None
-        if isinstance(whitening, LowRankWhitening) and log_joint.rows < MANY_ROWS:
-            low_rank = best_low_rank(log_joint, found)
+        if self._low_rank and log_joint.rows < MANY_ROWS:
+            low_rank = best_low_rank(log_joint, found, self._low_rank)
         gaussian = found.elbo if low_rank is None else low_rank.elbo
         if isinstance(base, MixtureBase):
             mixture = best_mixture(log_joint, self.table.init_loc, len(base.locs), correlated=correlated)

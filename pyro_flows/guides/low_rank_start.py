@@ -15,10 +15,10 @@ from pyro_flows.guides.warm_start import SCORE_DRAWS, Gaussian, antithetic, elbo
 
 __all__ = ["RANK", "LowRankGaussian", "best_low_rank", "krylov_eigenpairs"]
 
-# Directions that are kept.
+# Directions that a flow above a few hundred dimensions has.
 RANK = 20
-# Rounds of looking for directions and fitting scales to them.
-ROUNDS = 2
+# Rounds of looking for directions and fitting scales to them, and the gain in nats below which one is the last.
+ROUNDS, ENOUGH = 4, 0.1
 # Draws over which curvature is averaged; and Hessian-vector products a round, so many at a time.
 CURVATURE_DRAWS, BLOCKS, BLOCK = 64, 25, 4
 # Half the variance of log weights is about the gap; below this many nats there is nothing to look for.
@@ -61,17 +61,18 @@ class LowRankGaussian:
 
 
 @torch.no_grad()
-def best_low_rank(log_joint: LogJoint, begin: Gaussian) -> LowRankGaussian | None:
+def best_low_rank(log_joint: LogJoint, begin: Gaussian, rank: int = RANK) -> LowRankGaussian | None:
     r"""A Gaussian with a few correlated directions whose ELBO is clearly above that of a mean-field one, or None.
 
     With ``d`` the scales of the Gaussian so far and ``H`` the Hessian of the log joint, averaged over its draws, the
     best precision is :math:`-H` (Price's theorem). Eigenvectors of :math:`-d H d` with the eigenvalues ``l`` furthest
     from 1, by the gain :math:`(l - 1 - \log l) / 2`, are the directions, and :math:`s = l^{-1/2}`; then location,
-    scales and ``s`` are fitted on fixed draws. Once more from there, since scales given directions are others.
+    scales and ``s`` are fitted on fixed draws. Again from there, since scales given directions are others.
 
     Args:
         log_joint: The target.
         begin: The mean-field Gaussian.
+        rank: Number of directions, at most.
 
     References:
         Opper, Archambeau. The variational Gaussian approximation revisited. Neural Computation 2009.
@@ -79,15 +80,19 @@ def best_low_rank(log_joint: LogJoint, begin: Gaussian) -> LowRankGaussian | Non
     """
     if begin.spread / 2 < NEGLIGIBLE_GAP:
         return None
-    mean_field = LowRankGaussian(begin.loc, begin.factor, begin.loc.new_zeros(len(begin.loc), 0), begin.loc.new_zeros(0))
+    mean_field = LowRankGaussian(
+        begin.loc, begin.factor, begin.loc.new_zeros(len(begin.loc), 0), begin.loc.new_zeros(0)
+    )
     noise = antithetic(SCORE_DRAWS, begin.loc)
     best = replace(mean_field, elbo=elbo_of(log_joint, mean_field.push, noise))
     for _ in range(ROUNDS):
-        stretched = _stretch(log_joint, best)
+        stretched = _stretch(log_joint, best, rank)
         if stretched is None:
             break
         found = [replace(g, elbo=elbo_of(log_joint, g.push, noise)) for g in (stretched, _fit(log_joint, stretched))]
-        best = max([best, *found], key=lambda gaussian: gaussian.elbo)
+        was, best = best.elbo, max([best, *found], key=lambda gaussian: gaussian.elbo)
+        if not best.elbo > was + ENOUGH:
+            break
     if len(best.stretch) == 0:
         return None
     noise = antithetic(SCORE_DRAWS, begin.loc)  # afresh: what was chosen by the others was lucky with them
@@ -104,7 +109,7 @@ def _log_weights(log_joint: LogJoint, gaussian: LowRankGaussian, noise: Tensor) 
     return torch.cat([log_joint(part) for part in draws.split(log_joint.chunk)]).double() + ladj.double()
 
 
-def _stretch(log_joint: LogJoint, gaussian: LowRankGaussian) -> LowRankGaussian | None:
+def _stretch(log_joint: LogJoint, gaussian: LowRankGaussian, rank: int) -> LowRankGaussian | None:
     """The directions that average curvature has in the units of a Gaussian's scales; None if it has no such."""
     product = _scaled_precision(log_joint, gaussian)
     if product is None:
@@ -114,7 +119,7 @@ def _stretch(log_joint: LogJoint, gaussian: LowRankGaussian) -> LowRankGaussian 
         return None
     values = values.abs().clamp(MAX_STRETCH**-2, MIN_STRETCH**-2)
     gain = 0.5 * (values - 1.0 - values.log())
-    chosen = gain.argsort(descending=True)[:RANK]
+    chosen = gain.argsort(descending=True)[:rank]
     chosen = chosen[gain[chosen] > NEGLIGIBLE_GAIN]
     if len(chosen) == 0:
         return None
