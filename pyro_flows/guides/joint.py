@@ -97,7 +97,7 @@ class JointBlock(nn.Module):
 
         Args:
             loc: ``m``, ``(latent_dim,)``.
-            factor: ``L``, lower triangular with a positive diagonal; or its diagonal, if the flow has no such whitening.
+            factor: ``L``, lower triangular with a positive diagonal; or its diagonal, if the flow holds no ``L``.
         """
         whitening = self.flow.whitening
         if isinstance(whitening, Whitening):
