@@ -85,7 +85,7 @@ def best_low_rank(log_joint: LogJoint, begin: Gaussian, rank: int = RANK) -> Low
     )
     noise = antithetic(SCORE_DRAWS, begin.loc)
     best = replace(mean_field, elbo=elbo_of(log_joint, mean_field.push, noise))
-    for _ in range(ROUNDS):
+    for _ in range(ROUNDS if log_joint.is_vectorized else 1):
         stretched = _stretch(log_joint, best, rank)
         if stretched is None:
             break
