@@ -8,14 +8,14 @@ import math
 import torch
 from torch import Tensor, nn
 
-from pyro_flows.transforms import FlowTransform, Whitening
+from pyro_flows.transforms import FixedAffine, FlowTransform
 
 __all__ = ["assert_no_graph", "jacobian", "randomise_parameters", "trained"]
 
 
 def trained(module: nn.Module) -> list[nn.Parameter]:
     """All parameters but those that a warm start sets and training leaves as they are."""
-    fixed = {p for part in module.modules() if isinstance(part, Whitening) for p in part.parameters()}
+    fixed = {p for part in module.modules() if isinstance(part, FixedAffine) for p in part.parameters()}
     return [p for p in module.parameters() if p not in fixed]
 
 

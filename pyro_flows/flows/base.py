@@ -18,12 +18,12 @@ from pyro_flows.transforms import (
     AffineHead,
     Chain,
     DiagonalAffine,
+    FixedAffine,
     FlowTransform,
     FullRankAffine,
     LowRankAffine,
     PartialPooling,
     PriorPooling,
-    Whitening,
 )
 
 __all__ = ["Flow", "FlowSpec"]
@@ -54,7 +54,7 @@ class Flow(nn.Module):
         self,
         layers: Sequence[FlowTransform],
         head: AffineHead,
-        whitening: Whitening | None = None,
+        whitening: FixedAffine | None = None,
         base: Base | None = None,
     ) -> None:
         super().__init__()
@@ -71,10 +71,10 @@ class Flow(nn.Module):
         return head
 
     @property
-    def whitening(self) -> Whitening | None:
+    def whitening(self) -> FixedAffine | None:
         """What a warm start may put around the head."""
         last = self.transform.parts[-1]
-        return last if isinstance(last, Whitening) else None
+        return last if isinstance(last, FixedAffine) else None
 
     def standardize(self, y: Tensor) -> Tensor:
         """Values as input for those who condition on them; see :meth:`AffineHead.standardize`."""
@@ -173,7 +173,7 @@ class FlowSpec:
         return Flow(self.layers(input_dim, context_dim), head, base=self._make_base(input_dim))
 
     def build_joint(
-        self, block_sizes: Sequence[int], *, pooling: PriorPooling | None = None, whitening: Whitening | None = None
+        self, block_sizes: Sequence[int], *, pooling: PriorPooling | None = None, whitening: FixedAffine | None = None
     ) -> Flow:
         """Make a flow over a model's sites.
 

@@ -14,6 +14,7 @@ from pyro_flows.flows import Flow, FlowDistribution, FlowSpec
 from pyro_flows.flows.bases import MixtureBase, StudentTBase
 from pyro_flows.guides.base_start import fit_modes, fit_tails
 from pyro_flows.guides.log_joint import LogJoint
+from pyro_flows.guides.low_rank_start import RANK, LowRankGaussian, best_low_rank
 from pyro_flows.guides.mixture_start import best_mixture
 from pyro_flows.guides.prior import LinearPrior
 from pyro_flows.guides.warm_start import (
@@ -26,7 +27,7 @@ from pyro_flows.guides.warm_start import (
     fit_on_fixed_draws,
 )
 from pyro_flows.sites import SiteTable
-from pyro_flows.transforms import PriorPooling, Whitening
+from pyro_flows.transforms import FixedAffine, LowRankAffine, LowRankWhitening, PriorPooling, Whitening
 
 __all__ = ["JointBlock", "build_reproducibly"]
 
@@ -35,7 +36,7 @@ POOLED_SHARE = 0.9
 POOLED_DRAWS = 128
 # The same share where priors are of no use.
 NO_SHARE = 1e-6
-# Above this dimension warm starts have independent coordinates.
+# Above this dimension warm starts have a few correlated directions only.
 WHITENING_DIM = 300
 
 
@@ -51,6 +52,13 @@ def build_reproducibly(build: Callable[[], Flow]) -> Flow:
             for buffer, fixed in zip(flow.buffers(), build().buffers(), strict=True):
                 buffer.copy_(fixed)
     return flow
+
+
+def _whitening(dim: int) -> FixedAffine | None:
+    """What a warm start can set; memory grows linearly above a few hundred dimensions."""
+    if dim > WHITENING_DIM:
+        return LowRankWhitening(dim, RANK)
+    return Whitening(dim) if dim > 1 else None
 
 
 class JointBlock(nn.Module):
@@ -78,7 +86,7 @@ class JointBlock(nn.Module):
         self.table = table
         sizes = [site.size for site in table if site.size]
         pooling = None if prior is None else PriorPooling(prior.known, *prior.dense(table.latent_dim))
-        whitening = Whitening(table.latent_dim) if 1 < table.latent_dim <= WHITENING_DIM else None
+        whitening = _whitening(table.latent_dim)
         flow = build_reproducibly(lambda: spec.build_joint(sizes, pooling=pooling, whitening=whitening))
         self.flow = flow.to(dtype=table.init_loc.dtype, device=table.init_loc.device)
         self.flow.head.initialize(table.init_loc, torch.full_like(table.init_loc, init_scale))
@@ -89,40 +97,72 @@ class JointBlock(nn.Module):
 
         Args:
             loc: ``m``, ``(latent_dim,)``.
-            factor: ``L``, lower triangular with a positive diagonal; or its diagonal, if the flow has no whitening.
+            factor: ``L``, lower triangular with a positive diagonal; or its diagonal, if the flow holds no ``L``.
         """
+        whitening = self.flow.whitening
+        if isinstance(whitening, Whitening):
+            whitening.set(loc, factor if factor.dim() == 2 else factor.diag())
+            self._start_standard(loc)
+        else:
+            self.flow.head.initialize(loc, factor)
+
+    def _start_low_rank(self, found: LowRankGaussian) -> None:
+        """As :meth:`start`."""
         head, whitening = self.flow.head, self.flow.whitening
-        if whitening is None:
-            head.initialize(loc, factor)
-            return
-        whitening.set(loc, factor if factor.dim() == 2 else factor.diag())
+        if isinstance(whitening, LowRankWhitening):
+            whitening.set(found.loc, found.scale, found.directions, found.stretch)
+            self._start_standard(found.loc)
+        else:
+            assert isinstance(head, LowRankAffine)
+            head.initialize(found.loc, found.scale)
+            head.set_directions(found.directions, found.stretch)
+
+    def _start_standard(self, loc: Tensor) -> None:
+        head = self.flow.head
         standard = torch.zeros_like(loc), torch.ones_like(loc)
         if isinstance(head, PriorPooling):
             head.initialize(*standard, max_share=NO_SHARE)  # the priors of other coordinates
         else:
             head.initialize(*standard)
 
+    @property
+    def _low_rank(self) -> int:
+        """How many correlated directions a warm start may have where it cannot have all; 0 for none."""
+        whitening, head = self.flow.whitening, self.flow.head
+        if isinstance(whitening, LowRankWhitening):
+            return whitening.rank
+        return head.rank if whitening is None and isinstance(head, LowRankAffine) else 0
+
     def warm_start(self, log_joint: LogJoint, init_scale: float) -> None:
         """Find a good Gaussian for a target and start there; on another base, at what that can do.
 
-        See :func:`best_gaussian`, :func:`best_mixture`, :func:`fit_modes` and :func:`fit_tails`.
+        See :func:`best_gaussian`, :func:`best_low_rank`, :func:`best_mixture`, :func:`fit_modes` and :func:`fit_tails`.
         """
         cheap = log_joint.is_vectorized and log_joint.rows < MANY_ROWS
-        correlated = self.flow.whitening is not None
+        whitening = self.flow.whitening
+        if whitening is not None:
+            whitening.reset()
+        correlated = isinstance(whitening, Whitening)
         found = best_gaussian(log_joint, self.table.init_loc, init_scale, correlated=correlated)
         head, base = self.flow.head, self.flow.base
         pooled = -math.inf
         if isinstance(head, PriorPooling) and log_joint.rows < MANY_ROWS:
             pooled = self._pool(log_joint, head, found)
+        low_rank = None
+        if self._low_rank and log_joint.rows < MANY_ROWS:
+            low_rank = best_low_rank(log_joint, found, self._low_rank)
+        gaussian = found.elbo if low_rank is None else low_rank.elbo
         if isinstance(base, MixtureBase):
             mixture = best_mixture(log_joint, self.table.init_loc, len(base.locs), correlated=correlated)
-            if mixture is not None and mixture.elbo(log_joint) > max(pooled, found.elbo):
+            if mixture is not None and mixture.elbo(log_joint) > max(pooled, gaussian):
                 self.start(mixture.loc, mixture.factor)
                 base.set(mixture.locs, mixture.scales, mixture.weights)
                 if cheap and self.flow.transform.has_score:
                     fit_modes(log_joint, self.flow)
                 return
-        if not pooled > found.elbo:
+        if low_rank is not None and not pooled > gaussian:
+            self._start_low_rank(low_rank)
+        elif not pooled > gaussian:
             self.start(found.loc, found.factor)
         if isinstance(base, StudentTBase) and cheap:
             fit_tails(log_joint, self.flow)

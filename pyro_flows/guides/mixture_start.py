@@ -56,7 +56,8 @@ class MixtureStart:
 
 @torch.no_grad()
 def best_mixture(log_joint: LogJoint, start: Tensor, count: int, *, correlated: bool) -> MixtureStart | None:
-    r"""A component on each of the modes that climbs find, by their mass; None if they find one only.
+    r"""A component on each of the modes that climbs find, by their mass; None if they find one only,
+    or if there are too many dimensions for Hessians.
 
     Each mode has the Gaussian of its local curvature, of which a component keeps what is diagonal in the coordinates in
     which the average of all is the identity. Where modes do not overlap, the weights of highest ELBO are
@@ -70,7 +71,8 @@ def best_mixture(log_joint: LogJoint, start: Tensor, count: int, *, correlated: 
         correlated: Whether the guide can hold a correlated ``L``.
     """
     points = climbs(log_joint, start, PRIOR_CLIMBS)[-1]
-    modes = _distinct(scored(log_joint, local_gaussians(log_joint, points, correlated=True), SCORE_DRAWS), count)
+    found = local_gaussians(log_joint, points, correlated=True)
+    modes = _distinct(scored(log_joint, found, SCORE_DRAWS), count) if found else []
     if len(modes) < 2:
         return None
     weights = torch.tensor([mode.elbo for mode in modes], dtype=torch.float64, device=start.device).softmax(0)

@@ -21,7 +21,7 @@ from pyro_flows.transforms.spline import Spline
 from pyro_flows.transforms.spline_autoregressive import SplineAutoregressive
 from pyro_flows.transforms.spline_coupling import SplineCouplings
 from pyro_flows.transforms.sylvester import Sylvester
-from pyro_flows.transforms.whitening import Whitening
+from pyro_flows.transforms.whitening import FixedAffine, LowRankWhitening, Whitening
 
 __all__ = [
     "AffineAutoregressive",
@@ -31,11 +31,13 @@ __all__ = [
     "BoundTransform",
     "Chain",
     "DiagonalAffine",
+    "FixedAffine",
     "FlowTransform",
     "FullRankAffine",
     "Householder",
     "Inverse",
     "LowRankAffine",
+    "LowRankWhitening",
     "NeuralAutoregressive",
     "PartialPooling",
     "Permutation",

@@ -148,6 +148,19 @@ class LowRankAffine(AffineHead):
         self.left = nn.Parameter(torch.zeros(input_dim, rank))
         self.right = nn.Parameter(torch.randn(input_dim, rank) / math.sqrt(input_dim))
 
+    @torch.no_grad()
+    def set_directions(self, directions: Tensor, stretch: Tensor) -> None:
+        r"""Set the map inside the scales to :math:`I + W \, \mathrm{diag}(s - 1) W^\top`.
+
+        Args:
+            directions: ``W``, ``(D, R)`` with orthonormal columns, R at most ``rank``.
+            stretch: ``s``, positive, ``(R,)``.
+        """
+        used = len(stretch)
+        self.left.zero_()
+        self.left[:, :used].copy_(directions * (stretch - 1.0))
+        self.right[:, :used].copy_(directions)
+
     def _capacitance(self) -> tuple[Tensor, Tensor]:
         identity = torch.eye(self.rank, dtype=self.left.dtype, device=self.left.device)
         capacitance = identity + self.right.mT @ self.left  # (rank, rank)

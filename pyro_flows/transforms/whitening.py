@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L1. A fixed affine map around a flow: where a warm start leaves the posterior's location, scales and correlations."""
+"""L1. Fixed affine maps around a flow: where a warm start leaves the posterior's location, scales and correlations."""
 
 from __future__ import annotations
 
@@ -8,25 +8,73 @@ from torch import Tensor, nn
 
 from pyro_flows.transforms.base import FlowTransform
 
-__all__ = ["Whitening"]
+__all__ = ["FixedAffine", "LowRankWhitening", "Whitening"]
 
 
-class Whitening(FlowTransform):
-    r""":math:`y = m + L x` with :math:`L` lower triangular, the identity until :meth:`set` is called. Not trained.
+class FixedAffine(FlowTransform):
+    r"""Base of :math:`y = m + A x`, the identity until ``A`` and ``m`` are set, and not trained.
 
     A step of Adam moves every parameter by the learning rate. In a posterior whose narrowest direction is a thousandth
     of its widest that is either nothing or a hundred standard deviations, unless what is trained lives in
     coordinates in which the posterior is about a standard normal.
 
-    ``m`` and ``L`` are parameters, so that Pyro's parameter store keeps them, but have no gradient.
+    ``m`` and the parts of ``A`` are parameters, so that Pyro's parameter store keeps them, but have no gradient.
+    """
+
+    def __init__(self, input_dim: int) -> None:
+        super().__init__(input_dim, 0)
+        self.loc = nn.Parameter(torch.zeros(input_dim))
+
+    def reset(self) -> None:
+        """Be the identity again."""
+        raise NotImplementedError
+
+    def standardize(self, y: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+        """As ``AffineHead.standardize``, for a Gaussian ``N(loc, diag(scale)^2)`` under this map."""
+        return (y - self.loc.detach() - self._mix(loc)[0]) * torch.rsqrt(1.0 + self._variance(scale))
+
+    def _mix(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``A x`` and ``log|det A|``."""
+        raise NotImplementedError
+
+    def _unmix(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """``A^-1 y`` and ``log|det A|``."""
+        raise NotImplementedError
+
+    def _unmix_score(self, score: Tensor) -> Tensor:
+        """``A^-T score``."""
+        raise NotImplementedError
+
+    def _variance(self, scale: Tensor) -> Tensor:
+        """Diagonal of ``A diag(scale)^2 A^T``."""
+        raise NotImplementedError
+
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        mixed, ladj = self._mix(x)
+        return self.loc.detach() + mixed, ladj.expand(x.shape[:-1])
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, ladj = self._unmix(y - self.loc.detach())
+        return x, -ladj.expand(y.shape[:-1])
+
+    def forward_with_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, ladj = self.forward_and_ladj(x)
+        return y, ladj, self._unmix_score(score)
+
+
+class Whitening(FixedAffine):
+    r""":math:`y = m + L x` with :math:`L` lower triangular, the identity until :meth:`set` is called. Not trained.
+
+    See :class:`FixedAffine`.
 
     Args:
         input_dim: Length of the transformed vector. Cost and size O(D^2).
     """
 
     def __init__(self, input_dim: int) -> None:
-        super().__init__(input_dim, 0)
-        self.loc = nn.Parameter(torch.zeros(input_dim))
+        super().__init__(input_dim)
         self.factor = nn.Parameter(torch.eye(input_dim))
 
     @torch.no_grad()
@@ -35,32 +83,99 @@ class Whitening(FlowTransform):
         self.loc.copy_(loc)
         self.factor.copy_(factor)
 
-    def standardize(self, y: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
-        """As ``AffineHead.standardize``, for a Gaussian ``N(loc, diag(scale)^2)`` under this map."""
-        factor = self.factor.detach().tril()
-        variance = (factor * scale).square().sum(-1)
-        return (y - self.loc.detach() - factor @ loc) * torch.rsqrt(1.0 + variance)
+    def reset(self) -> None:
+        self.set(torch.zeros_like(self.loc), torch.eye(self.input_dim))
 
-    def _fixed(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``m``, ``L`` and ``log|det L|``."""
+    def _tril(self) -> tuple[Tensor, Tensor]:
+        """``L`` and ``log|det L|``."""
         factor = self.factor.detach().tril()
-        return self.loc.detach(), factor, factor.diagonal().abs().log().sum().expand(like.shape[:-1])
+        return factor, factor.diagonal().abs().log().sum()
 
-    def _unmix(self, rows: Tensor, factor: Tensor, *, upper: bool) -> Tensor:
+    def _solve(self, rows: Tensor, factor: Tensor, *, upper: bool) -> Tensor:
         """``rows @ factor^-1``."""
         flat = rows.reshape(-1, self.input_dim)
         return torch.linalg.solve_triangular(factor, flat, upper=upper, left=False).reshape(rows.shape)
 
-    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        loc, factor, ladj = self._fixed(x)
-        return loc + x @ factor.mT, ladj
+    def _mix(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        factor, ladj = self._tril()
+        return x @ factor.mT, ladj
 
-    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        loc, factor, ladj = self._fixed(y)
-        return self._unmix(y - loc, factor.mT, upper=True), -ladj
+    def _unmix(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        factor, ladj = self._tril()
+        return self._solve(y, factor.mT, upper=True), ladj
 
-    def forward_with_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        loc, factor, ladj = self._fixed(x)
-        return loc + x @ factor.mT, ladj, self._unmix(score, factor, upper=False)
+    def _unmix_score(self, score: Tensor) -> Tensor:
+        return self._solve(score, self._tril()[0], upper=False)
+
+    def _variance(self, scale: Tensor) -> Tensor:
+        return (self._tril()[0] * scale).square().sum(-1)
+
+
+class LowRankWhitening(FixedAffine):
+    r""":math:`y = m + d \odot (I + U \, \mathrm{diag}(s - 1) U^\top) x` with orthonormal columns in :math:`U`: scales,
+    and a few directions that are wider or narrower than these say. The identity until :meth:`set` is called. Not
+    trained; see :class:`FixedAffine`.
+
+    Args:
+        input_dim: Length of the transformed vector.
+        rank: Number of directions, in [1, input_dim]. Cost and size O(D rank).
+    """
+
+    def __init__(self, input_dim: int, rank: int) -> None:
+        super().__init__(input_dim)
+        self.rank = rank
+        self.scale = nn.Parameter(torch.ones(input_dim))
+        self.directions = nn.Parameter(torch.eye(input_dim, rank))
+        self.stretch = nn.Parameter(torch.ones(rank))
+
+    @torch.no_grad()
+    def set(self, loc: Tensor, scale: Tensor, directions: Tensor, stretch: Tensor) -> None:
+        """Set the map.
+
+        Args:
+            loc: ``m``, ``(D,)``.
+            scale: ``d``, positive, ``(D,)``.
+            directions: ``U``, ``(D, R)`` with orthonormal columns, R at most ``rank``.
+            stretch: ``s``, positive, ``(R,)``.
+        """
+        self.reset()
+        used = len(stretch)
+        self.loc.copy_(loc)
+        self.scale.copy_(scale)
+        self.directions[:, :used].copy_(directions)
+        self.directions[:, used:].zero_()
+        self.stretch[:used].copy_(stretch)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        self.loc.zero_()
+        self.scale.fill_(1.0)
+        self.directions.copy_(torch.eye(self.input_dim, self.rank))
+        self.stretch.fill_(1.0)
+
+    def _stretched(self, x: Tensor, stretch: Tensor) -> Tensor:
+        """``x + U ((stretch - 1) * U^T x)``."""
+        directions = self.directions.detach()
+        return x + ((x @ directions) * (stretch - 1.0)) @ directions.mT
+
+    def _ladj(self) -> Tensor:
+        return self.scale.detach().log().sum() + self.stretch.detach().log().sum()
+
+    def _mix(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.scale.detach() * self._stretched(x, self.stretch.detach()), self._ladj()
+
+    def _unmix(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self._stretched(y / self.scale.detach(), self.stretch.detach().reciprocal()), self._ladj()
+
+    def _unmix_score(self, score: Tensor) -> Tensor:
+        return self._stretched(score, self.stretch.detach().reciprocal()) / self.scale.detach()
+
+    def _variance(self, scale: Tensor) -> Tensor:
+        directions, variance = self.directions.detach(), scale.square()
+        pulled = directions * (self.stretch.detach() - 1.0)  # U diag(s - 1)
+        inner = pulled.mT @ (variance.unsqueeze(-1) * pulled)
+        # diag of (I + P U^T) V (I + U P^T) with P U^T = U P^T symmetric.
+        core = directions @ inner
+        return self.scale.detach().square() * (
+            variance * (1.0 + 2.0 * (pulled * directions).sum(-1)) + (core * directions).sum(-1)
+        )

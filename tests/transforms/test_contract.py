@@ -26,6 +26,22 @@ def hierarchy(input_dim: int) -> FlowTransform:
     return T.PriorPooling(known, slope.flatten(0, 1), torch.randn(2 * input_dim))
 
 
+def whitening(input_dim: int) -> FlowTransform:
+    transform = T.Whitening(input_dim)
+    transform.set(torch.randn(input_dim), torch.randn(input_dim, input_dim).tril() + 3.0 * torch.eye(input_dim))
+    return transform
+
+
+def low_rank_whitening(input_dim: int) -> FlowTransform:
+    """Of its directions, one is not in use where there are more than two coordinates."""
+    rank = min(input_dim, 3)
+    transform = T.LowRankWhitening(input_dim, rank)
+    used = min(rank, 2)
+    directions = torch.linalg.qr(torch.randn(input_dim, used)).Q
+    transform.set(torch.randn(input_dim), torch.rand(input_dim) + 0.5, directions, 2.0 * torch.rand(used) + 0.2)
+    return transform
+
+
 # Name -> constructor (input_dim, context_dim). A new transform is one line here.
 TRANSFORMS: dict[str, Callable[[int, int], FlowTransform]] = {
     "AffineAutoregressive": lambda d, c: T.AffineAutoregressive(d, c, hidden_dims=(16, 16)),
@@ -40,6 +56,7 @@ TRANSFORMS: dict[str, Callable[[int, int], FlowTransform]] = {
     "Inverse": lambda d, c: T.Inverse(T.AffineAutoregressive(d, c)),
     "Inverse (spline)": lambda d, c: T.Inverse(T.Spline(d, c)),
     "LowRankAffine": lambda d, c: T.LowRankAffine(d, c, rank=min(d, 2)),
+    "LowRankWhitening": lambda d, c: low_rank_whitening(d),
     "NeuralAutoregressive": lambda d, c: T.NeuralAutoregressive(d, c, hidden_dims=(16,), num_units=4),
     "PartialPooling": lambda d, c: T.PartialPooling(d, given_dim=c, feature_dim=2),
     "PartialPooling (prior)": lambda d, c: T.PartialPooling(
@@ -56,11 +73,11 @@ TRANSFORMS: dict[str, Callable[[int, int], FlowTransform]] = {
     "SplineAutoregressive": lambda d, c: T.SplineAutoregressive(d, c, hidden_dims=(16,), count_bins=4),
     "SplineCouplings": lambda d, c: T.SplineCouplings(d, c, hidden_dims=(16,), count_bins=4),
     "Sylvester": lambda d, c: T.Sylvester(d, c, num_ortho=3),
-    "Whitening": lambda d, c: T.Whitening(d),
+    "Whitening": lambda d, c: whitening(d),
 }
-BASES = {"AffineHead", "FlowTransform"}  # Not transforms of their own.
+BASES = {"AffineHead", "FixedAffine", "FlowTransform"}  # Not transforms of their own.
 TWO_DIMENSIONS = {"AffineCouplings", "PriorPooling", "SplineCouplings"}
-IGNORE_CONTEXT = {"Permutation", "PriorPooling", "PyroTransform", "Whitening"}
+IGNORE_CONTEXT = {"Permutation", "PriorPooling", "PyroTransform", "LowRankWhitening", "Whitening"}
 CASES = [
     pytest.param(name, input_dim, context_dim, id=f"{name}-{input_dim}d" + ("-context" if context_dim else ""))
     for name in TRANSFORMS
@@ -81,7 +98,7 @@ def make(name: str, input_dim: int, context_dim: int) -> tuple[FlowTransform, Te
     """A transform with random parameters, a batch of inputs and a context for each."""
     transform = TRANSFORMS[name](input_dim, context_dim)
     with torch.no_grad():
-        for parameter in transform.parameters():
+        for parameter in trained(transform):
             parameter.add_(0.15 * torch.randn_like(parameter))
     context = torch.randn(6, transform.context_dim) if transform.context_dim else None
     return transform, torch.randn(6, input_dim), context
