@@ -127,7 +127,8 @@ def fit(
         args: The model's arguments, as a tuple; or mini-batches: a list of tuples or anything else that can be
             iterated over again and again, such as a ``DataLoader``.
         kwargs: The model's keyword arguments, the same for each mini-batch.
-        num_steps: Number of steps, >= 1; None stops by the rule above, after 8000 at most.
+        num_steps: Number of steps, >= 1; None stops by the rule above, after 4000 at most, or 8000 in
+            mini-batches and annealed.
         num_particles: Draws a step, >= 1.
         learning_rate: Peak rate of Adam, > 0.
         anneal: Whether to flatten the log joint at first, for a posterior of several modes: the guide sees them all

@@ -19,9 +19,10 @@ from pyro_flows.inference.steps import Trainer
 __all__ = ["Run"]
 
 # A run is a few cycles, in each of which the rate falls to a hundredth; the next one is as long as all before it. With
-# mini-batches the first is longer, to get rid of the noise that it begins with; annealed, to have time to cool.
+# mini-batches the first is longer, to get rid of the noise that it begins with; annealed, to have time to cool. There,
+# there may be more of them.
 CYCLE, CYCLE_LONG = 250, 1000
-MAX_STEPS = 8000
+MAX_STEPS, MAX_STEPS_LONG = 4000, 8000
 # Steps before a cycle that gains nothing is the last.
 PATIENCE = 250
 # A cycle whose gain is below this, in nats, or below so much for every local latent, or below two standard errors, is
@@ -56,9 +57,9 @@ class Run:
         self.anneal = anneal
         self.progress = progress
         self.num_steps = num_steps
-        first = CYCLE_LONG if self.objective.subsampled or anneal else CYCLE
-        self.lengths = [num_steps or first]
-        while num_steps is None and sum(self.lengths) < MAX_STEPS:
+        long = self.objective.subsampled or anneal
+        self.lengths = [num_steps or (CYCLE_LONG if long else CYCLE)]
+        while num_steps is None and sum(self.lengths) < (MAX_STEPS_LONG if long else MAX_STEPS):
             self.lengths.append(sum(self.lengths))
         # With mini-batches the same noise each time: differences between estimates would drown any gain.
         self.seed = int(torch.randint(2**31, ())) if self.objective.subsampled else None
