@@ -10,7 +10,7 @@ import torch
 from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
-__all__ = ["Smoothed", "khat_threshold", "pareto_smooth"]
+__all__ = ["Smoothed", "khat_threshold", "nearly_constant", "pareto_smooth"]
 
 # A tail of this many weights or fewer has no fit.
 MIN_TAIL = 4
@@ -28,6 +28,17 @@ class Smoothed(NamedTuple):
 
     log_weights: Tensor
     khat: float
+
+
+def nearly_constant(largest: float, ess: float, num_samples: int) -> bool:
+    """Whether no draw weighs twice the mean and nearly all count fully: then k-hat is that of noise.
+
+    Args:
+        largest: log of the largest weight over the mean one.
+        ess: Effective sample size.
+        num_samples: Number of draws.
+    """
+    return largest < math.log(2.0) and ess > 0.99 * num_samples
 
 
 def khat_threshold(num_samples: int) -> float:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows._checks import check_int
-from pyro_flows.diagnostics.psis import khat_threshold, pareto_smooth
+from pyro_flows.diagnostics.psis import Smoothed, khat_threshold, nearly_constant, pareto_smooth
 from pyro_flows.diagnostics.weights import Weigher
 
 __all__ = ["importance_resample"]
@@ -84,7 +85,7 @@ def importance_resample(
             )
         chunks = list(weigher.chunks(num_draws, progress=progress))
         smoothed = [pareto_smooth(column) for column in torch.cat([c.log_weights for c in chunks]).unbind(1)]
-        _check(torch.tensor([item.khat for item in smoothed]), num_draws)
+        _check(torch.tensor([_khat(item) for item in smoothed]), num_draws)
         picks = torch.stack([_systematic(item.log_weights.exp(), num_samples) for item in smoothed], -1)  # (S, N)
     result = {}
     for latent in weigher.structure.latents:
@@ -96,6 +97,13 @@ def importance_resample(
             chosen = rows[picks, torch.arange(rows.shape[1], device=rows.device)]
             result[latent.name] = chosen.movedim(1, 1 + latent.item_axis)
     return result
+
+
+def _khat(smoothed: Smoothed) -> float:
+    """k-hat; 0 where the weights are nearly constant, and it is that of noise."""
+    weights = smoothed.log_weights
+    largest, ess = float(weights.max()) + math.log(len(weights)), float((-(2.0 * weights).logsumexp(0)).exp())
+    return 0.0 if nearly_constant(largest, ess, len(weights)) else smoothed.khat
 
 
 def _check(khat: Tensor, num_draws: int) -> None:

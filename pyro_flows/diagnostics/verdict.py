@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 
+from pyro_flows.diagnostics.psis import nearly_constant
 from pyro_flows.diagnostics.sites import SiteSummary
 from pyro_flows.guides import AutoFlowGuide
 
@@ -136,7 +137,9 @@ def judge(facts: Facts, guide: Any) -> Verdict:
             "init_loc_fn=init_to_value(values=report.lost[0].values))`, and `compare` the two.",
         )
     # The fit of a tail knows no scale: weights that hardly differ have none that matters.
-    if bad.double().mean() > (BAD_ITEMS if facts.num_items > 1 else 0.0) and not _nearly_constant(facts):
+    if bad.double().mean() > (BAD_ITEMS if facts.num_items > 1 else 0.0) and not nearly_constant(
+        facts.largest, float(facts.ess.min()), facts.num_samples
+    ):
         return _heavy(facts, guide)
     enough = facts.ess.double().quantile(BAD_ITEMS) >= min(ENOUGH, facts.num_samples / 2)
     small = facts.gap - 2.0 * facts.gap_se <= SMALL_GAP
@@ -151,11 +154,6 @@ def judge(facts: Facts, guide: Any) -> Verdict:
     reason = "draws of the guide are as good as the posterior's"
     reason += f"; other modes were not looked for, since {facts.not_searched}." if facts.not_searched else "."
     return Verdict(TRUST, reason, "Use `guide.sample_posterior(1000, ...)` or `Predictive`.")
-
-
-def _nearly_constant(facts: Facts) -> bool:
-    """Whether no draw weighs twice the mean and nearly all count fully."""
-    return facts.largest < math.log(2.0) and bool(facts.ess.min() > 0.99 * facts.num_samples)
 
 
 def _wrong_site(facts: Facts) -> str:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from pyro_flows import importance_resample
+from pyro_flows.diagnostics.psis import pareto_smooth
+from pyro_flows.diagnostics.resample import _check, _khat
 from tests.diagnostics.fits import BAD, correlated_regression, items_fit, regression_posterior
 
 
@@ -57,3 +59,16 @@ def test_subsampled_plates_are_refused() -> None:
 
     with pytest.raises(NotImplementedError, match="'data' is subsampled"):
         importance_resample(model, guide, 10, (y,))
+
+
+def test_weights_that_are_nearly_constant_have_no_tail_to_speak_of() -> None:
+    generator = torch.Generator().manual_seed(0)
+    # A bump of 2 % on one draw in thousands: k-hat is far above 1, and every draw counts.
+    log_weights = 1e-4 * torch.randn(10_000, generator=generator, dtype=torch.double)
+    log_weights[:20] += 0.02 * torch.rand(20, generator=generator, dtype=torch.double) ** -0.8
+    smoothed = pareto_smooth(log_weights)
+    assert smoothed.khat > 1.0
+    _check(torch.tensor([_khat(smoothed)]), 10_000)
+    heavy = pareto_smooth(log_weights * 300.0)
+    with pytest.raises(RuntimeError, match="weights with a mean"):
+        _check(torch.tensor([_khat(heavy)]), 10_000)
