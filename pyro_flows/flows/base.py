@@ -39,7 +39,7 @@ class Flow(nn.Module):
     Args:
         layers: Transforms from the base outwards; may be empty.
         head: The outermost trained transform, which is affine.
-        whitening: What a warm start may put around it.
+        whitening: What a warm start may put around it, or inside of a head that knows priors.
         base: Where the noise comes from; None is a standard normal.
 
     Example:
@@ -61,24 +61,25 @@ class Flow(nn.Module):
         self.input_dim = head.input_dim
         self.context_dim = head.context_dim
         self.base = Base(head.input_dim) if base is None else base
-        self.transform = Chain([*layers, head] if whitening is None else [*layers, head, whitening])
+        outer: list[FlowTransform] = [head] if whitening is None else [head, whitening]
+        if isinstance(head, PriorPooling):  # priors are those of the latents themselves
+            outer.reverse()
+        self.transform = Chain([*layers, *outer])
 
     @property
     def head(self) -> AffineHead:
-        """The outermost trained transform."""
-        head = self.transform.parts[-1 if self.whitening is None else -2]
-        assert isinstance(head, AffineHead)
-        return head
+        """The trained affine transform behind all layers."""
+        return next(part for part in reversed(list(self.transform)) if isinstance(part, AffineHead))
 
     @property
     def whitening(self) -> FixedAffine | None:
-        """What a warm start may put around the head."""
-        last = self.transform.parts[-1]
-        return last if isinstance(last, FixedAffine) else None
+        """What a warm start may put around the head, or inside of it where it knows the latents' priors."""
+        found = [part for part in list(self.transform)[-2:] if isinstance(part, FixedAffine)]
+        return found[0] if found else None
 
     def standardize(self, y: Tensor) -> Tensor:
         """Values as input for those who condition on them; see :meth:`AffineHead.standardize`."""
-        if self.whitening is None:
+        if self.whitening is None or isinstance(self.head, PriorPooling):
             return self.head.standardize(y)
         return self.whitening.standardize(y, *self.head.gaussian())
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["climb", "local_factor"]
+__all__ = ["climb", "gradient_and_hessian", "local_factor"]
 
 # Pairs of steps that L-BFGS remembers.
 HISTORY = 10
@@ -106,16 +106,24 @@ def local_factor(target: Target, points: Tensor) -> Tensor:
 
 
 def _hessian(target: Target, points: Tensor) -> Tensor:
-    """``(R, N, d, d)`` by a backward pass a dimension; NaN if the target has no second derivative."""
-    nothing = torch.full((*points.shape, points.shape[-1]), torch.nan, dtype=torch.double, device=points.device)
+    """``(R, N, d, d)``; NaN if the target has no second derivative."""
+    try:
+        return gradient_and_hessian(target, points)[1]
+    except RuntimeError:
+        return torch.full((*points.shape, points.shape[-1]), torch.nan, dtype=torch.double, device=points.device)
+
+
+def gradient_and_hessian(target: Target, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Derivatives of the target in float64, ``(R, N, d)`` and ``(R, N, d, d)``, by a backward pass a dimension.
+
+    Raises:
+        RuntimeError: If the target has no second derivative.
+    """
     with torch.enable_grad():
         z = points.detach().requires_grad_()
-        try:
-            (gradient,) = torch.autograd.grad(_total(target(z)), z, create_graph=True)
-            rows = [torch.autograd.grad(column.sum(), z, retain_graph=True)[0] for column in gradient.unbind(-1)]
-        except RuntimeError:
-            return nothing
-    return torch.stack(rows, -1).double()
+        (gradient,) = torch.autograd.grad(_total(target(z)), z, create_graph=True)
+        rows = [torch.autograd.grad(column.sum(), z, retain_graph=True)[0] for column in gradient.unbind(-1)]
+    return gradient.detach().double(), torch.stack(rows, -1).double()
 
 
 def _difference_hessian(target: Target, points: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyro_flows.flows import Flow, FlowDistribution, FlowSpec
 from pyro_flows.flows.bases import MixtureBase, StudentTBase
 from pyro_flows.guides.base_start import fit_modes, fit_tails
-from pyro_flows.guides.log_joint import LogJoint
+from pyro_flows.guides.log_joint import LogJoint, PulledBack, Target
 from pyro_flows.guides.low_rank_start import RANK, LowRankGaussian, best_low_rank
 from pyro_flows.guides.mixture_start import best_mixture
 from pyro_flows.guides.prior import LinearPrior
@@ -25,6 +25,7 @@ from pyro_flows.guides.warm_start import (
     best_gaussian,
     elbo_of,
     fit_on_fixed_draws,
+    refined,
 )
 from pyro_flows.sites import SiteTable
 from pyro_flows.transforms import FixedAffine, LowRankAffine, LowRankWhitening, PriorPooling, Whitening
@@ -99,31 +100,35 @@ class JointBlock(nn.Module):
             loc: ``m``, ``(latent_dim,)``.
             factor: ``L``, lower triangular with a positive diagonal; or its diagonal, if the flow holds no ``L``.
         """
-        whitening = self.flow.whitening
-        if isinstance(whitening, Whitening):
-            whitening.set(loc, factor if factor.dim() == 2 else factor.diag())
-            self._start_standard(loc)
+        head, whitening = self.flow.head, self.flow.whitening
+        if not isinstance(whitening, Whitening):
+            head.initialize(loc, factor)
+            return
+        factor = factor if factor.dim() == 2 else factor.diag()
+        if isinstance(head, PriorPooling):
+            scale = factor.square().sum(-1).sqrt()
+            whitening.set(torch.zeros_like(loc), factor / scale.unsqueeze(-1))
+            head.initialize(loc, scale, max_share=NO_SHARE)
+            head.settle()
         else:
-            self.flow.head.initialize(loc, factor)
+            whitening.set(loc, factor)
+            head.initialize(torch.zeros_like(loc), torch.ones_like(loc))
 
     def _start_low_rank(self, found: LowRankGaussian) -> None:
         """As :meth:`start`."""
         head, whitening = self.flow.head, self.flow.whitening
-        if isinstance(whitening, LowRankWhitening):
+        zeros, ones = torch.zeros_like(found.loc), torch.ones_like(found.loc)
+        if isinstance(whitening, LowRankWhitening) and isinstance(head, PriorPooling):
+            whitening.set(zeros, ones, found.directions, found.stretch)
+            head.initialize(found.loc, found.scale, max_share=NO_SHARE)
+            head.settle()
+        elif isinstance(whitening, LowRankWhitening):
             whitening.set(found.loc, found.scale, found.directions, found.stretch)
-            self._start_standard(found.loc)
+            head.initialize(zeros, ones)
         else:
             assert isinstance(head, LowRankAffine)
             head.initialize(found.loc, found.scale)
             head.set_directions(found.directions, found.stretch)
-
-    def _start_standard(self, loc: Tensor) -> None:
-        head = self.flow.head
-        standard = torch.zeros_like(loc), torch.ones_like(loc)
-        if isinstance(head, PriorPooling):
-            head.initialize(*standard, max_share=NO_SHARE)  # the priors of other coordinates
-        else:
-            head.initialize(*standard)
 
     @property
     def _low_rank(self) -> int:
@@ -168,22 +173,41 @@ class JointBlock(nn.Module):
             fit_tails(log_joint, self.flow)
 
     def _pool(self, log_joint: LogJoint, head: PriorPooling, found: Gaussian) -> float:
-        """Let the head's priors have their share, on fixed draws; returns the ELBO.
+        """Let the head's priors have their share, on fixed draws, and correlate what is left; returns the ELBO.
 
         A Gaussian near a funnel has to choose between its neck and its body; from there training would take long.
         """
         push = head.forward_and_ladj
+        parameters: list[Tensor] = [*head.raw.parameters(), head.log_share]
         noise = antithetic(SCORE_DRAWS, found.loc)
         best, best_state = -math.inf, None
         for loc, scale in ((found.loc, found.conditional_scale), (self.table.init_loc, torch.ones_like(found.loc))):
             head.initialize(loc, scale, max_share=POOLED_SHARE)
-            if fit_on_fixed_draws(log_joint, push, list(head.parameters()), loc, POOLED_DRAWS):
+            if fit_on_fixed_draws(log_joint, push, parameters, loc, POOLED_DRAWS):
                 elbo = elbo_of(log_joint, push, noise)
                 if elbo > best:
                     best, best_state = elbo, copy.deepcopy(head.state_dict())
-        if best_state is not None:
-            head.load_state_dict(best_state)
-        return best
+        if best_state is None:
+            return best
+        head.load_state_dict(best_state)
+        head.settle()
+        return self._correlate(PulledBack(log_joint, push), best)
+
+    def _correlate(self, pulled: Target, elbo: float) -> float:
+        """Set the whitening inside the head to the best Gaussian there, if it is better; returns the ELBO."""
+        whitening = self.flow.whitening
+        zeros, ones = torch.zeros_like(self.table.init_loc), torch.ones_like(self.table.init_loc)
+        if isinstance(whitening, Whitening):
+            gaussian = refined(pulled, Gaussian(zeros, ones))
+            if gaussian.elbo > elbo:
+                whitening.set(gaussian.loc, gaussian.factor)
+                return gaussian.elbo
+        elif isinstance(whitening, LowRankWhitening):
+            low_rank = best_low_rank(pulled, Gaussian(zeros, ones), self._low_rank)
+            if low_rank is not None and low_rank.elbo > elbo:
+                whitening.set(low_rank.loc, low_rank.scale, low_rank.directions, low_rank.stretch)
+                return low_rank.elbo
+        return elbo
 
     def distribution(self, *, path_gradient: bool) -> FlowDistribution:
         """The distribution of the packed vector."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from pyro_flows.sites import Site, SiteTable
 
-__all__ = ["NO_DENSITY", "LogJoint", "checked_nesting", "constrain", "scored_sites"]
+__all__ = ["NO_DENSITY", "LogJoint", "PulledBack", "Target", "checked_nesting", "constrain", "scored_sites"]
 
 # What a model raises where it has no density: a distribution refuses its parameters, a covariance is not one.
 NO_DENSITY = (ValueError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
@@ -131,6 +132,43 @@ class LogJoint:
         values, parts = constrain(self.table.split(packed))
         nodes = scored_sites(self.model, values, self.args, self.kwargs)
         return [*parts, *(node["log_prob"].to(packed.dtype) for node in nodes)]
+
+
+@dataclass(frozen=True, eq=False)
+class PulledBack:
+    r"""A log joint in the coordinates of a map: :math:`\log p(f(x)) + \log|\det f'(x)|`.
+
+    Attributes:
+        log_joint: The log joint.
+        push: ``x``, ``(S, D)``, to ``f(x)`` and its log-determinant.
+    """
+
+    log_joint: LogJoint
+    push: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+    @property
+    def rows(self) -> int:
+        """As of the log joint."""
+        return self.log_joint.rows
+
+    @property
+    def chunk(self) -> int:
+        """As of the log joint."""
+        return self.log_joint.chunk
+
+    @property
+    def is_vectorized(self) -> bool:
+        """As of the log joint."""
+        return self.log_joint.is_vectorized
+
+    def __call__(self, draws: Tensor) -> Tensor:
+        """``(S, D)`` to ``(S,)``; differentiable."""
+        pushed, ladj = self.push(draws)
+        return self.log_joint(pushed) + ladj
+
+
+# What Gaussians are fitted to.
+Target = LogJoint | PulledBack
 
 
 def constrain(split: Iterable[tuple[Site, Tensor]]) -> tuple[dict[str, Tensor], list[Tensor]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pyro_flows.guides.log_joint import LogJoint
+from pyro_flows.guides.log_joint import Target
 from pyro_flows.guides.warm_start import SCORE_DRAWS, Gaussian, antithetic, elbo_of, fit_on_fixed_draws
 
 __all__ = ["RANK", "LowRankGaussian", "best_low_rank", "krylov_eigenpairs"]
@@ -61,7 +61,7 @@ class LowRankGaussian:
 
 
 @torch.no_grad()
-def best_low_rank(log_joint: LogJoint, begin: Gaussian, rank: int = RANK) -> LowRankGaussian | None:
+def best_low_rank(log_joint: Target, begin: Gaussian, rank: int = RANK) -> LowRankGaussian | None:
     r"""A Gaussian with a few correlated directions whose ELBO is clearly above that of a mean-field one, or None.
 
     With ``d`` the scales of the Gaussian so far and ``H`` the Hessian of the log joint, averaged over its draws, the
@@ -103,13 +103,13 @@ def best_low_rank(log_joint: LogJoint, begin: Gaussian, rank: int = RANK) -> Low
     return replace(best, elbo=elbo_of(log_joint, best.push, noise))
 
 
-def _log_weights(log_joint: LogJoint, gaussian: LowRankGaussian, noise: Tensor) -> Tensor:
+def _log_weights(log_joint: Target, gaussian: LowRankGaussian, noise: Tensor) -> Tensor:
     """Up to what is the same for all Gaussians, ``(S,)``."""
     draws, ladj = gaussian.push(noise)
     return torch.cat([log_joint(part) for part in draws.split(log_joint.chunk)]).double() + ladj.double()
 
 
-def _stretch(log_joint: LogJoint, gaussian: LowRankGaussian, rank: int) -> LowRankGaussian | None:
+def _stretch(log_joint: Target, gaussian: LowRankGaussian, rank: int) -> LowRankGaussian | None:
     """The directions that average curvature has in the units of a Gaussian's scales; None if it has no such."""
     product = _scaled_precision(log_joint, gaussian)
     if product is None:
@@ -127,7 +127,7 @@ def _stretch(log_joint: LogJoint, gaussian: LowRankGaussian, rank: int) -> LowRa
     return replace(gaussian, directions=directions, stretch=stretch)
 
 
-def _scaled_precision(log_joint: LogJoint, gaussian: LowRankGaussian) -> Callable[[Tensor], Tensor] | None:
+def _scaled_precision(log_joint: Target, gaussian: LowRankGaussian) -> Callable[[Tensor], Tensor] | None:
     """Products of ``-d H d`` with the columns of a block, ``(D, B)``, by double backward; None if there is no ``H``."""
     draws, _ = gaussian.push(antithetic(max(2, min(CURVATURE_DRAWS, log_joint.chunk) // 2 * 2), gaussian.loc))
     draws = draws[log_joint(draws).isfinite()]
@@ -182,7 +182,7 @@ def krylov_eigenpairs(
     return values, basis @ vectors
 
 
-def _fit(log_joint: LogJoint, begin: LowRankGaussian) -> LowRankGaussian:
+def _fit(log_joint: Target, begin: LowRankGaussian) -> LowRankGaussian:
     """Location, scales and stretch on fixed draws, given directions; as it was if that fails."""
     shift = torch.zeros_like(begin.loc, requires_grad=True)
     log_scale = torch.zeros_like(begin.loc, requires_grad=True)

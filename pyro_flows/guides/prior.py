@@ -206,13 +206,19 @@ def _row(table: LocalTable, start: Tensor, given: Sequence[Tensor], found: Mappi
 
 
 def _gaussian(site: Site, fn: Any) -> tuple[Tensor, Tensor]:
-    """Location and log-scale in unconstrained space, in the site's unconstrained shape."""
+    """Location and log-scale in unconstrained space, in the site's unconstrained shape.
+
+    Of a multivariate normal these are the marginals': with a matrix of covariances they often follow other latents
+    linearly, unlike its conditionals, and pooling with them is what takes the funnel away.
+    """
     while isinstance(fn, (dist.Independent, dist.torch_distribution.ExpandedDistribution, dist.MaskedDistribution)):
         fn = fn.base_dist
     if isinstance(fn, dist.LogNormal):
         fn = fn.base_dist
         while isinstance(fn, torch.distributions.Independent):
             fn = fn.base_dist
+    elif isinstance(fn, dist.MultivariateNormal):
+        return fn.loc.expand(site.unconstrained_shape), fn.stddev.log().expand(site.unconstrained_shape)
     elif not (isinstance(fn, dist.Normal) and site.is_real):
         nan = torch.full(site.unconstrained_shape, torch.nan)
         return nan, nan

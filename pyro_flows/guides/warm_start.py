@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pyro_flows.guides.ascent import climb, local_factor
-from pyro_flows.guides.log_joint import LogJoint
+from pyro_flows.guides.ascent import climb, gradient_and_hessian, local_factor
+from pyro_flows.guides.log_joint import LogJoint, Target
 
 __all__ = [
     "MANY_ROWS",
@@ -23,6 +23,7 @@ __all__ = [
     "elbo_of",
     "fit_on_fixed_draws",
     "local_gaussians",
+    "refined",
     "scored",
 ]
 
@@ -34,18 +35,26 @@ SPREAD = 0.7
 NUM_STEPS, ARRIVED = 150, 1e-4
 LOOKS = (2, 5, 12, 35, 150)
 ISOTROPIC_SCALES = (0.1, 0.5)
+# Points of climbs that are nearer to each other than this, in units of the unconstrained latents, are one.
+SAME = 1e-3
 # Above this dimension Hessians cost more than they give: one backward pass a coordinate.
 HESSIAN_DIM = 200
-# Draws by which all candidates are ranked, and by which the first few are compared.
+# Draws by which the better candidates are ranked (all, by a quarter of them), and by which the first few are compared.
 RANK_DRAWS, SCORE_DRAWS, SHORT_LIST = 32, 128, 12
 # A draw of a model with more items than this is too dear for deterministic fits.
 MANY_ROWS = 2000
-# A Gaussian whose log weights vary less (half their variance is its gap, in nats) needs no full-rank fit.
-GOOD_GAP = 4.0
+# Half the variance of log weights is about the gap, in nats: a Gaussian with less needs no refinement, and no full-rank
+# fit.
+SMALL_GAP, GOOD_GAP = 0.05, 0.5
 FULL_RANK_DIM = 64
 # Fixed antithetic draws and iterations of deterministic fits; a covariance takes more of them than it has rows.
 FIXED_DRAWS, DRAWS_A_ROW = 64, 16
 FIXED_ITERATIONS = (150, 150)
+# Newton's steps on an ELBO: how many at most, by so many draws, and more where a Hessian is cheap; the shares of each
+# step that are tried, and the gain in nats below which one is the last; by how much, squared, a step may change a
+# standard deviation.
+NEWTON_STEPS, NEWTON_DRAWS, NEWTON_ROWS = 8, 64, 2048
+NEWTON_SHARES, NEWTON_GAIN, NEWTON_TRUST = (1.0, 0.3), 0.02, 10.0
 # What the line search of L-BFGS is told where the model has no density.
 FORBIDDEN = 1e15
 
@@ -87,6 +96,7 @@ def best_gaussian(log_joint: LogJoint, start: Tensor, init_scale: float, *, corr
       Hessian, and isotropic ones: the mode of a centred hierarchy is at a scale of zero, where a Laplace approximation
       is worthless, but an early point of the climb is fine. Of several modes, the ELBO prefers that with most mass;
     - where no local Hessian is any good, the best mean-field normal on fixed draws, and a Hessian there;
+    - where the best so far has a gap, Newton's steps on its ELBO (see :func:`refined`);
     - where that is poor too, the best normal of any covariance on fixed draws.
 
     Args:
@@ -106,7 +116,7 @@ def best_gaussian(log_joint: LogJoint, start: Tensor, init_scale: float, *, corr
     ones = torch.ones_like(start)
     own = Gaussian(start, init_scale * ones)
     found = [own]
-    for points in climbs(log_joint, start):
+    for points in map(_apart, climbs(log_joint, start)):
         found += [Gaussian(loc, scale * ones) for loc in points for scale in ISOTROPIC_SCALES]
         found += local_gaussians(log_joint, points, correlated=correlated)
     best = _best(log_joint, found)
@@ -116,6 +126,8 @@ def best_gaussian(log_joint: LogJoint, start: Tensor, init_scale: float, *, corr
         for gaussian in found[1:]:
             found += local_gaussians(log_joint, gaussian.loc.unsqueeze(0), correlated=correlated)
         best = _best(log_joint, found)
+    if correlated and log_joint.rows < MANY_ROWS and not best.spread / 2 < SMALL_GAP:
+        best = refined(log_joint, best)
     small = len(start) <= FULL_RANK_DIM and log_joint.rows < MANY_ROWS
     if correlated and small and not best.spread / 2 < GOOD_GAP:
         full = _full_rank(log_joint, best)
@@ -146,12 +158,18 @@ def climbs(log_joint: LogJoint, start: Tensor, prior: int = PRIOR) -> list[Tenso
     return looks if looks and looks[-1] is points else [*looks, points]
 
 
-def _batched(log_joint: LogJoint) -> Callable[[Tensor], Tensor]:
+def _apart(points: Tensor) -> Tensor:
+    """Those of ``(R, D)`` that are not where an earlier one is: climbs meet at a mode."""
+    near = torch.cdist(points, points, p=torch.inf) < SAME
+    return points[~near.tril(-1).any(-1)]
+
+
+def _batched(log_joint: Target) -> Callable[[Tensor], Tensor]:
     """As :func:`climb` wants it: ``(R, 1, D)`` to ``(R, 1)``."""
     return lambda z: log_joint(z.squeeze(1)).unsqueeze(1)
 
 
-def local_gaussians(log_joint: LogJoint, points: Tensor, *, correlated: bool) -> list[Gaussian]:
+def local_gaussians(log_joint: Target, points: Tensor, *, correlated: bool) -> list[Gaussian]:
     """Gaussians with the local curvature at each of ``(R, D)``."""
     if points.shape[-1] > HESSIAN_DIM:
         return []
@@ -162,12 +180,13 @@ def local_gaussians(log_joint: LogJoint, points: Tensor, *, correlated: bool) ->
 
 
 def _best(log_joint: LogJoint, found: list[Gaussian]) -> Gaussian:
-    """The highest ELBO, by a few draws of each and then by more of the best."""
-    ranked = sorted(scored(log_joint, found, RANK_DRAWS), key=lambda gaussian: -gaussian.elbo)
-    return max(scored(log_joint, ranked[:SHORT_LIST], SCORE_DRAWS), key=lambda gaussian: gaussian.elbo)
+    """The highest ELBO, by a few draws of each, more of the better ones, and yet more of the best."""
+    for count, keep in ((RANK_DRAWS // 4, 4 * SHORT_LIST), (RANK_DRAWS, SHORT_LIST), (SCORE_DRAWS, 1)):
+        found = sorted(scored(log_joint, found, count), key=lambda gaussian: -gaussian.elbo)[:keep]
+    return found[0]
 
 
-def scored(log_joint: LogJoint, found: list[Gaussian], count: int) -> list[Gaussian]:
+def scored(log_joint: Target, found: list[Gaussian], count: int) -> list[Gaussian]:
     """Candidates with their ELBO and spread, from as many draws of each."""
     noise = antithetic(count, found[0].loc)
     draws = torch.cat([gaussian.push(noise) for gaussian in found])  # (candidates * count, D)
@@ -199,6 +218,62 @@ def antithetic(count: int, like: Tensor) -> Tensor:
     else:
         half = half / half.square().mean(0).sqrt()
     return torch.cat([half, -half]).to(like.dtype)
+
+
+@torch.no_grad()
+def refined(log_joint: Target, begin: Gaussian) -> Gaussian:
+    r"""Newton's method for the ELBO of a normal of any covariance, which goes on while that rises.
+
+    At the best one, the mean gradient over its draws is zero, and minus the mean Hessian is its precision.
+
+    Args:
+        log_joint: The target.
+        begin: Where to begin.
+
+    Returns:
+        The best one seen, with its ELBO.
+
+    References:
+        Opper, Archambeau. The variational Gaussian approximation revisited. Neural Computation 2009, eq. (13)-(14).
+    """
+    factor = begin.factor if begin.factor.dim() == 2 else begin.factor.diag()
+    (best,) = scored(log_joint, [replace(begin, factor=factor)], SCORE_DRAWS)
+    if len(begin.loc) > HESSIAN_DIM:
+        return best
+    count = NEWTON_DRAWS + NEWTON_ROWS // len(begin.loc)
+    for _ in range(NEWTON_STEPS):
+        tried = _newton(log_joint, best, max(2, min(count, log_joint.chunk) // 2 * 2))
+        found = scored(log_joint, [best, *tried], SCORE_DRAWS)
+        was, best = found[0].elbo, max(found, key=lambda gaussian: gaussian.elbo)
+        if not best.elbo > was + NEWTON_GAIN:
+            break
+    return best
+
+
+def _newton(log_joint: Target, begin: Gaussian, count: int) -> list[Gaussian]:
+    """Where shares of a step lead; none if the target has no derivatives there."""
+    draws = begin.push(antithetic(count, begin.loc))
+    try:
+        gradient, hessian = gradient_and_hessian(_batched(log_joint), draws.unsqueeze(1))
+    except RuntimeError:
+        return []
+    usable = (gradient.isfinite().all(-1) & hessian.isfinite().flatten(2).all(-1)).squeeze(1)
+    if not usable.any():
+        return []
+    factor = begin.factor.double()
+    slope = factor.mT @ gradient[usable].mean((0, 1))
+    curvature, vectors = torch.linalg.eigh(-factor.mT @ hessian[usable].mean((0, 1)) @ factor)
+    curvature = curvature.clamp(1.0 / NEWTON_TRUST, NEWTON_TRUST)
+    found = []
+    for share in NEWTON_SHARES:
+        root = vectors / curvature.pow(0.5 * share)
+        moved = share * (root @ (root.mT @ slope))
+        moved = moved * (share * math.sqrt(len(moved)) / moved.norm()).clamp_max(1.0)
+        # factor @ root is a factor of the covariance, though not a triangular one.
+        below = torch.linalg.qr((factor @ root).mT).R.mT
+        below = below * below.diagonal().sign()
+        found.append(Gaussian(begin.loc + (factor @ moved).to(begin.loc), below.to(begin.factor)))
+    return found
 
 
 @torch.enable_grad()
@@ -254,7 +329,7 @@ def _full_rank(log_joint: LogJoint, begin: Gaussian) -> Gaussian | None:
 
 
 def fit_on_fixed_draws(
-    log_joint: LogJoint,
+    log_joint: Target,
     push: Callable[[Tensor], tuple[Tensor, Tensor]],
     parameters: list[Tensor],
     like: Tensor,
@@ -286,7 +361,7 @@ def fit_on_fixed_draws(
 
 
 @torch.no_grad()
-def elbo_of(log_joint: LogJoint, push: Callable[[Tensor], tuple[Tensor, Tensor]], noise: Tensor) -> float:
+def elbo_of(log_joint: Target, push: Callable[[Tensor], tuple[Tensor, Tensor]], noise: Tensor) -> float:
     """ELBO of a transport map of standard normal noise, ``(S, D)``; minus infinity where the model has no density."""
     draws, ladj = push(noise)
     elbo = (log_joint(draws) + ladj).double().mean().item() + _entropy(noise)

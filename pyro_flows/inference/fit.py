@@ -32,7 +32,7 @@ WARM_CALLS = 1000
 # Particles of a step: as many as come for next to nothing where they share its operations, that is with so many values
 # of sites in all, within limits; in mini-batches; and of models that run one at a time, or have more than so
 # many items in a mini-batch.
-MIN_PARTICLES, MAX_PARTICLES, VALUES = 16, 128, 2**17
+MIN_PARTICLES, MAX_PARTICLES, VALUES = 16, 128, 2**16
 PARTICLES_MINIBATCH, FEW_PARTICLES, MANY_ITEMS = 8, 2, 1000
 
 

@@ -25,10 +25,11 @@ CYCLE, CYCLE_LONG = 250, 1000
 MAX_STEPS, MAX_STEPS_LONG = 4000, 8000
 # Steps before a cycle that gains nothing is the last.
 PATIENCE = 250
-# A cycle whose gain is below this, in nats, or below so much for every local latent, or below two standard errors, is
-# the last.
+# A cycle whose gain is below this, in nats, or below so much for every local latent, times its length over that of the
+# first, or below two standard errors, is the last.
 MIN_GAIN, MIN_LOCAL_GAIN = 0.005, 1e-4
-# Half the variance of log weights is the gap, where they are nearly constant; below this nothing is left to gain.
+# Half the variance of log weights is the gap, where they are nearly constant: below MIN_GAIN no cycle can gain enough.
+# A start that is no more than a Gaussian has to be closer, since all of its gap may be in a mean.
 NEGLIGIBLE_GAP = 1e-3
 INTERRUPTED = "interrupted"
 
@@ -138,16 +139,17 @@ class Run:
             )
         now = objective.estimate(self.seed)
         gain, error = now.gain_over(self.best)
+        enough = _min_gain(objective.guide) * length / self.lengths[0]
         if objective.trains_model or objective.prefers(now, self.best) or (self.anneal and self.cycle == 0):
             self._keep(now)
-        if judged and now.variance / 2 < NEGLIGIBLE_GAP:
+        if judged and now.variance / 2 < MIN_GAIN:
             self.reason = f"the log weights of its draws vary by {math.sqrt(now.variance):.3f} nats, next to nothing"
         elif gain < -2 * error and not objective.trains_model:
             trainer.restore(self.best_point)
             trainer.rollbacks += 1
             self.rate /= 2
-        elif self.num_steps is None and done >= PATIENCE and gain < max(_min_gain(objective.guide), 2 * error):
-            self.reason = f"the last {length} steps gained {max(gain, 0.0):.3f} nats, not more than noise"
+        elif self.num_steps is None and done >= PATIENCE and gain < max(enough, 2 * error):
+            self.reason = f"the last {length} steps gained {max(gain, 0.0):.3f} nats, not worth as many more"
         elif objective.subsampled or objective.trains_model:
             self.rate /= 2
         self.cycle, self.step = self.cycle + 1, 0

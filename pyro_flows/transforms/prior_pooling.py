@@ -27,6 +27,8 @@ class PriorPooling(AffineHead):
     which a funnel's neck follows from its body; where the own Gaussian is narrow, as at the start, it is mean-field.
     Drawing takes a pass for each level of the hierarchy, scoring a value one.
 
+    The own Gaussians may be told relative to others, ``origin``, which are not trained: see :meth:`settle`.
+
     Args:
         known: Which coordinates have a known prior, ``(D,)``.
         slope: Of prior locations, then log-scales, ``(2 D, D)``; zero in rows that are not known. Follows a hierarchy:
@@ -61,6 +63,8 @@ class PriorPooling(AffineHead):
         self.register_buffer("slope", slope.unflatten(0, (2, dim))[:, pooled][..., order].contiguous())
         self.register_buffer("bias", bias.unflatten(0, (2, dim))[:, pooled].contiguous())
         self.log_share = nn.Parameter(torch.zeros(dim - self.count_free))
+        # Locations and log-scales; a parameter, so that Pyro's parameter store keeps it, but it has no gradient.
+        self.origin = nn.Parameter(torch.zeros(2, dim))
 
     def initialize(self, loc: Tensor, scale: Tensor, max_share: float = START_SHARE) -> None:
         """Start where a mean-field Gaussian is, ``N(loc, diag(scale)^2)``.
@@ -80,6 +84,28 @@ class PriorPooling(AffineHead):
         super().initialize(loc.index_copy(0, pooled, own_loc), scale.index_copy(0, pooled, own_log_scale.exp()))
         with torch.no_grad():
             self.log_share.copy_(log_share)
+            self.origin.zero_()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Tell the own Gaussians relative to where they are now, so that a step of an optimiser is one in their scales.
+
+        Elsewhere a step is one in the latents' own units, in which a posterior may be a thousandth wide.
+        """
+        loc, scale = self.gaussian()
+        self.origin.copy_(torch.stack([loc, scale.log()]))
+        super().initialize(torch.zeros_like(loc), torch.ones_like(loc))
+
+    def gaussian(self) -> tuple[Tensor, Tensor]:
+        loc, scale, _ = self._decode(self.raw.value, self.origin.detach())
+        return loc, scale
+
+    @staticmethod
+    def _decode(raw: Tensor, origin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Locations, scales and log-scales of own Gaussians."""
+        loc, scale, log_scale = decode_gaussian(raw)
+        unit = origin[1].exp()
+        return torch.addcmul(origin[0], unit, loc), scale * unit, log_scale + origin[1]
 
     def _ordered(self, value: Tensor) -> Tensor:
         return value if self.in_order else value.index_select(-1, self.order)
@@ -89,8 +115,7 @@ class PriorPooling(AffineHead):
 
     def _own(self) -> tuple[Tensor, Tensor, Tensor]:
         """Locations, scales and log-scales of the coordinates' own Gaussians, in order."""
-        loc, scale, log_scale = decode_gaussian(self._ordered(self.raw.value))
-        return loc, scale, log_scale
+        return self._decode(self._ordered(self.raw.value), self._ordered(self.origin.detach()))
 
     def _pool(self, given: Tensor, rows: slice, loc: Tensor, log_scale: Tensor) -> tuple[Tensor, ...]:
         """Pooled location and log-scale, the weight of the own Gaussian, and the prior's location."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyro_flows import AutoFlowGuide
 from pyro_flows.guides.log_joint import LogJoint
+from pyro_flows.guides.warm_start import Gaussian, refined
 from pyro_flows.sites import SiteTable
 
 COVARIANCE = torch.tensor([[4.0, 1.9, 0.002], [1.9, 1.0, 0.0], [0.002, 0.0, 1e-4]])
@@ -157,3 +158,36 @@ def test_a_draw_that_a_model_refuses_spoils_no_others() -> None:
         warnings.simplefilter("ignore")  # of losses that are not finite
         guide.warm_start()
     assert abs(guide.median()["c"].item()) < 1.0
+
+
+class Poisson:
+    """Of a rate exp(z) with a flat prior; as much of a target as a refinement looks at."""
+
+    rows, chunk, is_vectorized = 1, 1000, True
+
+    def __call__(self, draws: Tensor) -> Tensor:
+        return (COUNTS * draws - draws.exp()).sum(-1)
+
+
+COUNTS = torch.tensor([2.0, 5.0, 40.0], dtype=torch.float64)
+
+
+def test_newton_steps_find_the_best_normal() -> None:
+    """Its variance is 1 / count, and its mean log(count) less half of that: where both mean derivatives are right."""
+    torch.manual_seed(0)
+    begin = Gaussian(torch.zeros(3).double(), torch.ones(3).double())
+    found = refined(Poisson(), begin)  # type: ignore[arg-type]
+    torch.testing.assert_close(found.factor @ found.factor.mT, COUNTS.reciprocal().diag(), rtol=0.2, atol=0.02)
+    expected = COUNTS.log() - 0.5 / COUNTS
+    assert ((found.loc - expected) * COUNTS.sqrt()).abs().max() < 0.1
+
+
+def test_newton_steps_end_where_there_are_no_second_derivatives() -> None:
+    begin = Gaussian(torch.zeros(2).double(), torch.ones(2).double())
+
+    class Linear(Poisson):
+        def __call__(self, draws: Tensor) -> Tensor:
+            return -draws.sum(-1)
+
+    found = refined(Linear(), begin)  # type: ignore[arg-type]
+    assert torch.equal(found.loc, begin.loc) and torch.equal(found.factor, torch.eye(2).double())

@@ -71,3 +71,15 @@ def test_raw_shares_rest_at_one() -> None:
     head = PriorPooling(KNOWN, slopes(), torch.zeros(8))
     head.initialize(torch.zeros(4), torch.full((4,), 0.01))
     assert (head.log_share == uneased(torch.zeros(2))).all()
+
+
+def test_settling_changes_units_and_nothing_else() -> None:
+    head = PriorPooling(KNOWN, slopes(), torch.zeros(8)).double()
+    head.initialize(torch.tensor([0.5, -0.3, 2.0, -7.0]).double(), torch.tensor([1.0, 0.1, 1e-3, 30.0]).double(), 0.9)
+    noise = torch.randn(100, 4).double()
+    before = head.forward_and_ladj(noise)
+    head.settle()
+    assert (head.raw.value == 0).all()
+    for found, expected in zip(head.forward_and_ladj(noise), before, strict=True):
+        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(head.inverse_and_ladj(before[0])[0], noise)
