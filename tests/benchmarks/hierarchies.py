@@ -12,7 +12,6 @@ by hand, never by pytest; needs ``pip install "pyro-flows[benchmarks]"``.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
 import time
@@ -26,7 +25,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from posteriors import score
+from posteriors import score, spread
 from tables import TABLES, as_rst
 
 from pyro_flows import AutoFlowGuide, fit
@@ -359,7 +358,7 @@ def main() -> None:
             for column, label in enumerate(("mean error", "log sd ratio")):
                 ordered = sorted(by_parameter, key=lambda k: -abs(by_parameter[k][column]))[:8]
                 print(f"  {label}: " + ", ".join(f"{k} {by_parameter[k][column]:+.3f}" for k in ordered), flush=True)
-        cells = [f"{statistics.median(column):.3f}" for column in zip(*scores, strict=True)]
+        cells = spread(scores)
         names = [max(errors[-1], key=lambda k: abs(errors[-1][k][column])) for column in (0, 1)]
         rows.append([title, str(guide.latent_dim), *cells[:6], names[0], cells[6], names[1], *cells[7:]])
         print("  ".join(rows[-1]), flush=True)

@@ -6,8 +6,8 @@
 FOLDER is a Python package with ``names()`` and ``load_posterior(name)``, whose result has ``model``, ``data`` (keyword
 arguments), ``to_reference(samples)``, ``mean`` and ``sd`` by parameter. ``AutoFlowGuide`` is trained by ``fit`` with
 nothing set; its peers by plain SVI, 2000 steps of 16 particles, Adam at 0.01 with decay. ``--numpyro`` adds NumPyro's
-guides, by 5000 steps, for the models of which numpyro_guides.py has a twin, and makes a table of these alone. Run by
-hand, never by pytest.
+guides, by 5000 steps, for the models of which numpyro_guides.py has a twin, and makes a table of these alone. With
+several seeds, cells are medians, and the worst in brackets. Run by hand, never by pytest.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +60,10 @@ class Score(NamedTuple):
     seconds: float
 
 
+# Which of several values is the worst; the largest elsewhere.
+WORST: dict[str, Callable[[Sequence[float]], float]] = {"ess": min}
+
+
 def score(posterior: Any, guide: AutoGuide, count: int, seconds: float) -> tuple[Score, dict[str, tuple[float, float]]]:
     """Evidence and importance weights; by parameter, signed error of the mean in reference sds and log sd ratio."""
     weights, samples = log_weights(posterior.model, guide, count, kwargs=posterior.data)
@@ -85,6 +90,15 @@ def moment_errors(posterior: Any, samples: Any) -> dict[str, tuple[float, float]
             error = (float(draws.mean()) - posterior.mean[name]) / posterior.sd[name]
             errors[name] = (error, math.log(float(draws.std()) / posterior.sd[name]))
     return errors
+
+
+def spread(scores: Sequence[Score]) -> list[str]:
+    """A cell a column: the median over seeds, and of what can be good or bad the worst."""
+    cells = []
+    for name, column in zip(Score._fields, zip(*scores, strict=True), strict=True):
+        worst = "" if len(scores) == 1 or name in ("elbo", "log_evidence") else f" ({WORST.get(name, max)(column):.3f})"
+        cells.append(f"{statistics.median(column):.3f}{worst}")
+    return cells
 
 
 def train(name: str, posterior: Any, seed: int) -> tuple[AutoGuide, float]:
@@ -133,11 +147,11 @@ def main() -> None:
                         continue
                     guide, seconds = train(name, posterior, seed)
                     scores.append(score(posterior, guide, options.draws, seconds)[0])
+                    print(f"{title}, {name}, seed {seed}: " + "  ".join(spread(scores[-1:])), flush=True)
                 except (ValueError, RuntimeError) as error:
                     print(f"{title}, {name}, seed {seed}: {type(error).__name__}: {str(error)[:200]}", flush=True)
                     scores.append(Score(*(math.nan,) * len(Score._fields)))
-            cells = [f"{statistics.median(column):.3f}" for column in zip(*scores, strict=True)]
-            rows.append([title, name, *cells])
+            rows.append([title, name, *spread(scores)])
             print("  ".join(rows[-1]), flush=True)
     if options.write:
         (TABLES / f"posteriors{'_numpyro' if peers else ''}.rst").write_text(as_rst(HEADER, rows))
