@@ -13,10 +13,14 @@ from pyro_flows.transforms import FixedAffine, FlowTransform
 __all__ = ["assert_no_graph", "jacobian", "randomise_parameters", "trained"]
 
 
+# Parts of heads that a warm start sets and training leaves as they are.
+FIXED = {"origin", "own_factor", "own_slope", "own_tilt"}
+
+
 def trained(module: nn.Module) -> list[nn.Parameter]:
     """All parameters but those that a warm start sets and training leaves as they are."""
     fixed = {p for part in module.modules() if isinstance(part, FixedAffine) for p in part.parameters()}
-    return [p for p in module.parameters() if p not in fixed]
+    return [p for name, p in module.named_parameters() if p not in fixed and name.rpartition(".")[2] not in FIXED]
 
 
 @torch.no_grad()

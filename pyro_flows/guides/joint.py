@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pyro_flows.flows import Flow, FlowDistribution, FlowSpec
 from pyro_flows.flows.bases import MixtureBase, StudentTBase
 from pyro_flows.guides.base_start import fit_modes, fit_tails
+from pyro_flows.guides.conditional_start import follow_data
 from pyro_flows.guides.log_joint import LogJoint, PulledBack, Target
 from pyro_flows.guides.low_rank_start import RANK, LowRankGaussian, best_low_rank
 from pyro_flows.guides.mixture_start import best_mixture
@@ -28,7 +29,7 @@ from pyro_flows.guides.warm_start import (
     refined,
 )
 from pyro_flows.sites import SiteTable
-from pyro_flows.transforms import FixedAffine, LowRankAffine, LowRankWhitening, PriorPooling, Whitening
+from pyro_flows.transforms import FixedAffine, LowRankAffine, LowRankWhitening, MatrixPooling, PriorPooling, Whitening
 
 __all__ = ["JointBlock", "build_reproducibly"]
 
@@ -37,6 +38,9 @@ POOLED_SHARE = 0.9
 POOLED_DRAWS = 128
 # The same share where priors are of no use.
 NO_SHARE = 1e-6
+# Coordinates with known priors that are pooled by matrices, at most; rounds of reading off what the data say of them.
+MATRIX_DIM = 64
+FOLLOW_ROUNDS = 2
 # Above this dimension warm starts have a few correlated directions only.
 WHITENING_DIM = 300
 
@@ -60,6 +64,15 @@ def _whitening(dim: int) -> FixedAffine | None:
     if dim > WHITENING_DIM:
         return LowRankWhitening(dim, RANK)
     return Whitening(dim) if dim > 1 else None
+
+
+def _pooling(prior: LinearPrior, dim: int) -> PriorPooling:
+    """The head that knows a prior: with matrices, if few priors are known and these follow no others."""
+    slope, bias = prior.dense(dim)
+    chained = (slope[:, prior.known] != 0).any()
+    if chained or prior.known.sum() > MATRIX_DIM:
+        return PriorPooling(prior.known, slope, bias)
+    return MatrixPooling(prior.known, slope, bias, prior.correlated)
 
 
 class JointBlock(nn.Module):
@@ -86,7 +99,7 @@ class JointBlock(nn.Module):
         super().__init__()
         self.table = table
         sizes = [site.size for site in table if site.size]
-        pooling = None if prior is None else PriorPooling(prior.known, *prior.dense(table.latent_dim))
+        pooling = None if prior is None else _pooling(prior, table.latent_dim)
         whitening = _whitening(table.latent_dim)
         flow = build_reproducibly(lambda: spec.build_joint(sizes, pooling=pooling, whitening=whitening))
         self.flow = flow.to(dtype=table.init_loc.dtype, device=table.init_loc.device)
@@ -151,7 +164,9 @@ class JointBlock(nn.Module):
         found = best_gaussian(log_joint, self.table.init_loc, init_scale, correlated=correlated)
         head, base = self.flow.head, self.flow.base
         pooled = -math.inf
-        if isinstance(head, PriorPooling) and log_joint.rows < MANY_ROWS:
+        if isinstance(head, MatrixPooling) and log_joint.rows < MANY_ROWS:
+            pooled = self._follow(log_joint, head, found)
+        if isinstance(head, PriorPooling) and log_joint.rows < MANY_ROWS and not pooled > found.elbo:
             pooled = self._pool(log_joint, head, found)
         low_rank = None
         if self._low_rank and log_joint.rows < MANY_ROWS:
@@ -177,6 +192,8 @@ class JointBlock(nn.Module):
 
         A Gaussian near a funnel has to choose between its neck and its body; from there training would take long.
         """
+        if self.flow.whitening is not None:
+            self.flow.whitening.reset()
         push = head.forward_and_ladj
         parameters: list[Tensor] = [*head.raw.parameters(), head.log_share]
         noise = antithetic(SCORE_DRAWS, found.loc)
@@ -192,6 +209,31 @@ class JointBlock(nn.Module):
         head.load_state_dict(best_state)
         head.settle()
         return self._correlate(PulledBack(log_joint, push), best)
+
+    def _follow(self, log_joint: LogJoint, head: MatrixPooling, found: Gaussian) -> float:
+        """Let the head's own Gaussians be what the data say, and fit one to the other coordinates; returns the ELBO."""
+        whitening = self.flow.whitening
+        if not isinstance(whitening, Whitening):
+            return -math.inf
+        pulled = PulledBack(log_joint, head.forward_and_ladj)
+        begin = Gaussian(torch.zeros_like(found.loc), torch.ones_like(found.loc))
+        free = head.order[: head.count_free]
+        center, scale = found.loc, found.conditional_scale
+        elbo, best = -math.inf, None
+        for _ in range(FOLLOW_ROUNDS):
+            if not follow_data(log_joint, head, center, scale):
+                break
+            gaussian = refined(pulled, begin, free)
+            if not gaussian.elbo > elbo:
+                break
+            elbo = gaussian.elbo
+            whitening.set(gaussian.loc, gaussian.factor)
+            best = copy.deepcopy(self.flow.state_dict())
+            center = head.forward_and_ladj(gaussian.loc)[0]
+            scale = head.gaussian()[1] * gaussian.factor.square().sum(-1).sqrt()
+        if best is not None:
+            self.flow.load_state_dict(best)
+        return elbo
 
     def _correlate(self, pulled: Target, elbo: float) -> float:
         """Set the whitening inside the head to the best Gaussian there, if it is better; returns the ELBO."""

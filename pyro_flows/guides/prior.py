@@ -13,9 +13,11 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.distributions.transforms import CorrCholeskyTransform
 
 from pyro_flows.plates import LocalTable
 from pyro_flows.sites import Site, SiteTable
+from pyro_flows.transforms import Correlated
 
 __all__ = ["LinearPrior", "read_joint_prior", "read_prior"]
 
@@ -37,12 +39,14 @@ class LinearPrior:
         active: Which entries of the given latents matter, ``(A,)``.
         slope: Of locations, then of log-scales, ``(2 n, A)``.
         bias: Likewise, ``(2 n,)``.
+        correlated: Those that are marginals of multivariate normals whose correlations are a latent.
     """
 
     known: Tensor
     active: Tensor
     slope: Tensor
     bias: Tensor
+    correlated: tuple[Correlated, ...] = ()
 
     def __call__(self, given: Tensor) -> Tensor:
         """Locations and log-scales, ``(..., 2 n)``, from packed given latents, ``(..., G)``."""
@@ -137,6 +141,7 @@ def read_joint_prior(
         None if no site has such a prior.
     """
     rows: list[tuple[Tensor, Tensor]] = []
+    shared: set[tuple[str, str]] = set()
     if table.latent_dim > MAX_FEATURES:
         return None
     with torch.random.fork_rng(devices=[]):
@@ -149,13 +154,44 @@ def read_joint_prior(
             gaussians = [_gaussian(site, found[site.name]) for site in table]
             y = torch.cat([torch.cat([pair[i].reshape(-1) for pair in gaussians]) for i in range(2)])
             rows.append((packed.double(), y.double()))
+            pairs = _correlations(table, found, values)
+            shared = pairs if len(rows) == 1 else shared & pairs
             if len(rows) == 2 and not (rows[0][1] != rows[1][1]).logical_and(y.isfinite()).any():
                 return None  # no Gaussian prior that follows anything
     prior = _fit(torch.stack([x for x, _ in rows]), torch.stack([y for _, y in rows]), table.init_loc)
     if prior is None:
         return None
     follows = (prior.slope != 0).any(-1).reshape(2, -1).any(0)
-    return replace(prior, known=prior.known & follows) if (prior.known & follows).any() else None
+    known = prior.known & follows
+    correlated = []
+    for name, factor in sorted(shared):
+        site, size = table[name], table[name].shape[-1]
+        if known[site.start : site.start + site.size].all():
+            correlated.append(Correlated(site.start, site.size // size, size, table[factor].start))
+    return replace(prior, known=known, correlated=tuple(correlated)) if known.any() else None
+
+
+def _correlations(table: SiteTable, found: Mapping[str, Any], values: Mapping[str, Tensor]) -> set[tuple[str, str]]:
+    """Multivariate normal sites, and the sites that are the Cholesky factors of their correlations."""
+    factors = [site.name for site in table if isinstance(site.to_support, CorrCholeskyTransform)]
+    pairs = set()
+    for site in table:
+        fn = _unwrapped(found[site.name])
+        if isinstance(fn, dist.MultivariateNormal):
+            correlation = fn.scale_tril / fn.stddev.unsqueeze(-1)
+            for name in factors:
+                if values[name].shape == correlation.shape[-2:] and torch.allclose(
+                    correlation, values[name].expand_as(correlation), rtol=TOLERANCE, atol=TOLERANCE
+                ):
+                    pairs.add((site.name, name))
+    return pairs
+
+
+def _unwrapped(fn: Any) -> Any:
+    """A distribution without what only changes its shape or its weight."""
+    while isinstance(fn, (dist.Independent, dist.torch_distribution.ExpandedDistribution, dist.MaskedDistribution)):
+        fn = fn.base_dist
+    return fn
 
 
 def _watch(
@@ -211,8 +247,7 @@ def _gaussian(site: Site, fn: Any) -> tuple[Tensor, Tensor]:
     Of a multivariate normal these are the marginals': with a matrix of covariances they often follow other latents
     linearly, unlike its conditionals, and pooling with them is what takes the funnel away.
     """
-    while isinstance(fn, (dist.Independent, dist.torch_distribution.ExpandedDistribution, dist.MaskedDistribution)):
-        fn = fn.base_dist
+    fn = _unwrapped(fn)
     if isinstance(fn, dist.LogNormal):
         fn = fn.base_dist
         while isinstance(fn, torch.distributions.Independent):

@@ -221,7 +221,7 @@ def antithetic(count: int, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def refined(log_joint: Target, begin: Gaussian) -> Gaussian:
+def refined(log_joint: Target, begin: Gaussian, moving: Tensor | None = None) -> Gaussian:
     r"""Newton's method for the ELBO of a normal of any covariance, which goes on while that rises.
 
     At the best one, the mean gradient over its draws is zero, and minus the mean Hessian is its precision.
@@ -229,6 +229,7 @@ def refined(log_joint: Target, begin: Gaussian) -> Gaussian:
     Args:
         log_joint: The target.
         begin: Where to begin.
+        moving: The coordinates in question; those left out, independent of them at the beginning, stay as they are.
 
     Returns:
         The best one seen, with its ELBO.
@@ -238,11 +239,12 @@ def refined(log_joint: Target, begin: Gaussian) -> Gaussian:
     """
     factor = begin.factor if begin.factor.dim() == 2 else begin.factor.diag()
     (best,) = scored(log_joint, [replace(begin, factor=factor)], SCORE_DRAWS)
-    if len(begin.loc) > HESSIAN_DIM:
+    moving = torch.arange(len(begin.loc), device=begin.loc.device) if moving is None else moving
+    if len(moving) > HESSIAN_DIM:
         return best
     count = NEWTON_DRAWS + NEWTON_ROWS // len(begin.loc)
     for _ in range(NEWTON_STEPS):
-        tried = _newton(log_joint, best, max(2, min(count, log_joint.chunk) // 2 * 2))
+        tried = _newton(log_joint, best, moving, max(2, min(count, log_joint.chunk) // 2 * 2))
         found = scored(log_joint, [best, *tried], SCORE_DRAWS)
         was, best = found[0].elbo, max(found, key=lambda gaussian: gaussian.elbo)
         if not best.elbo > was + NEWTON_GAIN:
@@ -250,17 +252,21 @@ def refined(log_joint: Target, begin: Gaussian) -> Gaussian:
     return best
 
 
-def _newton(log_joint: Target, begin: Gaussian, count: int) -> list[Gaussian]:
+def _newton(log_joint: Target, begin: Gaussian, moving: Tensor, count: int) -> list[Gaussian]:
     """Where shares of a step lead; none if the target has no derivatives there."""
     draws = begin.push(antithetic(count, begin.loc))
+
+    def target(part: Tensor) -> Tensor:
+        return log_joint(draws.index_copy(-1, moving, part.squeeze(1))).unsqueeze(1)
+
     try:
-        gradient, hessian = gradient_and_hessian(_batched(log_joint), draws.unsqueeze(1))
+        gradient, hessian = gradient_and_hessian(target, draws[:, moving].unsqueeze(1))
     except RuntimeError:
         return []
     usable = (gradient.isfinite().all(-1) & hessian.isfinite().flatten(2).all(-1)).squeeze(1)
     if not usable.any():
         return []
-    factor = begin.factor.double()
+    factor = begin.factor[moving][:, moving].double()
     slope = factor.mT @ gradient[usable].mean((0, 1))
     curvature, vectors = torch.linalg.eigh(-factor.mT @ hessian[usable].mean((0, 1)) @ factor)
     curvature = curvature.clamp(1.0 / NEWTON_TRUST, NEWTON_TRUST)
@@ -272,7 +278,9 @@ def _newton(log_joint: Target, begin: Gaussian, count: int) -> list[Gaussian]:
         # factor @ root is a factor of the covariance, though not a triangular one.
         below = torch.linalg.qr((factor @ root).mT).R.mT
         below = below * below.diagonal().sign()
-        found.append(Gaussian(begin.loc + (factor @ moved).to(begin.loc), below.to(begin.factor)))
+        whole = begin.factor.clone()
+        whole[moving.unsqueeze(-1), moving] = below.to(whole)
+        found.append(Gaussian(begin.loc.index_add(0, moving, (factor @ moved).to(begin.loc)), whole))
     return found
 
 

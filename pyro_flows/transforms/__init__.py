@@ -10,6 +10,7 @@ from pyro_flows.transforms.block_autoregressive import BlockAutoregressive
 from pyro_flows.transforms.chain import Chain
 from pyro_flows.transforms.householder import Householder
 from pyro_flows.transforms.inverse import Inverse
+from pyro_flows.transforms.matrix_pooling import Correlated, MatrixPooling
 from pyro_flows.transforms.neural_autoregressive import NeuralAutoregressive
 from pyro_flows.transforms.partial_pooling import PartialPooling
 from pyro_flows.transforms.permutation import Permutation
@@ -30,6 +31,7 @@ __all__ = [
     "BlockAutoregressive",
     "BoundTransform",
     "Chain",
+    "Correlated",
     "DiagonalAffine",
     "FixedAffine",
     "FlowTransform",
@@ -38,6 +40,7 @@ __all__ = [
     "Inverse",
     "LowRankAffine",
     "LowRankWhitening",
+    "MatrixPooling",
     "NeuralAutoregressive",
     "PartialPooling",
     "Permutation",
