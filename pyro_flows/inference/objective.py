@@ -19,6 +19,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_flows.diagnostics.psis import nearly_constant, pareto_smooth
+from pyro_flows.diagnostics.weights import log_weights
 from pyro_flows.flows import FlowDistribution
 from pyro_flows.guides.log_joint import NO_DENSITY
 from pyro_flows.inference.record import FlatParameter, LossGraph, RecordingError, leaves_of, used_leaves
@@ -32,6 +34,8 @@ ESTIMATE_CALLS = 200
 # Elements of the mini-batches that are kept for estimates, at most.
 HELD_ELEMENTS = 2**25
 SEQUENTIAL_RUNS = 200
+# Draws from which the tail of weights is judged; k-hat from so many has an error of about 0.1, below 0.7.
+TAIL_DRAWS, LIGHT_TAIL = 10_000, 0.6
 # Draws by which vectorised particles are compared with single ones, and how many standard errors they may differ.
 CHECK_RUNS, CHECK_ERRORS = 100, 5.0
 # The same for log joints of the same draws, relative.
@@ -248,6 +252,15 @@ class Objective:
                 return self._estimate(SEQUENTIAL_RUNS, 1)
             runs = max(ESTIMATE_RUNS, len(self._calls))
             return self._estimate(runs, max(2, min(ESTIMATE_PARTICLES, ESTIMATE_ITEMS // (runs * self.num_items))))
+
+    def has_light_tails(self) -> bool:
+        """Whether importance weights of the guide's draws have a k-hat well below what they can bear."""
+        args, kwargs = self.batches.first
+        weights, _ = log_weights(self.model, self.guide, TAIL_DRAWS, args, kwargs)
+        smoothed = pareto_smooth(weights)
+        ess = (-(2.0 * smoothed.log_weights).logsumexp(0)).exp().item()
+        largest = (smoothed.log_weights.max() + math.log(TAIL_DRAWS)).item()
+        return smoothed.khat < LIGHT_TAIL or nearly_constant(largest, ess, TAIL_DRAWS)
 
     def prefers(self, now: Estimate, before: Estimate) -> bool:
         """Whether an estimate is good enough to go on from: higher, or with mini-batches not significantly lower.

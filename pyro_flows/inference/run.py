@@ -142,7 +142,7 @@ class Run:
         enough = _min_gain(objective.guide) * length / self.lengths[0]
         if objective.trains_model or objective.prefers(now, self.best) or (self.anneal and self.cycle == 0):
             self._keep(now)
-        if judged and now.variance / 2 < MIN_GAIN:
+        if judged and self._has_arrived(now):
             self.reason = f"the log weights of its draws vary by {math.sqrt(now.variance):.3f} nats, next to nothing"
         elif gain < -2 * error and not objective.trains_model:
             trainer.restore(self.best_point)
@@ -153,6 +153,13 @@ class Run:
         elif objective.subsampled or objective.trains_model:
             self.rate /= 2
         self.cycle, self.step = self.cycle + 1, 0
+
+    def _has_arrived(self, now: Estimate) -> bool:
+        """Whether log weights hardly vary; that of rare draws does not show in their variance, but in the tail."""
+        gap = now.variance / 2
+        if gap >= MIN_GAIN or gap < NEGLIGIBLE_GAP:
+            return gap < MIN_GAIN
+        return self.objective.subsampled or not self.objective.vectorized or self.objective.has_light_tails()
 
     def _keep(self, now: Estimate) -> None:
         self.best, self.best_point, self.start_is_best = now, self.trainer.snapshot(), False

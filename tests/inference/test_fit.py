@@ -300,3 +300,16 @@ def test_an_annealed_start_keeps_both_modes():
     # The evidence is 1. A gap of KL(q || p) nats leaves the share within sqrt(gap / 2), by Pinsker's inequality.
     assert result.elbo > -0.1
     assert abs(shares[True] - 0.3) < math.sqrt(0.1 / 2)
+
+
+@pytest.mark.parametrize(("df", "light"), [(2.0, False), (1e6, True)])
+def test_tails_of_weights_are_looked_at_before_it_is_called_arrived(df: float, light: bool) -> None:
+    """A rare draw of a heavy tail hardly shows in the variance of weights."""
+
+    def model() -> None:
+        pyro.sample("z", dist.StudentT(df, 0.0, 1.0))
+
+    guide = AutoFlowGuide(model, flow="diagonal_normal", init_scale=1.0)
+    guide()
+    pyro.set_rng_seed(0)
+    assert Objective(model, guide, Batches((), {})).has_light_tails() is light
