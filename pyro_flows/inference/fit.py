@@ -113,9 +113,9 @@ def fit(
 
     An :class:`~pyro_flows.AutoFlowGuide` that has not seen data yet gets a warm start where it can have one; a guide
     that has goes on from where it is. Adam with gradients clipped at twice their running median norm, in cycles of a
-    falling rate, until a cycle gains less than two standard errors. What diverges is rolled back and counted. In the
-    end the trained guide has to beat its own start on fresh draws, or the start is restored. Ctrl-C stops early
-    and keeps the best so far.
+    falling rate, until log weights hardly vary or a cycle gains too little for its length: 0.005 nats in 250 steps, or
+    two standard errors. What diverges is rolled back and counted. In the end the trained guide has to beat its own
+    start on fresh draws, or the start is restored. Ctrl-C stops early and keeps the best so far.
 
     With mini-batches, parameters of items move when their item is seen (lazy Adam), gradients have a control variate
     (:meth:`~pyro_flows.flows.FlowDistribution.centered`), and estimates are compared mini-batch by mini-batch, so that
