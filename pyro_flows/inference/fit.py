@@ -21,6 +21,7 @@ from pyro_flows.inference.checkpoint import Checkpoint
 from pyro_flows.inference.objective import Batches, Objective
 from pyro_flows.inference.run import Run
 from pyro_flows.inference.steps import Trainer
+from pyro_flows.transforms.matrix_pooling import MatrixPooling
 
 __all__ = ["FitResult", "fit"]
 
@@ -30,8 +31,8 @@ MANY_DIMENSIONS = 50
 # Mini-batches that items are warm-started from.
 WARM_CALLS = 1000
 # Particles of a step: as many as come for next to nothing where they share its operations, that is with so many values
-# of sites in all, within limits; in mini-batches; and of models that run one at a time, or have more than so
-# many items in a mini-batch.
+# of sites in all, or elements of a triangular matrix that each draw has, within limits; in mini-batches; and of models
+# that run one at a time, or have more than so many items in a mini-batch.
 MIN_PARTICLES, MAX_PARTICLES, VALUES = 16, 128, 2**16
 PARTICLES_MINIBATCH, FEW_PARTICLES, MANY_ITEMS = 8, 2, 1000
 
@@ -220,7 +221,10 @@ def _default_particles(objective: Objective) -> int:
         return FEW_PARTICLES
     if objective.subsampled:
         return PARTICLES_MINIBATCH
-    return max(MIN_PARTICLES, min(MAX_PARTICLES, VALUES // objective.num_values))
+    guide = objective.guide
+    parts = guide.modules() if isinstance(guide, AutoFlowGuide) else ()
+    matrices = sum(part.own_factor.numel() for part in parts if isinstance(part, MatrixPooling))
+    return max(MIN_PARTICLES, min(MAX_PARTICLES, VALUES // (objective.num_values + matrices // 2)))
 
 
 @contextmanager

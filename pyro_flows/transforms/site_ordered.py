@@ -5,7 +5,9 @@ blocks before it."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from torch.nn import functional as F
 
 from pyro_flows.transforms.affine import SHIFT_RATE
 from pyro_flows.transforms.base import FlowTransform, expand_context
-from pyro_flows.transforms.networks import CenteredNetwork, eased
+from pyro_flows.transforms.networks import INPUT_BOUND, eased, reference_noise
 
 __all__ = ["SiteOrderedAffine"]
 
@@ -21,27 +23,27 @@ __all__ = ["SiteOrderedAffine"]
 MAX_DENSE_BLOCK = 256
 
 
-class _Block(nn.Module):
-    """How one block's location and log-scale follow the coordinates before it (and the context)."""
+class _Conditioners(NamedTuple):
+    """The conditioners of S blocks with D coordinates in all, which follow some of G numbers.
 
-    def __init__(
-        self, given_dim: int, size: int, hidden_dims: Sequence[int], rank: int | None, log_scale_bound: float
-    ) -> None:
-        super().__init__()
-        self.log_scale_bound = log_scale_bound
-        self.project = None
-        if rank is not None and given_dim > rank:
-            self.project = nn.Parameter(torch.randn(rank, given_dim) / math.sqrt(given_dim))
-        self.network = CenteredNetwork(given_dim, hidden_dims, 2 * size)
-        self.skip = nn.Parameter(torch.zeros(3 * size, given_dim if self.project is None else self.project.shape[0]))
-        self.shift = nn.Parameter(torch.zeros(size))
+    Attributes:
+        hidden: First layers, ``(S H, G)``, zero where a block would follow itself or those after it.
+        hidden_bias: ``(S H,)``.
+        inner: Further layers, each ``(S, H', H)`` and ``(S, H')``.
+        heads: Last layers, for shifts and log-scales, each ``(2 size, H')``.
+        linear: The linear parts, for locations, shifts and log-scales of each block in turn, ``(3 D, G)``; or one
+            factor of them if they are of low rank, ``(S rank, G)``.
+        outer: In the latter case the other factors, each ``(3 size, rank)``.
+        bias: What centres the networks, ``(3 D,)``.
+    """
 
-    def forward(self, given: Tensor) -> tuple[Tensor, Tensor]:
-        linear = given if self.project is None else F.linear(given, self.project)
-        loc, shift, log_scale = F.linear(linear, eased(self.skip)).chunk(3, -1)
-        bent_shift, bent_log_scale = self.network(given).chunk(2, -1)
-        log_scale = self.log_scale_bound * torch.tanh((log_scale + bent_log_scale) / self.log_scale_bound)
-        return torch.addcmul(loc, log_scale.exp(), shift + bent_shift + SHIFT_RATE * self.shift), log_scale
+    hidden: Tensor
+    hidden_bias: Tensor
+    inner: list[tuple[Tensor, Tensor]]
+    heads: tuple[Tensor, ...]
+    linear: Tensor
+    outer: tuple[Tensor, ...]
+    bias: Tensor
 
 
 class SiteOrderedAffine(FlowTransform):
@@ -57,6 +59,10 @@ class SiteOrderedAffine(FlowTransform):
     the network shrinks with the neck of a funnel. Drawing takes one short step a block; scoring a value is one parallel
     pass.
 
+    A draw costs by the operation: blocks keep their weights in one tensor per layer, and what a block does to those
+    after it is added to the inputs of all at once. Networks are centred over standard normal inputs, and their last
+    layers are scaled and eased, as in :class:`~pyro_flows.transforms.networks.CenteredNetwork`.
+
     Args:
         input_dim: Length of the transformed vector.
         context_dim: Length of the context vector. 0 means unconditional.
@@ -69,6 +75,13 @@ class SiteOrderedAffine(FlowTransform):
         Ko, Domke. Model-Informed Flows for Bayesian Inference. NeurIPS 2025. arXiv:2505.24243, for the order and
         the affine conditionals on earlier latents with a translation inside the scale.
     """
+
+    reference: Tensor
+    follows: Tensor
+    rows_follow: Tensor
+    block_of_head: Tensor
+    bias_of_row: Tensor
+    is_below: Tensor
 
     def __init__(
         self,
@@ -83,107 +96,226 @@ class SiteOrderedAffine(FlowTransform):
         super().__init__(input_dim, context_dim)
         assert sum(block_sizes) == input_dim, (block_sizes, input_dim)
         self.block_sizes = tuple(block_sizes)
-        self.blocks = nn.ModuleDict()
-        self.below_diagonal = nn.ParameterDict()
+        self.rank = rank
+        self.log_scale_bound = log_scale_bound
         self.log_scale = nn.Parameter(torch.zeros(input_dim))
-        start = 0
-        for index, size in enumerate(self.block_sizes):
-            if start + context_dim > 0:
-                self.blocks[str(index)] = _Block(start + context_dim, size, hidden_dims, rank, log_scale_bound)
-            if 1 < size <= MAX_DENSE_BLOCK:
-                self.below_diagonal[str(index)] = nn.Parameter(torch.zeros(size, size))
-            start += size
+        dense = [torch.ones(size, size).tril(-1).bool().flatten() for size in self.block_sizes if _is_dense(size)]
+        if dense:
+            self.register_buffer("is_below", torch.cat(dense), persistent=False)
+            self.below_diagonal = nn.Parameter(torch.zeros(len(self.is_below)))
+        # The first block has nothing to follow but a context.
+        self.sizes = self.block_sizes if context_dim else self.block_sizes[1:]
+        if self.sizes:
+            self._add_conditioners(hidden_dims)
 
-    def _factor(self, index: int) -> Tensor | None:
-        """``C_s``, or None for the identity."""
-        key = str(index)
-        if key not in self.below_diagonal:
-            return None
-        below = self.below_diagonal[key]
-        return eased(below.tril(-1)) + torch.eye(below.shape[0], dtype=below.dtype, device=below.device)
+    def _add_conditioners(self, hidden_dims: Sequence[int]) -> None:
+        count, dim = len(self.sizes), sum(self.sizes)
+        given = self.context_dim + self.input_dim - self.block_sizes[-1]
+        starts = [self.context_dim + self.input_dim - sum(self.sizes[index:]) for index in range(count)]
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        fan_in = torch.tensor(starts, dtype=torch.get_default_dtype()).unsqueeze(-1)
+        for size_in, size_out in pairwise([given, *hidden_dims]):
+            weight, bias = 2.0 * torch.rand(count, size_out, size_in) - 1.0, 2.0 * torch.rand(count, size_out) - 1.0
+            self.weights.append(nn.Parameter(weight * fan_in.rsqrt().unsqueeze(-1)))
+            self.biases.append(nn.Parameter(bias * fan_in.rsqrt()))
+            fan_in = torch.full((count, 1), float(size_out))
+        self.heads = nn.Parameter(torch.zeros(2 * dim, hidden_dims[-1]))
+        self.shift = nn.Parameter(torch.zeros(dim))
+        self.linear = nn.Parameter(torch.zeros(3 * dim, given if self.rank is None else self.rank))
+        if self.rank is not None:
+            self.project = nn.Parameter(torch.randn(count * self.rank, given) / math.sqrt(given))
+        self.register_buffer("reference", reference_noise(given))
 
-    def _steer(self, index: int, given: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        """``B_s y_<s + e^l_s r_s`` and ``l_s``, or None where there is nothing to condition on."""
-        key = str(index)
-        if key not in self.blocks:
+        sizes = torch.tensor(self.sizes)
+        follows = torch.arange(given) < torch.tensor(starts).unsqueeze(-1)  # (S, G)
+        rows = 3 * sizes if self.rank is None else torch.full_like(sizes, self.rank)
+        bent = torch.cat([torch.arange(3 * size) >= size for size in self.sizes])  # of the linear parts' rows
+        self.register_buffer("follows", follows.unsqueeze(1), persistent=False)
+        self.register_buffer("rows_follow", follows.repeat_interleave(rows, 0), persistent=False)
+        self.register_buffer("block_of_head", torch.arange(count).repeat_interleave(2 * sizes), persistent=False)
+        self.register_buffer("bias_of_row", bent.cumsum(0) * bent, persistent=False)  # 0: none, as for locations
+
+    def _conditioners(self) -> _Conditioners | None:
+        if not self.sizes:
             return None
+        (weight, *weights), (bias, *biases) = self.weights, self.biases
+        hidden = (weight * self.follows).flatten(0, 1)
+        inner = list(zip(weights, biases, strict=True))
+        heads = eased(self.heads) / math.sqrt(self.heads.shape[-1])
+        linear = (eased(self.linear) if self.rank is None else self.project) * self.rows_follow
+        outer = () if self.rank is None else eased(self.linear).split([3 * size for size in self.sizes])
+        center = self._networks(self.reference, hidden, bias.flatten(), inner).mean(1)
+        center = center.index_select(0, self.block_of_head)
+        centering = F.pad(-(heads * center).sum(-1), (1, 0)).index_select(0, self.bias_of_row)
+        return _Conditioners(
+            hidden, bias.flatten(), inner, heads.split([2 * size for size in self.sizes]), linear, outer, centering
+        )
+
+    def _networks(self, given: Tensor, hidden: Tensor, bias: Tensor, inner: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Last hidden layers of all networks, ``(S, N, H')``."""
+        found = F.silu(F.linear(given, hidden, bias)).unflatten(-1, (len(self.sizes), -1)).transpose(0, 1)
+        for inner_weight, inner_bias in inner:
+            found = F.silu(torch.baddbmm(inner_bias.unsqueeze(1), found, inner_weight.mT))
+        return found
+
+    def _bounded(self, log_scale: Tensor) -> Tensor:
+        return self.log_scale_bound * torch.tanh(log_scale / self.log_scale_bound)
+
+    def _steer(self, given: Tensor, use: _Conditioners) -> tuple[Tensor, Tensor]:
+        """Locations and log-scales of all steered blocks from what they follow, in one pass."""
+        networks = self._networks(given.clamp(-INPUT_BOUND, INPUT_BOUND), use.hidden, use.hidden_bias, use.inner)
+        linear = F.linear(given, use.linear)
+        if self.rank is not None:
+            parts = zip(linear.split(self.rank, -1), use.outer, strict=True)
+            linear = torch.cat([part @ weight.mT for part, weight in parts], -1)
+        linear = linear + use.bias
+        found = []
+        for rows, hidden, head, size in zip(
+            linear.split([3 * size for size in self.sizes], -1), networks.unbind(0), use.heads, self.sizes, strict=True
+        ):
+            loc, bent = rows.split([size, 2 * size], -1)
+            found.append((loc, *torch.addmm(bent, hidden, head.mT).chunk(2, -1)))
+        loc, shift, log_scale = (torch.cat(parts, -1) for parts in zip(*found, strict=True))
+        log_scale = self._bounded(log_scale)
+        return torch.addcmul(loc, log_scale.exp(), shift + SHIFT_RATE * self.shift), log_scale
+
+    def _draw(self, noise: Tensor, context: Tensor | None, use: _Conditioners) -> tuple[Tensor, Tensor]:
+        """Values, block by block, and conditional log-scales of the steered ones.
+
+        Args:
+            noise: ``e^a C x`` and the free part of the shift.
+            context: One for each row.
+            use: The weights.
+        """
+        widths = self.block_sizes[:-1] if context is None else (self.context_dim, *self.block_sizes[:-1])
+        effects = zip(use.hidden.split(widths, -1), use.linear.split(widths, -1), strict=True)
+        # What is known so far of the inputs of all blocks to come: to their networks, and of their linear parts.
+        hidden = use.hidden_bias
+        linear = use.bias if self.rank is None else torch.zeros_like(use.linear[:, 0])
+
+        def follow(value: Tensor) -> None:
+            nonlocal hidden, linear
+            to_hidden, to_linear = next(effects)
+            clamped = value.clamp(-INPUT_BOUND, INPUT_BOUND)
+            hidden = torch.addmm(hidden, clamped, to_hidden[-hidden.shape[-1] :].mT)
+            linear = torch.addmm(linear, value, to_linear[-linear.shape[-1] :].mT)
+
+        parts = list(noise.split(self.block_sizes, -1))
+        values: list[Tensor] = []
+        log_scales: list[Tensor] = []
         if context is not None:
-            given = torch.cat([expand_context(context, given), given], -1)
-        loc_log_scale: tuple[Tensor, Tensor] = self.blocks[key](given)
-        return loc_log_scale
+            follow(context)
+        else:
+            values.append(parts.pop(0))
+            follow(values[0])
+        layers = [(weight.unbind(0), bias.unbind(0)) for weight, bias in use.inner]
+        biases = use.bias.split([3 * size for size in self.sizes])
+        for index, (size, part, head) in enumerate(zip(self.sizes, parts, use.heads, strict=True)):
+            width, rows = len(use.hidden_bias) // len(self.sizes), self.rank or 3 * size
+            own, hidden = hidden.split([width, hidden.shape[-1] - width], -1)
+            steer, linear = linear.split([rows, linear.shape[-1] - rows], -1)
+            if self.rank is not None:
+                steer = torch.addmm(biases[index], steer, use.outer[index].mT)
+            own = F.silu(own)
+            for weights, bias in layers:
+                own = F.silu(F.linear(own, weights[index], bias[index]))
+            loc, bent = steer.split([size, 2 * size], -1)
+            shift, log_scale = torch.addmm(bent, own, head.mT).chunk(2, -1)
+            log_scales.append(self._bounded(log_scale))
+            values.append(torch.addcmul(loc, log_scales[-1].exp(), shift + part))
+            if hidden.shape[-1]:
+                follow(values[-1])
+        return torch.cat(values, -1), torch.cat(log_scales, -1)
+
+    def _below(self) -> list[Tensor | None]:
+        """``C_s - I`` of each block, or None for zero."""
+        squares = [size**2 for size in self.block_sizes if _is_dense(size)]
+        found = iter((eased(self.below_diagonal) * self.is_below).split(squares) if squares else ())
+        return [next(found).view(size, size) if _is_dense(size) else None for size in self.block_sizes]
+
+    def _by_block(
+        self, function: Callable[[Tensor, Tensor], Tensor], rows: Tensor, below: list[Tensor | None]
+    ) -> Tensor:
+        """A function of rows and ``C_s - I`` on each block of ``(N, D)`` that has the latter."""
+        if all(matrix is None for matrix in below):
+            return rows
+        parts = zip(rows.split(self.block_sizes, -1), below, strict=True)
+        return torch.cat([part if matrix is None else function(part, matrix) for part, matrix in parts], -1)
+
+    def _padded(self, steered: Tensor) -> Tensor:
+        """With zeros for the first block, if that is not steered."""
+        return F.pad(steered, (self.input_dim - steered.shape[-1], 0))
+
+    def _forward(
+        self, x: Tensor, context: Tensor | None, use: _Conditioners | None, below: list[Tensor | None]
+    ) -> tuple[Tensor, Tensor]:
+        """Values and log-scales of rows."""
+        free = eased(self.log_scale)
+        mixed = self._by_block(_times_transposed, x, below)
+        if use is None:
+            return mixed * free.exp(), free.expand_as(mixed)
+        noise = torch.addcmul(self._padded(SHIFT_RATE * self.shift), mixed, free.exp())
+        y, log_scale = self._draw(noise, context, use)
+        return y, free + self._padded(log_scale)
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        y, total, _ = self._forward(x, None, context)
-        return y, total
+        y, log_scale = self._forward(*_as_rows(x, context), self._conditioners(), self._below())
+        return y.reshape(x.shape), log_scale.sum(-1).reshape(x.shape[:-1])
 
     def forward_with_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, total, score_y = self._forward(x, score, context)
-        assert score_y is not None
-        return y, total, score_y
-
-    def _forward(self, x: Tensor, score: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        total = x.new_zeros(x.shape[:-1])
-        y = x[..., :0]
-        scores: list[Tensor] = []
-        through: list[Tensor] = []
-        free_log_scales = eased(self.log_scale).split(self.block_sizes, -1)
-        start = 0
-        for index, (part, log_scale) in enumerate(zip(x.split(self.block_sizes, -1), free_log_scales, strict=True)):
-            size = part.shape[-1]
-            factor = self._factor(index)
-            mixed = part if factor is None else part @ factor.mT
-            if score is not None:
-                score_s = score[..., start : start + size]
-                if factor is not None:
-                    score_s = _solve_rows(factor.detach(), score_s, upper=False)
-            steer = self._steer(index, y, context)
-            if steer is not None:
-                loc, more = steer
-                log_scale = log_scale + more
-            mixed = mixed * log_scale.exp()
-            total = total + log_scale.sum(-1)
-            if score is not None:
-                with torch.no_grad():
-                    score_s = score_s * (-log_scale).exp()
-                    weight = torch.addcmul(torch.ones_like(mixed), score_s, mixed)
-                if steer is not None and start > 0:
-                    # d log q / d y_<s, through this block's conditioner alone.
-                    through += torch.autograd.grad((loc, log_scale), y, (score_s, weight), retain_graph=True)
-                scores.append(score_s)
-            if steer is not None:
-                mixed = mixed + loc
-            y = mixed if start == 0 else torch.cat([y, mixed], -1)
-            start += size
-        if score is None:
-            return y, total, None
-        score_y = torch.cat(scores, -1).detach().clone()
-        for gradient in through:
-            score_y[..., : gradient.shape[-1]] -= gradient
-        return y, total, score_y
+        rows, around = _as_rows(x, context)
+        use, below = self._conditioners(), self._below()
+        y, log_scale = self._forward(rows, around, use, below)
+        with torch.no_grad():
+            own = self._by_block(_times_inverse, score.reshape(rows.shape), below) * (-log_scale).exp()
+        if use is not None:
+            # d log q / d y_<s, through the conditioners alone.
+            before = y[..., : -self.block_sizes[-1]].detach().requires_grad_()
+            loc, steered = self._steer(_beside(around, before), use)
+            with torch.no_grad():
+                to_loc = own[..., -loc.shape[-1] :]
+                to_log_scale = torch.addcmul(torch.ones_like(loc), to_loc, y[..., -loc.shape[-1] :] - loc)
+            (through,) = torch.autograd.grad((loc, steered), before, (to_loc, to_log_scale), retain_graph=True)
+            own = own - F.pad(through, (0, self.block_sizes[-1]))
+        return y.reshape(x.shape), log_scale.sum(-1).reshape(x.shape[:-1]), own.reshape(x.shape)
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        free_log_scale = eased(self.log_scale)
-        inverse_scales = (-free_log_scale).exp().split(self.block_sizes, -1)
-        total = y.new_zeros(y.shape[:-1]) - free_log_scale.sum()
-        parts = []
-        start = 0
-        for index, size in enumerate(self.block_sizes):
-            part = y[..., start : start + size]
-            steer = self._steer(index, y[..., :start], context)
-            if steer is not None:
-                loc, log_scale = steer
-                part = (part - loc) * (-log_scale).exp()
-                total = total - log_scale.sum(-1)
-            part = part * inverse_scales[index]
-            factor = self._factor(index)
-            parts.append(part if factor is None else _solve_rows(factor.mT, part, upper=True))
-            start += size
-        return torch.cat(parts, -1), total
+        rows, around = _as_rows(y, context)
+        use = self._conditioners()
+        log_scale = eased(self.log_scale).expand_as(rows)
+        if use is not None:
+            loc, steered = self._steer(_beside(around, rows[..., : -self.block_sizes[-1]]), use)
+            rows, log_scale = rows - self._padded(loc), log_scale + self._padded(steered)
+        x = self._by_block(_times_transposed_inverse, rows * (-log_scale).exp(), self._below())
+        return x.reshape(y.shape), -log_scale.sum(-1).reshape(y.shape[:-1])
 
 
-def _solve_rows(factor: Tensor, rows: Tensor, *, upper: bool) -> Tensor:
-    """``rows @ inv(factor)`` for any number of leading dimensions."""
-    flat = rows.reshape(-1, rows.shape[-1])
-    return torch.linalg.solve_triangular(factor, flat, upper=upper, left=False).reshape(rows.shape)
+def _is_dense(size: int) -> bool:
+    return 1 < size <= MAX_DENSE_BLOCK
+
+
+def _as_rows(x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Vectors as ``(N, D)``, and a context for each."""
+    around = None if context is None else expand_context(context, x).reshape(-1, context.shape[-1])
+    return x.reshape(-1, x.shape[-1]), around
+
+
+def _beside(context: Tensor | None, rows: Tensor) -> Tensor:
+    return rows if context is None else torch.cat([context, rows], -1)
+
+
+def _times_transposed(rows: Tensor, below: Tensor) -> Tensor:
+    """``rows @ (I + below).T``."""
+    return torch.addmm(rows, rows, below.mT)
+
+
+def _times_inverse(rows: Tensor, below: Tensor) -> Tensor:
+    """``rows @ inv(I + below)``."""
+    return torch.linalg.solve_triangular(below, rows, upper=False, left=False, unitriangular=True)
+
+
+def _times_transposed_inverse(rows: Tensor, below: Tensor) -> Tensor:
+    """``rows @ inv(I + below).T``."""
+    return torch.linalg.solve_triangular(below.mT, rows, upper=True, left=False, unitriangular=True)
