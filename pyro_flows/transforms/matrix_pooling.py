@@ -48,10 +48,10 @@ class _Given(NamedTuple):
 
 class _Conditional(torch.autograd.Function):
     r"""A draw of :math:`N(M^{-1} B r, M^{-1})` with :math:`M = I + B B^\top = C C^\top` from noise ``x``,
-    :math:`z = C^{-\top} (C^{-1} B r + x)`, and :math:`-\log|C|`.
+    :math:`z = C^{-\top} (C^{-1} B r + x)`, and :math:`-\log|C|`; also C, without a derivative.
 
     Torch's derivative of a Cholesky factor costs ten times the factor. The one that is needed here comes from
-    :math:`x (C^{-1} \bar z)^\top`, of rank one. The factor is one of double precision, since M may be ill-conditioned;
+    :math:`x (C^{-1} \bar z)^\top`, of rank one, whose triangles times a matrix are cumulative sums. The factor is one of double precision, since M may be ill-conditioned;
     :math:`C^{-1}` and :math:`C^{-1} B` are at most 1 in norm, and have the precision of the noise.
 
     Shape:
@@ -62,34 +62,36 @@ class _Conditional(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, root: Tensor, pull: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        inverse, shrunk, log_det = _solved(root, noise.dtype)
+    def forward(ctx: Any, root: Tensor, pull: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        factor, inverse, shrunk, log_det = _solved(root, noise.dtype)
         ctx.save_for_backward(root, pull, noise, inverse, shrunk)
-        return inverse.mT @ (shrunk @ pull + noise), log_det
+        ctx.mark_non_differentiable(factor)
+        return inverse.mT @ (shrunk @ pull + noise), log_det, factor
 
     @staticmethod
-    def backward(ctx: Any, to_draw: Tensor, to_log_det: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def backward(ctx: Any, to_draw: Tensor, to_log_det: Tensor, _: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
         root, pull, noise, inverse, shrunk = ctx.saved_tensors
         if torch.is_grad_enabled():  # for second derivatives: the saved ones have no graph
-            inverse, shrunk, _ = _solved(root, noise.dtype)
+            _, inverse, shrunk, _ = _solved(root, noise.dtype)
         to_noise = inverse @ to_draw
         dual = inverse.mT @ to_noise  # M^-1 times the gradient
         to_pull = shrunk.mT @ to_noise  # B^T dual
         mean = shrunk @ pull
-        below = (noise @ to_noise.mT).tril()
-        total = below @ shrunk + below.mT @ shrunk
-        total = total + (to_log_det.unsqueeze(-1) - (noise * to_noise).squeeze(-1)).unsqueeze(-1) * shrunk
+        # tril(x g^T) and its transpose times C^-1 B, the diagonal once, and the log-determinant's part.
+        rows = noise * shrunk
+        above = rows.sum(-2, keepdim=True) - rows.cumsum(-2)
+        total = noise * (to_noise * shrunk).cumsum(-2) + to_noise * above + to_log_det[..., None, None] * shrunk
         total = total + to_noise @ (shrunk.mT @ mean).mT + mean @ to_pull.mT
         return (dual @ pull.mT - inverse.mT @ total).to(root.dtype), to_pull, to_noise
 
 
-def _solved(root: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Inverse of the factor of ``M``, that times ``B``, and minus the log-determinant of the factor."""
+def _solved(root: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The factor of ``M``, its inverse, that times ``B``, and minus the log-determinant of the factor."""
     identity = torch.eye(root.shape[-2], dtype=root.dtype, device=root.device)
     factor = _factor(root)
     inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
     log_det = -factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return inverse.to(dtype), (inverse @ root).to(dtype), log_det.to(dtype)
+    return factor.to(dtype), inverse.to(dtype), (inverse @ root).to(dtype), log_det.to(dtype)
 
 
 def _factor(root: Tensor) -> Tensor:
@@ -230,18 +232,18 @@ class MatrixPooling(PriorPooling):
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """In order: values and log-determinant."""
-        pooled, free, total, ladj, _ = self._draw(x)
+        pooled, free, total, ladj, *_ = self._draw(x)
         return torch.cat([free, pooled], -1), total + ladj, ()
 
-    def _draw(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, _Given]:
-        """Pooled and free coordinates, the free ones' summed log-scale, the pooled ones' log-determinant."""
+    def _draw(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, _Given, Tensor]:
+        """Pooled and free coordinates, the free ones' summed log-scale, the pooled ones' log-determinant, and C."""
         loc, scale, log_scale = self._own()
         count = self.count_free
         free = torch.addcmul(loc[:count], scale[:count], x[..., :count])
         given = self._given(free, loc[count:], log_scale[count:])
-        z, ladj = _Conditional.apply(given.root, given.pull, x[..., count:].unsqueeze(-1))  # type: ignore[no-untyped-call]
+        z, ladj, factor = _Conditional.apply(given.root, given.pull, x[..., count:].unsqueeze(-1))  # type: ignore[no-untyped-call]
         pooled = given.loc + given.scale * self._correlate(z, given.factors, transpose=False).squeeze(-1)
-        return pooled, free, log_scale[:count].sum(-1), given.ladj + ladj, given
+        return pooled, free, log_scale[:count].sum(-1), given.ladj + ladj, given, factor
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y = self._ordered(y)
@@ -261,12 +263,12 @@ class MatrixPooling(PriorPooling):
     def forward_with_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        pooled, free, total, ladj, given = self._draw(self._ordered(x))
+        pooled, free, total, ladj, given, factor = self._draw(self._ordered(x))
         count = self.count_free
         score = self._ordered(score)
         with torch.no_grad():
             # A^-T C times the score of the noise; A^-T is e^-t L^-T.
-            own = _factor(given.root).to(score.dtype) @ score[..., count:].unsqueeze(-1)
+            own = factor @ score[..., count:].unsqueeze(-1)
             own = self._uncorrelate(own, given.factors, transpose=True).squeeze(-1) / given.scale
             scale = self._own()[1][:count]
         (through,) = torch.autograd.grad((pooled, ladj), free, (own, torch.ones_like(ladj)), retain_graph=True)
