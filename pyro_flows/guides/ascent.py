@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -15,6 +16,8 @@ HISTORY = 10
 # Armijo's rule: a step has to bring this share of what its slope promises, or it is cut down, so many times at most.
 # After some cuts the way so far is forgotten, and the gradient tried.
 SUFFICIENT, CUT, FORGET, MAX_CUTS = 1e-4, 0.25, 6, 12
+# What is within so many nats of the highest is as high.
+AS_HIGH = 0.01
 # Longest step, in units of the unconstrained latents.
 MAX_STEP = 5.0
 # Smallest curvature of a local Gaussian: its standard deviations are at most 10.
@@ -25,7 +28,9 @@ DIFFERENCE = 3e-3
 Target = Callable[[Tensor], Tensor]
 
 
-def climb(target: Target, start: Tensor, num_steps: int, tolerance: float = 0.0) -> Iterator[Tensor]:
+def climb(
+    target: Target, start: Tensor, num_steps: int, tolerance: float = 0.0, patience: float = math.inf
+) -> Iterator[Tensor]:
     """Points of L-BFGS ascents, all of them one gradient of the target a try.
 
     Each goes its own way: where one has to try a shorter step, the others go on.
@@ -35,6 +40,8 @@ def climb(target: Target, start: Tensor, num_steps: int, tolerance: float = 0.0)
         start: Where to begin, ``(R, N, d)``.
         num_steps: Number of tries, at most.
         tolerance: Ends where no step promises to bring more than this.
+        patience: How many times as many tries as the highest of R climbs took the others get, before they are given up.
+            Where R are climbs of different functions, leave it out.
 
     Yields:
         Where they are after each try, ``(R, N, d)``.
@@ -43,8 +50,13 @@ def climb(target: Target, start: Tensor, num_steps: int, tolerance: float = 0.0)
     steps = bends = z.new_zeros((0, *z.shape))
     direction, slope, step = _next_step(gradient, steps, bends)
     cuts = torch.zeros_like(value)
-    for _ in range(num_steps):
-        if not ((slope > tolerance) & (cuts < MAX_CUTS)).any():
+    leader_went = 0
+    for number in range(num_steps):
+        goes_on = (slope > tolerance) & (cuts < MAX_CUTS)
+        arrived = torch.where(goes_on, -torch.inf, value)
+        if (arrived.amax(0) < value.amax(0) - AS_HIGH).any():
+            leader_went = number
+        if not goes_on.any() or number > patience * (leader_went + 1):
             return
         trial = z + step * direction
         trial_value, trial_gradient = _value_and_gradient(target, trial)

@@ -34,6 +34,8 @@ SPREAD = 0.7
 # Steps of a climb, the gain in nats below which it has arrived, and after how many its point is looked at.
 NUM_STEPS, ARRIVED = 150, 1e-4
 LOOKS = (2, 5, 12, 35, 150)
+# Once the highest has arrived, the others get half as many steps again.
+PATIENCE = 1.5
 ISOTROPIC_SCALES = (0.1, 0.5)
 # Points of climbs that are nearer to each other than this, in units of the unconstrained latents, are one.
 SAME = 1e-3
@@ -151,7 +153,8 @@ def climbs(log_joint: LogJoint, start: Tensor, prior: int = PRIOR) -> list[Tenso
     begins = torch.stack([start, *around, *(draw.to(start) for draw in log_joint.from_prior(prior))])
     begins = begins[begins.isfinite().all(-1)]
     looks, points = [], begins
-    for number, climbed in enumerate(climb(_batched(log_joint), begins.unsqueeze(1), NUM_STEPS, ARRIVED), 1):
+    steps = climb(_batched(log_joint), begins.unsqueeze(1), NUM_STEPS, ARRIVED, PATIENCE)
+    for number, climbed in enumerate(steps, 1):
         points = climbed.squeeze(1)
         if number in LOOKS:
             looks.append(points)

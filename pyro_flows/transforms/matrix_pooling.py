@@ -51,8 +51,9 @@ class _Conditional(torch.autograd.Function):
     :math:`z = C^{-\top} (C^{-1} B r + x)`, and :math:`-\log|C|`; also C, without a derivative.
 
     Torch's derivative of a Cholesky factor costs ten times the factor. The one that is needed here comes from
-    :math:`x (C^{-1} \bar z)^\top`, of rank one, whose triangles times a matrix are cumulative sums. The factor is one of double precision, since M may be ill-conditioned;
-    :math:`C^{-1}` and :math:`C^{-1} B` are at most 1 in norm, and have the precision of the noise.
+    :math:`x (C^{-1} \bar z)^\top`, of rank one, whose triangles times a matrix are cumulative sums. The factor is one
+    of double precision, since M may be ill-conditioned; :math:`C^{-1}` and :math:`C^{-1} B` are at most 1 in norm, and
+    have the precision of the noise.
 
     Shape:
         - root: ``(..., n, n)``, double; pull, noise: ``(..., n, 1)``.

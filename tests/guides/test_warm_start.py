@@ -16,6 +16,7 @@ from pyro.infer import Trace_ELBO, config_enumerate
 from torch import Tensor
 
 from pyro_flows import AutoFlowGuide
+from pyro_flows.guides.ascent import climb
 from pyro_flows.guides.log_joint import LogJoint
 from pyro_flows.guides.warm_start import Gaussian, refined
 from pyro_flows.sites import SiteTable
@@ -191,3 +192,16 @@ def test_newton_steps_end_where_there_are_no_second_derivatives() -> None:
 
     found = refined(Linear(), begin)  # type: ignore[arg-type]
     assert torch.equal(found.loc, begin.loc) and torch.equal(found.factor, torch.eye(2).double())
+
+
+def test_climbs_far_below_one_that_has_arrived_are_given_up() -> None:
+    """One that crawled through a plain, 100 nats below all others, cost most of a warm start."""
+
+    def target(z: Tensor) -> Tensor:
+        """A mode at 1, and a plain with a slope of a half."""
+        return torch.where(z > 0, -((z - 1.0) ** 2), 0.5 * z - 1.0).squeeze(-1)
+
+    start = torch.tensor([0.5, -1e4]).reshape(2, 1, 1)
+    assert len(list(climb(target, start, 100, 1e-4))) == 100
+    assert len(list(climb(target, start, 100, 1e-4, patience=1.5))) < 10
+    assert len(list(climb(target, start[1:], 100, 1e-4, patience=1.5))) == 100
