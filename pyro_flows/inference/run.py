@@ -26,12 +26,16 @@ MAX_STEPS, MAX_STEPS_LONG = 4000, 8000
 # Steps before a cycle that gains nothing is the last.
 PATIENCE = 250
 # A cycle whose gain is below this, in nats, or below so much for every local latent, times its length over that of the
-# first, or below two standard errors, is the last.
+# first, or below two standard errors, is the last; so is one after which the next is expected to bring less than half
+# of what it would have to.
 MIN_GAIN, MIN_LOCAL_GAIN = 0.005, 1e-4
 # Half the variance of log weights is the gap, where they are nearly constant: below MIN_GAIN no cycle can gain enough.
 # A start that is no more than a Gaussian has to be closer, since all of its gap may be in a mean.
 NEGLIGIBLE_GAP = 1e-3
 INTERRUPTED = "interrupted"
+# What a checkpoint holds.
+STATE = ("cycle", "step", "last_gain", "rate", "reason", "seed", "start", "best_point", "start_is_best")
+TRAINER_STATE = ("steps", "losses", "skipped", "rollbacks")
 
 
 class Run:
@@ -66,6 +70,7 @@ class Run:
         self.seed = int(torch.randint(2**31, ())) if self.objective.subsampled else None
         self.rate = trainer.peak_rate
         self.cycle = self.step = 0
+        self.last_gain = 0.0  # of a cycle, but for the first, whose gain depends on the start
         self.reason = ""
         self.start = self.best_point = trainer.snapshot()
         self.start_is_best = True
@@ -75,9 +80,9 @@ class Run:
             self.start_estimate = self.best = self.objective.estimate(self.seed)
 
     def _resume(self, state: dict[str, Any]) -> None:
-        for name in ("cycle", "step", "rate", "reason", "seed", "start", "best_point", "start_is_best"):
+        for name in STATE:
             setattr(self, name, state[name])
-        for name in ("steps", "losses", "skipped", "rollbacks"):
+        for name in TRAINER_STATE:
             setattr(self.trainer, name, state[name])
         if self.reason == INTERRUPTED:
             self.reason = ""
@@ -89,9 +94,8 @@ class Run:
         self.trainer.restore(state["point"])
 
     def _save(self) -> None:
-        names = ("cycle", "step", "rate", "reason", "seed", "start", "best_point", "start_is_best")
-        state = {name: getattr(self, name) for name in names}
-        state |= {name: getattr(self.trainer, name) for name in ("steps", "losses", "skipped", "rollbacks")}
+        state = {name: getattr(self, name) for name in STATE}
+        state |= {name: getattr(self.trainer, name) for name in TRAINER_STATE}
         self.checkpoint.save({**state, "point": self.trainer.snapshot()})
 
     def train(self) -> bool:
@@ -139,7 +143,6 @@ class Run:
             )
         now = objective.estimate(self.seed)
         gain, error = now.gain_over(self.best)
-        enough = _min_gain(objective.guide) * length / self.lengths[0]
         if objective.trains_model or objective.prefers(now, self.best) or (self.anneal and self.cycle == 0):
             self._keep(now)
         if judged and self._has_arrived(now):
@@ -148,11 +151,21 @@ class Run:
             trainer.restore(self.best_point)
             trainer.rollbacks += 1
             self.rate /= 2
-        elif self.num_steps is None and done >= PATIENCE and gain < max(enough, 2 * error):
+        elif self.num_steps is None and done >= PATIENCE and not self._is_worth_more(gain, error):
             self.reason = f"the last {length} steps gained {max(gain, 0.0):.3f} nats, not worth as many more"
         elif objective.subsampled or objective.trains_model:
             self.rate /= 2
+        self.last_gain = gain if self.cycle else 0.0
         self.cycle, self.step = self.cycle + 1, 0
+
+    def _is_worth_more(self, gain: float, error: float) -> bool:
+        """Whether a cycle was worth its steps, and the next one will be if gains go on falling as they did."""
+        wanted = _min_gain(self.objective.guide) / self.lengths[0]
+        if gain < max(wanted * self.lengths[self.cycle], 2 * error):
+            return False
+        falls = min(gain / self.last_gain, 1.0) if self.last_gain > 0 else 1.0
+        ahead = self.lengths[self.cycle + 1 : self.cycle + 2]
+        return gain * falls > 0.5 * wanted * sum(ahead)
 
     def _has_arrived(self, now: Estimate) -> bool:
         """Whether log weights hardly vary; that of rare draws does not show in their variance, but in the tail."""

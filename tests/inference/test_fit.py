@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_flows import AutoFlowGuide, fit
 from pyro_flows.inference.objective import Batches, Objective
+from pyro_flows.inference.run import Run
 from pyro_flows.inference.steps import Trainer
 
 Y = torch.tensor([1.0, 2.0, 3.0])
@@ -313,3 +314,12 @@ def test_tails_of_weights_are_looked_at_before_it_is_called_arrived(df: float, l
     guide()
     pyro.set_rng_seed(0)
     assert Objective(model, guide, Batches((), {})).has_light_tails() is light
+
+
+@pytest.mark.parametrize("last_gain, gain, worth", [(0.0, 0.03, True), (0.06, 0.05, True), (0.06, 0.03, False)])
+def test_a_cycle_that_promises_little_is_not_begun(last_gain: float, gain: float, worth: bool) -> None:
+    """Gains of .066, .051, .020 were followed by 2000 steps for .009, half of the whole time."""
+    run = Run.__new__(Run)
+    run.objective = Objective(banana, AutoNormal(banana), Batches((), {}))
+    run.lengths, run.cycle, run.last_gain = [250, 250, 500, 1000, 2000], 3, last_gain
+    assert run._is_worth_more(gain, error=0.001) is worth
