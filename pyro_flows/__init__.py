@@ -2,7 +2,15 @@
 """Normalizing-flow guides for Pyro: swap ``AutoNormal(model)`` for ``AutoFlowGuide(model)``."""
 
 from pyro_flows import flows, plots
-from pyro_flows.diagnostics import Comparison, Diagnosis, compare, diagnose, importance_resample
+from pyro_flows.diagnostics import (
+    Calibration,
+    Comparison,
+    Diagnosis,
+    check_calibration,
+    compare,
+    diagnose,
+    importance_resample,
+)
 from pyro_flows.export import to_inference_data
 from pyro_flows.flows import Flow, FlowSpec
 from pyro_flows.guides import AutoFlowGuide, init_to_prior_median
@@ -12,12 +20,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AutoFlowGuide",
+    "Calibration",
     "Comparison",
     "CompiledSVI",
     "Diagnosis",
     "FitResult",
     "Flow",
     "FlowSpec",
+    "check_calibration",
     "compare",
     "diagnose",
     "fit",

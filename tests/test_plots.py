@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.path import Path
 
 from pyro_flows import AutoFlowGuide, fit, flows, plots
-from pyro_flows.diagnostics import pareto_smooth
+from pyro_flows.diagnostics import Calibration, SiteCalibration, pareto_smooth
 from pyro_flows.plots.common import STYLES
 
 
@@ -45,7 +45,14 @@ def decode(z):
     return z[:, :1].expand(-1, 9)
 
 
+def calibrated():
+    ranks = {"mu": torch.rand(100, 1), "theta": torch.rand(100, 2)}
+    sites = {name: SiteCalibration(name, 1.0, 0.0, 0.03, 1.0, 0.06) for name in ranks}
+    return Calibration(ranks, sites, calibrated=True, failed=0)
+
+
 SINGLE = {
+    "calibration": lambda **ax: plots.calibration(calibrated(), **ax),
     "training": lambda **ax: plots.training([3.0, 2.0, 1.0], gaussian=-2.5, log_evidence=-0.5, **ax),
     "posterior_predictive": lambda **ax: plots.posterior_predictive(torch.randn(50, 4), torch.zeros(4), **ax),
     "flow_grid": lambda **ax: plots.flow_grid(lambda noise: noise, **ax),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """L4. How good a guide is, what it lost, and how to mend it; all from log p(x, z) - log q(z) and a few climbs."""
 
+from pyro_flows.diagnostics.calibration import Calibration, SiteCalibration, check_calibration
 from pyro_flows.diagnostics.compare import Comparison, Row, compare
 from pyro_flows.diagnostics.diagnose import Diagnosis, Items, diagnose
 from pyro_flows.diagnostics.modes import LostMode
@@ -10,13 +11,16 @@ from pyro_flows.diagnostics.sites import SiteSummary
 from pyro_flows.diagnostics.weights import log_weights
 
 __all__ = [
+    "Calibration",
     "Comparison",
     "Diagnosis",
     "Items",
     "LostMode",
     "Row",
+    "SiteCalibration",
     "SiteSummary",
     "Smoothed",
+    "check_calibration",
     "compare",
     "diagnose",
     "importance_resample",

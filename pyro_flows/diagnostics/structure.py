@@ -22,7 +22,7 @@ from torch.distributions.transforms import Transform
 
 from pyro_flows.plates import full_size
 
-__all__ = ["Latent", "Structure", "read_structure", "sample_nodes"]
+__all__ = ["Latent", "Structure", "common_plate", "read_structure", "sample_nodes"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +194,7 @@ def read_structure(
                 f"{owner}: expected a model that enumerates '{enumerated[0]}' to have no scaled or subsampled sites, "
                 f"but '{name}' is one. Run the model on its full plates."
             )
-    items = None if subsampled else _common_plate(frames)
+    items = None if subsampled else common_plate(frames)
     return Structure(
         latents=tuple(_latent(nodes[name], items) for name in latents),
         guide_shapes={name: node["value"].shape for name, node in drawn.items()},
@@ -225,7 +225,7 @@ def _check_guide(owner: str, drawn: Mapping[str, dict[str, Any]], again: Trace) 
             )
 
 
-def _common_plate(frames: list[list[CondIndepStackFrame]]) -> CondIndepStackFrame | None:
+def common_plate(frames: list[list[CondIndepStackFrame]]) -> CondIndepStackFrame | None:
     """The largest plate that every site is in: given it, densities are sums over items that share nothing."""
     common = set.intersection(*({(f.name, f.dim, f.size) for f in stack} for stack in frames))
     largest = max(common, key=lambda plate: plate[2], default=None)

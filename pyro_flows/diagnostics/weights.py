@@ -73,6 +73,7 @@ class Weigher:
     Attributes:
         structure: What is known of the two.
         score: The model's log density.
+        draws_at_once: Whether many draws take one run of the guide.
         chunk: Number of draws that are in flight at once.
     """
 
@@ -91,7 +92,7 @@ class Weigher:
         singles = [self._draw_one() for _ in range(PROBES)]
         probe = {name: torch.stack([values[name] for values, _, _ in singles]) for name in singles[0][0]}
         self.score = ModelScorer(model, args, self._kwargs, self.structure, probe)
-        self._vectorized = self._vectorizes()
+        self.draws_at_once = self._vectorizes()
         self.chunk = max(1, min(MAX_CHUNK, MAX_ELEMENTS // max(self.structure.elements, 1)))
 
     def chunks(self, num_samples: int, *, progress: bool) -> Iterator[Draws]:
@@ -112,7 +113,7 @@ class Weigher:
         return Draws(values, likelihood.cpu(), {name: prior.cpu() for name, prior in priors.items()}, log_guide.cpu())
 
     def _draw_and_score(self, count: int) -> tuple[dict[str, Tensor], Score, Tensor]:
-        if self._vectorized:
+        if self.draws_at_once:
             values, indices, log_guide = self._draw_many(count)
             return values, self.score(values, indices), log_guide
         singles = [self._draw_one() for _ in range(count)]

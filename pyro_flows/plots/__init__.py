@@ -4,9 +4,10 @@ figure."""
 
 from pyro_flows.plots.draws import marginals, pairs, posterior_predictive
 from pyro_flows.plots.images import latent_traversal, prior_samples, reconstructions
-from pyro_flows.plots.quality import flow_grid, training, weights
+from pyro_flows.plots.quality import calibration, flow_grid, training, weights
 
 __all__ = [
+    "calibration",
     "flow_grid",
     "latent_traversal",
     "marginals",

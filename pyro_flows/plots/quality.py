@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows._checks import check_int, check_positive
+from pyro_flows.diagnostics.calibration import Calibration
 from pyro_flows.diagnostics.psis import khat_threshold, pareto_smooth
 from pyro_flows.flows import Flow
 from pyro_flows.guides import AutoFlowGuide
@@ -20,12 +21,14 @@ from pyro_flows.plots.common import STYLES, as_numpy, legend_above, new_axes, ne
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["flow_grid", "training", "weights"]
+__all__ = ["calibration", "flow_grid", "training", "weights"]
 
 # Log weights that far below the largest are drawn there: draws that count for nothing, at minus infinity perhaps.
 SHOWN_NATS = 30.0
 # Half-width of the histogram at least: rounding is not drawn large.
 LEAST_NATS = 0.01
+# Largest distance of the distribution function of N uniform numbers from a line, times the root of N, in 95 % of cases.
+KOLMOGOROV_95 = 1.358
 
 
 def training(
@@ -160,6 +163,48 @@ def weights(log_weights: Any, *, axes: Any = None) -> np.ndarray:
     )
     right.legend(loc="lower left", frameon=False, fontsize="small")
     return grid
+
+
+def calibration(report: Calibration, *, sites: Sequence[str] | None = None, ax: Axes | None = None) -> Axes:
+    """Where true values lie among the guide's draws: distribution functions of their ranks, less a uniform one's.
+
+    A line that stays in the grey band is calibrated (each line does with probability 95 %). Above zero, true values are
+    lower than the guide's draws; a wave that rises first and falls then below zero is a guide that is too narrow.
+
+    Args:
+        report: What :func:`~pyro_flows.check_calibration` returned.
+        sites: Names of up to 5 sites; None takes the worst. Each coordinate is a line.
+        ax: Axes to draw on; None makes a figure.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        ValueError: If a site is not known, or there are too many.
+    """
+    worst = sorted(report.sites, key=lambda name: report.sites[name].p_value)
+    names = worst[: len(STYLES) - 1] if sites is None else list(sites)
+    unknown = [name for name in names if name not in report.sites]
+    if unknown or not 1 <= len(names) < len(STYLES):
+        raise ValueError(
+            f"calibration: expected 1 to {len(STYLES) - 1} of {', '.join(sorted(report.sites))}, but got {names}."
+        )
+    ax = new_axes(ax)
+    count = len(report.ranks[names[0]])
+    band = KOLMOGOROV_95 / math.sqrt(count)
+    ax.axhspan(-band, band, color="0.9", label="95 % of a calibrated guide's")
+    ax.axhline(0.0, color="0.5", linewidth=0.8)
+    levels = np.linspace(0.0, 1.0, 201)
+    for name, style in zip(names, STYLES[1:]):
+        for index, column in enumerate(as_numpy(report.ranks[name]).T):
+            apart = np.searchsorted(np.sort(column), levels, side="right") / count - levels
+            label = name if index == 0 else None
+            ax.plot(levels, apart, color=style.color, linestyle=style.linestyle, linewidth=1.3, label=label)
+    low, high = ax.get_ylim()
+    reach = 1.1 * max(-low, high)
+    ax.set(xlim=(0, 1), ylim=(-reach, reach), xlabel="rank of the true value", ylabel="share below it, less its rank")
+    legend_above(ax, num_columns=3)
+    return ax
 
 
 @torch.no_grad()
