@@ -3,23 +3,19 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.ops.contract import contract_tensor_tree
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_flows.diagnostics.structure import Structure, sample_nodes
-from pyro_flows.guides.log_joint import NO_DENSITY
+from pyro_flows.guides.log_joint import DRAWS, NO_DENSITY, sum_out
 
-__all__ = ["DRAWS", "ModelScorer", "Score", "concatenate", "given"]
-
-DRAWS = "_pyro_flows_draws"
+__all__ = ["ModelScorer", "Score", "concatenate", "given"]
 
 Values = Mapping[str, Tensor]
 
@@ -173,25 +169,19 @@ class ModelScorer:
     def _sum_out(self, trace: Trace, nodes: Mapping[str, Any], count: int) -> Score:
         trace.pack_tensors()
         plates = trace.plate_to_symbol
-        symbols = {dims for node in nodes.values() for dims in node["packed"]["log_prob"]._pyro_dims}
-        summed = symbols - set(plates.values())
-        priors: dict[str, Tensor] = {}
-        tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
         latents = {site.name for site in self._structure.latents}
-        for name, node in nodes.items():
-            packed = node["packed"]["log_prob"]
-            if name in latents and not summed & set(packed._pyro_dims):
-                priors[name] = self._structure.per_draw(node["log_prob"], count)
-                continue
-            ordinal = frozenset(plates[f.name] for f in node["cond_indep_stack"] if f.vectorized)
-            tree.setdefault(ordinal, []).append(packed)
-        contracted = contract_tensor_tree(tree, summed, cache={})
+        symbols = set(plates.values())
+        priors = {
+            name: self._structure.per_draw(node["log_prob"], count)
+            for name, node in nodes.items()
+            if name in latents and symbols.issuperset(node["packed"]["log_prob"]._pyro_dims)
+        }
         items = self._structure.items
         keep = [plates[name] for name in (DRAWS, *([items.name] if items else [])) if name in plates]
         likelihood = []
-        for term in (term for terms in contracted.values() for term in terms):
-            left = sorted((symbol for symbol in term._pyro_dims if symbol in keep), key=keep.index)
-            value = torch.einsum(f"{term._pyro_dims}->{''.join(left)}", term.double())
+        for dims, term in sum_out(trace, (node for name, node in nodes.items() if name not in priors)):
+            left = sorted((symbol for symbol in dims if symbol in keep), key=keep.index)
+            value = torch.einsum(f"{dims}->{''.join(left)}", term.double())
             rows = count if plates.get(DRAWS) in left else 1
             likelihood.append(value.reshape(rows, -1).expand(count, self._structure.num_items))
         return Score(torch.stack(likelihood).sum(0), priors)

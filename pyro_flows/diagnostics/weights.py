@@ -15,9 +15,10 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_flows.diagnostics.scoring import DRAWS, ModelScorer, Score, concatenate, given
+from pyro_flows.diagnostics.scoring import ModelScorer, Score, concatenate, given
 from pyro_flows.diagnostics.structure import Structure, read_structure, sample_nodes
 from pyro_flows.guides import AutoFlowGuide
+from pyro_flows.guides.log_joint import DRAWS
 
 __all__ = ["Draws", "Weigher", "log_weights"]
 

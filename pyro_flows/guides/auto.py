@@ -145,7 +145,8 @@ class AutoFlowGuide(StoredGuide):
         the guide. See :mod:`pyro_flows.guides.warm_start` and :mod:`pyro_flows.guides.local_start`.
 
         Raises:
-            NotImplementedError: If a plate is amortized, or the model has enumerated sites.
+            NotImplementedError: If a plate is amortized; if there are local latents and enumerated sites; if sites are
+                enumerated one value after another, or scaled.
             RuntimeError: If the model has no finite density near the start.
         """
         return self.warm_start_on([(args, kwargs)])

@@ -19,12 +19,14 @@ from torch import Tensor
 
 from pyro_flows.guides.ascent import climb, local_factor
 from pyro_flows.guides.local import LocalBlock
-from pyro_flows.guides.log_joint import NO_DENSITY, LogJoint, checked_nesting, constrain, scored_sites
+from pyro_flows.guides.log_joint import NO_DENSITY, LogJoint, constrain, read_nesting, scored_sites
 from pyro_flows.guides.posterior import Latents, Posterior
 from pyro_flows.guides.warm_start import antithetic, elbo_of
 from pyro_flows.plates import LocalTable
 
 __all__ = ["Call", "Watch", "start", "unwatched"]
+
+OWNER = "AutoFlowGuide.warm_start"
 
 # Steps of an item's climb, and the gain in nats below which it has arrived.
 NUM_STEPS, ARRIVED = 45, 1e-5
@@ -101,8 +103,8 @@ def start(
     joint, (args, kwargs) = posterior.only_block, calls[0]
     # At the start, since not every model bears draws of its own prior.
     values = {site.name: site.to_support(part) for site, part in joint.table.split(joint.table.init_loc)}
-    nesting = checked_nesting(model, values, args, kwargs)
-    joint.warm_start(LogJoint(model, joint.table, args, kwargs, nesting), init_scale)
+    nesting, enumerates = read_nesting(OWNER, model, values, args, kwargs)
+    joint.warm_start(LogJoint(model, joint.table, args, kwargs, nesting, enumerates), init_scale)
 
 
 class _Drawn(Messenger):
@@ -153,7 +155,7 @@ class LocalStart:
         init_scale: Standard deviation of the globals at the start.
 
     Raises:
-        NotImplementedError: If a plate is amortized, or the model has enumerated sites.
+        NotImplementedError: If a plate is amortized, or the model has enumerated sites too.
     """
 
     def __init__(
@@ -168,7 +170,7 @@ class LocalStart:
             if block.items is None:
                 plates = " and ".join(f"'{name}'" for name in block.table.names)
                 raise NotImplementedError(
-                    f"AutoFlowGuide.warm_start: expected plates without encoders, but {plates} has one. "
+                    f"{OWNER}: expected plates without encoders, but {plates} has one. "
                     "Train the guide as it is: its items cannot start anywhere but where the encoder puts them."
                 )
         self.model = model
@@ -177,7 +179,12 @@ class LocalStart:
         self.calls = calls
         self.make_plates = make_plates
         first = next(self.batches())
-        self.nesting = checked_nesting(model, self.values(first, self.locations(first)), *first.call)
+        self.nesting, enumerates = read_nesting(OWNER, model, self.values(first, self.locations(first)), *first.call)
+        if enumerates:
+            raise NotImplementedError(
+                f"{OWNER}: expected a model with local latents to have no enumerated sites, but it has. "
+                "Train the guide as it is."
+            )
 
     def batches(self) -> Iterator[MiniBatch]:
         """All mini-batches of the arguments."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +11,27 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.ops.contract import contract_tensor_tree
+from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_flows.sites import Site, SiteTable
 
-__all__ = ["NO_DENSITY", "LogJoint", "PulledBack", "Target", "checked_nesting", "constrain", "scored_sites"]
+__all__ = [
+    "DRAWS",
+    "NO_DENSITY",
+    "LogJoint",
+    "PulledBack",
+    "Target",
+    "constrain",
+    "read_nesting",
+    "scored_sites",
+    "sum_out",
+]
+
+# The plate of many draws in one run of a model.
+DRAWS = "_pyro_flows_draws"
 
 # What a model raises where it has no density: a distribution refuses its parameters, a covariance is not one.
 NO_DENSITY = (ValueError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
@@ -29,7 +45,7 @@ class LogJoint:
 
     Tries draws as an outer batch dimension first, as vectorised particles do, and ``torch.vmap`` next, for models that
     are not written for outer dimensions; whichever agrees with one run a draw is used, and one run a draw if neither
-    does.
+    does. Enumerated sites are summed out exactly.
 
     Args:
         model: The model.
@@ -37,6 +53,7 @@ class LogJoint:
         args: Its arguments.
         kwargs: Likewise.
         max_plate_nesting: Number of batch dimensions that the model uses.
+        enumerates: Whether it has sites that are enumerated in parallel.
     """
 
     def __init__(
@@ -46,12 +63,14 @@ class LogJoint:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         max_plate_nesting: int,
+        enumerates: bool = False,
     ) -> None:
         self.model = model
         self.table = table
         self.args = args
         self.kwargs = kwargs
         self.nesting = max_plate_nesting
+        self.enumerates = enumerates
         with pyro.validation_enabled(False):
             self._run = self._choose()
 
@@ -130,8 +149,25 @@ class LogJoint:
     def _parts(self, packed: Tensor) -> list[Tensor]:
         """Terms of the log density in unconstrained space."""
         values, parts = constrain(self.table.split(packed))
+        if self.enumerates:
+            count = len(packed) if packed.dim() > 1 else 1
+            return [*parts, *(part.to(packed.dtype) for part in self._summed_out(values, count))]
         nodes = scored_sites(self.model, values, self.args, self.kwargs)
         return [*parts, *(node["log_prob"].to(packed.dtype) for node in nodes)]
+
+    def _summed_out(self, values: Mapping[str, Tensor], count: int) -> Iterator[Tensor]:
+        """Terms of the log joint of so many draws, which are in the outermost dimension."""
+        model = poutine.enum(poutine.condition(self.model, data=values), first_available_dim=-2 - self.nesting)
+        with poutine.block(), pyro.plate(DRAWS, count, dim=-1 - self.nesting):
+            trace = poutine.trace(model).get_trace(*self.args, **self.kwargs)
+        nodes = [n for n in trace.nodes.values() if n["type"] == "sample" and not site_is_subsample(n)]
+        trace.compute_log_prob()
+        trace.pack_tensors()
+        draws = trace.plate_to_symbol[DRAWS]
+        for dims, term in sum_out(trace, nodes):
+            left = draws if draws in dims else ""
+            total = torch.einsum(f"{dims}->{left}", term)
+            yield total.reshape(-1, *(1,) * self.nesting) if left else total
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,26 +232,52 @@ def scored_sites(
         yield node
 
 
-def checked_nesting(
-    model: Callable[..., Any], values: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> int:
-    """Number of batch dimensions that a model uses.
+def sum_out(trace: Trace, nodes: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Tensor]]:
+    """Terms of the log density of some sites of a packed trace, with enumerated sites summed out by tensor variable
+    elimination; and their dimensions, which are the symbols of plates."""
+    plates = trace.plate_to_symbol
+    tree: OrderedDict[frozenset[str], list[Any]] = OrderedDict()
+    symbols: set[str] = set()
+    for node in nodes:
+        term = node["packed"]["log_prob"]
+        symbols |= set(term._pyro_dims)
+        ordinal = frozenset(plates[frame.name] for frame in node["cond_indep_stack"] if frame.vectorized)
+        tree.setdefault(ordinal, []).append(term)
+    for terms in contract_tensor_tree(tree, symbols - set(plates.values()), cache={}).values():
+        for term in terms:
+            yield term._pyro_dims, term
+
+
+def read_nesting(
+    owner: str,
+    model: Callable[..., Any],
+    values: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> tuple[int, bool]:
+    """Number of batch dimensions that a model uses, and whether it has sites to be summed out.
 
     Raises:
-        NotImplementedError: If it has enumerated sites.
+        NotImplementedError: If a site is enumerated one value after another, or scaled besides.
     """
     with torch.no_grad(), poutine.block(), poutine.trace() as tape:
         poutine.condition(model, data=values)(*args, **kwargs)
-    nesting = 0
-    for name, node in tape.trace.nodes.items():
-        if node["type"] == "sample" and not site_is_subsample(node):
-            nesting = max(nesting, *(-frame.dim for frame in node["cond_indep_stack"] if frame.vectorized), 0)
-            if node["infer"].get("enumerate"):
-                raise NotImplementedError(
-                    f"AutoFlowGuide.warm_start: expected a model without enumerated sites, but '{name}' is one. "
-                    "Train the guide as it is."
-                )
-    return nesting
+    nodes = [n for n in tape.trace.nodes.values() if n["type"] == "sample" and not site_is_subsample(n)]
+    nesting = max((-f.dim for node in nodes for f in node["cond_indep_stack"] if f.vectorized), default=0)
+    ways = {node["name"]: node["infer"]["enumerate"] for node in nodes if node["infer"].get("enumerate")}
+    for name, way in ways.items():
+        if way != "parallel":
+            raise NotImplementedError(
+                f"{owner}: expected sites to be enumerated in parallel, but '{name}' is enumerated one value after "
+                "another. Write `model = config_enumerate(model)`."
+            )
+    for node in nodes:
+        if ways and not (isinstance(node["scale"], float) and node["scale"] == 1.0):
+            raise NotImplementedError(
+                f"{owner}: expected a model that enumerates '{next(iter(ways))}' to have no scaled or subsampled "
+                f"sites, but '{node['name']}' is one. Run the model on its full plates, or train the guide as it is."
+            )
+    return nesting, bool(ways)
 
 
 def _sum_draws(log_prob: Tensor, count: int, nesting: int) -> Tensor:

@@ -211,7 +211,7 @@ def _warm_start(guide: Callable[..., Any], batches: Batches, *, progress: bool) 
 
     try:
         guide.warm_start_on(calls, watch)
-    except NotImplementedError:  # amortized plates, enumerated sites
+    except NotImplementedError:  # amortized plates, say
         return False
     return True
 

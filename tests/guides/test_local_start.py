@@ -132,6 +132,16 @@ def test_enumerated_sites_are_refused() -> None:
             pyro.sample("y", dist.Normal(z + k, 1.0), obs=torch.tensor(0.0))
 
     guide = AutoFlowGuide(model)
-    with pytest.raises(NotImplementedError, match="'k' is one"):
+    with pytest.raises(NotImplementedError, match="enumerates 'k' to have no scaled"):
         guide.warm_start()
     assert math.isfinite(TraceEnum_ELBO(max_plate_nesting=1).loss(model, guide))
+
+    @config_enumerate
+    def full() -> None:
+        with pyro.plate("items", 6):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            k = pyro.sample("k", dist.Bernoulli(0.5))
+            pyro.sample("y", dist.Normal(z + k, 1.0), obs=torch.tensor(0.0))
+
+    with pytest.raises(NotImplementedError, match="with local latents to have no enumerated"):
+        AutoFlowGuide(full, structure="plates").warm_start()
