@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 import os
 import sys
@@ -17,8 +18,11 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 __all__ = ["FlatParameter", "LossGraph", "RecordingError", "leaves_of", "used_leaves"]
@@ -178,15 +182,11 @@ class LossGraph:
         """
         data = [value for value in pytree.tree_leaves((args, kwargs)) if torch.is_tensor(value)]
         inputs: list[Any] = [self._parameter.flat.detach(), *data, *self._captured]
-        options: dict[str, Any] = {"fallback_random": True}
-        if inputs[0].is_cuda:
-            options["triton.cudagraphs"] = True
         state = torch.random.get_rng_state()
         expected = self(args, kwargs)
         try:
-            with torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch's own, about torch
-                run = torch._inductor.compile(self._graph, inputs, options=options)
+            with torch.no_grad(), _quiet():
+                run = _compiled(self._graph, inputs)
                 torch.random.set_rng_state(state)
                 found = run(*inputs)
         except Exception as error:  # a missing compiler is reported in many ways
@@ -214,6 +214,37 @@ class LossGraph:
                     f"its {name} is not repeated by the recorded operations from the same noise: random numbers that "
                     "are not torch's, or state that changes from call to call"
                 )
+
+
+def _compiled(graph: GraphModule, inputs: list[Any]) -> Callable[..., Sequence[Tensor]]:
+    """Machine code, from inductor's cache if that has it."""
+    options: dict[str, Any] = {"fallback_random": True}
+    if inputs[0].is_cuda:
+        options["triton.cudagraphs"] = True
+    else:
+        options["cpp_wrapper"] = True  # which calls the kernels: in Python, that would take as long as they do
+    for node in graph.graph.nodes:  # of the recording's own fake tensors, which are not those below
+        node.meta.pop("val", None)
+        node.meta.pop("tensor_meta", None)
+    fake = FakeTensorMode(shape_env=ShapeEnv())
+    with tracing(TracingContext(fake)):  # without which inductor does not look into its cache
+        shapes: list[Any] = [fake.from_tensor(value, static_shapes=True) for value in inputs]
+        run: Callable[..., Sequence[Tensor]] = torch._inductor.compile(graph, shapes, options=options)
+    return run
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warnings and log entries, which are about torch."""
+    logger = logging.getLogger("torch._inductor")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _structure(inputs: Sequence[Any], spec: Any) -> tuple[Any, ...]:
