@@ -32,6 +32,8 @@ MIN_GAIN, MIN_LOCAL_GAIN = 0.005, 1e-4
 # Half the variance of log weights is the gap, where they are nearly constant: below MIN_GAIN no cycle can gain enough.
 # A start that is no more than a Gaussian has to be closer, since all of its gap may be in a mean.
 NEGLIGIBLE_GAP = 1e-3
+# Below this there is no room for a tail that matters; above it, tails are looked at before a run has arrived.
+TAILLESS_GAP = 1e-4
 INTERRUPTED = "interrupted"
 # What a checkpoint holds.
 STATE = ("cycle", "step", "last_gain", "rate", "reason", "seed", "start", "best_point", "start_is_best")
@@ -170,7 +172,7 @@ class Run:
     def _has_arrived(self, now: Estimate) -> bool:
         """Whether log weights hardly vary; that of rare draws does not show in their variance, but in the tail."""
         gap = now.variance / 2
-        if gap >= MIN_GAIN or gap < NEGLIGIBLE_GAP:
+        if gap >= MIN_GAIN or gap < TAILLESS_GAP:
             return gap < MIN_GAIN
         return self.objective.subsampled or not self.objective.vectorized or self.objective.has_light_tails()
 
