@@ -12,6 +12,7 @@ from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMe
 from pyro.infer.autoguide import AutoNormal
 from pyro.optim import Adam, ClippedAdam, ExponentialLR
 from torch import nn
+from torch._dynamo.utils import counters
 
 from pyro_flows import AutoFlowGuide, CompiledSVI, fit
 from pyro_flows.inference.record import LossGraph
@@ -63,6 +64,17 @@ def test_machine_code_equals_svi(dtype, rtol):
             assert_same(schools, AutoNormal, *[(Y.to(dtype),)] * 100, rtol=rtol, elbo=elbo)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_a_second_compilation_comes_from_the_cache(tmp_path, monkeypatch):
+    """It was made anew each time: 62 seconds in place of 6."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    hits = []
+    for _ in range(2):
+        counters.clear()
+        trained(CompiledSVI, schools, AutoNormal, (Y,))
+        hits.append(counters["inductor"]["fxgraph_cache_hit"])
+    assert hits == [0, 1]
 
 
 @pytest.mark.parametrize("flow", ["auto", "iaf", "realnvp", "spline_coupling", "planar", "block_autoregressive"])
