@@ -113,7 +113,7 @@ def test_guides_that_outer_plates_break_are_run_one_by_one() -> None:
 
     fit = correlated_regression()
     weigher = Weigher("test", fit.model, guide, fit.args, None)
-    assert not weigher._vectorized and weigher.score.is_vectorized
+    assert not weigher.draws_at_once and weigher.score.is_vectorized
     assert weigher.draw(7).log_weights.shape == (7, 1)
 
 
