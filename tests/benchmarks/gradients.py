@@ -27,7 +27,7 @@ from tables import Measure, Rows, parser, run
 from pyro_flows import AutoFlowGuide, fit
 from pyro_flows.__main__ import model as eight_schools
 
-DRAWS, STEPS = 500, 1000
+DRAWS, STEPS = 200, 300
 ROUNDS, ROUND = 11, 20
 TARGETS: dict[str, tuple[Callable[..., Any], Sequence[Any]]] = {
     "eight schools": (eight_schools, SCHOOLS),
@@ -54,7 +54,7 @@ def variance(model: Callable[..., Any], guide: AutoFlowGuide, args: Sequence[Any
 
 
 def measure_noise(seeds: int) -> tuple[Sequence[str], Rows]:
-    """Variance of the gradient, path / total, after ``fit`` of 1000 steps: the same parameters, 500 draws of one."""
+    """Variance of the gradient, path / total, after ``fit`` of 300 steps: the same parameters, 200 draws of one."""
     rows = []
     for name in FAMILIES:
         cells = []
