@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.transforms import Transform
 
+from pyro_flows.guides.log_joint import check_unscaled
 from pyro_flows.plates import full_size
 
 __all__ = ["Latent", "Structure", "common_plate", "read_structure", "sample_nodes"]
@@ -188,12 +189,7 @@ def read_structure(
                 f"{owner}: expected the guide to draw latent site '{name}', but it does not. Add the site to the guide"
                 " or, if it is discrete, mark it: `model = config_enumerate(model)`."
             )
-    for name, node in nodes.items():
-        if enumerated and not (isinstance(node["scale"], float) and node["scale"] == 1.0):
-            raise NotImplementedError(
-                f"{owner}: expected a model that enumerates '{enumerated[0]}' to have no scaled or subsampled sites, "
-                f"but '{name}' is one. Run the model on its full plates."
-            )
+    check_unscaled(owner, enumerated, nodes)
     items = None if subsampled else common_plate(frames)
     return Structure(
         latents=tuple(_latent(nodes[name], items) for name in latents),

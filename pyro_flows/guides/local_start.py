@@ -103,8 +103,8 @@ def start(
     joint, (args, kwargs) = posterior.only_block, calls[0]
     # At the start, since not every model bears draws of its own prior.
     values = {site.name: site.to_support(part) for site, part in joint.table.split(joint.table.init_loc)}
-    nesting, enumerates = read_nesting(OWNER, model, values, args, kwargs)
-    joint.warm_start(LogJoint(model, joint.table, args, kwargs, nesting, enumerates), init_scale)
+    nesting, enumerated = read_nesting(OWNER, model, values, args, kwargs)
+    joint.warm_start(LogJoint(model, joint.table, args, kwargs, nesting, bool(enumerated)), init_scale)
 
 
 class _Drawn(Messenger):
@@ -179,11 +179,11 @@ class LocalStart:
         self.calls = calls
         self.make_plates = make_plates
         first = next(self.batches())
-        self.nesting, enumerates = read_nesting(OWNER, model, self.values(first, self.locations(first)), *first.call)
-        if enumerates:
+        self.nesting, enumerated = read_nesting(OWNER, model, self.values(first, self.locations(first)), *first.call)
+        if enumerated:
             raise NotImplementedError(
-                f"{OWNER}: expected a model with local latents to have no enumerated sites, but it has. "
-                "Train the guide as it is."
+                f"{OWNER}: expected a model with local latents to have no enumerated sites, but "
+                f"'{enumerated[0]}' is one. Train the guide as it is."
             )
 
     def batches(self) -> Iterator[MiniBatch]:

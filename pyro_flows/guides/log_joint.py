@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ __all__ = [
     "LogJoint",
     "PulledBack",
     "Target",
+    "check_unscaled",
     "constrain",
     "read_nesting",
     "scored_sites",
@@ -254,8 +255,8 @@ def read_nesting(
     values: Mapping[str, Tensor],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-) -> tuple[int, bool]:
-    """Number of batch dimensions that a model uses, and whether it has sites to be summed out.
+) -> tuple[int, tuple[str, ...]]:
+    """Number of batch dimensions that a model uses, and its sites that are to be summed out.
 
     Raises:
         NotImplementedError: If a site is enumerated one value after another, or scaled besides.
@@ -271,13 +272,22 @@ def read_nesting(
                 f"{owner}: expected sites to be enumerated in parallel, but '{name}' is enumerated one value after "
                 "another. Write `model = config_enumerate(model)`."
             )
-    for node in nodes:
-        if ways and not (isinstance(node["scale"], float) and node["scale"] == 1.0):
+    check_unscaled(owner, tuple(ways), {node["name"]: node for node in nodes})
+    return nesting, tuple(ways)
+
+
+def check_unscaled(owner: str, enumerated: Sequence[str], nodes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse models that sum sites out and scale others: the sum does not commute with the scale.
+
+    Raises:
+        NotImplementedError: If a site is scaled and another enumerated.
+    """
+    for name, node in nodes.items():
+        if enumerated and not (isinstance(node["scale"], float) and node["scale"] == 1.0):
             raise NotImplementedError(
-                f"{owner}: expected a model that enumerates '{next(iter(ways))}' to have no scaled or subsampled "
-                f"sites, but '{node['name']}' is one. Run the model on its full plates, or train the guide as it is."
+                f"{owner}: expected a model that enumerates '{enumerated[0]}' to have no scaled or subsampled sites, "
+                f"but '{name}' is one. Run the model on its full plates."
             )
-    return nesting, bool(ways)
 
 
 def _sum_draws(log_prob: Tensor, count: int, nesting: int) -> Tensor:

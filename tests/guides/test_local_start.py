@@ -143,5 +143,5 @@ def test_enumerated_sites_are_refused() -> None:
             k = pyro.sample("k", dist.Bernoulli(0.5))
             pyro.sample("y", dist.Normal(z + k, 1.0), obs=torch.tensor(0.0))
 
-    with pytest.raises(NotImplementedError, match="with local latents to have no enumerated"):
+    with pytest.raises(NotImplementedError, match="with local latents to have no enumerated sites, but 'k' is one"):
         AutoFlowGuide(full, structure="plates").warm_start()
