@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_flows._checks import check_int
+from pyro_flows.inference.adam import AdamRule
 from pyro_flows.inference.record import FlatParameter, LossGraph, RecordingError, leaves_of, used_leaves
 
 __all__ = ["CompiledSVI"]
@@ -83,8 +84,12 @@ class CompiledSVI(SVI):
         if graph is None:
             return float(super().step(*args, **kwargs))
         assert self._parameter is not None
-        loss, self._parameter.flat.grad = graph(args, kwargs)
-        self.optim([self._parameter.flat])
+        loss, gradient = graph(args, kwargs)
+        if graph.rule is None:
+            self._parameter.flat.grad = gradient
+            self.optim([self._parameter.flat])
+        if graph.is_fresh:
+            self._compile(graph, args, kwargs)
         return float(loss)
 
     def run(self, num_steps: int, *args: Any, progress: bool = False, **kwargs: Any) -> list[float]:
@@ -116,6 +121,7 @@ class CompiledSVI(SVI):
         for graph in self._graphs:
             if graph.matches(args, kwargs):
                 return graph
+        self._graphs = [graph for graph in self._graphs if graph.is_current]
         if len(self._graphs) == MAX_GRAPHS:
             return None
         try:
@@ -127,13 +133,21 @@ class CompiledSVI(SVI):
             warnings.warn(f"CompiledSVI: takes eager steps, as pyro.infer.SVI does, since {error}.", stacklevel=3)
             self._is_eager = True
             return None
-        try:
-            with torch.random.fork_rng():
-                graph.compile(args, kwargs)
-        except RuntimeError as error:
-            warnings.warn(f"CompiledSVI: runs its graph without machine code, since {error}.", stacklevel=3)
         self._graphs.append(graph)
         return graph
+
+    def _compile(self, graph: LossGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Go on with machine code; after a first step, which made the optimiser's state."""
+        assert self._parameter is not None
+        optimiser = self.optim.optim_objs[self._parameter.flat]
+        optimiser = getattr(optimiser, "optimizer", optimiser)  # a scheduler's
+        clips = self.optim.grad_clip[self._parameter.flat] is not None
+        rule = AdamRule(optimiser) if AdamRule.applies_to(optimiser) and not clips else None
+        try:
+            with torch.random.fork_rng():
+                graph.compile(args, kwargs, rule)
+        except RuntimeError as error:
+            warnings.warn(f"CompiledSVI: runs its graph without machine code, since {error}.", stacklevel=3)
 
     def _leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """Those parameters of the guide and the model that are in use."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import operator
 import os
@@ -25,12 +26,26 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
+from pyro_flows.inference.adam import AdamRule
+
 __all__ = ["FlatParameter", "LossGraph", "RecordingError", "leaves_of", "used_leaves"]
 
 # A graph has to give the loss and the gradient of the eager code from the same noise, up to rounding: relative to
 # their size, by precision.
 AGREEMENT = {torch.float64: 1e-8}
 ROUGH_AGREEMENT = 2e-3
+# What inductor is told. Noise comes from torch's own generator. On a CPU, the kernels are called from C++: in Python,
+# that would take as long as they do. The rest saves time of compiling: the instruction set that the processor says it
+# has is not tried out, the calls are compiled apart from the kernels and less hard, without headers for another time.
+GPU_OPTIONS: dict[str, Any] = {"fallback_random": True, "triton.cudagraphs": True}
+CPU_OPTIONS: dict[str, Any] = {
+    "fallback_random": True,
+    "cpp_wrapper": True,
+    "cpp_wrapper_build_separate": True,
+    "cpp.vec_isa_ok": True,
+    "cpp_cache_precompile_headers": False,
+    "aot_inductor.enable_line_tables": False,
+}
 # Folders whose lines are not the user's.
 LIBRARIES = tuple(os.path.dirname(module.__file__) + os.sep for module in (torch, pyro) if module.__file__)
 SITE_PACKAGES = os.path.dirname(LIBRARIES[1][:-1]) + os.sep
@@ -47,7 +62,7 @@ class FlatParameter:
     """Leaves of a model and a guide as views of one vector, so that an optimiser has a single tensor to move.
 
     The leaves stay what they are to everyone else (parameters of modules, entries of Pyro's store), but share memory
-    with :attr:`flat` until :meth:`release`.
+    with :attr:`flat` until :meth:`release`; so does :attr:`vector`, which is no parameter.
 
     Args:
         leaves: Unconstrained parameters, of one dtype and on one device.
@@ -63,6 +78,7 @@ class FlatParameter:
             raise RecordingError(f"expected parameters of one dtype on one device, but got {found}")
         self.leaves = list(leaves)
         self.flat = torch.nn.Parameter(torch.cat([leaf.detach().reshape(-1) for leaf in leaves]))
+        self.vector = self.flat.detach()
         self.sizes = [leaf.numel() for leaf in leaves]
         for leaf, part in zip(leaves, self.flat.detach().split(self.sizes), strict=True):
             leaf.data = part.view(leaf.shape)
@@ -124,18 +140,22 @@ class LossGraph:
 
     Attributes:
         num_operations: Size of the graph.
+        rule: The optimiser's step that is a part of the graph; None if that ends with the gradient.
+        is_fresh: Whether nobody has tried to compile it yet.
     """
 
     def __init__(self, loss: Loss, parameter: FlatParameter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._parameter = parameter
-        inputs, self._spec = pytree.tree_flatten((args, kwargs))
-        self._structure = _structure(inputs, self._spec)
-        data = [value for value in inputs if torch.is_tensor(value)]
+        self.rule: AdamRule | None = None
+        self.is_fresh = True
+        self._structure = _structure(args, kwargs)
+        inputs, spec = pytree.tree_flatten((args, kwargs))
+        data = _tensors(args, kwargs)
 
         def gradient(leaves: list[Tensor], data: list[Tensor]) -> tuple[Tensor, ...]:
             rest = iter(data)
             args, kwargs = pytree.tree_unflatten(
-                [next(rest) if torch.is_tensor(value) else value for value in inputs], self._spec
+                [next(rest) if torch.is_tensor(value) else value for value in inputs], spec
             )
             value = loss(*args, **kwargs)
             return value.detach(), *torch.autograd.grad(value, leaves)
@@ -158,37 +178,56 @@ class LossGraph:
         self._graph = graph
         self.num_operations = sum(node.op == "call_function" for node in graph.graph.nodes)
         torch.random.set_rng_state(state)
-        self._verify(expected, self(args, kwargs))
+        gradients = torch.cat([part.reshape(-1) for part in expected[1:]])
+        self._verify([expected[0], gradients], self(args, kwargs))
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the optimiser's options are those that it was compiled with."""
+        return self.rule is None or self.rule.is_current
 
     def matches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether it was recorded for arguments like these."""
-        inputs, spec = pytree.tree_flatten((args, kwargs))
-        return _structure(inputs, spec) == self._structure
+        """Whether it is for arguments like these."""
+        return self.is_current and _structure(args, kwargs) == self._structure
 
     @torch.no_grad()
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Loss, ``()``, and gradient in the flat parameter."""
-        data = [value for value in pytree.tree_leaves((args, kwargs)) if torch.is_tensor(value)]
-        loss, gradient = self._run(self._parameter.flat.detach(), *data, *self._captured)
+        """Loss, ``()``, and gradient in the flat parameter, which has moved if :attr:`rule` is not None."""
+        state = () if self.rule is None else (*self.rule.moments, self.rule.next_rates())
+        loss, gradient = self._run(self._parameter.vector, *state, *_tensors(args, kwargs), *self._captured)
         return loss, gradient
 
-    def compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    @torch.no_grad()
+    def compile(self, args: tuple[Any, ...], kwargs: dict[str, Any], rule: AdamRule | None = None) -> None:
         """Have torch's compiler turn the graph into machine code; takes seconds to minutes, unless it did so before.
 
         Noise is drawn by the same functions as in eager code, so that the same seed gives the same numbers.
 
+        Args:
+            args: Arguments like those that it was recorded with.
+            kwargs: Likewise.
+            rule: An optimiser's step that becomes a part of the graph.
+
         Raises:
             RuntimeError: If there is no working C++ compiler, or torch's fails. The graph itself still runs.
         """
-        data = [value for value in pytree.tree_leaves((args, kwargs)) if torch.is_tensor(value)]
-        inputs: list[Any] = [self._parameter.flat.detach(), *data, *self._captured]
+        assert self.is_fresh
+        self.is_fresh = False
+        inputs = [self._parameter.vector, *_tensors(args, kwargs), *self._captured]
         state = torch.random.get_rng_state()
-        expected = self(args, kwargs)
+        expected = self._run(*inputs)
+        if rule is not None:
+            _append_step(self._graph, rule, inputs[0])
+            self.rule = rule
+            # A trial, on copies; from a second moment that does not vanish where gradients are only rounding.
+            trial = [torch.zeros_like(inputs[0]), torch.ones_like(inputs[0]), rule.rates(1.0, 1.0)]
+            expected = [*expected, rule.update(inputs[0], expected[1], *trial)[0]]
+            inputs[:1] = [inputs[0].clone(), *trial]
         try:
-            with torch.no_grad(), _quiet():
+            with _quiet(), _without_collector():
                 run = _compiled(self._graph, inputs)
                 torch.random.set_rng_state(state)
-                found = run(*inputs)
+                found = [*run(*inputs), *([] if rule is None else inputs[:1])]
         except Exception as error:  # a missing compiler is reported in many ways
             raise RuntimeError(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
         self._verify(expected, found)
@@ -201,12 +240,7 @@ class LossGraph:
             RecordingError: If not.
         """
         tolerance = AGREEMENT.get(self._parameter.flat.dtype, ROUGH_AGREEMENT)
-        for name, one, other in zip(
-            ("loss", "gradient"),
-            (expected[0], torch.cat([part.reshape(-1) for part in expected[1:]])),
-            (found[0], torch.cat([part.reshape(-1) for part in found[1:]])),
-            strict=True,
-        ):
+        for name, one, other in zip(("loss", "gradient", "step"), expected, found):  # the last is not always there
             if not one.isfinite().all():
                 raise RecordingError(f"its {name} is not finite")
             if not (one - other).norm() <= tolerance * (1e-3 + one.norm()):
@@ -218,19 +252,47 @@ class LossGraph:
 
 def _compiled(graph: GraphModule, inputs: list[Any]) -> Callable[..., Sequence[Tensor]]:
     """Machine code, from inductor's cache if that has it."""
-    options: dict[str, Any] = {"fallback_random": True}
-    if inputs[0].is_cuda:
-        options["triton.cudagraphs"] = True
-    else:
-        options["cpp_wrapper"] = True  # which calls the kernels: in Python, that would take as long as they do
     for node in graph.graph.nodes:  # of the recording's own fake tensors, which are not those below
         node.meta.pop("val", None)
         node.meta.pop("tensor_meta", None)
+    options = GPU_OPTIONS if inputs[0].is_cuda else CPU_OPTIONS
+    try:
+        return _inductor(graph, inputs, options)
+    except Exception:  # perhaps of a compiler that is older than the processor
+        if inputs[0].is_cuda:
+            raise
+        return _inductor(graph, inputs, {**options, "cpp.vec_isa_ok": None})
+
+
+def _inductor(graph: GraphModule, inputs: list[Any], options: dict[str, Any]) -> Callable[..., Sequence[Tensor]]:
     fake = FakeTensorMode(shape_env=ShapeEnv())
     with tracing(TracingContext(fake)):  # without which inductor does not look into its cache
         shapes: list[Any] = [fake.from_tensor(value, static_shapes=True) for value in inputs]
         run: Callable[..., Sequence[Tensor]] = torch._inductor.compile(graph, shapes, options=options)
     return run
+
+
+def _append_step(graph: GraphModule, rule: AdamRule, vector: Tensor) -> None:
+    """Have the graph move its parameter, in place, by what it gives as the gradient."""
+    nodes = graph.graph
+    values = [*(torch.zeros_like(vector) for _ in range(4)), rule.rates(1.0, 1.0)]
+    step = make_fx(lambda *values: rule.update(*values))(*values)
+    flat = next(iter(nodes.nodes))
+    output = next(node for node in nodes.nodes if node.op == "output")
+    with nodes.inserting_after(flat):
+        rates = nodes.placeholder("rates")
+    moments: list[Node] = []
+    for name in ("second_moment", "first_moment"):
+        with nodes.inserting_after(flat):
+            moments.insert(0, nodes.placeholder(name))
+    given = [flat, output.args[0][1], *moments, rates]
+    places = [node for node in step.graph.nodes if node.op == "placeholder"]
+    with nodes.inserting_before(output):
+        moved: Any = nodes.graph_copy(step.graph, dict(zip(places, given, strict=True)))
+        for old, new in zip([flat, *moments], moved, strict=True):
+            nodes.call_function(torch.ops.aten.copy_.default, (old, new))
+    nodes.lint()
+    graph.recompile()
 
 
 @contextmanager
@@ -247,8 +309,33 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _structure(inputs: Sequence[Any], spec: Any) -> tuple[Any, ...]:
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Without Python's garbage collector, which a compiler's millions of objects keep busy for a tenth of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _flat_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Sequence[Any], Any]:
+    """All leaves of arguments, and how these hold them. A tuple of tensors is the common case, and its own leaves."""
+    if not kwargs and all(torch.is_tensor(value) for value in args):
+        return args, len(args)
+    inputs, spec = pytree.tree_flatten((args, kwargs))
+    return inputs, spec
+
+
+def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    return [value for value in _flat_arguments(args, kwargs)[0] if torch.is_tensor(value)]
+
+
+def _structure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     """What arguments have to share to share a graph."""
+    inputs, spec = _flat_arguments(args, kwargs)
     kinds: list[Any] = []
     for value in inputs:
         if torch.is_tensor(value):
