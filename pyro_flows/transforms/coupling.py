@@ -97,6 +97,10 @@ class Couplings(FlowTransform):
         """Inverse of :meth:`_map`; returns the part and the elementwise log-slopes of the inverse."""
         raise NotImplementedError
 
+    def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What stays and what moves. Not two slices, whose backward pass fills two vectors with zeros."""
+        return x.split([self.split_dim, x.shape[-1] - self.split_dim], -1)
+
     def _layers(self) -> Iterator[tuple[Tensor, ...]]:
         """One tuple (order, weight, bias, weight, bias, ...) a coupling, as they are used: the last bias centres."""
         *weights, weight = self.weights
@@ -123,7 +127,7 @@ class Couplings(FlowTransform):
         total = x.new_zeros(x.shape[:-1])
         for order, *layer in self._layers():
             x = x.index_select(-1, order)
-            a, b = x[..., : self.split_dim], x[..., self.split_dim :]
+            a, b = self._parts(x)
             b, log_slope, _ = self._map(b, self._condition(a, layer, context))
             x = torch.cat([a, b], -1)
             total = total + log_slope.sum(-1)
@@ -133,7 +137,7 @@ class Couplings(FlowTransform):
         total = y.new_zeros(y.shape[:-1])
         y = y[..., self.final_order.argsort()]
         for order, *layer in reversed(list(self._layers())):
-            a, b = y[..., : self.split_dim], y[..., self.split_dim :]
+            a, b = self._parts(y)
             b, log_slope = self._unmap(b, self._condition(a, layer, context))
             y = torch.cat([a, b], -1)[..., order.argsort()]
             total = total + log_slope.sum(-1)
@@ -145,10 +149,10 @@ class Couplings(FlowTransform):
         total = x.new_zeros(x.shape[:-1])
         for order, *layer in self._layers():
             x, score = x.index_select(-1, order), score.index_select(-1, order)
-            a, b = x[..., : self.split_dim], x[..., self.split_dim :]
+            a, b = self._parts(x)
             b, log_slope, d_log_slope = self._map(b, self._condition(a, layer, context), with_slope=True)
             with torch.no_grad():
-                score_a, score_b = score[..., : self.split_dim], score[..., self.split_dim :]
+                score_a, score_b = self._parts(score)
                 if d_log_slope is not None:
                     score_b = score_b - d_log_slope
                 score_b = score_b * (-log_slope).exp()

@@ -238,13 +238,13 @@ class MatrixPooling(PriorPooling):
 
     def _draw(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, _Given, Tensor]:
         """Pooled and free coordinates, the free ones' summed log-scale, the pooled ones' log-determinant, and C."""
-        loc, scale, log_scale = self._own()
-        count = self.count_free
-        free = torch.addcmul(loc[:count], scale[:count], x[..., :count])
-        given = self._given(free, loc[count:], log_scale[count:])
-        z, ladj, factor = _Conditional.apply(given.root, given.pull, x[..., count:].unsqueeze(-1))  # type: ignore[no-untyped-call]
+        (loc, own_loc), (scale, _), (log_scale, own_log_scale) = (part.split(self.sizes, -1) for part in self._own())
+        noise, rest = x.split(self.sizes, -1)
+        free = torch.addcmul(loc, scale, noise)
+        given = self._given(free, own_loc, own_log_scale)
+        z, ladj, factor = _Conditional.apply(given.root, given.pull, rest.unsqueeze(-1))  # type: ignore[no-untyped-call]
         pooled = given.loc + given.scale * self._correlate(z, given.factors, transpose=False).squeeze(-1)
-        return pooled, free, log_scale[:count].sum(-1), given.ladj + ladj, given, factor
+        return pooled, free, log_scale.sum(-1), given.ladj + ladj, given, factor
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y = self._ordered(y)

@@ -64,16 +64,24 @@ class RationalQuadratic:
     def __init__(self, raw: Tensor, bound: float) -> None:
         self.bound = bound
         self.count_bins = (raw.shape[-1] + 1) // 3
-        shares = raw[..., : 2 * self.count_bins].unflatten(-1, (2, self.count_bins)).softmax(-1)
+        lengths, inner = raw.split([2 * self.count_bins, self.count_bins - 1], -1)
+        shares = lengths.unflatten(-1, (2, self.count_bins)).softmax(-1)
         shares = MIN_BIN_SHARE / self.count_bins + (1.0 - MIN_BIN_SHARE) * shares
         lengths = 2.0 * bound * shares
-        knots = F.pad(lengths[..., :-1].cumsum(-1), (1, 0)) - bound  # left edges; (..., D, 2, K)
-        slopes = F.softplus(raw[..., 2 * self.count_bins :] + SLOPE_OFFSET) + MIN_SLOPE
-        slopes = F.pad(slopes, (1, 1), value=1.0)
+        knots = lengths.cumsum(-1) - lengths - bound  # left edges; (..., D, 2, K)
+        slopes = F.softplus(inner + SLOPE_OFFSET) + MIN_SLOPE
         self.x_knots, self.y_knots = knots.unbind(-2)
         width, height = lengths.unbind(-2)
         self._table = torch.stack(
-            [self.x_knots, width, self.y_knots, height, slopes[..., :-1], slopes[..., 1:]], -1
+            [
+                self.x_knots,
+                width,
+                self.y_knots,
+                height,
+                F.pad(slopes, (1, 0), value=1.0),
+                F.pad(slopes, (0, 1), value=1.0),
+            ],
+            -1,
         )  # (..., D, K, 6)
 
     def _select(self, value: Tensor, knots: Tensor) -> _Bins:
@@ -124,7 +132,8 @@ class RationalQuadratic:
         nodes, weights = self._nodes(own)
         # Nodes and values in one pass, which costs by the operation.
         found = self._evaluate(torch.cat([nodes, x.reshape(-1, *own)]), with_slope=with_slope)
-        (at_nodes, y), (_, log_slope) = (part.tensor_split([len(nodes)]) for part in found[:2])
+        sizes = [len(nodes), len(found[0]) - len(nodes)]
+        (at_nodes, y), (_, log_slope) = (part.split(sizes) for part in found[:2])
         d_log_slope = None if found[2] is None else found[2][len(nodes) :].reshape(x.shape)
         center, scale = self._standardize(at_nodes, weights)
         return ((y - center) / scale).reshape(x.shape), (log_slope - scale.log()).reshape(x.shape), d_log_slope

@@ -97,6 +97,58 @@ def test_losses_and_optimisers(interpreted, elbo, optim):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
+def with_changes(cls, change):
+    """Losses of 30 steps with something changed after every tenth, and the SVI."""
+    pyro.clear_param_store()
+    optim = ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.05}, "gamma": 0.5})
+    svi = cls(schools, AutoNormal(schools), optim, Trace_ELBO())
+    svi.guide(Y)
+    pyro.set_rng_seed(1)
+    losses = []
+    for step in range(30):
+        losses.append(svi.step(Y))
+        if step % 10 == 9:
+            change(optim)
+    return torch.tensor(losses), svi
+
+
+def test_adam_in_the_graph_follows_its_scheduler(interpreted):
+    found, svi = with_changes(CompiledSVI, lambda optim: optim.step())
+    assert torch.allclose(found, with_changes(SVI, lambda optim: optim.step())[0], rtol=1e-5)
+    (graph,) = svi._graphs
+    assert graph.rule is not None
+    (scheduler,) = svi.optim.optim_objs.values()
+    (state,) = scheduler.optimizer.state.values()
+    assert state["step"] == 30
+
+
+def test_new_options_of_adam_take_a_new_graph(interpreted):
+    def change(optim):
+        for scheduler in optim.optim_objs.values():
+            scheduler.optimizer.param_groups[0]["betas"] = (0.5, 0.9)
+
+    found, svi = with_changes(CompiledSVI, change)
+    assert torch.allclose(found, with_changes(SVI, change)[0], rtol=1e-5)
+    assert len(svi._graphs) == 1
+
+
+def test_a_wrong_step_is_noticed(monkeypatch):
+    """The compiled graph has to move the parameter as the rule says."""
+
+    def compile_wrongly(graph, inputs, options):
+        def run(vector, *rest):
+            found = graph(vector, *rest)
+            vector += 0.1
+            return found
+
+        return run
+
+    monkeypatch.setattr(record, "_inductor", compile_wrongly)
+    with pytest.warns(UserWarning, match="its step is not repeated"):
+        _, found, _ = trained(CompiledSVI, schools, AutoNormal, *[(Y,)] * 10)
+    assert torch.allclose(found, trained(SVI, schools, AutoNormal, *[(Y,)] * 10)[1], rtol=1e-5)
+
+
 def test_enumerated_sites_take_eager_steps(interpreted):
     @config_enumerate
     def model(y):
