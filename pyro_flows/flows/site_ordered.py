@@ -27,8 +27,8 @@ class SiteOrdered(FlowSpec):
     """Model-ordered flow: each site is affine in its noise given the sites before it, after an elementwise spline.
 
     The family for hierarchies: contains every Gaussian, every non-centring and funnels. In a guide, sites whose prior
-    is Gaussian given others have a head that knows it; see :class:`~pyro_flows.transforms.PriorPooling` and
-    :class:`~pyro_flows.transforms.MatrixPooling`.
+    is Gaussian given others have a head that knows it; see :class:`~pyro_flows.transforms.PriorPooling`,
+    :class:`~pyro_flows.transforms.DiagonalPooling` and :class:`~pyro_flows.transforms.MatrixPooling`.
 
     Args:
         block_sizes: Sizes of the blocks in order; the guide fills in the model's sites. None makes every coordinate a

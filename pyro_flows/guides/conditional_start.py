@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyro_flows.guides.ascent import gradient_and_hessian
 from pyro_flows.guides.log_joint import LogJoint
-from pyro_flows.transforms import MatrixPooling
+from pyro_flows.transforms import DiagonalPooling
 
 __all__ = ["follow_data"]
 
@@ -19,7 +19,7 @@ MIN_OWN_SHARE = 1e-4
 
 
 @torch.no_grad()
-def follow_data(log_joint: LogJoint, head: MatrixPooling, center: Tensor, scale: Tensor) -> bool:
+def follow_data(log_joint: LogJoint, head: DiagonalPooling, center: Tensor, scale: Tensor) -> bool:
     """Set a head's own Gaussians to what the likelihood is near a point, by its second derivatives there.
 
     That is exact where the likelihood is Gaussian in the coordinates with known priors, with a precision of which
@@ -50,7 +50,7 @@ def follow_data(log_joint: LogJoint, head: MatrixPooling, center: Tensor, scale:
         return False
     if not (gradient.isfinite().all() and hessian.isfinite().all()):
         return False
-    _, log_scale, _ = head.prior(center[free])
+    _, log_scale = head.prior(center[free])
     unit = log_scale.double().exp()
     precisions = -hessian[:, pooled][:, :, pooled] * unit.unsqueeze(-1) * unit
     curvature, vectors = torch.linalg.eigh(0.5 * (precisions[0] + precisions[0].mT))

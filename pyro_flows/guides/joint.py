@@ -29,7 +29,15 @@ from pyro_flows.guides.warm_start import (
     refined,
 )
 from pyro_flows.sites import SiteTable
-from pyro_flows.transforms import FixedAffine, LowRankAffine, LowRankWhitening, MatrixPooling, PriorPooling, Whitening
+from pyro_flows.transforms import (
+    DiagonalPooling,
+    FixedAffine,
+    LowRankAffine,
+    LowRankWhitening,
+    MatrixPooling,
+    PriorPooling,
+    Whitening,
+)
 
 __all__ = ["JointBlock", "build_reproducibly"]
 
@@ -67,11 +75,14 @@ def _whitening(dim: int) -> FixedAffine | None:
 
 
 def _pooling(prior: LinearPrior, dim: int) -> PriorPooling:
-    """The head that knows a prior: with matrices, if few priors are known and these follow no others."""
+    """The head that knows a prior: the exact one for linear mixed models, if few priors are known and follow no others,
+    with matrices where it takes them."""
     slope, bias = prior.dense(dim)
     chained = (slope[:, prior.known] != 0).any()
     if chained or prior.known.sum() > MATRIX_DIM:
         return PriorPooling(prior.known, slope, bias)
+    if prior.apart:
+        return DiagonalPooling(prior.known, slope, bias)
     return MatrixPooling(prior.known, slope, bias, prior.correlated)
 
 
@@ -164,7 +175,7 @@ class JointBlock(nn.Module):
         found = best_gaussian(log_joint, self.table.init_loc, init_scale, correlated=correlated)
         head, base = self.flow.head, self.flow.base
         pooled = -math.inf
-        if isinstance(head, MatrixPooling) and log_joint.rows < MANY_ROWS:
+        if isinstance(head, DiagonalPooling) and log_joint.rows < MANY_ROWS:
             pooled = self._follow(log_joint, head, found)
         if isinstance(head, PriorPooling) and log_joint.rows < MANY_ROWS and not pooled > found.elbo:
             pooled = self._pool(log_joint, head, found)
@@ -210,7 +221,7 @@ class JointBlock(nn.Module):
         head.settle()
         return self._correlate(PulledBack(log_joint, push), best)
 
-    def _follow(self, log_joint: LogJoint, head: MatrixPooling, found: Gaussian) -> float:
+    def _follow(self, log_joint: LogJoint, head: DiagonalPooling, found: Gaussian) -> float:
         """Let the head's own Gaussians be what the data say, and fit one to the other coordinates; returns the ELBO."""
         whitening = self.flow.whitening
         if not isinstance(whitening, Whitening):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -15,6 +16,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions.transforms import CorrCholeskyTransform
 
+from pyro_flows.guides.log_joint import constrain, scored_sites
 from pyro_flows.plates import LocalTable
 from pyro_flows.sites import Site, SiteTable
 from pyro_flows.transforms import Correlated
@@ -26,6 +28,8 @@ MAX_FEATURES = 200
 # Items of a mini-batch that are looked at; enough to see whether the prior differs between items.
 MAX_ITEMS = 16
 TOLERANCE = 1e-4
+# Distance by which coordinates are moved to see which others notice.
+SHIFT = 0.3
 # Runs beyond the number of unknowns, by which a fit can fail.
 SPARE_RUNS = 8
 
@@ -40,6 +44,7 @@ class LinearPrior:
         slope: Of locations, then of log-scales, ``(2 n, A)``.
         bias: Likewise, ``(2 n,)``.
         correlated: Those that are marginals of multivariate normals whose correlations are a latent.
+        apart: Whether those with a known prior are independent of each other given all others and the data.
     """
 
     known: Tensor
@@ -47,6 +52,7 @@ class LinearPrior:
     slope: Tensor
     bias: Tensor
     correlated: tuple[Correlated, ...] = ()
+    apart: bool = False
 
     def __call__(self, given: Tensor) -> Tensor:
         """Locations and log-scales, ``(..., 2 n)``, from packed given latents, ``(..., G)``."""
@@ -168,7 +174,55 @@ def read_joint_prior(
         site, size = table[name], table[name].shape[-1]
         if known[site.start : site.start + site.size].all():
             correlated.append(Correlated(site.start, site.size // size, size, table[factor].start))
-    return replace(prior, known=known, correlated=tuple(correlated)) if known.any() else None
+    if not known.any():
+        return None
+    apart = not correlated and _are_told_apart(model, args, kwargs, table, known.nonzero().squeeze(-1))
+    return replace(prior, known=known, correlated=tuple(correlated), apart=apart)
+
+
+def _are_told_apart(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    table: SiteTable,
+    coordinates: Tensor,
+) -> bool:
+    """Whether some coordinates are independent of each other given all others and the data.
+
+    Moves half of them and looks at the gradient of the log joint in the other half, for so many halves that each two
+    coordinates are in different ones at least once: as many gradients as their number has binary digits. A model that
+    can't be looked at in this way counts as one in which they are not.
+
+    Args:
+        model: The model.
+        args: Its arguments.
+        kwargs: Likewise.
+        table: The sites of the joint block.
+        coordinates: Which ones, as indices, ``(P,)``.
+    """
+
+    def gradient(packed: Tensor) -> Tensor:
+        packed = packed.detach().requires_grad_()
+        torch.default_generator.manual_seed(0)
+        values, parts = constrain(table.split(packed))
+        parts += [node["log_prob"] for node in scored_sites(model, values, args, dict(kwargs))]
+        (found,) = torch.autograd.grad(torch.stack([part.sum() for part in parts]).sum(), packed)
+        return found[coordinates]
+
+    number = torch.arange(len(coordinates), device=coordinates.device)
+    with torch.random.fork_rng(devices=[]), pyro.validation_enabled(False), torch.enable_grad():
+        torch.default_generator.manual_seed(0)
+        center, shift = table.init_loc + SHIFT * torch.randn_like(table.init_loc), SHIFT * torch.randn(len(number))
+        try:
+            before = gradient(center)
+            for digit in range((len(number) - 1).bit_length()):
+                moved = (number >> digit) % 2 == 1
+                after = gradient(center.index_add(0, coordinates, moved * shift.to(center)))
+                if not ((after - before).abs() <= TOLERANCE * (1.0 + before.abs()))[~moved].all():
+                    return False
+        except Exception:  # as in _watch
+            return False
+    return True
 
 
 def _correlations(table: SiteTable, found: Mapping[str, Any], values: Mapping[str, Tensor]) -> set[tuple[str, str]]:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import gc
-import logging
 import operator
 import os
 import sys
@@ -19,14 +17,12 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from pyro_flows.inference.adam import AdamRule
+from pyro_flows.inference.machine_code import to_machine_code
 
 __all__ = ["FlatParameter", "LossGraph", "RecordingError", "leaves_of", "used_leaves"]
 
@@ -34,18 +30,6 @@ __all__ = ["FlatParameter", "LossGraph", "RecordingError", "leaves_of", "used_le
 # their size, by precision.
 AGREEMENT = {torch.float64: 1e-8}
 ROUGH_AGREEMENT = 2e-3
-# What inductor is told. Noise comes from torch's own generator. On a CPU, the kernels are called from C++: in Python,
-# that would take as long as they do. The rest saves time of compiling: the instruction set that the processor says it
-# has is not tried out, the calls are compiled apart from the kernels and less hard, without headers for another time.
-GPU_OPTIONS: dict[str, Any] = {"fallback_random": True, "triton.cudagraphs": True}
-CPU_OPTIONS: dict[str, Any] = {
-    "fallback_random": True,
-    "cpp_wrapper": True,
-    "cpp_wrapper_build_separate": True,
-    "cpp.vec_isa_ok": True,
-    "cpp_cache_precompile_headers": False,
-    "aot_inductor.enable_line_tables": False,
-}
 # Folders whose lines are not the user's.
 LIBRARIES = tuple(os.path.dirname(module.__file__) + os.sep for module in (torch, pyro) if module.__file__)
 SITE_PACKAGES = os.path.dirname(LIBRARIES[1][:-1]) + os.sep
@@ -224,10 +208,9 @@ class LossGraph:
             expected = [*expected, rule.update(inputs[0], expected[1], *trial)[0]]
             inputs[:1] = [inputs[0].clone(), *trial]
         try:
-            with _quiet(), _without_collector():
-                run = _compiled(self._graph, inputs)
-                torch.random.set_rng_state(state)
-                found = [*run(*inputs), *([] if rule is None else inputs[:1])]
+            run = to_machine_code(self._graph, inputs)
+            torch.random.set_rng_state(state)
+            found = [*run(*inputs), *([] if rule is None else inputs[:1])]
         except Exception as error:  # a missing compiler is reported in many ways
             raise RuntimeError(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
         self._verify(expected, found)
@@ -248,28 +231,6 @@ class LossGraph:
                     f"its {name} is not repeated by the recorded operations from the same noise: random numbers that "
                     "are not torch's, or state that changes from call to call"
                 )
-
-
-def _compiled(graph: GraphModule, inputs: list[Any]) -> Callable[..., Sequence[Tensor]]:
-    """Machine code, from inductor's cache if that has it."""
-    for node in graph.graph.nodes:  # of the recording's own fake tensors, which are not those below
-        node.meta.pop("val", None)
-        node.meta.pop("tensor_meta", None)
-    options = GPU_OPTIONS if inputs[0].is_cuda else CPU_OPTIONS
-    try:
-        return _inductor(graph, inputs, options)
-    except Exception:  # perhaps of a compiler that is older than the processor
-        if inputs[0].is_cuda:
-            raise
-        return _inductor(graph, inputs, {**options, "cpp.vec_isa_ok": None})
-
-
-def _inductor(graph: GraphModule, inputs: list[Any], options: dict[str, Any]) -> Callable[..., Sequence[Tensor]]:
-    fake = FakeTensorMode(shape_env=ShapeEnv())
-    with tracing(TracingContext(fake)):  # without which inductor does not look into its cache
-        shapes: list[Any] = [fake.from_tensor(value, static_shapes=True) for value in inputs]
-        run: Callable[..., Sequence[Tensor]] = torch._inductor.compile(graph, shapes, options=options)
-    return run
 
 
 def _append_step(graph: GraphModule, rule: AdamRule, vector: Tensor) -> None:
@@ -293,32 +254,6 @@ def _append_step(graph: GraphModule, rule: AdamRule, vector: Tensor) -> None:
             nodes.call_function(torch.ops.aten.copy_.default, (old, new))
     nodes.lint()
     graph.recompile()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's warnings and log entries, which are about torch."""
-    logger = logging.getLogger("torch._inductor")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """Without Python's garbage collector, which a compiler's millions of objects keep busy for a tenth of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _flat_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Sequence[Any], Any]:

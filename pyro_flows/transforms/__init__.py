@@ -8,6 +8,7 @@ from pyro_flows.transforms.affine_coupling import AffineCouplings
 from pyro_flows.transforms.base import BoundTransform, FlowTransform, expand_context
 from pyro_flows.transforms.block_autoregressive import BlockAutoregressive
 from pyro_flows.transforms.chain import Chain
+from pyro_flows.transforms.diagonal_pooling import DiagonalPooling
 from pyro_flows.transforms.householder import Householder
 from pyro_flows.transforms.inverse import Inverse
 from pyro_flows.transforms.matrix_pooling import Correlated, MatrixPooling
@@ -33,6 +34,7 @@ __all__ = [
     "Chain",
     "Correlated",
     "DiagonalAffine",
+    "DiagonalPooling",
     "FixedAffine",
     "FlowTransform",
     "FullRankAffine",

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions.transforms import CorrCholeskyTransform
 
-from pyro_flows.transforms.affine import AffineHead
+from pyro_flows.transforms.diagonal_pooling import DiagonalPooling
 from pyro_flows.transforms.networks import eased
-from pyro_flows.transforms.prior_pooling import PriorPooling
 
 __all__ = ["Correlated", "MatrixPooling"]
 
@@ -101,7 +100,7 @@ def _factor(root: Tensor) -> Tensor:
     return torch.linalg.cholesky_ex(identity + root @ root.mT).L
 
 
-class MatrixPooling(PriorPooling):
+class MatrixPooling(DiagonalPooling):
     r"""Affine head in which coordinates :math:`p` with a known Gaussian prior given the others, :math:`f`, pool it with
     a Gaussian of their own, both with correlations:
 
@@ -132,13 +131,9 @@ class MatrixPooling(PriorPooling):
 
     def __init__(self, known: Tensor, slope: Tensor, bias: Tensor, correlated: Sequence[Correlated] = ()) -> None:
         super().__init__(known, slope, bias)
-        assert len(self.sizes) == 2, "priors follow priors"
         free, pooled = self.sizes
         self.correlated = tuple(correlated)
-        # Parameters, so that Pyro's parameter store keeps them, but they have no gradient.
-        self.own_factor = nn.Parameter(torch.eye(pooled))
-        self.own_slope = nn.Parameter(torch.zeros(pooled, free))
-        self.own_tilt = nn.Parameter(torch.zeros(free))
+        self.own_factor = nn.Parameter(torch.eye(pooled))  # as own_slope
         places = self.restore.tolist()
         self._vectors = [places[group.start] - free for group in self.correlated]
         self._factors = [places[group.factor_start] for group in self.correlated]
@@ -147,46 +142,27 @@ class MatrixPooling(PriorPooling):
     def initialize(self, loc: Tensor, scale: Tensor, max_share: float = 1e-3) -> None:
         super().initialize(loc, scale, max_share)
         self.own_factor.copy_(torch.eye(len(self.own_factor)))
-        self.own_slope.zero_()
-        self.own_tilt.zero_()
 
     @torch.no_grad()
     def follow(self, free: tuple[Tensor, Tensor], loc: Tensor, precision: Tensor, slope: Tensor, tilt: Tensor) -> None:
-        """Set the own Gaussians; priors get their full share.
-
-        Args:
-            free: Location and scale of the coordinates without a known prior, in order.
-            loc: ``b`` at that location, ``(P,)``.
-            precision: ``K`` there, positive definite, ``(P, P)``.
-            slope: ``G``, ``(P, F)``.
-            tilt: ``u``, ``(F,)``.
-        """
+        """As :meth:`DiagonalPooling.follow`, with all of the precision, ``K`` at that location."""
+        super().follow(free, loc, precision, slope, tilt)
         scale = precision.diagonal().rsqrt()
-        ordered = torch.cat([free[0], loc]), torch.cat([free[1], scale.to(loc)])
-        AffineHead.initialize(self, *(self._restored(part) for part in ordered))
-        self.log_share.zero_()
-        self.origin.zero_()
         self.own_factor.copy_(torch.linalg.cholesky(scale.unsqueeze(-1) * precision * scale))
-        self.own_slope.copy_(slope)
-        self.own_tilt.copy_(tilt)
-        self.settle()
 
-    def prior(self, free: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Locations and log-scales of the priors given the others, in order, and factors of correlations."""
-        slope, bias = self.slope[..., : self.count_free].flatten(0, 1), self.bias.flatten()
-        loc, log_scale = nn.functional.linear(free, slope, bias).chunk(2, -1)
+    def _correlations(self, free: Tensor) -> list[Tensor]:
+        """Factors of correlations of the priors."""
         factors = []
         for group, start in zip(self.correlated, self._factors, strict=True):
             entries = free[..., start : start + group.size * (group.size - 1) // 2]
             factors.append(CorrCholeskyTransform()(entries))
-        return loc, log_scale, factors
+        return factors
 
     def log_prior(self, y: Tensor) -> Tensor:
-        """Log density of the known priors, with their full share, at values in their own order, ``(..., D)``."""
-        y = self._ordered(y).double()
-        loc, log_scale, factors = self.prior(y[..., : self.count_free].to(self.bias))
-        factors = [factor.double() for factor in factors]
-        noise = ((y[..., self.count_free :] - loc) * (-log_scale).exp()).unsqueeze(-1)
+        free, pooled = self._ordered(y).double().split(self.sizes, -1)
+        loc, log_scale = self.prior(free.to(self.bias))
+        factors = [factor.double() for factor in self._correlations(free.to(self.bias))]
+        noise = ((pooled - loc) * (-log_scale).exp()).unsqueeze(-1)
         noise = self._uncorrelate(noise, factors, transpose=False).squeeze(-1)
         return -log_scale.sum(-1) - self._log_det_correlations(factors) - 0.5 * noise.square().sum(-1)
 
@@ -216,11 +192,12 @@ class MatrixPooling(PriorPooling):
             total = total + group.num * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return total
 
-    def _given(self, free: Tensor, loc: Tensor, log_scale: Tensor) -> _Given:
+    def _conditional(self, free: Tensor, loc: Tensor, log_scale: Tensor) -> _Given:
         """What the coordinates with known priors follow."""
-        prior_loc, prior_log_scale, factors = self.prior(free)
+        prior_loc, prior_log_scale = self.prior(free)
+        factors = self._correlations(free)
         prior_log_scale = prior_log_scale - 0.5 * eased(self.log_share)
-        away = free - self.origin[0].detach().index_select(0, self.order[: self.count_free])
+        away = self._away(free)
         weight = (-log_scale).exp().unsqueeze(-1) * self.own_factor.detach()  # W_0 with K_0 = W_0 W_0^T
         tilt = (away @ -self.own_tilt.detach()).exp()
         scale = prior_log_scale.exp()
@@ -241,7 +218,7 @@ class MatrixPooling(PriorPooling):
         (loc, own_loc), (scale, _), (log_scale, own_log_scale) = (part.split(self.sizes, -1) for part in self._own())
         noise, rest = x.split(self.sizes, -1)
         free = torch.addcmul(loc, scale, noise)
-        given = self._given(free, own_loc, own_log_scale)
+        given = self._conditional(free, own_loc, own_log_scale)
         z, ladj, factor = _Conditional.apply(given.root, given.pull, rest.unsqueeze(-1))  # type: ignore[no-untyped-call]
         pooled = given.loc + given.scale * self._correlate(z, given.factors, transpose=False).squeeze(-1)
         return pooled, free, log_scale.sum(-1), given.ladj + ladj, given, factor
@@ -251,7 +228,7 @@ class MatrixPooling(PriorPooling):
         loc, scale, log_scale = self._own()
         count = self.count_free
         free = y[..., :count]
-        given = self._given(free, loc[count:], log_scale[count:])
+        given = self._conditional(free, loc[count:], log_scale[count:])
         z = ((y[..., count:] - given.loc) / given.scale).unsqueeze(-1)
         z = self._uncorrelate(z, given.factors, transpose=False)
         factor = _factor(given.root)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -16,7 +18,7 @@ from pyro_flows.diagnostics import log_weights
 from pyro_flows.guides.prior import LinearPrior, read_joint_prior
 from pyro_flows.guides.prototype import trace_latents
 from pyro_flows.sites import SiteTable
-from pyro_flows.transforms import Correlated, DiagonalAffine, MatrixPooling
+from pyro_flows.transforms import Correlated, DiagonalAffine, DiagonalPooling, MatrixPooling
 
 X = torch.tensor([[1.0, 2.0], [0.5, -1.0], [3.0, 0.0]])
 Y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
@@ -92,7 +94,7 @@ def gap(guide: AutoFlowGuide) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "flow, head", [("auto", MatrixPooling), ("site_ordered", MatrixPooling), ("iaf", DiagonalAffine)]
+    "flow, head", [("auto", DiagonalPooling), ("site_ordered", DiagonalPooling), ("iaf", DiagonalAffine)]
 )
 def test_families_that_follow_the_model_know_its_priors(flow: str, head: type) -> None:
     guide = AutoFlowGuide(schools, flow)
@@ -191,6 +193,32 @@ def varying_slopes() -> None:
     with pyro.plate("rows", 60):
         mean = (slopes[..., GROUPS, :] * COVARIATES).sum(-1)
         pyro.sample("y", dist.Normal(mean, noise), obs=COVARIATES[:, 0] + CROSSED.repeat(2))
+
+
+def counted() -> None:
+    """The data tell each effect by itself, and with a precision that depends on it."""
+    spread = pyro.sample("spread", dist.HalfNormal(1.0))
+    with pyro.plate("rows", 20):
+        effect = pyro.sample("effect", dist.Normal(0.0, spread))
+        pyro.sample("y", dist.Poisson(effect.exp()), obs=torch.arange(20.0) % 5)
+
+
+def chained() -> None:
+    """The data tell sums of neighbours."""
+    spread = pyro.sample("spread", dist.HalfNormal(1.0))
+    with pyro.plate("rows", 20):
+        effect = pyro.sample("effect", dist.Normal(0.0, spread))
+    with pyro.plate("pairs", 19):
+        pyro.sample("y", dist.Normal(effect[..., 1:] + effect[..., :-1], 1.0), obs=torch.arange(19.0) % 5)
+
+
+@pytest.mark.parametrize("model, apart", [(schools, True), (counted, True), (crossed, False), (chained, False)])
+def test_what_the_data_tell_apart_needs_no_matrices(model: Callable[[], None], apart: bool) -> None:
+    prior = read(model)[1]
+    assert prior is not None
+    assert prior.apart is apart
+    head = AutoFlowGuide(model).setup().posterior.only_block.flow.head
+    assert type(head) is (DiagonalPooling if apart else MatrixPooling)
 
 
 def test_warm_start_correlates_what_priors_leave() -> None:

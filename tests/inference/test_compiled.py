@@ -15,7 +15,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from pyro_flows import AutoFlowGuide, CompiledSVI, fit
-from pyro_flows.inference import record
+from pyro_flows.inference import machine_code
 
 Y = torch.tensor([28.0, 8.0, -3.0, 7.0])
 
@@ -31,7 +31,7 @@ def schools(y):
 @pytest.fixture
 def interpreted(monkeypatch):
     """Graphs run as they are: compiling takes seconds, and is tested elsewhere."""
-    monkeypatch.setattr(record, "_inductor", lambda graph, inputs, options: graph)
+    monkeypatch.setattr(machine_code, "_inductor", lambda graph, inputs, options: graph)
 
 
 def trained(cls, model, make_guide, *batches, elbo=None, optim=None, seed=0):
@@ -143,7 +143,7 @@ def test_a_wrong_step_is_noticed(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(record, "_inductor", compile_wrongly)
+    monkeypatch.setattr(machine_code, "_inductor", compile_wrongly)
     with pytest.warns(UserWarning, match="its step is not repeated"):
         _, found, _ = trained(CompiledSVI, schools, AutoNormal, *[(Y,)] * 10)
     assert torch.allclose(found, trained(SVI, schools, AutoNormal, *[(Y,)] * 10)[1], rtol=1e-5)

@@ -26,15 +26,18 @@ def hierarchy(input_dim: int) -> FlowTransform:
     return T.PriorPooling(known, slope.flatten(0, 1), torch.randn(2 * input_dim))
 
 
-def crossed(input_dim: int) -> FlowTransform:
-    """Known priors of the last half, two of which are correlated where there are five coordinates."""
+def followed(input_dim: int, kind: type[T.DiagonalPooling]) -> FlowTransform:
+    """Known priors of the last half, two of which are correlated where there are five coordinates and matrices."""
     count = (input_dim + 1) // 2
     known = torch.arange(input_dim) >= input_dim - count
     free = input_dim - count
     slope = torch.zeros(2 * input_dim, input_dim)
     slope[known.repeat(2), :free] = 0.3 * torch.randn(2 * count, free)
-    correlated = [T.Correlated(start=free + 1, num=1, size=2, factor_start=0)] if input_dim >= 5 else []
-    head = T.MatrixPooling(known, slope, torch.randn(2 * input_dim), correlated)
+    given = known, slope, torch.randn(2 * input_dim)
+    if kind is T.MatrixPooling and input_dim >= 5:
+        head: T.DiagonalPooling = T.MatrixPooling(*given, [T.Correlated(free + 1, num=1, size=2, factor_start=0)])
+    else:
+        head = kind(*given)
     if free:
         root = torch.randn(count, count)
         precision = root @ root.mT + 0.1 * torch.eye(count)
@@ -82,7 +85,8 @@ TRANSFORMS: dict[str, Callable[[int, int], FlowTransform]] = {
     "Permutation": T.Permutation,
     "Planar": T.Planar,
     "PyroTransform": lambda d, c: T.PyroTransform(pyro_transforms.spline(d), d, c),
-    "MatrixPooling": lambda d, c: crossed(d),
+    "DiagonalPooling": lambda d, c: followed(d, T.DiagonalPooling),
+    "MatrixPooling": lambda d, c: followed(d, T.MatrixPooling),
     "PriorPooling": lambda d, c: hierarchy(d),
     "Radial": T.Radial,
     "SiteOrderedAffine": lambda d, c: T.SiteOrderedAffine(d, c, block_sizes=(1,) if d == 1 else (1, d - 1)),
@@ -94,8 +98,10 @@ TRANSFORMS: dict[str, Callable[[int, int], FlowTransform]] = {
     "Whitening": lambda d, c: whitening(d),
 }
 BASES = {"AffineHead", "FixedAffine", "FlowTransform"}  # Not transforms of their own.
-TWO_DIMENSIONS = {"AffineCouplings", "MatrixPooling", "PriorPooling", "SplineCouplings"}
-IGNORE_CONTEXT = {"MatrixPooling", "Permutation", "PriorPooling", "PyroTransform", "LowRankWhitening", "Whitening"}
+TWO_DIMENSIONS = {"AffineCouplings", "DiagonalPooling", "MatrixPooling", "PriorPooling", "SplineCouplings"}
+IGNORE_CONTEXT = {
+    "DiagonalPooling", "LowRankWhitening", "MatrixPooling", "Permutation", "PriorPooling", "PyroTransform", "Whitening"
+}  # fmt: skip
 CASES = [
     pytest.param(name, input_dim, context_dim, id=f"{name}-{input_dim}d" + ("-context" if context_dim else ""))
     for name in TRANSFORMS

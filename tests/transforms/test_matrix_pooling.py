@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from pyro_flows.transforms import Correlated, MatrixPooling, PriorPooling
+from pyro_flows.transforms import Correlated, DiagonalPooling, MatrixPooling, PriorPooling
 from pyro_flows.transforms.matrix_pooling import _Conditional
 from tests.common import randomise_parameters
 
@@ -32,6 +32,22 @@ def test_without_correlations_it_pools_each_coordinate_alone() -> None:
     noise.requires_grad_()
     for one, other in zip(alone.forward_with_score(noise, score), matrix.forward_with_score(noise, score), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_without_correlations_it_is_the_diagonal_one() -> None:
+    matrix = head()
+    diagonal = DiagonalPooling(KNOWN, slopes(), torch.zeros(10, dtype=torch.double)).double()
+    given = (torch.randn(2).double(), torch.rand(2).double() + 0.5), torch.randn(3).double()
+    precision = (torch.rand(3).double() + 0.2).diag()
+    for one in (matrix, diagonal):
+        torch.manual_seed(0)
+        one.follow(*given, precision, torch.randn(3, 2).double(), torch.randn(2).double())
+    noise, score = torch.randn(2, 7, 5, dtype=torch.double)
+    noise.requires_grad_()
+    pairs = zip(diagonal.forward_with_score(noise, score), matrix.forward_with_score(noise, score), strict=True)
+    for found, expected in pairs:
+        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(diagonal.log_prior(noise), matrix.log_prior(noise))
 
 
 def test_the_exact_conditional_of_a_linear_mixed_model() -> None:
