@@ -21,7 +21,8 @@ __all__ = ["to_machine_code"]
 
 # What inductor is told. Noise comes from torch's own generator. On a CPU, the kernels are called from C++: in Python,
 # that would take as long as they do. The rest saves time of compiling: the instruction set that the processor says it
-# has is not tried out, the calls are compiled apart from the kernels and less hard, without headers for another time.
+# has is not tried out; calls are compiled apart from the kernels, and less hard; headers are not compiled for another
+# time; and what is left over at the end of a loop has no code with masks, which is no faster either.
 GPU_OPTIONS: dict[str, Any] = {"fallback_random": True, "triton.cudagraphs": True}
 CPU_OPTIONS: dict[str, Any] = {
     "fallback_random": True,
@@ -29,6 +30,7 @@ CPU_OPTIONS: dict[str, Any] = {
     "cpp_wrapper_build_separate": True,
     "cpp.vec_isa_ok": True,
     "cpp_cache_precompile_headers": False,
+    "cpp.enable_loop_tail_vec": False,
     "aot_inductor.enable_line_tables": False,
 }
 
@@ -49,6 +51,8 @@ def to_machine_code(graph: GraphModule, inputs: list[Any]) -> Callable[..., Sequ
 
 
 def _inductor(graph: GraphModule, inputs: list[Any], options: dict[str, Any]) -> Callable[..., Sequence[Tensor]]:
+    known = torch._inductor.list_options()  # another version of torch may have others
+    options = {name: value for name, value in options.items() if name in known}
     fake = FakeTensorMode(shape_env=ShapeEnv())
     with tracing(TracingContext(fake)):  # without which inductor does not look into its cache
         shapes: list[Any] = [fake.from_tensor(value, static_shapes=True) for value in inputs]
