@@ -12,6 +12,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_flows.plates import full_size
+from pyro_flows.transforms.base import is_recording
 
 __all__ = ["STRUCTURES", "check_plate", "local_plates"]
 
@@ -93,7 +94,7 @@ def check_plate(plate: Any, frame: CondIndepStackFrame, *, local: bool) -> None:
             f"guide was set up, each with parameters of its own, but got {plate.size}. Set up a new guide, or write "
             f'amortize={{"{frame.name}": encoder}} for a posterior that carries over to new items.'
         )
-    if plate.subsample_size < plate.size:
+    if plate.subsample_size < plate.size and not is_recording():  # machine code checks what it looks up by itself
         low, high = int(plate.indices.min()), int(plate.indices.max())
         if low < 0 or high >= plate.size:
             raise ValueError(

@@ -218,6 +218,36 @@ def test_subsampled_plates_draw_new_items_at_each_step(interpreted):
     assert_same(model, lambda model: AutoNormal(model, create_plates=None), *[()] * 30)
 
 
+def groups_of_fifty(index):
+    mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
+    with pyro.plate("groups", 50, subsample=index):
+        theta = pyro.sample("theta", dist.Normal(mu, 1.0))
+        pyro.sample("y", dist.Normal(theta, 1.0), obs=(torch.arange(50.0) % 7)[index])
+
+
+def test_items_of_mini_batches(interpreted):
+    """The check of their indices stood in the way."""
+
+    def make(model):
+        return AutoFlowGuide(model, create_plates=lambda index: pyro.plate("groups", 50, subsample=index))
+
+    batches = [(torch.arange(begin, begin + 10),) for begin in (0, 10, 20, 30, 40)] * 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same(groups_of_fifty, make, *batches, rtol=3e-3)
+
+
+@pytest.mark.slow
+def test_machine_code_refuses_items_that_are_not_there():
+    guide = AutoFlowGuide(groups_of_fifty, create_plates=lambda index: pyro.plate("groups", 50, subsample=index))
+    svi = CompiledSVI(groups_of_fifty, guide, Adam({"lr": 0.01}), Trace_ELBO())
+    index = torch.arange(10)
+    svi.step(index)
+    svi.step(index + 40)
+    with pytest.raises((RuntimeError, IndexError), match="out of (bounds|range)"):
+        svi.step(index + 45)
+
+
 def test_names_the_line_that_stands_in_the_way():
     def model(y):
         loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
