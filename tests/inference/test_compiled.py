@@ -244,7 +244,7 @@ def test_machine_code_refuses_items_that_are_not_there():
     index = torch.arange(10)
     svi.step(index)
     svi.step(index + 40)
-    with pytest.raises((RuntimeError, IndexError), match="out of (bounds|range)"):
+    with pytest.raises((RuntimeError, IndexError), match=r"out of (bounds|range)"):
         svi.step(index + 45)
 
 

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether compiling would pay for many draws of a guide, as in ``sample_posterior`` and ``diagnose``."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from guides import SCHOOLS, wide_model
+from tables import Rows
+from torch._inductor.utils import fresh_inductor_cache
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pyro_flows import AutoFlowGuide
+from pyro_flows.__main__ import model as eight_schools
+from pyro_flows.inference.machine_code import to_machine_code
+from pyro_flows.transforms import FlowTransform
+
+CHUNK, ROUND = 2**14, 10
+MODELS: dict[str, tuple[Callable[..., Any], Sequence[Any]]] = {
+    "eight schools": (eight_schools, SCHOOLS),
+    "100-D": (partial(wide_model, 100), ()),
+}
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """Of a call."""
+    begin = time.perf_counter()
+    for _ in range(ROUND):
+        run()
+    return (time.perf_counter() - begin) / ROUND
+
+
+def compiled(flow: FlowTransform, noise: torch.Tensor) -> Callable[[torch.Tensor], Any]:
+    """The map of noise and its log-determinant in machine code."""
+
+    def forward(noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return flow.forward_and_ladj(noise)
+
+    with fresh_inductor_cache():
+        return to_machine_code(make_fx(forward)(noise), [noise])
+
+
+@torch.no_grad()
+def measure_draws(repeats: int) -> tuple[Sequence[str], Rows]:
+    """The default flow's map of 16,384 draws and their density: eager, compiled, and after how many draws that pays."""
+    rows = []
+    for title, (model, args) in MODELS.items():
+        flow = AutoFlowGuide(model).setup(*args).get_transform().transform
+        noise = torch.randn(CHUNK, flow.input_dim)
+        begin = time.perf_counter()
+        ways = {"eager": partial(flow.forward_and_ladj, noise), "compiled": partial(compiled(flow, noise), noise)}
+        first = time.perf_counter() - begin
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(repeats):
+            for name, run in ways.items():
+                times[name].append(seconds(run))
+        eager, quick = (statistics.median(found) for found in times.values())
+        pays = f"{first / (eager - quick) * CHUNK / 1e6:.0f} million draws" if quick < eager else "never"
+        rows.append([title, f"{1e3 * eager:.1f}", f"{1e3 * quick:.1f}", f"{first:.1f}", pays])
+        print("  ".join(rows[-1]), flush=True)
+    return ("model", "eager, ms", "compiled, ms", "to compile, s", "pays after"), rows
