@@ -35,13 +35,15 @@ class AdamRule:
 
     @staticmethod
     def applies_to(optimizer: torch.optim.Optimizer) -> bool:
-        """Whether it is torch's ``Adam`` or Pyro's ``ClippedAdam``, of one parameter that it has moved before, without
-        the options that are rarely used."""
+        """Whether it is torch's ``Adam`` or Pyro's ``ClippedAdam``, without the options that are rarely used, of one
+        parameter that it has moved before, on a CPU: CUDA graphs do not bear inputs that change, and there Adam is one
+        kernel anyway."""
         if type(optimizer) not in (torch.optim.Adam, pyro.optim.clipped_adam.ClippedAdam):
             return False
         (group,) = optimizer.param_groups
         unusual = ("amsgrad", "maximize", "weight_decay", "centered_variance", "differentiable", "capturable")
-        return not any(group.get(name) for name in unusual) and not torch.is_tensor(group["lr"])
+        known = not any(group.get(name) for name in unusual) and not torch.is_tensor(group["lr"])
+        return known and group["params"][0].device.type == "cpu"
 
     def _options(self) -> tuple[Any, ...]:
         return self._group["betas"], self._group["eps"], self._group.get("clip_norm")
