@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L4. :class:`CompiledSVI`: Pyro's SVI with the loss and its gradient compiled."""
+"""L4. :class:`CompiledSVI`: Pyro's SVI with its whole step compiled."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ELEMENTWISE = {
 
 
 class CompiledSVI(SVI):
-    """``pyro.infer.SVI`` whose loss and gradient are recorded once, as one graph, and compiled by torch.
+    """``pyro.infer.SVI`` whose loss, gradient and Adam are recorded once, as one graph, and compiled by torch.
 
     Takes any model and guide whose shapes are fixed and whose latents are reparameterised. The first step records; data
     are inputs of the graph, so that new data of the same shape take the same graph, and other shapes another one. Noise
@@ -45,7 +45,8 @@ class CompiledSVI(SVI):
         model: A Pyro model.
         guide: A Pyro guide.
         optim: One of Pyro's optimisers that treats all entries of parameters alike, such as ``Adam``, ``ClippedAdam``
-            or ``ExponentialLR``, with the same options for all parameters.
+            or ``ExponentialLR``, with the same options for all parameters. The first two are a part of the graph, and
+            so is ``torch.optim.Adam`` under a scheduler; others step with the gradient that it gives.
         loss: An ELBO with a ``differentiable_loss``: ``Trace_ELBO`` or ``TraceMeanField_ELBO``. ``TraceEnum_ELBO`` has
             one too, but looks at values on its way and so takes eager steps.
 
