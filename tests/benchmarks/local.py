@@ -218,9 +218,9 @@ def step_seconds(effects: Effects) -> Callable[[], float]:
     def measure() -> float:
         with sparse_tables(guide, enabled=True) as tables:
             trainer = Trainer(objective, 4, 1e-3, tables)
-            trainer.cycle(50, 1e-3, lambda: None)
+            trainer.cycle(50, 1e-3, lambda _: None)
             start = time.perf_counter()
-            trainer.cycle(200, 1e-3, lambda: None)
+            trainer.cycle(200, 1e-3, lambda _: None)
             return time.perf_counter() - start
 
     return measure

@@ -12,9 +12,9 @@ hand, never by pytest. ``--write`` puts the tables in ``docs/tables`` and the fi
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -32,7 +32,7 @@ from speed_scaling import (
     measure_twins,
     report_dimension,
 )
-from speed_steps import CASES, Contender, alone, milliseconds, ratio, rounds, started
+from speed_steps import CASES, NOTHING, Contender, alone, milliseconds, ratio, rounds, started
 from tables import Measure, Rows, parser, run
 
 from pyro_flows import CompiledSVI
@@ -66,16 +66,16 @@ def measure_first(repeats: int) -> tuple[Sequence[str], Rows]:
                 with tempfile.TemporaryDirectory() as cache:
                     for found in (cold, warm):
                         found += alone("first", title, name, cache=cache) or []
-            rows.append([title, name, *(f"{statistics.median(found):.1f}" for found in (cold, warm))])
+            medians = map(statistics.median, (cold, warm))
+            rows.append([title, name, *(NOTHING if math.isnan(value) else f"{value:.1f}" for value in medians)])
             print("  ".join(rows[-1]), flush=True)
     return ("model", "guide", "empty cache, s", "warm cache, s"), rows
 
 
 def report_first(title: str, name: str) -> list[float]:
     """In a process of its own: seconds of the first step, set-up included."""
-    start = time.perf_counter()
-    begin(CompiledSVI, title, name)(1)
-    return [time.perf_counter() - start]
+    steps = started(partial(begin, CompiledSVI, title, name))
+    return [math.nan if steps is None else steps.first]
 
 
 MEASURES: dict[str, Measure] = {
