@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, SVI
+from pyro.infer.util import zero_grads
 from pyro.optim import PyroOptim
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_flows._checks import check_int
 from pyro_flows.inference.adam import AdamRule
-from pyro_flows.inference.record import FlatParameter, LossGraph, RecordingError, leaves_of, used_leaves
+from pyro_flows.inference.record import FlatParameter, LossGraph, RecordingError
 
 __all__ = ["CompiledSVI"]
 
@@ -81,16 +82,44 @@ class CompiledSVI(SVI):
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """One step; the loss before it, as ``SVI.step`` returns."""
-        graph = None if self._is_eager else self._graph(args, kwargs)
+        if self._is_eager:
+            return float(super().step(*args, **kwargs))
+        if self._parameter is None or not self._parameter.is_whole:  # others now, of a cleared store for instance
+            return self._first_step(args, kwargs)
+        graph = self._graph(args, kwargs)
         if graph is None:
             return float(super().step(*args, **kwargs))
-        assert self._parameter is not None
         loss, gradient = graph(args, kwargs)
         if graph.rule is None:
             self._parameter.flat.grad = gradient
             self.optim([self._parameter.flat])
         if graph.is_fresh:
             self._compile(graph, args, kwargs)
+        return float(loss)
+
+    def _first_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+        """An eager step, which sets up whatever is set up at a first call, and a graph for the next ones."""
+        self._parameter, self._graphs = None, []
+        with poutine.trace(param_only=True) as capture:
+            loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
+        found = {id(leaf): leaf for leaf in (node["value"].unconstrained() for node in capture.trace.nodes.values())}
+        parameter = None
+        try:
+            parameter = FlatParameter([leaf for leaf in found.values() if leaf.grad is not None])
+            with torch.random.fork_rng():  # the next step has the noise that it would have had
+                graph = self._record(parameter, args, kwargs)
+        except RecordingError as error:
+            warnings.warn(f"CompiledSVI: takes eager steps, as pyro.infer.SVI does, since {error}.", stacklevel=3)
+            self._is_eager = True
+            if parameter is not None:
+                parameter.release()
+            self.optim(found.values())
+            zero_grads(found.values())
+            return float(loss)
+        self._parameter = parameter
+        parameter.gather_gradients()
+        self.optim([parameter.flat])
+        self._compile(graph, args, kwargs)
         return float(loss)
 
     def run(self, num_steps: int, *args: Any, progress: bool = False, **kwargs: Any) -> list[float]:
@@ -117,28 +146,28 @@ class CompiledSVI(SVI):
 
     def _graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LossGraph | None:
         """The graph for these arguments; None if they take an eager step."""
-        if self._parameter is not None and not self._parameter.is_whole:
-            self._parameter, self._graphs = None, []  # the parameters are others now, of a cleared store for instance
         for graph in self._graphs:
             if graph.matches(args, kwargs):
                 return graph
         self._graphs = [graph for graph in self._graphs if graph.is_current]
         if len(self._graphs) == MAX_GRAPHS:
             return None
+        assert self._parameter is not None
         try:
-            with torch.random.fork_rng():  # the first step has the noise that it would have had
-                if self._parameter is None:
-                    self._parameter = FlatParameter(self._leaves(args, kwargs))
-                graph = LossGraph(self._loss, self._parameter, args, kwargs)
+            with torch.random.fork_rng():
+                return self._record(self._parameter, args, kwargs)
         except RecordingError as error:
             warnings.warn(f"CompiledSVI: takes eager steps, as pyro.infer.SVI does, since {error}.", stacklevel=3)
             self._is_eager = True
             return None
+
+    def _record(self, parameter: FlatParameter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LossGraph:
+        graph = LossGraph(self._loss, parameter, args, kwargs)
         self._graphs.append(graph)
         return graph
 
     def _compile(self, graph: LossGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Go on with machine code; after a first step, which made the optimiser's state."""
+        """Go on with machine code; after a step, which made the optimiser's state."""
         assert self._parameter is not None
         optimiser = self.optim.optim_objs[self._parameter.flat]
         optimiser = getattr(optimiser, "optimizer", optimiser)  # a scheduler's
@@ -149,13 +178,6 @@ class CompiledSVI(SVI):
                 graph.compile(args, kwargs, rule)
         except RuntimeError as error:
             warnings.warn(f"CompiledSVI: runs its graph without machine code, since {error}.", stacklevel=3)
-
-    def _leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """Those parameters of the guide and the model that are in use."""
-        with torch.no_grad():
-            trace = poutine.block(poutine.trace(self.guide).get_trace)(*args, **kwargs)
-        found = [*leaves_of(self.guide, args, kwargs), *leaves_of(poutine.replay(self.model, trace), args, kwargs)]
-        return used_leaves(self._loss, found, args, kwargs)
 
     def _loss(self, *args: Any, **kwargs: Any) -> Tensor:
         value: Tensor = self._elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)

@@ -77,6 +77,19 @@ def test_a_second_compilation_comes_from_the_cache(tmp_path, monkeypatch):
     assert hits == [0, 1]
 
 
+@pytest.mark.parametrize("make", [AutoNormal, AutoFlowGuide])
+def test_a_fresh_guide_has_the_noise_of_svi(interpreted, make):
+    """Set-up draws, and so does the first guess of the nesting of plates; both did not count."""
+    losses = []
+    for cls in (CompiledSVI, SVI):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        elbo = Trace_ELBO(num_particles=3, vectorize_particles=True)
+        svi = cls(schools, make(schools), Adam({"lr": 0.02}), elbo)
+        losses.append(torch.tensor([svi.step(Y) for _ in range(10)]))
+    assert torch.allclose(*losses, rtol=1e-5)
+
+
 @pytest.mark.parametrize("flow", ["auto", "iaf", "realnvp", "spline_coupling", "planar", "block_autoregressive"])
 def test_flows_equal_svi(interpreted, flow):
     elbo = Trace_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=1)
