@@ -64,7 +64,7 @@ class AutoFlowGuide(StoredGuide):
             Gaussian encoder of the prior's scale (``init_scale`` where the prior is not Gaussian).
         structure: ``"plates"`` makes the latents of every plate local, ``"joint"`` none (no plate may then be
             subsampled), and ``"auto"`` those of subsampled and amortized plates and, where a joint flow would have
-            more than 2000 dimensions, of the largest plates.
+            more than 10,000 dimensions, of the largest plates.
         path_gradient: Whether ELBO gradients leave out the score term.
         name: Name in Pyro's parameter store. None takes a free one, so that several guides train in one process. A
             guide with a name takes over parameters that it finds under that name, for instance in a store loaded

@@ -18,7 +18,7 @@ __all__ = ["STRUCTURES", "check_plate", "local_plates"]
 
 STRUCTURES = ("auto", "joint", "plates")
 # A joint flow is not built beyond this many dimensions if plates can be factored out.
-MAX_JOINT_DIM = 2000
+MAX_JOINT_DIM = 10_000
 
 
 def local_plates(

@@ -394,7 +394,7 @@ def test_a_plate_that_the_data_fill_is_factored_on_request_or_when_large() -> No
 
     def large() -> None:
         loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
-        with pyro.plate("items", 2500):
+        with pyro.plate("items", 10_001):
             pyro.sample("z", dist.Normal(loc, 1.0))
 
     guide = AutoFlowGuide(large).setup()
