@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyro_flows.transforms.affine import AffineHead
-from pyro_flows.transforms.networks import eased
-from pyro_flows.transforms.partial_pooling import pool
 from pyro_flows.transforms.prior_pooling import PriorPooling
 
 __all__ = ["DiagonalPooling"]
@@ -66,12 +64,6 @@ class DiagonalPooling(PriorPooling):
         self.own_tilt.copy_(tilt)
         self.settle()
 
-    def prior(self, free: Tensor) -> tuple[Tensor, Tensor]:
-        """Locations and log-scales of the priors given the others, in order."""
-        slope, bias = self.slope[..., : self.count_free].flatten(0, 1), self.bias.flatten()
-        loc, log_scale = F.linear(free, slope, bias).chunk(2, -1)
-        return loc, log_scale
-
     def log_prior(self, y: Tensor) -> Tensor:
         """Log density of the known priors, with their full share, at values in their own order, ``(..., D)``."""
         free, pooled = self._ordered(y).double().split(self.sizes, -1)
@@ -83,47 +75,14 @@ class DiagonalPooling(PriorPooling):
         """How far the coordinates without a known prior are from where the own Gaussians were set."""
         return free - self.origin[0].detach().index_select(0, self.order[: self.count_free])
 
-    def _given(self, free: Tensor, loc: Tensor, log_scale: Tensor) -> tuple[Tensor, ...]:
-        """Location and log-scale of the pooled coordinates, the own Gaussian's weight, and its distance from the
-        prior."""
-        prior_loc, prior_log_scale = self.prior(free)
-        away = self._away(free)
-        own_loc = F.linear(away, self.own_slope.detach(), loc)
-        own_log_scale = log_scale + (away @ self.own_tilt.detach()).unsqueeze(-1)
-        found = pool(prior_loc, prior_log_scale - 0.5 * eased(self.log_share), own_loc, own_log_scale)
-        return *found, own_loc - prior_loc
+    def _pool(self, given: Tensor, rows: slice, loc: Tensor, log_scale: Tensor) -> tuple[Tensor, ...]:
+        away = self._away(given[..., : self.count_free])
+        loc = F.linear(away, self.own_slope.detach(), loc)
+        log_scale = log_scale + (away @ self.own_tilt.detach()).unsqueeze(-1)
+        return super()._pool(given, rows, loc, log_scale)
 
-    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        (loc, own_loc), (scale, _), (log_scale, own_log_scale) = (part.split(self.sizes, -1) for part in self._own())
-        noise, rest = x.split(self.sizes, -1)
-        free = torch.addcmul(loc, scale, noise)
-        mean, pooled, weight, apart = self._given(free, own_loc, own_log_scale)
-        sigma = pooled.exp()
-        y = torch.cat([free, torch.addcmul(mean, sigma, rest)], -1)
-        return y, log_scale.sum(-1) + pooled.sum(-1), (scale, sigma, weight, apart)
-
-    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        (loc, own_loc), (scale, _), (log_scale, own_log_scale) = (part.split(self.sizes, -1) for part in self._own())
-        free, pooled = self._ordered(y).split(self.sizes, -1)
-        mean, pooled_log_scale, *_ = self._given(free, own_loc, own_log_scale)
-        x = torch.cat([(free - loc) / scale, (pooled - mean) * (-pooled_log_scale).exp()], -1)
-        return self._restored(x), -(log_scale.sum(-1) + pooled_log_scale.sum(-1))
-
-    def forward_with_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        x = self._ordered(x)
-        y, total, (scale, sigma, weight, apart) = self._forward(x)
-        with torch.no_grad():
-            score_free, score_rest = self._ordered(score).split(self.sizes, -1)
-            own = score_rest / sigma
-            # As in PriorPooling; with w the weight of the own Gaussian, at location b and log-scale s, also
-            # d m / d b = w, d m / d s = -2 w (1 - w) (b - a) and d log sigma / d s = w.
-            rest = 1.0 - weight
-            spread = 1.0 + score_rest * x.split(self.sizes, -1)[1]
-            pull = 2.0 * own * apart * weight * rest
-            in_prior = torch.cat([own * rest, rest * spread + pull], -1)
-            through = in_prior @ self.slope[..., : self.count_free].flatten(0, 1) + (own * weight) @ self.own_slope
-            through = through + (weight * spread - pull).sum(-1, keepdim=True) * self.own_tilt
-            score = torch.cat([score_free / scale - through, own], -1)
-        return self._restored(y), total, self._restored(score)
+    def _through(self, own: Tensor, weight: Tensor, spread: Tensor, pull: Tensor) -> Tensor:
+        """Also by way of the own Gaussians, whose location b and log-scale s have d m / d b = w, d m / d s =
+        -2 w (1 - w) (b - a) and d log sigma / d s = w."""
+        followed = (own * weight) @ self.own_slope + (weight * spread - pull).sum(-1, keepdim=True) * self.own_tilt
+        return super()._through(own, weight, spread, pull) + F.pad(followed, (0, self.sizes[1]))

@@ -117,33 +117,52 @@ class PriorPooling(AffineHead):
         """Locations, scales and log-scales of the coordinates' own Gaussians, in order."""
         return self._decode(self._ordered(self.raw.value), self._ordered(self.origin.detach()))
 
-    def _pool(self, given: Tensor, rows: slice, loc: Tensor, log_scale: Tensor) -> tuple[Tensor, ...]:
-        """Pooled location and log-scale, the weight of the own Gaussian, and the prior's location."""
+    def prior(self, given: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Locations and log-scales of the priors of pooled coordinates, some or all, given those drawn before."""
         slope, bias = self.slope[:, rows, : given.shape[-1]], self.bias[:, rows]
-        prior_loc, prior_log_scale = F.linear(given, slope.flatten(0, 1), bias.flatten()).chunk(2, -1)
+        loc, log_scale = F.linear(given, slope.flatten(0, 1), bias.flatten()).chunk(2, -1)
+        return loc, log_scale
+
+    def _pool(self, given: Tensor, rows: slice, loc: Tensor, log_scale: Tensor) -> tuple[Tensor, ...]:
+        """Pooled location and log-scale, the weight of the own Gaussian, and how far it is from the prior."""
+        prior_loc, prior_log_scale = self.prior(given, rows)
         prior_log_scale = prior_log_scale - 0.5 * eased(self.log_share[rows])
-        return *pool(prior_loc, prior_log_scale, loc, log_scale), prior_loc
+        return *pool(prior_loc, prior_log_scale, loc, log_scale), loc - prior_loc
+
+    def _through(self, own: Tensor, weight: Tensor, spread: Tensor, pull: Tensor) -> Tensor:
+        r"""What the pooled coordinates' densities say of the coordinates that they follow, :math:`-\partial \log q`.
+
+        With w the weight of the own Gaussian, at location b, and the prior at location a and log-scale t, the pooled
+        location and log-scale have :math:`\partial m / \partial a = 1 - w`, :math:`\partial m / \partial t =
+        2 w (1 - w) (b - a)` and :math:`\partial \log\sigma / \partial t = 1 - w`; both are linear in those coordinates.
+
+        Args:
+            own: Their scores.
+            weight: ``w``.
+            spread: Derivatives in :math:`\log\sigma`.
+            pull: Derivatives in :math:`m`, times that of :math:`m` in ``t``.
+        """
+        rest = 1.0 - weight
+        return torch.cat([own * rest, rest * spread + pull], -1) @ self.slope.flatten(0, 1)
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """In order: values, summed log-scale, and what a score needs of the pooled coordinates."""
-        loc, scale, log_scale = self._own()
-        free = self.count_free
-        y = torch.addcmul(loc[:free], scale[:free], x[..., :free])
-        total = log_scale[:free].sum(-1).expand(x.shape[:-1])
+        by_level = zip(*(part.split(self.sizes, -1) for part in (*self._own(), x)), strict=True)
+        loc, scale, log_scale, noise = next(by_level)
+        y = torch.addcmul(loc, scale, noise)
+        total = log_scale.sum(-1).expand(x.shape[:-1])
         parts = []
-        start = free
-        for size in self.sizes[1:]:
-            here = slice(start, start + size)
-            mean, pooled, weight, prior_loc = self._pool(
-                y, slice(start - free, start - free + size), loc[here], log_scale[here]
-            )
+        start = 0
+        for own_loc, _, own_log_scale, noise in by_level:
+            rows = slice(start, start + len(own_loc))
+            mean, pooled, weight, apart = self._pool(y, rows, own_loc, own_log_scale)
             sigma = pooled.exp()
-            y = torch.cat([y, torch.addcmul(mean, sigma, x[..., here])], -1)
+            y = torch.cat([y, torch.addcmul(mean, sigma, noise)], -1)
             total = total + pooled.sum(-1)
-            parts.append((sigma, weight, loc[here] - prior_loc))
-            start += size
+            parts.append((sigma, weight, apart))
+            start = rows.stop
         joined = parts[0] if len(parts) == 1 else tuple(torch.cat(part, -1) for part in zip(*parts, strict=True))
-        return y, total, (scale[:free], *joined)
+        return y, total, (scale, *joined)
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y, total, _ = self._forward(self._ordered(x))
@@ -166,12 +185,8 @@ class PriorPooling(AffineHead):
             free = self.count_free
             score = self._ordered(score)
             own = score[..., free:] / sigma
-            # d log q / dy through a pooled coordinate's location and log-scale, which are linear in y:
-            # d m / d t = 2 w (1 - w) (b - a) and d log sigma / d t = 1 - w, with w the weight of the own Gaussian.
-            rest = 1.0 - weight
-            in_loc = own * rest
-            in_log_scale = rest * (1.0 + score[..., free:] * x[..., free:] + 2.0 * weight * own * apart)
-            through = torch.cat([in_loc, in_log_scale], -1) @ self.slope.flatten(0, 1)
+            spread = 1.0 + score[..., free:] * x[..., free:]
+            through = self._through(own, weight, spread, 2.0 * own * apart * weight * (1.0 - weight))
             score = torch.cat([score[..., :free] / scale, own], -1) - through
         return self._restored(y), total, self._restored(score)
 
