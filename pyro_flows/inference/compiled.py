@@ -85,20 +85,22 @@ class CompiledSVI(SVI):
         if self._is_eager:
             return float(super().step(*args, **kwargs))
         if self._parameter is None or not self._parameter.is_whole:  # others now, of a cleared store for instance
-            return self._first_step(args, kwargs)
-        graph = self._graph(args, kwargs)
-        if graph is None:
-            return float(super().step(*args, **kwargs))
-        loss, gradient = graph(args, kwargs)
-        if graph.rule is None:
-            self._parameter.flat.grad = gradient
-            self.optim([self._parameter.flat])
-        if graph.is_fresh:
+            value, graph = self._first_step(args, kwargs)
+        else:
+            graph = self._graph(args, kwargs)
+            if graph is None:
+                return float(super().step(*args, **kwargs))
+            loss, gradient = graph(args, kwargs)
+            if graph.rule is None:
+                self._parameter.flat.grad = gradient
+                self.optim([self._parameter.flat])
+            value = float(loss)
+        if graph is not None and graph.is_fresh:
             self._compile(graph, args, kwargs)
-        return float(loss)
+        return value
 
-    def _first_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-        """An eager step, which sets up whatever is set up at a first call, and a graph for the next ones."""
+    def _first_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, LossGraph | None]:
+        """The loss of an eager step, which sets up what is set up at a first call, and a graph for the next ones."""
         self._parameter, self._graphs = None, []
         with poutine.trace(param_only=True) as capture:
             loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
@@ -106,21 +108,18 @@ class CompiledSVI(SVI):
         parameter = None
         try:
             parameter = FlatParameter([leaf for leaf in found.values() if leaf.grad is not None])
-            with torch.random.fork_rng():  # the next step has the noise that it would have had
-                graph = self._record(parameter, args, kwargs)
+            graph = self._record(parameter, args, kwargs)
         except RecordingError as error:
-            warnings.warn(f"CompiledSVI: takes eager steps, as pyro.infer.SVI does, since {error}.", stacklevel=3)
-            self._is_eager = True
+            self._give_up(error)
             if parameter is not None:
                 parameter.release()
             self.optim(found.values())
             zero_grads(found.values())
-            return float(loss)
+            return float(loss), None
         self._parameter = parameter
         parameter.gather_gradients()
         self.optim([parameter.flat])
-        self._compile(graph, args, kwargs)
-        return float(loss)
+        return float(loss), graph
 
     def run(self, num_steps: int, *args: Any, progress: bool = False, **kwargs: Any) -> list[float]:
         """So many steps on the same arguments.
@@ -154,17 +153,21 @@ class CompiledSVI(SVI):
             return None
         assert self._parameter is not None
         try:
-            with torch.random.fork_rng():
-                return self._record(self._parameter, args, kwargs)
+            return self._record(self._parameter, args, kwargs)
         except RecordingError as error:
-            warnings.warn(f"CompiledSVI: takes eager steps, as pyro.infer.SVI does, since {error}.", stacklevel=3)
-            self._is_eager = True
+            self._give_up(error)
             return None
 
     def _record(self, parameter: FlatParameter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LossGraph:
-        graph = LossGraph(self._loss, parameter, args, kwargs)
+        with torch.random.fork_rng():  # the next step has the noise that it would have had
+            graph = LossGraph(self._loss, parameter, args, kwargs)
         self._graphs.append(graph)
         return graph
+
+    def _give_up(self, error: RecordingError) -> None:
+        """Go on with eager steps."""
+        warnings.warn(f"CompiledSVI: takes eager steps, as pyro.infer.SVI does, since {error}.", stacklevel=4)
+        self._is_eager = True
 
     def _compile(self, graph: LossGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Go on with machine code; after a step, which made the optimiser's state."""

@@ -240,17 +240,15 @@ def _append_step(graph: GraphModule, rule: AdamRule, vector: Tensor) -> None:
     step = make_fx(lambda *values: rule.update(*values))(*values)
     flat = next(iter(nodes.nodes))
     output = next(node for node in nodes.nodes if node.op == "output")
-    with nodes.inserting_after(flat):
-        rates = nodes.placeholder("rates")
-    moments: list[Node] = []
-    for name in ("second_moment", "first_moment"):
+    state: list[Node] = []
+    for name in ("rates", "second_moment", "first_moment"):
         with nodes.inserting_after(flat):
-            moments.insert(0, nodes.placeholder(name))
-    given = [flat, output.args[0][1], *moments, rates]
+            state.insert(0, nodes.placeholder(name))
+    given = [flat, output.args[0][1], *state]
     places = [node for node in step.graph.nodes if node.op == "placeholder"]
     with nodes.inserting_before(output):
         moved: Any = nodes.graph_copy(step.graph, dict(zip(places, given, strict=True)))
-        for old, new in zip([flat, *moments], moved, strict=True):
+        for old, new in zip([flat, *state[:2]], moved, strict=True):
             nodes.call_function(torch.ops.aten.copy_.default, (old, new))
     nodes.lint()
     graph.recompile()

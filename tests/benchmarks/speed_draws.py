@@ -7,10 +7,11 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from guides import SCHOOLS, wide_model
+from speed_steps import milliseconds, rounds
 from tables import Rows
 from torch._inductor.utils import fresh_inductor_cache
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -27,12 +28,17 @@ MODELS: dict[str, tuple[Callable[..., Any], Sequence[Any]]] = {
 }
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    """Of a call."""
-    begin = time.perf_counter()
-    for _ in range(ROUND):
-        run()
-    return (time.perf_counter() - begin) / ROUND
+class Passes(NamedTuple):
+    """Calls of a function, timed."""
+
+    run: Callable[[], Any]
+
+    def seconds(self) -> float:
+        """Of a call, over a round."""
+        begin = time.perf_counter()
+        for _ in range(ROUND):
+            self.run()
+        return (time.perf_counter() - begin) / ROUND
 
 
 def compiled(flow: FlowTransform, noise: torch.Tensor) -> Callable[[torch.Tensor], Any]:
@@ -53,14 +59,12 @@ def measure_draws(repeats: int) -> tuple[Sequence[str], Rows]:
         flow = AutoFlowGuide(model).setup(*args).get_transform().transform
         noise = torch.randn(CHUNK, flow.input_dim)
         begin = time.perf_counter()
-        ways = {"eager": partial(flow.forward_and_ladj, noise), "compiled": partial(compiled(flow, noise), noise)}
+        quick = partial(compiled(flow, noise), noise)
         first = time.perf_counter() - begin
-        times: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(repeats):
-            for name, run in ways.items():
-                times[name].append(seconds(run))
-        eager, quick = (statistics.median(found) for found in times.values())
-        pays = f"{first / (eager - quick) * CHUNK / 1e6:.0f} million draws" if quick < eager else "never"
-        rows.append([title, f"{1e3 * eager:.1f}", f"{1e3 * quick:.1f}", f"{first:.1f}", pays])
+        made = {"eager": Passes(partial(flow.forward_and_ladj, noise)), "compiled": Passes(quick)}
+        times = rounds(made, repeats)
+        saved = statistics.median(times["eager"]) - statistics.median(times["compiled"])
+        pays = f"{first / saved * CHUNK / 1e6:.0f} million draws" if saved > 0 else "never"
+        rows.append([title, *map(milliseconds, times.values()), f"{first:.1f}", pays])
         print("  ".join(rows[-1]), flush=True)
     return ("model", "eager, ms", "compiled, ms", "to compile, s", "pays after"), rows

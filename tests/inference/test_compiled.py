@@ -271,6 +271,7 @@ def test_names_the_line_that_stands_in_the_way():
     with pytest.warns(UserWarning, match=r"test_compiled.py, line \d+, `if loc.item\(\) > 100.0:`") as caught:
         _, found, _ = trained(CompiledSVI, model, AutoNormal, *[(Y,)] * 5)
     assert len(caught) == 1
+    assert caught[0].filename == __file__
     assert torch.equal(found, trained(SVI, model, AutoNormal, *[(Y,)] * 5)[1])
 
 
@@ -288,8 +289,9 @@ def test_without_a_compiler_the_graph_runs_as_it_is(monkeypatch):
         raise RuntimeError("No working C++ compiler found")
 
     monkeypatch.setattr(torch._inductor, "compile", broken)
-    with pytest.warns(UserWarning, match="without machine code, since RuntimeError: No working C"):
+    with pytest.warns(UserWarning, match="without machine code, since RuntimeError: No working C") as caught:
         _, found, _ = trained(CompiledSVI, schools, AutoNormal, *[(Y,)] * 10)
+    assert caught[0].filename == __file__  # the line that took the step
     assert torch.allclose(found, trained(SVI, schools, AutoNormal, *[(Y,)] * 10)[1], rtol=1e-5)
 
 
