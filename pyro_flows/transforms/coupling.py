@@ -21,9 +21,9 @@ class Couplings(FlowTransform):
     r"""A stack of couplings: :math:`y_a = x_a`, and :math:`y_b = f(x_b;\, \phi(x_a))` elementwise.
 
     Pyro's couplings always steer the same half and leave the other to a ``Permute`` whose permutation is lost on
-    save. Here parts of one random order take turns: each coupling moves the next part given all the others, and when
-    every part had its turn there is a new order; the orders are buffers. Coordinates of one part are not bent together,
-    so that a round of three leaves out a ninth of all triples, and one of two a quarter.
+    save. Here parts of one random order take turns: each coupling moves the last part given all before it, and then
+    puts it first; when every part had its turn there is a new order. The orders are buffers. Coordinates of one part
+    are not bent together, so that a round of three leaves out a ninth of all triples, and one of two a quarter.
 
     All couplings keep their weights in one tensor per layer, since an optimiser's step costs by the tensor. The
     networks are centred over standard normal inputs (see
@@ -68,18 +68,15 @@ class Couplings(FlowTransform):
             self.weights.append(nn.Parameter(torch.empty(num_transforms, size_out, size_in).uniform_(-bound, bound)))
             self.biases.append(nn.Parameter(torch.empty(num_transforms, size_out).uniform_(-bound, bound)))
 
-        absolute: list[Tensor] = []
-        for index in range(num_transforms):
-            turn = index % num_parts
-            if turn == 0:
-                order = torch.randperm(input_dim)
-            absolute.append(order.roll(turn * input_dim // num_parts))
-        # Each coupling gathers from the layout that the one before left, so a coupling costs one gather.
+        # Each round gathers from the layout that the one before left, so a round costs one gather.
+        self.num_parts = num_parts
         current = torch.arange(input_dim)
         orders = []
-        for order in absolute:
+        for first in range(0, num_transforms, num_parts):
+            order = torch.randperm(input_dim)
             orders.append(current.argsort()[order])
-            current = order
+            moved = min(num_parts, num_transforms - first) * (input_dim - self.split_dim)
+            current = order.roll(moved)
         self.register_buffer("orders", torch.stack(orders))
         self.register_buffer("final_order", current.argsort())
         self.register_buffer("reference", reference_noise(sizes[0]))
@@ -101,19 +98,20 @@ class Couplings(FlowTransform):
         """What stays and what moves. Not two slices, whose backward pass fills two vectors with zeros."""
         return x.split([self.split_dim, x.shape[-1] - self.split_dim], -1)
 
-    def _layers(self) -> Iterator[tuple[Tensor, ...]]:
-        """One tuple (order, weight, bias, weight, bias, ...) a coupling, as they are used: the last bias centres."""
+    def _layers(self) -> Iterator[tuple[Tensor | None, tuple[Tensor, ...]]]:
+        """The order that a coupling starts, and [weight, bias, weight, bias, ...], whose last bias centres."""
         *weights, weight = self.weights
         *biases, bias = self.biases
-        hidden = self.reference.expand(len(self.orders), *self.reference.shape)
+        hidden = self.reference.expand(len(bias), *self.reference.shape)
         for w, b in zip(weights, biases, strict=True):
             hidden = F.silu(torch.baddbmm(b.unsqueeze(1), hidden, w.mT))
         weight = eased(weight, HEAD_SLOPE) / hidden.shape[-1]
-        center = hidden.mean(1).unsqueeze(-1)
-        bias = torch.baddbmm(eased(bias, HEAD_SLOPE).unsqueeze(-1), weight, center, alpha=-1).squeeze(-1)
+        bias = eased(bias, HEAD_SLOPE) - (weight * hidden.mean(1, keepdim=True)).sum(-1)
         pairs = zip([*weights, weight], [*biases, bias], strict=True)
         columns = [column.unbind(0) for pair in pairs for column in pair]
-        return zip(self.orders.unbind(0), *columns, strict=True)
+        orders: list[Tensor | None] = [None] * len(columns[0])
+        orders[:: self.num_parts] = self.orders.unbind(0)
+        return zip(orders, zip(*columns, strict=True), strict=True)
 
     def _condition(self, a: Tensor, layer: Sequence[Tensor], context: Tensor | None) -> Tensor:
         """The network: raw parameters from the coordinates that stay."""
@@ -124,31 +122,35 @@ class Couplings(FlowTransform):
         return F.linear(hidden, weight, bias)
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total = x.new_zeros(x.shape[:-1])
-        for order, *layer in self._layers():
-            x = x.index_select(-1, order)
+        log_slopes = []
+        for order, layer in self._layers():
+            if order is not None:
+                x = x.index_select(-1, order)
             a, b = self._parts(x)
             b, log_slope, _ = self._map(b, self._condition(a, layer, context))
-            x = torch.cat([a, b], -1)
-            total = total + log_slope.sum(-1)
-        return x.index_select(-1, self.final_order), total
+            x = torch.cat([b, a], -1)
+            log_slopes.append(log_slope)
+        return x.index_select(-1, self.final_order), torch.cat(log_slopes, -1).sum(-1)
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total = y.new_zeros(y.shape[:-1])
+        log_slopes = []
         y = y[..., self.final_order.argsort()]
-        for order, *layer in reversed(list(self._layers())):
-            a, b = self._parts(y)
+        for order, layer in reversed(list(self._layers())):
+            b, a = y.split([y.shape[-1] - self.split_dim, self.split_dim], -1)
             b, log_slope = self._unmap(b, self._condition(a, layer, context))
-            y = torch.cat([a, b], -1)[..., order.argsort()]
-            total = total + log_slope.sum(-1)
-        return y, total
+            y = torch.cat([a, b], -1)
+            if order is not None:
+                y = y[..., order.argsort()]
+            log_slopes.append(log_slope)
+        return y, torch.cat(log_slopes, -1).sum(-1)
 
     def forward_with_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        total = x.new_zeros(x.shape[:-1])
-        for order, *layer in self._layers():
-            x, score = x.index_select(-1, order), score.index_select(-1, order)
+        log_slopes = []
+        for order, layer in self._layers():
+            if order is not None:
+                x, score = x.index_select(-1, order), score.index_select(-1, order)
             a, b = self._parts(x)
             b, log_slope, d_log_slope = self._map(b, self._condition(a, layer, context), with_slope=True)
             with torch.no_grad():
@@ -160,7 +162,8 @@ class Couplings(FlowTransform):
             (through_a,) = torch.autograd.grad(
                 (b, log_slope), a, (score_b, torch.ones_like(log_slope)), retain_graph=True
             )
-            score = torch.cat([score_a - through_a, score_b], -1).detach()
-            x = torch.cat([a, b], -1)
-            total = total + log_slope.sum(-1)
+            score = torch.cat([score_b, score_a - through_a], -1).detach()
+            x = torch.cat([b, a], -1)
+            log_slopes.append(log_slope)
+        total = torch.cat(log_slopes, -1).sum(-1)
         return x.index_select(-1, self.final_order), total, score.index_select(-1, self.final_order)

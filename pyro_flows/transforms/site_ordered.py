@@ -111,6 +111,8 @@ class SiteOrderedAffine(FlowTransform):
     def _add_conditioners(self, hidden_dims: Sequence[int]) -> None:
         count, dim = len(self.sizes), sum(self.sizes)
         given = self.context_dim + self.input_dim - self.block_sizes[-1]
+        if self.rank is not None and given <= self.rank:
+            self.rank = None
         starts = [self.context_dim + self.input_dim - sum(self.sizes[index:]) for index in range(count)]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         fan_in = torch.tensor(starts, dtype=torch.get_default_dtype()).unsqueeze(-1)
@@ -132,7 +134,9 @@ class SiteOrderedAffine(FlowTransform):
         bent = torch.cat([torch.arange(3 * size) >= size for size in self.sizes])  # of the linear parts' rows
         self.register_buffer("follows", follows.unsqueeze(1), persistent=False)
         self.register_buffer("rows_follow", follows.repeat_interleave(rows, 0), persistent=False)
-        self.register_buffer("block_of_head", torch.arange(count).repeat_interleave(2 * sizes), persistent=False)
+        self.register_buffer(
+            "block_of_head", torch.arange(count).repeat_interleave(2 * sizes).unsqueeze(-1), persistent=False
+        )
         self.register_buffer("bias_of_row", bent.cumsum(0) * bent, persistent=False)  # 0: none, as for locations
 
     def _conditioners(self) -> _Conditioners | None:
@@ -145,8 +149,8 @@ class SiteOrderedAffine(FlowTransform):
         linear = (eased(self.linear) if self.rank is None else self.project) * self.rows_follow
         outer = () if self.rank is None else eased(self.linear).split([3 * size for size in self.sizes])
         center = self._networks(self.reference, hidden, bias.flatten(), inner).mean(1)
-        center = center.index_select(0, self.block_of_head)
-        centering = F.pad(-(heads * center).sum(-1), (1, 0)).index_select(0, self.bias_of_row)
+        centering = (heads @ center.mT).gather(-1, self.block_of_head).squeeze(-1)
+        centering = F.pad(-centering, (1, 0)).index_select(0, self.bias_of_row)
         return _Conditioners(
             hidden, bias.flatten(), inner, heads.split([2 * size for size in self.sizes]), linear, outer, centering
         )

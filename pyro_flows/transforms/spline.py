@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,17 +39,17 @@ def _quadrature(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tenso
 @functools.lru_cache
 @torch.inference_mode(False)  # as above
 def _before(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Matrix by which a row becomes the sums of its entries before each; a product takes less time than ``cumsum``."""
-    return torch.ones(count, count, dtype=dtype, device=device).triu(1)
+    """Matrix that makes of a column the sums of its entries before each; it takes less time than ``cumsum``."""
+    return torch.ones(count, count, dtype=dtype, device=device).tril(-1)
 
 
 class _Bins(NamedTuple):
-    """The bin of every coordinate: left knot, width, bottom, height, and the slopes at its two knots."""
+    """The bin of every coordinate: left knot, 1 / width, bottom, average slope, and the slopes at its two knots."""
 
     left: Tensor
-    width: Tensor
+    per_width: Tensor
     bottom: Tensor
-    height: Tensor
+    slope: Tensor
     slope_left: Tensor
     slope_right: Tensor
 
@@ -62,8 +63,9 @@ class RationalQuadratic:
     scales away while a posterior is still far. The identity where raw parameters are zero.
 
     Shape:
-        - raw: ``(..., D, 3 * count_bins - 1)``: widths, heights, inner slopes.
-        - x, y: ``(..., D)``, broadcastable with ``raw`` without its last dimension.
+        - raw: ``(..., 3 * count_bins - 1, D)``: widths, heights, inner slopes. Coordinates come last, as they do in
+          values, so that a compiler reads and writes many at once.
+        - x, y: ``(..., D)``, broadcastable with ``raw`` without its last dimension but one.
 
     References:
         Durkan, Bekasov, Murray, Papamakarios. Neural Spline Flows. NeurIPS 2019. arXiv:1906.04032, eq. (4)-(8).
@@ -71,38 +73,36 @@ class RationalQuadratic:
 
     def __init__(self, raw: Tensor, bound: float) -> None:
         self.bound = bound
-        self.count_bins = (raw.shape[-1] + 1) // 3
-        lengths, inner = raw.split([2 * self.count_bins, self.count_bins - 1], -1)
-        shares = lengths.unflatten(-1, (2, self.count_bins)).softmax(-1)
+        self.count_bins = (raw.shape[-2] + 1) // 3
+        lengths, inner = raw.split([2 * self.count_bins, self.count_bins - 1], -2)
+        shares = lengths.unflatten(-2, (2, self.count_bins)).softmax(-2)
         shares = MIN_BIN_SHARE / self.count_bins + (1.0 - MIN_BIN_SHARE) * shares
         lengths = 2.0 * bound * shares
-        knots = lengths @ _before(self.count_bins, raw.dtype, raw.device) - bound  # left edges; (..., D, 2, K)
+        knots = _before(self.count_bins, raw.dtype, raw.device) @ lengths - bound  # left edges; (..., 2, K, D)
         slopes = F.softplus(inner + SLOPE_OFFSET) + MIN_SLOPE
-        self.x_knots, self.y_knots = knots.unbind(-2)
-        width, height = lengths.unbind(-2)
-        self._table = torch.stack(
-            [
-                self.x_knots,
-                width,
-                self.y_knots,
-                height,
-                F.pad(slopes, (1, 0), value=1.0),
-                F.pad(slopes, (0, 1), value=1.0),
-            ],
-            -1,
-        )  # (..., D, K, 6)
+        width, height = lengths.unbind(-3)
+        self.x_knots, self.y_knots = knots.unbind(-3)
+        bins = _Bins(
+            self.x_knots,
+            1.0 / width,
+            self.y_knots,
+            height / width,
+            F.pad(slopes, (0, 0, 1, 0), value=1.0),
+            F.pad(slopes, (0, 0, 0, 1), value=1.0),
+        )
+        self._table = torch.stack(bins, -3)  # (..., 6, K, D)
 
     def _select(self, value: Tensor, knots: Tensor) -> _Bins:
         # Values that share a table are gathered from it side by side: from a copy for each, the backward pass would
         # fill as many copies with zeros.
         own = value.shape[value.dim() - knots.dim() + 1 :]
-        beside = value.reshape(-1, *own).movedim(0, -1)  # (..., D, values)
-        index = (beside.unsqueeze(-1) >= knots[..., 1:].unsqueeze(-2)).sum(-1)
-        table = self._table.expand(own + self._table.shape[-2:])
-        picked = table.gather(-2, index.unsqueeze(-1).expand(*index.shape, 6))
-        return _Bins(*picked.movedim(-2, 0).reshape(*value.shape, 6).unbind(-1))
+        beside = value.reshape(-1, *own).movedim(0, -2)  # (..., values, D)
+        index = (beside.unsqueeze(-2) >= knots[..., 1:, :].unsqueeze(-3)).sum(-2)
+        table = self._table.expand(*own[:-1], *self._table.shape[-3:-1], own[-1])
+        picked = table.gather(-2, index.unsqueeze(-3).expand(*own[:-1], 6, *index.shape[-2:]))
+        return _Bins(*(part.movedim(-2, 0).reshape(value.shape) for part in picked.unbind(-3)))
 
-    def _nodes(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    def _nodes(self, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Quadrature nodes for coordinates of a shape, ``(7, *shape)``, and their weights."""
         nodes, weights = _quadrature(self.x_knots.dtype, self.x_knots.device)
         return nodes.reshape(-1, *(1,) * len(shape)).expand(-1, *shape), weights
@@ -114,25 +114,25 @@ class RationalQuadratic:
         return mean, ((y - mean.unsqueeze(-1)).square() @ weights).sqrt()
 
     def _evaluate(self, x: Tensor, *, with_slope: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
-        inside = x.abs() < self.bound
         clamped = x.clamp(-self.bound, self.bound)
-        left, width, bottom, height, slope_left, slope_right = self._select(clamped, self.x_knots)
-        delta = height / width
-        theta = (clamped - left) / width
+        bins = self._select(clamped, self.x_knots)
+        above = clamped - bins.left
+        theta = above * bins.per_width
         rest = 1.0 - theta
-        curvature = slope_left + slope_right - 2.0 * delta
-        denominator = delta + curvature * (theta * rest)
-        y = bottom + height * theta * (delta * theta + slope_left * rest) / denominator
-        numerator = slope_right * theta**2 + 2.0 * delta * (theta * rest) + slope_left * rest**2
-        log_slope = 2.0 * delta.log() + numerator.log() - 2.0 * denominator.log()
-        y, log_slope = torch.where(inside, y, x), torch.where(inside, log_slope, torch.zeros_like(x))
+        curvature = bins.slope_left + bins.slope_right - 2.0 * bins.slope
+        denominator = bins.slope + curvature * (theta * rest)
+        ratio = bins.slope / denominator
+        # What the clamp cuts off is added again, for the identity beyond the box.
+        y = bins.bottom + above * (bins.slope * theta + bins.slope_left * rest) * ratio + (x - clamped)
+        numerator = bins.slope_right * theta**2 + 2.0 * bins.slope * (theta * rest) + bins.slope_left * rest**2
+        log_slope = (numerator * ratio.square()).log()
         if not with_slope:
             return y, log_slope, None
         with torch.no_grad():
-            d_numerator = 2.0 * (slope_right * theta + delta * (rest - theta) - slope_left * rest)
-            d_denominator = curvature * (rest - theta)
-            d_log_slope = (d_numerator / numerator - 2.0 * d_denominator / denominator) / width
-        return y, log_slope, torch.where(inside, d_log_slope, torch.zeros_like(x))
+            bend = rest - theta
+            d_numerator = bins.slope_right * theta + bins.slope * bend - bins.slope_left * rest
+            d_log_slope = 2.0 * bins.per_width * (d_numerator / numerator - curvature * bend / denominator)
+        return y, log_slope, d_log_slope * (clamped == x)
 
     def __call__(self, x: Tensor, *, with_slope: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
         """Map ``x``; returns ``y``, elementwise ``log dy/dx`` and, if asked for, its derivative in ``x``, detached."""
@@ -148,29 +148,26 @@ class RationalQuadratic:
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Map back; returns ``x`` and elementwise ``log dx/dy``."""
-        nodes, weights = self._nodes(self.x_knots.shape[:-1])
+        nodes, weights = self._nodes((*self.x_knots.shape[:-2], self.x_knots.shape[-1]))
         center, scale = self._standardize(self._evaluate(nodes)[0], weights)
         y = y * scale + center
-        inside = y.abs() < self.bound
         clamped = y.clamp(-self.bound, self.bound)
-        left, width, bottom, height, slope_left, slope_right = self._select(clamped, self.y_knots)
-        delta = height / width
-        curvature = slope_left + slope_right - 2.0 * delta
-        above = clamped - bottom
+        bins = self._select(clamped, self.y_knots)
+        curvature = bins.slope_left + bins.slope_right - 2.0 * bins.slope
+        above = (clamped - bins.bottom) * bins.per_width
         # Quadratic a theta^2 + b theta + c = 0 in the form that does not cancel (eq. 6-8 and the text after them).
-        a = height * (delta - slope_left) + above * curvature
-        b = height * slope_left - above * curvature
-        c = -delta * above
+        a = bins.slope * (bins.slope - bins.slope_left) + above * curvature
+        b = bins.slope * bins.slope_left - above * curvature
+        c = -bins.slope * above
         # Positive in exact arithmetic; rounding can take it an ulp below zero.
         root = (b * b - 4.0 * a * c).clamp_min(0.0).sqrt()
         theta = 2.0 * c / (-b - root)
         rest = 1.0 - theta
-        denominator = delta + curvature * (theta * rest)
-        numerator = slope_right * theta**2 + 2.0 * delta * (theta * rest) + slope_left * rest**2
-        log_slope = 2.0 * denominator.log() - 2.0 * delta.log() - numerator.log()
-        x = left + theta * width
-        log_slope = torch.where(inside, log_slope, torch.zeros_like(y)) + scale.log()
-        return torch.where(inside, x, y), log_slope
+        denominator = bins.slope + curvature * (theta * rest)
+        numerator = bins.slope_right * theta**2 + 2.0 * bins.slope * (theta * rest) + bins.slope_left * rest**2
+        log_slope = (numerator * (bins.slope / denominator).square()).log()
+        x = bins.left + theta / bins.per_width + (y - clamped)
+        return x, scale.log() - log_slope
 
 
 class Spline(FlowTransform):
@@ -193,7 +190,7 @@ class Spline(FlowTransform):
     def __init__(self, input_dim: int, context_dim: int = 0, *, count_bins: int = 8, bound: float = 5.0) -> None:
         super().__init__(input_dim, context_dim)
         self.bound = bound
-        self.raw = ContextParameters(torch.zeros(input_dim, 3 * count_bins - 1), context_dim)
+        self.raw = ContextParameters(torch.zeros(3 * count_bins - 1, input_dim), context_dim)
 
     def _spline(self, context: Tensor | None) -> RationalQuadratic:
         return RationalQuadratic(self.raw(context), self.bound)

@@ -60,9 +60,9 @@ class SplineAutoregressive(AutoregressiveTransform):
         self.network = MaskedNetwork(input_dim, context_dim, init, hidden_dims, indices)
 
     def _map(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        y, log_slope, _ = RationalQuadratic(RAW_RATE * self.network(x, context), self.bound)(x)
+        y, log_slope, _ = RationalQuadratic(RAW_RATE * self.network(x, context).mT, self.bound)(x)
         return y, log_slope
 
     def _unmap(self, y: Tensor, given: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        x, log_slope = RationalQuadratic(RAW_RATE * self.network(given, context), self.bound).inverse(y)
+        x, log_slope = RationalQuadratic(RAW_RATE * self.network(given, context).mT, self.bound).inverse(y)
         return x, -log_slope

@@ -59,7 +59,7 @@ class SplineCouplings(Couplings):
         self.bound = bound
 
     def _spline(self, raw: Tensor) -> RationalQuadratic:
-        return RationalQuadratic(raw.unflatten(-1, (-1, self.count_raw)), self.bound)
+        return RationalQuadratic(raw.unflatten(-1, (self.count_raw, -1)), self.bound)
 
     def _map(self, b: Tensor, raw: Tensor, *, with_slope: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
         return self._spline(raw)(b, with_slope=with_slope)

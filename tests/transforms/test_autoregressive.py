@@ -190,9 +190,9 @@ def test_spline_keeps_the_moments_of_noise() -> None:
     A spline pinned at -1 and 1 (as it was) has a standard deviation of 100 where its middle is squeezed.
     """
     noise = torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(20_000) + 0.5) / 20_000)
-    squeezed = torch.zeros(1, 23)
-    squeezed[:, 8:16] = torch.tensor([3.0, 3.0, 3.0, -3.0, -3.0, 3.0, 3.0, 3.0])  # heights of the 8 bins
-    for raw in (torch.zeros(1, 23), squeezed, *(0.5 * torch.randn(20, 1, 23))):
+    squeezed = torch.zeros(23, 1)
+    squeezed[8:16, 0] = torch.tensor([3.0, 3.0, 3.0, -3.0, -3.0, 3.0, 3.0, 3.0])  # heights of the 8 bins
+    for raw in (torch.zeros(23, 1), squeezed, *(0.5 * torch.randn(20, 23, 1))):
         y = RationalQuadratic(raw, 5.0)(noise.unsqueeze(-1))[0]
         assert y.mean().abs() < 0.1
         assert 0.8 < y.std() < 1.2
