@@ -86,16 +86,17 @@ class Auto(SiteOrdered):
     Args:
         num_transforms: Number of affine couplings, >= 0, each of which moves its share of the coordinates given all
             others; used for 2 to 1000 dimensions.
-        coupling_dims: Widths of each coupling's hidden layers.
+        coupling_dims: Widths of each coupling's hidden layers. None means two of 64, and of 32 above 300 dimensions.
     """
 
     num_transforms: int = 3
-    coupling_dims: tuple[int, ...] = (64, 64)
+    coupling_dims: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_int("Auto", "num_transforms", self.num_transforms, 0)
-        check_sizes("Auto", "coupling_dims", self.coupling_dims)
+        if self.coupling_dims is not None:
+            check_sizes("Auto", "coupling_dims", self.coupling_dims)
 
     def layers(self, input_dim: int, context_dim: int) -> list[FlowTransform]:
         if input_dim == 1:
@@ -106,7 +107,7 @@ class Auto(SiteOrdered):
                 input_dim,
                 context_dim,
                 num_transforms=self.num_transforms,
-                hidden_dims=self.coupling_dims,
+                hidden_dims=self.coupling_dims or ((32, 32) if input_dim > FULL_RANK_DIM else (64, 64)),
                 num_parts=max(2, self.num_transforms),
             )
             layers.insert(0, couplings)

@@ -32,6 +32,8 @@ class AdamRule:
         self._state = optimizer.state[self._group["params"][0]]
         self._clips = isinstance(optimizer, pyro.optim.clipped_adam.ClippedAdam)
         self.options = self._options()
+        self._next = self.rates(0.0, 0.0)
+        self._next_rates = self._next.numpy()  # shares memory
 
     @staticmethod
     def applies_to(optimizer: torch.optim.Optimizer) -> bool:
@@ -59,18 +61,24 @@ class AdamRule:
         return self._state["exp_avg"], self._state["exp_avg_sq"]
 
     def next_rates(self) -> Tensor:
-        """Count a step; the rate and the scale of the second moment's root for it, ``(2,)``."""
+        """Count a step; the rate and the scale of the second moment's root for it, ``(2,)``, until the next call."""
         group, state = self._group, self._state
-        state["step"] += 1
-        count = float(state["step"])
-        first, second = (1.0 - beta**count for beta in group["betas"])
+        count = state["step"]
+        if torch.is_tensor(count):  # by NumPy: an operation of torch's on one number takes longer than many a kernel
+            count = count.numpy()
+            count += 1
+        else:
+            count = state["step"] = count + 1
+        first, second = (1.0 - beta ** float(count) for beta in group["betas"])
         if self._clips:
             group["lr"] *= group["lrd"]
-            return self.rates(group["lr"] * math.sqrt(second) / first, 1.0)
-        return self.rates(group["lr"] / first, math.sqrt(second))
+            self._next_rates[:] = group["lr"] * math.sqrt(second) / first, 1.0
+        else:
+            self._next_rates[:] = group["lr"] / first, math.sqrt(second)
+        return self._next
 
     def rates(self, rate: float, root: float) -> Tensor:
-        """See :meth:`next_rates`."""
+        """Any rate and scale, as :meth:`next_rates` gives them."""
         like = self._state["exp_avg"]
         return torch.tensor((rate, root), dtype=like.dtype, device=like.device)
 

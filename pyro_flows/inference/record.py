@@ -17,12 +17,14 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from pyro_flows.inference.adam import AdamRule
-from pyro_flows.inference.machine_code import to_machine_code
+from pyro_flows.inference.machine_code import to_machine_code, without_collector
 
 __all__ = ["FlatParameter", "LossGraph", "RecordingError", "leaves_of", "used_leaves"]
 
@@ -149,7 +151,9 @@ class LossGraph:
             expected = gradient(parameter.leaves, data)
             torch.random.set_rng_state(state)
             try:
-                graph = make_fx(gradient)(parameter.leaves, data)
+                # One mode for all that is noted of tensors: else each tensor gets its own, with a trace of the stack.
+                with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))), without_collector():
+                    graph = make_fx(gradient)(parameter.leaves, data)
             except Exception as error:  # whatever torch says of code that it can't follow
                 raise RecordingError(_reason(error)) from error
         graph.graph.set_codegen(torch.fx.graph.CodeGen())

@@ -34,7 +34,7 @@ HEAD_SLOPE = 0.3
 
 
 def eased(weight: Tensor, slope: float = 0.1) -> Tensor:
-    r"""Weights that leave zero slowly: :math:`w \sqrt{w^2 + s^2}`, for how coordinates steer each other.
+    r"""Weights that leave zero slowly: :math:`w (|w| + s)`, for how coordinates steer each other.
 
     Adam moves each weight by the learning rate from the first step on, so a thousand useless weights jitter as much
     as ten that matter, and while a posterior is still far away they all join in moving there, overshoot, and one rare

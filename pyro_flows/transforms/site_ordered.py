@@ -68,7 +68,8 @@ class SiteOrderedAffine(FlowTransform):
         context_dim: Length of the context vector. 0 means unconditional.
         block_sizes: Sizes of the blocks in order; they add up to ``input_dim``.
         hidden_dims: Widths of each block's network.
-        rank: Rank of the linear parts; None means full rank. With a rank, parameters are linear in ``input_dim``.
+        rank: Rank of the linear parts; None means full rank, as where no block follows more numbers than that. With a
+            rank, parameters are linear in ``input_dim``.
         log_scale_bound: Bound :math:`c` on the absolute conditional log-scale, > 0. A funnel needs about 5.
 
     References:
@@ -168,11 +169,11 @@ class SiteOrderedAffine(FlowTransform):
     def _steer(self, given: Tensor, use: _Conditioners) -> tuple[Tensor, Tensor]:
         """Locations and log-scales of all steered blocks from what they follow, in one pass."""
         networks = self._networks(given.clamp(-INPUT_BOUND, INPUT_BOUND), use.hidden, use.hidden_bias, use.inner)
-        linear = F.linear(given, use.linear)
-        if self.rank is not None:
-            parts = zip(linear.split(self.rank, -1), use.outer, strict=True)
-            linear = torch.cat([part @ weight.mT for part, weight in parts], -1)
-        linear = linear + use.bias
+        if self.rank is None:
+            linear = F.linear(given, use.linear, use.bias)
+        else:
+            parts = zip(F.linear(given, use.linear).split(self.rank, -1), use.outer, strict=True)
+            linear = torch.cat([part @ weight.mT for part, weight in parts], -1) + use.bias
         found = []
         for rows, hidden, head, size in zip(
             linear.split([3 * size for size in self.sizes], -1), networks.unbind(0), use.heads, self.sizes, strict=True
