@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyro_flows.transforms.autoregressive import AutoregressiveTransform, MaskedNetwork, resolve_order
+from pyro_flows.transforms.autoregressive import AutoregressiveTransform, MaskedNetwork
 
 __all__ = ["AffineAutoregressive"]
 
@@ -47,10 +47,9 @@ class AffineAutoregressive(AutoregressiveTransform):
         log_scale_bound: float = 3.0,
         order: Sequence[int] | Tensor | None = None,
     ) -> None:
-        super().__init__(input_dim, context_dim)
+        super().__init__(input_dim, context_dim, order)
         self.log_scale_bound = log_scale_bound
-        indices = resolve_order("AffineAutoregressive", input_dim, order)
-        self.network = MaskedNetwork(input_dim, context_dim, torch.zeros(input_dim, 2), hidden_dims, indices)
+        self.network = MaskedNetwork(input_dim, context_dim, torch.zeros(input_dim, 2), hidden_dims, self.order)
 
     def _steer(self, given: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """``t`` and ``l``, of the shape of ``given``."""

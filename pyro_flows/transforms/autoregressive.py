@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from pyro_flows.transforms.base import FlowTransform, expand_context, is_recording
 from pyro_flows.transforms.networks import ContextParameters
 
-__all__ = ["AutoregressiveTransform", "MaskedNetwork", "pull_score", "resolve_order"]
+__all__ = ["AutoregressiveTransform", "MaskedNetwork", "pull_score"]
 
-# Above this dimension the passes that a score takes are too many to be recorded, all of them, into one graph.
-MAX_RECORDED_DIM = 32
+# Above this dimension the Jacobian that a recorded score takes is too large.
+MAX_RECORDED_DIM = 128
 
 
 class AutoregressiveTransform(FlowTransform):
@@ -30,9 +30,22 @@ class AutoregressiveTransform(FlowTransform):
     :math:`\log \partial f / \partial x_i`. Scoring any other value takes up to :math:`D` passes.
 
     A subclass gives :meth:`_map`, and :meth:`_unmap` where :math:`f` has an inverse.
+
+    Args:
+        input_dim: Length of the transformed vector.
+        context_dim: Length of the context vector. 0 means unconditional.
+        order: Coordinates from first to last. None means 0 to ``input_dim - 1``.
+
+    Raises:
+        ValueError: If ``order`` does not hold each coordinate once.
     """
 
     one_pass_inverse: ClassVar[bool] = False
+    order: Tensor
+
+    def __init__(self, input_dim: int, context_dim: int = 0, order: Sequence[int] | Tensor | None = None) -> None:
+        super().__init__(input_dim, context_dim)
+        self.register_buffer("order", _resolve_order(type(self).__name__, input_dim, order))
 
     def _map(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """``y`` and the elementwise ``log df/dx``, both of the shape of ``x``."""
@@ -70,10 +83,10 @@ class AutoregressiveTransform(FlowTransform):
     ) -> tuple[Tensor, Tensor, Tensor]:
         y, log_slope = self._map(x, context)
         ladj = log_slope.sum(-1)
-        return y, ladj, pull_score(x, y, ladj, log_slope.detach().exp(), score)
+        return y, ladj, pull_score(x, y, ladj, log_slope.detach().exp(), score, self.order)
 
 
-def pull_score(x: Tensor, y: Tensor, ladj: Tensor, slope: Tensor, score: Tensor) -> Tensor:
+def pull_score(x: Tensor, y: Tensor, ladj: Tensor, slope: Tensor, score: Tensor, order: Tensor) -> Tensor:
     r"""Score of ``y`` from the score of ``x`` where the Jacobian is triangular in some order of the coordinates.
 
     Solves :math:`J^\top g_y = v`, :math:`v = g_x - \nabla_x \log|\det J|`, by the Jacobi iteration
@@ -91,6 +104,7 @@ def pull_score(x: Tensor, y: Tensor, ladj: Tensor, slope: Tensor, score: Tensor)
         ladj: Log-determinant, with its graph.
         slope: The Jacobian's diagonal :math:`d > 0`, detached.
         score: :math:`g_x`, detached.
+        order: Coordinates from first to last, ``(D,)``.
 
     Returns:
         :math:`g_y`, detached. The graphs of ``y`` and ``ladj`` are kept.
@@ -105,15 +119,11 @@ def pull_score(x: Tensor, y: Tensor, ladj: Tensor, slope: Tensor, score: Tensor)
             ladj, x, torch.ones_like(ladj), retain_graph=True, allow_unused=True, materialize_grads=True
         )
         target = target - gradient
+    if is_recording():
+        return _solve(x, y, target, order)
     tolerance = 1e-12 if x.dtype == torch.float64 else 1e-6
     with torch.no_grad():
         result = target / slope
-    recording = is_recording()
-    if recording and x.shape[-1] > MAX_RECORDED_DIM:
-        raise NotImplementedError(
-            f"an autoregressive flow of {x.shape[-1]} dimensions takes as many passes as it needs, which is not fixed "
-            f"beforehand; at most {MAX_RECORDED_DIM} can be recorded. Use path_gradient=False or another family"
-        )
     for _ in range(x.shape[-1] - 1):
         (product,) = torch.autograd.grad(y, x, result, retain_graph=True)
         with torch.no_grad():
@@ -121,12 +131,32 @@ def pull_score(x: Tensor, y: Tensor, ladj: Tensor, slope: Tensor, score: Tensor)
             # Against the size of the terms: where they cancel, rounding is all that is left of the residual.
             size = target.norm(dim=-1) + (slope * result).norm(dim=-1)
             result = result + residual / slope
-            if not recording and bool((residual.norm(dim=-1) <= tolerance * size).all()):
+            if bool((residual.norm(dim=-1) <= tolerance * size).all()):
                 break
     return result
 
 
-def resolve_order(owner: str, input_dim: int, order: Sequence[int] | Tensor | None) -> Tensor:
+def _solve(x: Tensor, y: Tensor, target: Tensor, order: Tensor) -> Tensor:
+    """As :func:`pull_score`, by all rows of the Jacobian at once: how many steps are enough is not known beforehand."""
+    dim = x.shape[-1]
+    if dim > MAX_RECORDED_DIM:
+        raise NotImplementedError(
+            f"the score of an autoregressive flow of {dim} dimensions takes as many passes as it needs, which is not "
+            f"fixed beforehand, or a Jacobian, for at most {MAX_RECORDED_DIM} dimensions. Use path_gradient=False or "
+            "another family"
+        )
+    units = (
+        torch.eye(dim, dtype=y.dtype, device=y.device).reshape(dim, *(1,) * (y.dim() - 1), dim).expand(dim, *y.shape)
+    )
+    (rows,) = torch.autograd.grad(y, x, units, retain_graph=True, is_grads_batched=True)
+    with torch.no_grad():
+        jacobian = rows.movedim(0, -2).index_select(-2, order).index_select(-1, order)  # lower triangular
+        target = target.index_select(-1, order).unsqueeze(-1)
+        found = torch.linalg.solve_triangular(jacobian.mT, target, upper=True).squeeze(-1)
+        return torch.zeros_like(found).index_copy(-1, order, found)
+
+
+def _resolve_order(owner: str, input_dim: int, order: Sequence[int] | Tensor | None) -> Tensor:
     """``order`` as indices; None means 0 to ``input_dim - 1``.
 
     Raises:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyro_flows.transforms.autoregressive import AutoregressiveTransform, MaskedNetwork, resolve_order
+from pyro_flows.transforms.autoregressive import AutoregressiveTransform, MaskedNetwork
 
 __all__ = ["NeuralAutoregressive"]
 
@@ -60,14 +60,13 @@ class NeuralAutoregressive(AutoregressiveTransform):
         num_units: int = 8,
         order: Sequence[int] | Tensor | None = None,
     ) -> None:
-        super().__init__(input_dim, context_dim)
+        super().__init__(input_dim, context_dim, order)
         self.num_units = num_units
-        indices = resolve_order("NeuralAutoregressive", input_dim, order)
         offsets = INIT_OFFSET * torch.randn(input_dim, num_units)
         offsets = offsets - offsets.mean(-1, keepdim=True)
         zeros = torch.zeros_like(offsets)
         init = torch.cat([zeros, offsets, zeros], -1)
-        self.network = MaskedNetwork(input_dim, context_dim, init, hidden_dims, indices)
+        self.network = MaskedNetwork(input_dim, context_dim, init, hidden_dims, self.order)
 
     def _map(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         steepness, offset, weight = self.network(x, context).split(self.num_units, -1)  # (..., D, num_units) each

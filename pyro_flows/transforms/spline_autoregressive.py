@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyro_flows.transforms.autoregressive import AutoregressiveTransform, MaskedNetwork, resolve_order
+from pyro_flows.transforms.autoregressive import AutoregressiveTransform, MaskedNetwork
 from pyro_flows.transforms.spline import RationalQuadratic
 
 __all__ = ["SplineAutoregressive"]
@@ -53,11 +53,10 @@ class SplineAutoregressive(AutoregressiveTransform):
         bound: float = 5.0,
         order: Sequence[int] | Tensor | None = None,
     ) -> None:
-        super().__init__(input_dim, context_dim)
+        super().__init__(input_dim, context_dim, order)
         self.bound = bound
-        indices = resolve_order("SplineAutoregressive", input_dim, order)
         init = torch.zeros(input_dim, 3 * count_bins - 1)
-        self.network = MaskedNetwork(input_dim, context_dim, init, hidden_dims, indices)
+        self.network = MaskedNetwork(input_dim, context_dim, init, hidden_dims, self.order)
 
     def _map(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         y, log_slope, _ = RationalQuadratic(RAW_RATE * self.network(x, context).mT, self.bound)(x)

@@ -12,6 +12,7 @@ import pyro.distributions.transforms as pyro_transforms
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyro_flows.transforms as T
 from pyro_flows import AutoFlowGuide, flows
@@ -168,6 +169,28 @@ def test_score_in_many_dimensions(kind: str) -> None:
     (gradient,) = torch.autograd.grad(ladj.sum(), x, retain_graph=True)
     (back,) = torch.autograd.grad(y, x, score)
     torch.testing.assert_close(back, -x.detach() - gradient, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", MAPS)
+def test_recorded_score_is_the_same_by_one_pass(kind: str) -> None:
+    """Passes of a fixed number, one after another, were a graph of twice the size, of up to 32 dimensions."""
+    order = {} if kind == "block" else {"order": torch.randperm(40)}
+    transform = MAPS[kind](40, **order).double()
+    randomise(transform)
+    x = torch.randn(3, 40, dtype=torch.float64)
+
+    def score_of(x: Tensor) -> Tensor:
+        return transform.forward_with_score(x.requires_grad_(), -x.detach(), None)[2]
+
+    graph = make_fx(score_of)(x)
+    torch.testing.assert_close(graph(x), score_of(x), rtol=1e-9, atol=1e-9)
+    assert sum(node.target is torch.ops.aten.linalg_solve_triangular.default for node in graph.graph.nodes) == 1
+
+
+def test_a_jacobian_that_is_too_large_is_not_recorded() -> None:
+    transform = T.AffineAutoregressive(129)
+    with pytest.raises(NotImplementedError, match=r"129 dimensions.*path_gradient=False"):
+        make_fx(lambda x: transform.forward_with_score(x.requires_grad_(), -x.detach(), None)[2])(torch.randn(2, 129))
 
 
 # Spline
