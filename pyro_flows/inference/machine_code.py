@@ -11,7 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -89,7 +89,8 @@ def _inductor(graph: GraphModule, inputs: list[Any], options: dict[str, Any]) ->
 
 def _instructions() -> None:
     """Have inductor look for instructions on vectors, and remember them."""
-    importlib.import_module("torch._inductor.cpu_vec_isa").pick_vec_isa()
+    with suppress(Exception):  # of which inductor will hear when it needs them
+        importlib.import_module("torch._inductor.cpu_vec_isa").pick_vec_isa()
 
 
 def _unfuse(graph: GraphModule) -> None:
@@ -150,16 +151,18 @@ def _replaced(module: str, name: str, replacement: Callable[[Any], Any]) -> Iter
         setattr(place, name, original)
 
 
-def _side_by_side(build_all: Callable[[str, Sequence[Any]], None]) -> Callable[[str, Sequence[Any]], None]:
+def _side_by_side(build_all: Callable[..., None]) -> Callable[..., None]:
     """Builds the parts of a C++ library at the same time, and then links them; torch builds one after the other."""
 
-    def build(lock_path: str, builders: Sequence[Any]) -> None:
+    def build(lock_path: str, builders: Any, *others: Any) -> None:
+        if others or not isinstance(builders, Sequence):  # as another version of torch calls it
+            return build_all(lock_path, builders, *others)
         *parts, library = builders
         with ThreadPoolExecutor(max(1, len(parts))) as pool:
             jobs = [pool.submit(build_all, f"{lock_path}.{index}", [part]) for index, part in enumerate(parts)]
         for job in jobs:
             job.result()
-        build_all(lock_path, [library])
+        return build_all(lock_path, [library])
 
     return build
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from pyro_flows.transforms import AffineCouplings, FlowTransform, SiteOrderedAffine
+from pyro_flows.transforms.networks import eased, uneased
 
 
 def log_scale_after_one_step(transform: FlowTransform) -> float:
@@ -23,3 +24,17 @@ def test_steering_leaves_zero_slowly() -> None:
     layers then overshot together, and one draw in forty steps had a loss of a million."""
     assert log_scale_after_one_step(SiteOrderedAffine(4, block_sizes=(1, 3))) < 0.03
     assert log_scale_after_one_step(AffineCouplings(4, num_transforms=2)) < 0.03
+
+
+def test_blocks_that_follow_few_numbers_need_no_low_rank() -> None:
+    """500 groups that follow two numbers had a factor of rank 16: eight times the parameters of all their slopes."""
+    assert SiteOrderedAffine(502, block_sizes=(1, 1, 500), rank=16).linear.shape == (3 * 501, 2)
+    assert SiteOrderedAffine(60, block_sizes=(20, 20, 20), rank=16).linear.shape == (3 * 40, 16)
+
+
+def test_eased_weights_and_their_inverse() -> None:
+    value = torch.linspace(-2.0, 2.0, 101, dtype=torch.double)
+    torch.testing.assert_close(eased(uneased(value)), value)
+    torch.testing.assert_close(uneased(eased(value)), value)
+    slope = torch.autograd.functional.jacobian(eased, torch.zeros(1))
+    torch.testing.assert_close(slope, torch.full((1, 1), 0.1))
