@@ -64,15 +64,28 @@ def test_a_failing_part_is_reported(tmp_path: Path) -> None:
     assert not library.path.exists()
 
 
+def test_a_version_of_torch_that_builds_otherwise_does_as_it_does() -> None:
+    calls: list[tuple[Any, ...]] = []
+    _side_by_side(lambda *given: calls.append(given))("lock", "builder", "input", "output")
+    assert calls == [("lock", "builder", "input", "output")]
+
+
 def test_only_indices_with_divisions_are_simplified() -> None:
     """``sympy.simplify`` of the others, which leaves them as they are, took a tenth of the time of compiling."""
     x, y = sympy.symbols("x y", integer=True, nonnegative=True)
-    simplify = _where_needed(sizevars.simplify_index_in_vec_range)
+    simplified = []
+
+    def spy(index: Any, *others: Any) -> Any:
+        simplified.append(index)
+        return sizevars.simplify_index_in_vec_range(index, *others)
+
+    simplify = _where_needed(spy)
     linear = 32 * x + y + 5
     assert simplify(linear, y, 16) is linear
     assert sizevars.simplify_index_in_vec_range(linear, y, 16) == linear
     divided = 64 * x + FloorDiv(y, 16)
     assert simplify(divided, y, 16) == sizevars.simplify_index_in_vec_range(divided, y, 16) != divided
+    assert simplified == [divided]
 
 
 def test_sums_are_taken_out_of_small_products_alone() -> None:
