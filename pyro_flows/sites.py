@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.transforms import ComposeTransform, IndependentTransform, Transform
 
+from pyro_flows.transforms.representable import Representable, unconstrained_limits
+
 __all__ = ["Site", "SiteTable", "decreasing", "quantiles"]
 
 
@@ -32,7 +34,7 @@ class Site:
         unconstrained_event_dim: Number of event dimensions of the unconstrained value.
         start: Where it begins in the packed vector.
         size: How many coordinates it has there.
-        to_support: The bijection from unconstrained values to the support.
+        to_support: The bijection from unconstrained values to the support; see :class:`Representable`.
         is_real: Whether that bijection is the identity.
         is_decreasing: Whether that bijection reverses the order of each coordinate, as for ``less_than``.
         dtype: Of its value; the packed vector has the widest of all.
@@ -86,6 +88,9 @@ class SiteTable:
         for name, node in trace.iter_stochastic_nodes():
             fn, value = node["fn"], node["value"].detach()
             to_support = biject_to(fn.support)
+            is_real = _is_identity(to_support)
+            if not is_real:
+                to_support = Representable(to_support, unconstrained_limits(value.dtype))
             unconstrained = to_support.inv(value)
             site = Site(
                 name=name,
@@ -96,7 +101,7 @@ class SiteTable:
                 start=start,
                 size=math.prod(unconstrained.shape),
                 to_support=to_support,
-                is_real=_is_identity(to_support),
+                is_real=is_real,
                 is_decreasing=_is_decreasing(to_support),
                 dtype=value.dtype,
                 frames=tuple(frame for frame in node["cond_indep_stack"] if frame.vectorized),
@@ -206,8 +211,9 @@ def quantiles(draws: Tensor, levels: Tensor, reversed_order: Tensor) -> Tensor:
         ``(count, ..., D)``.
     """
     wanted = torch.where(reversed_order, 1 - levels.unsqueeze(-1), levels.unsqueeze(-1))  # (count, D)
-    # torch.quantile takes at most 16 million elements; interpolation between order statistics is the same.
-    ordered = draws.sort(0).values
+    # torch.quantile takes at most 16 million elements; interpolation between order statistics is the same. Contiguous
+    # along what is sorted: else most of the time is spent on fetching.
+    ordered = draws.movedim(0, -1).contiguous().sort(-1).values.movedim(-1, 0)
     shape = (len(levels),) + (1,) * (draws.dim() - 2) + draws.shape[-1:]
     position = (wanted * (len(draws) - 1)).reshape(shape).expand((len(levels), *draws.shape[1:]))
     below = position.floor().long()
@@ -216,8 +222,8 @@ def quantiles(draws: Tensor, levels: Tensor, reversed_order: Tensor) -> Tensor:
 
 
 def _base_transform(transform: Transform) -> Transform:
-    while isinstance(transform, IndependentTransform):
-        transform = transform.base_transform
+    while isinstance(transform, (IndependentTransform, Representable)):
+        transform = transform.base if isinstance(transform, Representable) else transform.base_transform
     return transform
 
 

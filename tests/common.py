@@ -14,7 +14,7 @@ __all__ = ["assert_no_graph", "jacobian", "randomise_parameters", "trained"]
 
 
 # Parts of heads that a warm start sets and training leaves as they are.
-FIXED = {"origin", "own_factor", "own_slope", "own_tilt"}
+FIXED = {"origin", "own_factor", "own_slope", "own_tilt", "unit"}
 
 
 def trained(module: nn.Module) -> list[nn.Parameter]:
@@ -29,6 +29,9 @@ def randomise_parameters(module: nn.Module, scale: float = 0.3) -> None:
     for parameter in module.parameters():
         fan = parameter.shape[-1] if parameter.ndim > 1 else 1
         parameter.add_(torch.randn_like(parameter) * scale / math.sqrt(fan))
+    for part in module.modules():
+        if isinstance(part, FixedAffine):
+            part.look()
 
 
 def jacobian(transform: FlowTransform, x: Tensor, context: Tensor | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pyro_flows._checks import check_choice, check_int
 from pyro_flows.flows.bases import Base, BaseSpec, resolve_base
 from pyro_flows.flows.distribution import FlowDistribution
+from pyro_flows.flows.gradient_filter import GradientFilter
 from pyro_flows.transforms import (
     AffineHead,
     Chain,
@@ -90,7 +91,12 @@ class Flow(nn.Module):
         return base_dist
 
     def forward(
-        self, context: Tensor | None = None, *, path_gradient: bool = True, given: tuple[Tensor, ...] = ()
+        self,
+        context: Tensor | None = None,
+        *,
+        path_gradient: bool = True,
+        given: tuple[Tensor, ...] = (),
+        gradient_filter: GradientFilter | None = None,
     ) -> FlowDistribution:
         """The distribution given a context.
 
@@ -98,6 +104,7 @@ class Flow(nn.Module):
             context: ``batch_shape + (context_dim,)``, or None for an unconditional flow.
             path_gradient: See :class:`FlowDistribution`.
             given: Likewise.
+            gradient_filter: Likewise.
 
         Raises:
             ValueError: If the context is missing, unasked for, or of the wrong length.
@@ -112,7 +119,7 @@ class Flow(nn.Module):
         base_dist = self.base_dist
         if context is not None:
             base_dist = base_dist.expand(context.shape[:-1])
-        return FlowDistribution(base_dist, self.transform, context, path_gradient, given)
+        return FlowDistribution(base_dist, self.transform, context, path_gradient, given, gradient_filter)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +199,9 @@ class FlowSpec:
         assert isinstance(head, AffineHead)
         return Flow(layers, head, whitening if self.correlates or self.head == "full_rank" else None, flow.base)
 
-    def build_local(self, input_dim: int, given_dim: int, feature_dim: int, known: Tensor | None = None) -> Flow:
+    def build_local(
+        self, input_dim: int, given_dim: int, feature_dim: int, known: Tensor | None = None, *, plain: bool = False
+    ) -> Flow:
         """Make a flow for one item of a plate, with weights that all items share and a partially pooled head.
 
         A vector that is too short for the family (one latent an item, under couplings) gets the head alone. A head
@@ -203,7 +212,11 @@ class FlowSpec:
             given_dim: See :class:`~pyro_flows.transforms.PartialPooling`.
             feature_dim: Likewise.
             known: Likewise.
+            plain: Whether items are so many that the head has to do, without networks.
         """
+        if plain:
+            head = PartialPooling(input_dim, given_dim=given_dim, feature_dim=feature_dim, known=known, hidden_dims=())
+            return Flow([], head, base=self._make_base(input_dim))
         layers = self.layers(input_dim, given_dim + feature_dim) if input_dim >= self.min_dim else []
         if self.head != "diagonal" and input_dim > 1:
             layers.append(self._make_head(input_dim, 0))

@@ -15,6 +15,7 @@ from pyro.distributions.score_parts import ScoreParts
 from torch import Tensor
 
 from pyro_flows.flows.bases import StandardNormal, StratifiedNormal, base_score
+from pyro_flows.flows.gradient_filter import GradientFilter
 from pyro_flows.transforms import BoundTransform, FlowTransform
 
 __all__ = ["FlowDistribution"]
@@ -45,6 +46,7 @@ class FlowDistribution(dist.TransformedDistribution):
             and where ``transform.has_score`` is false.
         given: Latents drawn before, of which the context is a function. The path gradient then counts how they steer
             this density, and leaves out how parameters steer it by way of the context.
+        gradient_filter: What the gradients that come back to draws pass through.
 
     References:
         Roeder, Wu, Duvenaud. Sticking the Landing. NeurIPS 2017. arXiv:1703.09194, eq. (8).
@@ -57,7 +59,9 @@ class FlowDistribution(dist.TransformedDistribution):
         context: Tensor | None = None,
         path_gradient: bool = True,
         given: tuple[Tensor, ...] = (),
+        gradient_filter: GradientFilter | None = None,
     ) -> None:
+        self._filter = gradient_filter
         if given and context is not None:
             context = context.expand(base_dist.batch_shape + context.shape[-1:])  # a score for every element
         self._bound = BoundTransform(transform, context)
@@ -71,7 +75,9 @@ class FlowDistribution(dist.TransformedDistribution):
     def expand(self, batch_shape: torch.Size, _instance: object = None) -> FlowDistribution:
         base_dist = self.base_dist.expand(batch_shape)
         bound = self._bound
-        other = FlowDistribution(base_dist, bound.transform, bound.context, self._path_gradient, self._given)
+        other = FlowDistribution(
+            base_dist, bound.transform, bound.context, self._path_gradient, self._given, self._filter
+        )
         other._centered = self._centered
         return other
 
@@ -112,7 +118,10 @@ class FlowDistribution(dist.TransformedDistribution):
         eps = self.base_dist.rsample(sample_shape)
         if not (self._path_gradient and torch.is_grad_enabled()):
             self._draw = None
-            return self._bound(eps)
+            value = self._bound(eps)
+            if self._filter is not None and not torch._C._get_tracing_state():
+                self._filter.clip(value)
+            return value
         if torch._C._get_tracing_state():  # no torch.autograd.grad inside torch.jit.trace
             value = self._bound(eps)
             scorable = self._bound.transform.one_pass_inverse and not self._given
@@ -121,11 +130,29 @@ class FlowDistribution(dist.TransformedDistribution):
         value, score = self._bound.call_with_score(eps.requires_grad_(), base_score(self.base_dist, eps))
         if self._centered and self._bound.context is None and value.dim() > 1 and len(value) > 1:
             value = self._bound.replace_last(self._recentered(value))
-        if self._given and sample_shape:  # one context for several draws: no score for each
-            self._draw = None
-        else:
-            self._draw = (value, score, self._score_in_context(eps, value, score))
+        by_context = None
+        if not (self._given and sample_shape):  # else one context for several draws: no score for each
+            by_context = self._score_in_context(eps, value, score)
+        if self._filter is not None:
+            value = self._bound.replace_last(self._filtered(eps, value, score, by_context))
+        self._draw = None if self._given and sample_shape else (value, score, by_context)
         return value
+
+    def _filtered(self, eps: Tensor, value: Tensor, score: Tensor, by_context: Tensor | None) -> Tensor:
+        """See :class:`GradientFilter`."""
+        assert self._filter is not None
+        log_q = -self._bound.log_abs_det_jacobian(eps, value)
+        if not self._is_normal:  # whose density has no parameters
+            log_q = log_q + self.base_dist.log_prob(eps)
+        through = by_context = value.new_zeros(0) if by_context is None else by_context
+        if by_context.numel():
+            through = self._context_of_given()
+        return self._filter.watch(value, score, log_q, through, by_context)
+
+    def _context_of_given(self) -> Tensor:
+        """The context, with a gradient in the latents that it is given alone."""
+        context: Tensor = _Through.apply(self._bound.context, *self._given)  # type: ignore[no-untyped-call]
+        return context
 
     def _recentered(self, value: Tensor) -> Tensor:
         """See :meth:`centered`."""
@@ -164,8 +191,7 @@ class FlowDistribution(dist.TransformedDistribution):
             else:
                 path = (value * score).sum(-1)
                 if score_in_context is not None:
-                    context: Tensor = _Through.apply(self._bound.context, *self._given)  # type: ignore[no-untyped-call]
-                    path = path + (context * score_in_context).sum(-1)
+                    path = path + (self._context_of_given() * score_in_context).sum(-1)
                 entropy_term = log_prob.detach() + (path - path.detach())
         return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=entropy_term)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -12,28 +13,33 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_feasible
 from torch import Tensor
 from torch.distributions.transforms import Transform
 
-from pyro_flows._checks import check_choice, check_int, check_positive
+from pyro_flows._checks import check_choice, check_positive
 from pyro_flows.flows import FlowDistribution, FlowSpec
 from pyro_flows.flows.resolve import FlowLike, resolve
 from pyro_flows.guides.amortize import checked_encoders
+from pyro_flows.guides.delta import DensityDelta
 from pyro_flows.guides.initialization import init_to_prior_median
 from pyro_flows.guides.joint import JointBlock
 from pyro_flows.guides.local import LocalBlock
 from pyro_flows.guides.local_start import Call, Watch, start, unwatched
 from pyro_flows.guides.posterior import Latents, Posterior
-from pyro_flows.guides.prototype import checked_init, hide_from_guide, trace_latents
-from pyro_flows.guides.store import StoredGuide
+from pyro_flows.guides.prototype import checked_init, has_density, hide_from_guide, trace_latents
+from pyro_flows.guides.refusals import warn_of_refused
+from pyro_flows.guides.step_limit import StepLimit
 from pyro_flows.guides.structure import STRUCTURES, check_plate, local_plates
+from pyro_flows.guides.summaries import SummarizedGuide
 from pyro_flows.plates import full_size
 from pyro_flows.sites import Site
+from pyro_flows.transforms.base import is_recording
 
 __all__ = ["AutoFlowGuide"]
 
 
-class AutoFlowGuide(StoredGuide):
+class AutoFlowGuide(SummarizedGuide):
     r"""A normalizing flow over the latents of a model; takes the place of ``AutoNormal``.
 
     The guide starts exactly at the mean-field normal that ``AutoNormal`` starts at (for families with an identity
@@ -114,11 +120,14 @@ class AutoFlowGuide(StoredGuide):
         check_positive("AutoFlowGuide", "init_scale", init_scale)
         check_choice("AutoFlowGuide", "structure", structure, STRUCTURES)
         super().__init__(model, init_loc_fn=checked_init(init_loc_fn), name=name)
+        self.init_loc_fn_is_default = init_loc_fn is init_to_prior_median
         self._encoders = checked_encoders(amortize)
         self.structure = structure
         self.create_plates = create_plates
         self.init_scale = float(init_scale)
         self.path_gradient = path_gradient
+        self.limits_steps = True
+        self._has_warned = False
         self._spec: FlowSpec | None = resolve(flow)
         if not self._spec.one_pass_sampling:
             raise NotImplementedError(
@@ -151,17 +160,24 @@ class AutoFlowGuide(StoredGuide):
         """
         return self.warm_start_on([(args, kwargs)])
 
-    def warm_start_on(self, calls: Sequence[Call], watch: Watch = unwatched) -> AutoFlowGuide:
+    def warm_start_on(
+        self, calls: Sequence[Call], watch: Watch = unwatched, model: Callable[..., Any] | None = None
+    ) -> AutoFlowGuide:
         """As :meth:`warm_start`, from ``(args, kwargs)`` of many mini-batches, so that every item is in one.
 
-        ``watch`` wraps a pass over them, given with its title, for a progress bar.
+        ``watch`` wraps a pass over them, given with its title, for a progress bar. ``model`` is the model that will be
+        trained, where the guide's own is a part of it, as in ``AutoFlowGuide(poutine.block(model, expose=[...]))``.
         """
         args, kwargs = calls[0]
         posterior = self.setup(*args, **kwargs)._posterior
-        start(self.model, posterior, calls, partial(self._make_plates, {}), self.init_scale, watch)
+        start(model or self.model, posterior, calls, partial(self._make_plates, {}), self.init_scale, watch)
         return self
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        if self.init_loc_fn_is_default and not has_density(self.started_model, args, kwargs):
+            feasible = InitMessenger(checked_init(init_to_feasible))(self.model)
+            if has_density(feasible, args, kwargs):
+                self._model = (self.model, feasible)
         trace = trace_latents(self.started_model, args, kwargs)
         if self.master is not None and self.master().prototype_trace is not None:
             self.master()._check_prototype(trace)
@@ -175,13 +191,16 @@ class AutoFlowGuide(StoredGuide):
             with poutine.block():
                 self._create_plates(*args, **kwargs)  # NeuTraReparam reads them, perhaps before any call.
         plates = self.plates if self.master is None else getattr(self.master(), "plates", {})
+        with poutine.block():
+            given = () if self.create_plates is None else self.create_plates(*args, **kwargs)
+        given = [given] if isinstance(given, pyro.plate) else given
         assert self._spec is not None
         posterior = Posterior(
             self.model,
             trace,
             self._spec,
             self.init_scale,
-            local=local_plates(trace, plates, self._encoders, self.structure),
+            local=local_plates(trace, plates, [plate.name for plate in given], self._encoders, self.structure),
             amortize=self._encoders,
             args=args,
             kwargs=kwargs,
@@ -202,7 +221,13 @@ class AutoFlowGuide(StoredGuide):
                 "Call `guide.setup(*args, **kwargs)` with the model's arguments first."
             )
         assert isinstance(posterior, Posterior)
+        posterior.step_limit.apply()
         return posterior
+
+    @property
+    def step_limit(self) -> StepLimit:
+        """The limit on steps of all but the Gaussian; see :class:`~pyro_flows.guides.step_limit.StepLimit`."""
+        return self._posterior.step_limit
 
     def _trained(self) -> Posterior:
         return self._posterior
@@ -211,6 +236,11 @@ class AutoFlowGuide(StoredGuide):
     def _joint(self) -> JointBlock:
         """The one block of a guide without local latents."""
         return self._posterior.only_block
+
+    @property
+    def num_refused(self) -> int:
+        """Number of draws' gradients that had entries that were not finite, which counted as zero."""
+        return sum(part.num_refused for part in self._posterior.filters())
 
     # Distribution
 
@@ -265,15 +295,19 @@ class AutoFlowGuide(StoredGuide):
         Returns:
             Site name -> value; local ones for the items of the mini-batch.
         """
-        self.setup(*args, **kwargs)
+        posterior = self.setup(*args, **kwargs)._posterior
+        if self.num_refused and not self._has_warned and not is_recording():
+            self._has_warned = True
+            warn_of_refused(self.model, posterior, args, kwargs)
         self._declare_parameters()
-        posterior = self._posterior
+        if self.limits_steps:
+            posterior.step_limit.mark()
         encoded = self._encode(args, kwargs)
         plates = self._make_plates(encoded, args, kwargs)
         unconstrained: dict[str, tuple[Site, Tensor]] = {}
         latents: Latents = {}
         if posterior.joint is not None:
-            joint = posterior.joint.distribution(path_gradient=self.path_gradient)
+            joint = posterior.joint.distribution(path_gradient=self.path_gradient, filtered=True)
             latents[()] = pyro.sample(f"_{self._pyro_name}_latent", joint, infer={"is_auxiliary": True})
             unconstrained |= {site.name: (site, value) for site, value in posterior.joint.table.split(latents[()])}
         for block in posterior.blocks():
@@ -285,7 +319,7 @@ class AutoFlowGuide(StoredGuide):
         for name in posterior.order:
             site, latent = unconstrained[name]
             value, log_density = site.constrain(latent)
-            delta = dist.Delta(value, 0.0 if no_density else log_density, event_dim=site.event_dim)
+            delta = DensityDelta(value, 0.0 if no_density else log_density, event_dim=site.event_dim)
             with ExitStack() as stack:
                 for frame in site.frames:
                     stack.enter_context(plates[frame.name])
@@ -311,90 +345,16 @@ class AutoFlowGuide(StoredGuide):
                 if encoder is not None:
                     output = encoded[name] if name in encoded else encoder(args, kwargs)
                     rows[name] = encoder.rows(output, plates[name].size, indices[name])
+            sizes = [(plates[name].size, plates[name].subsample_size) for name in block.table.names]
+            block.gradient_filter.largest_multiple = math.prod(size / count for size, count in sizes)
             distribution = block.distribution(
                 block.item_context(indices, rows),
                 latents,
                 posterior.joint,
                 posterior.parents(block),
                 path_gradient=self.path_gradient,
+                filtered=True,
             )
             name = f"_{self._pyro_name}_{'_'.join(block.table.names)}_latent"
             value: Tensor = pyro.sample(name, distribution, infer={"is_auxiliary": True})
         return value
-
-    # Summaries
-
-    @torch.no_grad()
-    def sample_posterior(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Draw from the guide, without gradients.
-
-        Args:
-            num_samples: Number of draws, >= 1.
-            args: The model's arguments; needed if the guide is not set up yet, and for encoders.
-            kwargs: Likewise.
-
-        Returns:
-            Site name -> ``(num_samples, *site shape)``; over full plates, and for amortized plates over the items of
-            the arguments.
-        """
-        check_int("sample_posterior", "num_samples", num_samples, 1)
-        return self.setup(*args, **kwargs)._posterior.sample(num_samples, args, kwargs)
-
-    def log_prob(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """Log density of the guide at given values, in the model's own (constrained) space.
-
-        Differentiable in the values and in the guide's parameters.
-
-        Args:
-            values: Site name -> ``batch_shape + site shape``, for every latent site, over full plates.
-            args: The model's arguments; needed if the guide is not set up yet, and for encoders.
-            kwargs: Likewise.
-
-        Returns:
-            ``batch_shape``.
-
-        Raises:
-            ValueError: If sites are missing or a shape does not fit.
-            NotImplementedError: If the family has no inverse (``has_inverse`` of its spec).
-        """
-        return self.setup(*args, **kwargs)._posterior.log_prob(values, args, kwargs)
-
-    @torch.no_grad()
-    def quantiles(
-        self, quantiles: Sequence[float] | Tensor, *args: Any, num_samples: int | None = None, **kwargs: Any
-    ) -> dict[str, Tensor]:
-        r"""Quantiles of each coordinate of each site, from draws.
-
-        Taken in unconstrained space and mapped to the support, so that the result is on it. The standard error of
-        the p-quantile is at most :math:`\sqrt{p (1 - p) / S} / f`, with :math:`f` the density there: for a normal 2 %
-        of a standard deviation at the median and 4 % at 5 %, with the default number of draws. The noise is the same
-        at each call and symmetric (as far as the base is), so results repeat and a Gaussian guide's median is exact.
-
-        Args:
-            quantiles: Probabilities in [0, 1].
-            args: The model's arguments; needed if the guide is not set up yet, and for encoders.
-            num_samples: Number of draws, >= 1. None takes 4000, fewer (but 100 at least) where plates have more
-                than 10,000 items.
-            kwargs: As ``args``.
-
-        Returns:
-            Site name -> ``(len(quantiles), *site shape)``.
-        """
-        posterior = self.setup(*args, **kwargs)._posterior
-        if num_samples is None:
-            items = max((block.table.num_items for block in posterior.blocks()), default=1)
-            num_samples = max(100, min(4000, 40_000_000 // items))
-        check_int("quantiles", "num_samples", num_samples, 1)
-        levels = torch.as_tensor(quantiles)
-        if levels.dim() != 1 or not ((levels >= 0) & (levels <= 1)).all():
-            raise ValueError(f"quantiles: expected a list of probabilities in [0, 1], but got {quantiles}.")
-        return posterior.quantiles(levels, num_samples, args, kwargs)
-
-    def median(self, *args: Any, num_samples: int | None = None, **kwargs: Any) -> dict[str, Tensor]:
-        """Median of each coordinate of each site, from draws; see :meth:`quantiles` for the error.
-
-        Returns:
-            Site name -> value of the site's shape.
-        """
-        medians = self.quantiles([0.5], *args, num_samples=num_samples, **kwargs)
-        return {name: value.squeeze(0) for name, value in medians.items()}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pyro_flows.flows import Flow, FlowDistribution, FlowSpec
 from pyro_flows.flows.bases import MixtureBase, StudentTBase
+from pyro_flows.flows.gradient_filter import GradientFilter
 from pyro_flows.guides.base_start import fit_modes, fit_tails
 from pyro_flows.guides.conditional_start import follow_data
 from pyro_flows.guides.log_joint import LogJoint, PulledBack, Target
@@ -51,6 +52,8 @@ MATRIX_DIM = 64
 FOLLOW_ROUNDS = 2
 # Above this dimension warm starts have a few correlated directions only.
 WHITENING_DIM = 300
+# Above this one none at all.
+CORRELATED_DIM = 20_000
 
 
 def build_reproducibly(build: Callable[[], Flow]) -> Flow:
@@ -69,6 +72,8 @@ def build_reproducibly(build: Callable[[], Flow]) -> Flow:
 
 def _whitening(dim: int) -> FixedAffine | None:
     """What a warm start can set; memory grows linearly above a few hundred dimensions."""
+    if dim > CORRELATED_DIM:
+        return None
     if dim > WHITENING_DIM:
         return LowRankWhitening(dim, RANK)
     return Whitening(dim) if dim > 1 else None
@@ -115,6 +120,7 @@ class JointBlock(nn.Module):
         flow = build_reproducibly(lambda: spec.build_joint(sizes, pooling=pooling, whitening=whitening))
         self.flow = flow.to(dtype=table.init_loc.dtype, device=table.init_loc.device)
         self.flow.head.initialize(table.init_loc, torch.full_like(table.init_loc, init_scale))
+        self.gradient_filter = GradientFilter(table.latent_dim).to(table.init_loc)
 
     @torch.no_grad()
     def start(self, loc: Tensor, factor: Tensor) -> None:
@@ -262,9 +268,10 @@ class JointBlock(nn.Module):
                 return low_rank.elbo
         return elbo
 
-    def distribution(self, *, path_gradient: bool) -> FlowDistribution:
-        """The distribution of the packed vector."""
-        distribution: FlowDistribution = self.flow(path_gradient=path_gradient)
+    def distribution(self, *, path_gradient: bool, filtered: bool = False) -> FlowDistribution:
+        """The distribution of the packed vector; ``filtered``: with the filter of the gradients of its draws."""
+        gradient_filter = self.gradient_filter if filtered else None
+        distribution: FlowDistribution = self.flow(path_gradient=path_gradient, gradient_filter=gradient_filter)
         return distribution
 
     def standardize(self, packed: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyro_flows.flows import FlowDistribution, FlowSpec
+from pyro_flows.flows.gradient_filter import GradientFilter
 from pyro_flows.guides.joint import JointBlock, build_reproducibly
 from pyro_flows.guides.prior import LinearPrior
 from pyro_flows.plates import LocalTable
@@ -42,6 +43,7 @@ class LocalBlock(nn.Module):
         parents: Blocks whose latents each item is given: those of a part of its plates.
         encoder_dim: Length of the encoders' output, or None for a table.
         prior: The items' priors, where they were found in the model.
+        is_long: Whether a mini-batch has so many items that their flows are to be Gaussians, without networks.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class LocalBlock(nn.Module):
         parents: Sequence[LocalBlock],
         encoder_dim: int | None,
         prior: LinearPrior | None,
+        is_long: bool = False,
     ) -> None:
         super().__init__()
         self.table = table
@@ -63,10 +66,14 @@ class LocalBlock(nn.Module):
         self.prior = prior
         joint_dim = joint.table.latent_dim if joint is not None else 0
         given_dim = min(joint_dim, MAX_GIVEN_DIM) + sum(parent.table.item_dim for parent in parents)
-        feature_dim = EMBEDDING_DIM if encoder_dim is None else encoder_dim
+        self.embedding_dim = 0 if is_long else EMBEDDING_DIM
+        feature_dim = self.embedding_dim if encoder_dim is None else encoder_dim
         spec = spec.with_blocks([site.size for site in table.sites])
         known = None if prior is None else prior.known
-        self.flow = build_reproducibly(lambda: spec.build_local(table.item_dim, given_dim, feature_dim, known))
+        self.flow = build_reproducibly(
+            lambda: spec.build_local(table.item_dim, given_dim, feature_dim, known, plain=is_long)
+        )
+        self.gradient_filter = GradientFilter(table.item_dim)
         self.to(dtype=init_loc.dtype, device=init_loc.device)
         start = init_loc.reshape(-1, table.item_dim)
         if encoder_dim is not None:
@@ -77,7 +84,7 @@ class LocalBlock(nn.Module):
         gaussian = None if prior is None else prior(torch.cat([*given, start.new_zeros(0)]))
         if encoder_dim is not None and prior is not None and gaussian is not None:
             scale = torch.where(prior.known, gaussian.chunk(2)[1].exp(), scale)
-        own = self.head.start(start, scale, gaussian)
+        own = self.head.start(start, scale, gaussian, in_scales=encoder_dim is not None)
         self.project = None
         if joint_dim > MAX_GIVEN_DIM:
             self.project = nn.Parameter(own.new_empty(MAX_GIVEN_DIM, joint_dim).normal_(std=joint_dim**-0.5))
@@ -85,7 +92,7 @@ class LocalBlock(nn.Module):
         self.encoded: ContextParameters | None = None
         if encoder_dim is None:
             # The shared layers learn to tell items apart by these; from zero neither would have a gradient.
-            embedding = torch.randn_like(own[:, :1].expand(-1, EMBEDDING_DIM))
+            embedding = torch.randn_like(own[:, :1].expand(-1, self.embedding_dim))
             self.items = nn.Parameter(torch.cat([embedding, own], -1))  # (items, embedding + own Gaussian)
         else:
             self.encoded = ContextParameters(own, encoder_dim, refines=False).to(own)
@@ -113,7 +120,7 @@ class LocalBlock(nn.Module):
                 have their full weight.
         """
         assert self.items is not None
-        self.items[:, EMBEDDING_DIM:] = self.head.start(loc, scale, prior, max_share=math.inf)
+        self.items[:, self.embedding_dim :] = self.head.start(loc, scale, prior, max_share=math.inf, in_scales=True)
 
     def known_prior(
         self, latents: Mapping[tuple[str, ...], Tensor], joint: JointBlock | None, parents: Sequence[LocalBlock]
@@ -167,6 +174,7 @@ class LocalBlock(nn.Module):
         parents: Sequence[LocalBlock],
         *,
         path_gradient: bool,
+        filtered: bool = False,
     ) -> FlowDistribution:
         """The distribution of the items' packed vectors, batch shape ``lead``, event shape ``(item_dim,)``.
 
@@ -176,10 +184,14 @@ class LocalBlock(nn.Module):
             joint: As in the constructor.
             parents: As in the constructor.
             path_gradient: See :class:`~pyro_flows.flows.FlowDistribution`.
+            filtered: Whether the gradients of draws pass the block's filter.
         """
         given = _given(latents, joint, parents) if torch.is_grad_enabled() else []
         distribution: FlowDistribution = self.flow(
-            self.context(items, latents, joint, parents), path_gradient=path_gradient, given=tuple(given)
+            self.context(items, latents, joint, parents),
+            path_gradient=path_gradient,
+            given=tuple(given),
+            gradient_filter=self.gradient_filter if filtered else None,
         )
         return distribution
 

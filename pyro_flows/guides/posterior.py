@@ -12,15 +12,20 @@ from torch import Tensor, nn
 
 from pyro_flows.flows import DiagonalNormal, FlowSpec, Mixture
 from pyro_flows.flows.bases import resolve_base
+from pyro_flows.flows.gradient_filter import GradientFilter
 from pyro_flows.guides.amortize import Encoder, probe
 from pyro_flows.guides.joint import JointBlock
 from pyro_flows.guides.local import LocalBlock
 from pyro_flows.guides.prior import read_joint_prior, read_prior
+from pyro_flows.guides.step_limit import StepLimit
 from pyro_flows.plates import LocalTable, partition
 from pyro_flows.sites import Site, SiteTable, decreasing, quantiles
 
 __all__ = ["Posterior"]
 
+# Items of a mini-batch, beyond which each has a Gaussian in place of a flow: a network of every item would cost a
+# hundred times what AutoNormal does.
+MAX_FLOWS = 20_000
 # Draws times items that are in flight at once in summaries.
 MAX_ROWS = 2**18
 
@@ -98,7 +103,29 @@ class Posterior(nn.Module):
                 parents=parents,
                 encoder_dim=sum(encoder_dims) if encoder_dims else None,
                 prior=prior,
+                is_long=not encoder_dims and starts[own.names].shape[:-1].numel() > MAX_FLOWS,
             )
+        self.step_limit = StepLimit(self, self.filters())
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module, after the last step was limited."""
+        self.step_limit.apply()
+        return super().state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.step_limit.forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def filters(self) -> list[GradientFilter]:
+        """The filters of all blocks' gradients."""
+        return [part for part in self.modules() if isinstance(part, GradientFilter)]
+
+    def refused_values(self) -> dict[str, Tensor] | None:
+        """Values of the first draw whose gradient was not finite, in a guide without local latents; None elsewhere."""
+        if self.joint is None or len(self.local) or self.joint.gradient_filter.refused_draw is None:
+            return None
+        split = self.joint.table.split(self.joint.gradient_filter.refused_draw)
+        return {site.name: site.to_support(part) for site, part in split}
 
     def _encoders(self) -> Iterator[Encoder]:
         for encoder in self.encoders.values():

@@ -227,7 +227,7 @@ def _are_told_apart(
 
 def _correlations(table: SiteTable, found: Mapping[str, Any], values: Mapping[str, Tensor]) -> set[tuple[str, str]]:
     """Multivariate normal sites, and the sites that are the Cholesky factors of their correlations."""
-    factors = [site.name for site in table if isinstance(site.to_support, CorrCholeskyTransform)]
+    factors = [site.name for site in table if isinstance(getattr(site.to_support, "base", None), CorrCholeskyTransform)]
     pairs = set()
     for site in table:
         fn = _unwrapped(found[site.name])

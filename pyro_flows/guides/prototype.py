@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch.distributions import biject_to
 
-__all__ = ["checked_init", "hide_from_guide", "trace_latents"]
+__all__ = ["checked_init", "has_density", "hide_from_guide", "trace_latents"]
 
 OWNER = "AutoFlowGuide"
 # Their support is the circle, though torch declares the real line.
@@ -74,6 +75,18 @@ def trace_latents(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
             "`guide = lambda *args, **kwargs: None`."
         )
     return trace
+
+
+@torch.no_grad()
+def has_density(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a run of a model, apart from all handlers, has a finite log density; leaves the random state alone."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            trace = poutine.block(poutine.trace(model).get_trace)(*args, **kwargs)
+            return bool(torch.as_tensor(trace.log_prob_sum()).isfinite())
+        except Exception:  # the run that follows says it again, to the user
+            return False
 
 
 def _check_plates(name: str, site: dict[str, Any]) -> None:

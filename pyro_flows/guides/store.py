@@ -17,6 +17,8 @@ from pyro.infer.autoguide import AutoContinuous
 from pyro.nn.module import _is_module_local_param_enabled
 from torch import Tensor, nn
 
+from pyro_flows.transforms import FixedAffine
+
 __all__ = ["StoredGuide"]
 
 
@@ -38,6 +40,9 @@ class StoredGuide(AutoContinuous):
         self._model = (model, *self._model)  # the second one has its latents at their start
         self._given_name = name
         self._registered = False
+        self._own: list[tuple[str, nn.Parameter]] | None = (
+            None  # found once: looking takes as long as many an operation
+        )
         if name is not None:
             self._pyro_name = name
 
@@ -66,7 +71,7 @@ class StoredGuide(AutoContinuous):
     def __getstate__(self) -> dict[str, Any]:
         for param in self.parameters():
             param.__dict__.pop("unconstrained", None)  # A weak reference that pyro.param sets at each call.
-        return {**self.__dict__, "_model": None, "master": None, "_registered": False}
+        return {**self.__dict__, "_model": None, "master": None, "_registered": False, "_own": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StoredGuide:
         """A copy with parameters of its own and the same model; it takes a new name in the parameter store."""
@@ -79,7 +84,9 @@ class StoredGuide(AutoContinuous):
 
     def _declare_parameters(self) -> None:
         """Run a param statement for every trainable parameter, so that SVI finds it."""
-        params = [(name, p) for name, p in self._trained().named_parameters("posterior") if p.requires_grad]
+        if self._own is None:
+            self._own = list(self._trained().named_parameters("posterior"))
+        params = [(name, p) for name, p in self._own if p.requires_grad]
         if _is_module_local_param_enabled():
             for name, param in params:
                 fullname = f"{self._pyro_name}.{name}"
@@ -141,3 +148,6 @@ class StoredGuide(AutoContinuous):
                 )
             param.copy_(found)
             del store[fullname]
+        for part in self._trained().modules():
+            if isinstance(part, FixedAffine):
+                part.look()

@@ -22,13 +22,18 @@ MAX_JOINT_DIM = 10_000
 
 
 def local_plates(
-    trace: Trace, plates: Mapping[str, pyro.plate], amortized: Collection[str], structure: str
+    trace: Trace,
+    plates: Mapping[str, pyro.plate],
+    given: Collection[str],
+    amortized: Collection[str],
+    structure: str,
 ) -> frozenset[str]:
     """Names of the plates whose latents are local; see ``AutoFlowGuide``.
 
     Args:
         trace: The model's latent sites.
         plates: The guide's plates.
+        given: Names of those that the user gave by ``create_plates``: later calls may subsample what this one does not.
         amortized: Names of the plates to amortize.
         structure: One of :data:`STRUCTURES`.
 
@@ -49,6 +54,8 @@ def local_plates(
             )
     subsampled = {name for name in sites if name in plates and plates[name].subsample_size < plates[name].size}
     local = subsampled | set(amortized)
+    if structure == "auto":
+        local |= set(sites) & set(given)
     if structure == "joint" and local:
         plate = min(local)
         raise ValueError(

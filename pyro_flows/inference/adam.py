@@ -10,7 +10,7 @@ import pyro.optim.clipped_adam
 import torch
 from torch import Tensor
 
-__all__ = ["AdamRule"]
+__all__ = ["AdamRule", "limited_step"]
 
 
 class AdamRule:
@@ -83,13 +83,35 @@ class AdamRule:
         return torch.tensor((rate, root), dtype=like.dtype, device=like.device)
 
     def update(
-        self, parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rates: Tensor
+        self, parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rates: Tensor, per_limit: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The new parameter and moments; can be recorded."""
+        """The new parameter and moments; can be recorded.
+
+        Args:
+            parameter: ``(N,)``.
+            gradient: ``(N,)``; entries that are not finite count as zero, since moments would never forget them.
+            first: From :attr:`moments`.
+            second: Likewise.
+            rates: From :meth:`next_rates`.
+            per_limit: See :func:`limited_step`.
+        """
+        gradient = gradient.nan_to_num(0.0, 0.0, 0.0)
         (beta1, beta2), eps, bound = self.options
         rate, root = rates.unbind(0)
         if bound is not None:
             gradient = gradient.clamp(-bound, bound)
         first = torch.lerp(first, gradient, 1.0 - beta1)
         second = beta2 * second + (1.0 - beta2) * gradient * gradient
-        return parameter - rate * first / (second.sqrt() / root + eps), first, second
+        step = -rate * first / (second.sqrt() / root + eps)
+        return parameter + limited_step(step, per_limit), first, second
+
+
+def limited_step(step: Tensor, per_limit: Tensor) -> Tensor:
+    """A step with its limited entries shortened, all by one factor, so that none is longer than its limit.
+
+    Args:
+        step: ``(N,)``.
+        per_limit: One over the limit of each entry, and zero where there is none, ``(N,)``.
+    """
+    excess = (step.abs() * per_limit).amax().clamp_min(1.0)
+    return torch.where(per_limit > 0.0, step / excess, step)

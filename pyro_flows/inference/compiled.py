@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +17,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_flows._checks import check_int
+from pyro_flows.guides.posterior import Posterior
+from pyro_flows.guides.step_limit import StepLimit
 from pyro_flows.inference.adam import AdamRule
-from pyro_flows.inference.record import FlatParameter, LossGraph, RecordingError
+from pyro_flows.inference.parameters import FlatParameter, RecordingError, modules_of, state_of
+from pyro_flows.inference.record import LossGraph
 
 __all__ = ["CompiledSVI"]
 
@@ -79,6 +83,7 @@ class CompiledSVI(SVI):
         self._parameter: FlatParameter | None = None
         self._graphs: list[LossGraph] = []
         self._is_eager = False
+        self._has_warned = False
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """One step; the loss before it, as ``SVI.step`` returns."""
@@ -89,12 +94,18 @@ class CompiledSVI(SVI):
         else:
             graph = self._graph(args, kwargs)
             if graph is None:
-                return float(super().step(*args, **kwargs))
+                with self._parameter.limited():
+                    value = float(super().step(*args, **kwargs))
+                self._forget_steps()
+                return value
             loss, gradient = graph(args, kwargs)
             if graph.rule is None:
-                self._parameter.flat.grad = gradient
-                self.optim([self._parameter.flat])
+                self._parameter.flat.grad = gradient.nan_to_num(0.0, 0.0, 0.0)
+                with self._parameter.limited():
+                    self.optim([self._parameter.flat])
             value = float(loss)
+            if not math.isfinite(value):
+                self._warn_of_refused()
         if graph is not None and graph.is_fresh:
             self._compile(graph, args, kwargs)
         return value
@@ -107,7 +118,7 @@ class CompiledSVI(SVI):
         found = {id(leaf): leaf for leaf in (node["value"].unconstrained() for node in capture.trace.nodes.values())}
         parameter = None
         try:
-            parameter = FlatParameter([leaf for leaf in found.values() if leaf.grad is not None])
+            parameter = FlatParameter([leaf for leaf in found.values() if leaf.grad is not None], self._limits)
             graph = self._record(parameter, args, kwargs)
         except RecordingError as error:
             self._give_up(error)
@@ -118,7 +129,9 @@ class CompiledSVI(SVI):
             return float(loss), None
         self._parameter = parameter
         parameter.gather_gradients()
-        self.optim([parameter.flat])
+        with parameter.limited():
+            self.optim([parameter.flat])
+        self._forget_steps()
         return float(loss), graph
 
     def run(self, num_steps: int, *args: Any, progress: bool = False, **kwargs: Any) -> list[float]:
@@ -159,10 +172,31 @@ class CompiledSVI(SVI):
             return None
 
     def _record(self, parameter: FlatParameter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LossGraph:
-        with torch.random.fork_rng():  # the next step has the noise that it would have had
-            graph = LossGraph(self._loss, parameter, args, kwargs)
+        graph = LossGraph(self._loss, parameter, args, kwargs, state_of(self.model, self.guide))
+        self._forget_steps()
         self._graphs.append(graph)
         return graph
+
+    @property
+    def _limits(self) -> list[StepLimit]:
+        """The limits that guides have on steps of some of their parameters."""
+        parts = [part for module in modules_of(self.guide) for part in module.modules()]
+        return list({id(part): part.step_limit for part in parts if isinstance(part, Posterior)}.values())
+
+    def _forget_steps(self) -> None:
+        """Limits are kept here: guides have nothing to put back."""
+        for limit in self._limits:
+            limit.forget()
+
+    def _warn_of_refused(self) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                "CompiledSVI: the loss of a step is not finite. Parameters whose gradient was not finite stay where "
+                "they were, and the next step goes on from there; this is said once. Take the step with "
+                "pyro.infer.SVI to hear which site it was.",
+                stacklevel=3,
+            )
 
     def _give_up(self, error: RecordingError) -> None:
         """Go on with eager steps."""

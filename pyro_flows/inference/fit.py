@@ -25,8 +25,9 @@ from pyro_flows.transforms.matrix_pooling import MatrixPooling
 
 __all__ = ["FitResult", "fit"]
 
-# Learning rates: from a warm start, in many dimensions, without one, and for networks that read data.
-RATE_WARM, RATE_WARM_MANY, RATE_COLD, RATE_AMORTIZED = 2e-2, 1e-2, 1e-2, 2e-3
+# Learning rates: from a warm start, in many dimensions, without one, without one because modes are to be found, which
+# lie far apart, and for networks that read data.
+RATE_WARM, RATE_WARM_MANY, RATE_COLD, RATE_ANNEALED, RATE_AMORTIZED = 2e-2, 1e-2, 1e-2, 4e-2, 2e-3
 MANY_DIMENSIONS = 50
 # Mini-batches that items are warm-started from.
 WARM_CALLS = 1000
@@ -169,12 +170,12 @@ def fit(
             torch.default_generator.manual_seed(seed)
         batches = Batches(args, kwargs)
         record = Checkpoint(checkpoint)
-        warm = not (anneal or record.exists) and _warm_start(guide, batches, progress=progress)
+        warm = not (anneal or record.exists) and _warm_start(model, guide, batches, progress=progress)
         objective = Objective(model, guide, batches)
         if num_particles is None:
             num_particles = _default_particles(objective)
-        rate = learning_rate or _default_rate(guide, warm=warm)
-        with sparse_tables(guide, enabled=objective.subsampled) as tables:
+        rate = learning_rate or _default_rate(guide, warm=warm, anneal=anneal)
+        with own_pace(guide), sparse_tables(guide, enabled=objective.subsampled) as tables:
             trainer = Trainer(objective, num_particles, rate, tables, compile)
             run = Run(trainer, num_steps, record, anneal=anneal, progress=progress)
             try:
@@ -197,7 +198,7 @@ def fit(
     )
 
 
-def _warm_start(guide: Callable[..., Any], batches: Batches, *, progress: bool) -> bool:
+def _warm_start(model: Callable[..., Any], guide: Callable[..., Any], batches: Batches, *, progress: bool) -> bool:
     if not isinstance(guide, AutoFlowGuide) or guide.prototype_trace is not None:
         return False
     calls = batches.one_pass(WARM_CALLS)
@@ -210,7 +211,7 @@ def _warm_start(guide: Callable[..., Any], batches: Batches, *, progress: bool) 
         return tqdm(passed, desc=f"warm start, {title}", total=total, disable=not progress, mininterval=0.5)
 
     try:
-        guide.warm_start_on(calls, watch)
+        guide.warm_start_on(calls, watch, model)
     except NotImplementedError:  # amortized plates, say
         return False
     return True
@@ -228,6 +229,22 @@ def _default_particles(objective: Objective) -> int:
 
 
 @contextmanager
+def own_pace(guide: Callable[..., Any]) -> Iterator[None]:
+    """A guide whose steps are not limited: the rates here suit a flow, and what diverges is taken back."""
+    parts = guide.modules() if isinstance(guide, torch.nn.Module) else ()
+    flows = [part for part in parts if isinstance(part, AutoFlowGuide)]  # several in an AutoGuideList
+    try:
+        for flow in flows:
+            flow.limits_steps = False
+            flow.step_limit.forget()
+        yield
+    finally:
+        for flow in flows:
+            flow.limits_steps = True
+            flow.step_limit.forget()
+
+
+@contextmanager
 def sparse_tables(guide: Callable[..., Any], *, enabled: bool) -> Iterator[list[Tensor]]:
     """The items' tables of a guide, whose gradients are sparse here."""
     blocks = list(guide.posterior.blocks()) if enabled and isinstance(guide, AutoFlowGuide) else []
@@ -241,9 +258,9 @@ def sparse_tables(guide: Callable[..., Any], *, enabled: bool) -> Iterator[list[
             block.sparse = False
 
 
-def _default_rate(guide: Callable[..., Any], *, warm: bool) -> float:
+def _default_rate(guide: Callable[..., Any], *, warm: bool, anneal: bool) -> float:
     if warm:
         assert isinstance(guide, AutoFlowGuide)
         return RATE_WARM if guide.latent_dim <= MANY_DIMENSIONS else RATE_WARM_MANY
     amortized = isinstance(guide, AutoFlowGuide) and len(guide.posterior.encoders) > 0
-    return RATE_AMORTIZED if amortized else RATE_COLD
+    return RATE_AMORTIZED if amortized else RATE_ANNEALED if anneal else RATE_COLD

@@ -23,7 +23,8 @@ from pyro_flows.diagnostics.psis import nearly_constant, pareto_smooth
 from pyro_flows.diagnostics.weights import log_weights
 from pyro_flows.flows import FlowDistribution
 from pyro_flows.guides.log_joint import NO_DENSITY
-from pyro_flows.inference.record import FlatParameter, LossGraph, RecordingError, leaves_of, used_leaves
+from pyro_flows.inference.parameters import FlatParameter, RecordingError, leaves_of, state_of, trial
+from pyro_flows.inference.record import LossGraph, used_leaves
 
 __all__ = ["Batches", "Estimate", "Objective"]
 
@@ -212,11 +213,12 @@ class Objective:
         """
         args, kwargs = self.batches.first
         loss = self._loss(elbo, "differentiable_loss")
-        with torch.random.fork_rng():
+        state = state_of(self.model, self.guide)
+        with trial(state):
             leaves = used_leaves(loss, self.leaves, args, kwargs)
             flat = FlatParameter(leaves)
             try:
-                self._graph = LossGraph(loss, flat, args, kwargs)
+                self._graph = LossGraph(loss, flat, args, kwargs, state)
             except RecordingError:
                 flat.release()
                 raise

@@ -15,7 +15,6 @@ from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from torch import Tensor
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -25,8 +24,9 @@ from torch.utils import _pytree as pytree
 
 from pyro_flows.inference.adam import AdamRule
 from pyro_flows.inference.machine_code import to_machine_code, without_collector
+from pyro_flows.inference.parameters import FlatParameter, RecordingError, trial
 
-__all__ = ["FlatParameter", "LossGraph", "RecordingError", "leaves_of", "used_leaves"]
+__all__ = ["LossGraph", "used_leaves"]
 
 # A graph has to give the loss and the gradient of the eager code from the same noise, up to rounding: relative to
 # their size, by precision.
@@ -38,66 +38,6 @@ SITE_PACKAGES = os.path.dirname(LIBRARIES[1][:-1]) + os.sep
 OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 Loss = Callable[..., Tensor]
-
-
-class RecordingError(RuntimeError):
-    """A step that is no fixed sequence of tensor operations; the message says which line makes it so."""
-
-
-class FlatParameter:
-    """Leaves of a model and a guide as views of one vector, so that an optimiser has a single tensor to move.
-
-    The leaves stay what they are to everyone else (parameters of modules, entries of Pyro's store), but share memory
-    with :attr:`flat` until :meth:`release`; so does :attr:`vector`, which is no parameter.
-
-    Args:
-        leaves: Unconstrained parameters, of one dtype and on one device.
-
-    Raises:
-        RecordingError: If there are none, or they are of several dtypes or on several devices.
-    """
-
-    def __init__(self, leaves: Sequence[Tensor]) -> None:
-        kinds = {(leaf.dtype, leaf.device) for leaf in leaves}
-        if len(kinds) != 1:
-            found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds)) or "none"
-            raise RecordingError(f"expected parameters of one dtype on one device, but got {found}")
-        self.leaves = list(leaves)
-        self.flat = torch.nn.Parameter(torch.cat([leaf.detach().reshape(-1) for leaf in leaves]))
-        self.vector = self.flat.detach()
-        self.sizes = [leaf.numel() for leaf in leaves]
-        for leaf, part in zip(leaves, self.flat.detach().split(self.sizes), strict=True):
-            leaf.data = part.view(leaf.shape)
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether all leaves still share memory with the vector: nobody has given one other memory."""
-        step = self.flat.element_size()
-        address = self.flat.data_ptr()
-        for leaf, size in zip(self.leaves, self.sizes, strict=True):
-            if leaf.data_ptr() != address:
-                return False
-            address += size * step
-        return True
-
-    def gather_gradients(self) -> None:
-        """Move the gradients of the leaves into that of the vector."""
-        parts = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self.leaves]
-        self.flat.grad = torch.cat([part.reshape(-1) for part in parts])
-        for leaf in self.leaves:
-            leaf.grad = None
-
-    def release(self) -> None:
-        """Give each leaf memory of its own again."""
-        for leaf in self.leaves:
-            leaf.data = leaf.detach().clone()
-
-
-def leaves_of(run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """Unconstrained leaves of all param statements of a run."""
-    with pyro.validation_enabled(False), poutine.block(), poutine.trace(param_only=True) as capture:
-        run(*args, **kwargs)
-    return [node["value"].unconstrained() for node in capture.trace.nodes.values()]
 
 
 def used_leaves(loss: Loss, leaves: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -120,6 +60,7 @@ class LossGraph:
         parameter: What to differentiate in.
         args: Arguments to record with.
         kwargs: Likewise.
+        state: Tensors that the loss may change in place, such as running means. Trials leave them as they were.
 
     Raises:
         RecordingError: If the loss is no fixed sequence of tensor operations, or the graph does not agree with it.
@@ -130,8 +71,16 @@ class LossGraph:
         is_fresh: Whether nobody has tried to compile it yet.
     """
 
-    def __init__(self, loss: Loss, parameter: FlatParameter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        loss: Loss,
+        parameter: FlatParameter,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        state: Sequence[Tensor] = (),
+    ) -> None:
         self._parameter = parameter
+        self._state = tuple(state)
         self.rule: AdamRule | None = None
         self.is_fresh = True
         self._structure = _structure(args, kwargs)
@@ -147,12 +96,12 @@ class LossGraph:
             return value.detach(), *torch.autograd.grad(value, leaves)
 
         with _recordable():
-            state = torch.random.get_rng_state()
-            expected = gradient(parameter.leaves, data)
-            torch.random.set_rng_state(state)
+            with trial(self._state):
+                expected = gradient(parameter.leaves, data)
             try:
                 # One mode for all that is noted of tensors: else each tensor gets its own, with a trace of the stack.
-                with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))), without_collector():
+                fake = FakeTensorMode(allow_fallback_kernels=True)
+                with trial(self._state), tracing(TracingContext(fake)), without_collector():
                     graph = make_fx(gradient)(parameter.leaves, data)
             except Exception as error:  # whatever torch says of code that it can't follow
                 raise RecordingError(_reason(error)) from error
@@ -165,9 +114,10 @@ class LossGraph:
         self._run: Callable[..., Sequence[Tensor]] = graph
         self._graph = graph
         self.num_operations = sum(node.op == "call_function" for node in graph.graph.nodes)
-        torch.random.set_rng_state(state)
         gradients = torch.cat([part.reshape(-1) for part in expected[1:]])
-        self._verify([expected[0], gradients], self(args, kwargs))
+        with trial(self._state):
+            found = self(args, kwargs)
+        self._verify([expected[0], gradients], found)
 
     @property
     def is_current(self) -> bool:
@@ -181,7 +131,7 @@ class LossGraph:
     @torch.no_grad()
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Loss, ``()``, and gradient in the flat parameter, which has moved if :attr:`rule` is not None."""
-        state = () if self.rule is None else (*self.rule.moments, self.rule.next_rates())
+        state = () if self.rule is None else (*self.rule.moments, self.rule.next_rates(), self._parameter.per_limit)
         loss, gradient = self._run(self._parameter.vector, *state, *_tensors(args, kwargs), *self._captured)
         return loss, gradient
 
@@ -202,19 +152,20 @@ class LossGraph:
         assert self.is_fresh
         self.is_fresh = False
         inputs = [self._parameter.vector, *_tensors(args, kwargs), *self._captured]
-        state = torch.random.get_rng_state()
-        expected = self._run(*inputs)
+        with trial(self._state):
+            expected = self._run(*inputs)
         if rule is not None:
             _append_step(self._graph, rule, inputs[0])
             self.rule = rule
             # A trial, on copies; from a second moment that does not vanish where gradients are only rounding.
-            trial = [torch.zeros_like(inputs[0]), torch.ones_like(inputs[0]), rule.rates(1.0, 1.0)]
-            expected = [*expected, rule.update(inputs[0], expected[1], *trial)[0]]
-            inputs[:1] = [inputs[0].clone(), *trial]
+            ones = torch.ones_like(inputs[0])
+            example = [torch.zeros_like(ones), ones, rule.rates(1.0, 1.0), self._parameter.per_limit]
+            expected = [*expected, rule.update(inputs[0], expected[1], *example)[0]]
+            inputs[:1] = [inputs[0].clone(), *example]
         try:
             run = to_machine_code(self._graph, inputs)
-            torch.random.set_rng_state(state)
-            found = [*run(*inputs), *([] if rule is None else inputs[:1])]
+            with trial(self._state):
+                found = [*run(*inputs), *([] if rule is None else inputs[:1])]
         except Exception as error:  # a missing compiler is reported in many ways
             raise RuntimeError(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
         self._verify(expected, found)
@@ -240,12 +191,12 @@ class LossGraph:
 def _append_step(graph: GraphModule, rule: AdamRule, vector: Tensor) -> None:
     """Have the graph move its parameter, in place, by what it gives as the gradient."""
     nodes = graph.graph
-    values = [*(torch.zeros_like(vector) for _ in range(4)), rule.rates(1.0, 1.0)]
+    values = [*(torch.zeros_like(vector) for _ in range(4)), rule.rates(1.0, 1.0), torch.zeros_like(vector)]
     step = make_fx(lambda *values: rule.update(*values))(*values)
     flat = next(iter(nodes.nodes))
     output = next(node for node in nodes.nodes if node.op == "output")
     state: list[Node] = []
-    for name in ("rates", "second_moment", "first_moment"):
+    for name in ("per_limit", "rates", "second_moment", "first_moment"):
         with nodes.inserting_after(flat):
             state.insert(0, nodes.placeholder(name))
     given = [flat, output.args[0][1], *state]

@@ -15,6 +15,7 @@ from pyro_flows.guides import AutoFlowGuide
 from pyro_flows.inference.checkpoint import Checkpoint
 from pyro_flows.inference.objective import Estimate
 from pyro_flows.inference.steps import Trainer
+from pyro_flows.transforms import FixedAffine
 
 __all__ = ["Run"]
 
@@ -89,6 +90,10 @@ class Run:
         if self.reason == INTERRUPTED:
             self.reason = ""
         self.trainer.restore(self.start)
+        guide = self.objective.guide
+        for part in guide.modules() if isinstance(guide, AutoFlowGuide) else ():
+            if isinstance(part, FixedAffine):
+                part.look()  # it was set by the warm start of another process
         self.start_estimate = self.best = self.objective.estimate(self.seed)
         if not self.start_is_best:
             self.trainer.restore(self.best_point)

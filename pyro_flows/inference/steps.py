@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_flows.guides.log_joint import NO_DENSITY
 from pyro_flows.inference.objective import Objective
-from pyro_flows.inference.record import RecordingError
+from pyro_flows.inference.parameters import RecordingError
 
 __all__ = ["Trainer"]
 

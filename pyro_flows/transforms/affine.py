@@ -8,6 +8,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pyro_flows.transforms.base import FlowTransform
 from pyro_flows.transforms.networks import ContextParameters
@@ -15,39 +16,37 @@ from pyro_flows.transforms.networks import ContextParameters
 __all__ = ["AffineHead", "DiagonalAffine", "FullRankAffine", "LowRankAffine"]
 
 
-# Adam moves each parameter by the learning rate at a step, whatever its gradient. The head's log-scale and its shift
-# in scales are stored in these units, so that the head adapts to the posterior before the networks inside it do.
-LOG_SCALE_RATE = 5.0
-SHIFT_RATE = 3.0
-
-
 def decode_gaussian(raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Location, scale and log-scale from rows (location, log-scale, shift in scales), each in its unit.
+    """Location, scale and log-scale from rows (location, inverse softplus of the scale), as ``AutoNormal`` stores them.
 
     Shape:
-        - raw: ``(..., 3, D)``.
+        - raw: ``(..., 2, D)``.
     """
-    loc, log_scale, shift = raw.unbind(-2)
-    log_scale = LOG_SCALE_RATE * log_scale
-    scale = log_scale.exp()
-    return torch.addcmul(loc, scale, shift, value=SHIFT_RATE), scale, log_scale
+    loc, raw_scale = raw.unbind(-2)
+    scale = F.softplus(raw_scale)
+    return loc, scale, scale.log()
+
+
+def encode_gaussian(loc: Tensor, scale: Tensor) -> Tensor:
+    """The inverse of :func:`decode_gaussian`, ``(..., 2, D)``."""
+    return torch.stack([loc, scale + (-torch.expm1(-scale)).log()], -2)
 
 
 class AffineHead(FlowTransform):
     r"""Base of :math:`y = m + \sigma \odot (A x)` with :math:`A = I` at the start and ``A x`` left to subclasses.
 
-    The location is stored as :math:`m = m_0 + \sigma \odot b`: one part in the latent's own units, as in
-    ``AutoNormal``, and one in scales, which is as fast for a posterior of any width. It and the log-scale follow
-    the context where there is one.
+    Location and scale are parametrised as in ``AutoNormal``, so that whatever optimiser and rate train that train this.
+    They follow the context where there is one.
     """
 
     def __init__(self, input_dim: int, context_dim: int = 0) -> None:
         super().__init__(input_dim, context_dim)
-        self.raw = ContextParameters(torch.zeros(3, input_dim), context_dim, refines=False)
+        start = encode_gaussian(torch.zeros(input_dim), torch.ones(input_dim))
+        self.raw = ContextParameters(start, context_dim, refines=False)
 
     def initialize(self, loc: Tensor, scale: Tensor) -> None:
         """Set the Gaussian that the head is before any training: ``N(loc, diag(scale)^2)``, each ``(input_dim,)``."""
-        self.raw.set(torch.stack([loc, scale.log() / LOG_SCALE_RATE, torch.zeros_like(loc)]))
+        self.raw.set(encode_gaussian(loc, scale))
 
     def gaussian(self) -> tuple[Tensor, Tensor]:
         """Location and scale at average context, each ``(input_dim,)``."""

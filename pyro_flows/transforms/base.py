@@ -13,12 +13,17 @@ from torch import Tensor
 from torch.distributions.transforms import Transform
 from torch.fx.experimental import proxy_tensor
 
-__all__ = ["BoundTransform", "FlowTransform", "expand_context", "is_recording"]
+__all__ = ["BoundTransform", "FlowTransform", "expand_context", "is_readable", "is_recording"]
 
 
 def is_recording() -> bool:
     """Whether operations are being recorded into a graph, where Python must not look at values."""
     return proxy_tensor.get_proxy_mode() is not None
+
+
+def is_readable(x: Tensor) -> bool:
+    """Whether Python may look at the values of a tensor: not while they are recorded, nor under ``torch.func``."""
+    return not (is_recording() or torch._C._functorch.is_functorch_wrapped_tensor(x))
 
 
 class FlowTransform(TransformModule):
@@ -35,6 +40,8 @@ class FlowTransform(TransformModule):
     - :meth:`inverse_and_ladj` is required unless ``has_inverse`` is false.
     - :meth:`forward_with_score` is optional where an inverse exists, and required where none does, unless
       ``has_score`` is false; flows with such a part use ordinary gradients.
+    - ``fixed`` names parameters that a warm start sets and training leaves as they are. They are parameters so that
+      Pyro's store keeps them, but the map detaches them.
     - ``one_pass_inverse`` says whether an inverse takes one pass whatever the value, as ``torch.jit.trace`` needs.
 
     Shape:
@@ -53,6 +60,7 @@ class FlowTransform(TransformModule):
     has_inverse: ClassVar[bool] = True
     has_score: ClassVar[bool] = True
     one_pass_inverse: ClassVar[bool] = True
+    fixed: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, input_dim: int, context_dim: int = 0) -> None:
         super().__init__()

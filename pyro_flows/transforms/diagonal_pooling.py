@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,11 +32,12 @@ class DiagonalPooling(PriorPooling):
         models. Electronic Journal of Statistics 2023. arXiv:2103.10875, section 2, for the conditional posterior.
     """
 
+    fixed: ClassVar[frozenset[str]] = frozenset({"origin", "own_slope", "own_tilt"})
+
     def __init__(self, known: Tensor, slope: Tensor, bias: Tensor) -> None:
         super().__init__(known, slope, bias)
         assert len(self.sizes) == 2, "priors follow priors"
         free, pooled = self.sizes
-        # Parameters, so that Pyro's parameter store keeps them, but they have no gradient.
         self.own_slope = nn.Parameter(torch.zeros(pooled, free))
         self.own_tilt = nn.Parameter(torch.zeros(free))
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -129,11 +129,13 @@ class MatrixPooling(DiagonalPooling):
         models. Electronic Journal of Statistics 2023. arXiv:2103.10875, section 2, for the conditional posterior.
     """
 
+    fixed: ClassVar[frozenset[str]] = frozenset({"origin", "own_slope", "own_tilt", "own_factor"})
+
     def __init__(self, known: Tensor, slope: Tensor, bias: Tensor, correlated: Sequence[Correlated] = ()) -> None:
         super().__init__(known, slope, bias)
         free, pooled = self.sizes
         self.correlated = tuple(correlated)
-        self.own_factor = nn.Parameter(torch.eye(pooled))  # as own_slope
+        self.own_factor = nn.Parameter(torch.eye(pooled))
         places = self.restore.tolist()
         self._vectors = [places[group.start] - free for group in self.correlated]
         self._factors = [places[group.factor_start] for group in self.correlated]

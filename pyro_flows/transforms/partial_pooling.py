@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -59,21 +60,23 @@ class PartialPooling(AffineHead):
     network of :math:`g` and the features bends the result.
 
     The context is ``[given, features, own, prior]``: the latents, ``(given_dim,)``; the item's features,
-    ``(feature_dim,)``; location and log-scale of the item's own Gaussian, in scales of a reference Gaussian that all
-    items share and that carries them along, ``(2 * input_dim,)``; and location and log-scale of the prior, if
-    coordinates with a known one exist, ``(2 * input_dim,)``.
+    ``(feature_dim,)``; location and log-scale of the item's own Gaussian, less those of a reference Gaussian that all
+    items share and that carries them along, the location in units of ``unit``, ``(2 * input_dim,)``; and location and
+    log-scale of the prior, if coordinates with a known one exist, ``(2 * input_dim,)``.
 
     Args:
         input_dim: Length of an item's vector.
         given_dim: Length of the latents that an item is given; may be 0.
         feature_dim: Length of an item's features.
         known: Which coordinates have a known prior, ``(input_dim,)``; None means none.
-        hidden_dims: Widths of the network.
+        hidden_dims: Widths of the network; without any there is none.
         log_scale_bound: Bound on what ``given`` adds to a log-scale, > 0.
 
     References:
         Gelman, Hill. Data Analysis Using Regression and Multilevel Models. 2007, eq. (12.1), for partial pooling.
     """
+
+    fixed: ClassVar[frozenset[str]] = frozenset({"unit"})
 
     known: Tensor
 
@@ -85,7 +88,7 @@ class PartialPooling(AffineHead):
         feature_dim: int,
         known: Tensor | None = None,
         hidden_dims: tuple[int, ...] = (32, 32),
-        log_scale_bound: float = 7.0,
+        log_scale_bound: float = 2.0,
     ) -> None:
         super().__init__(input_dim)
         self.given_dim = given_dim
@@ -94,16 +97,25 @@ class PartialPooling(AffineHead):
         self.has_prior = known is not None and bool(known.any())
         self.context_dim = given_dim + feature_dim + (4 if self.has_prior else 2) * input_dim
         self.register_buffer("known", known if known is not None else torch.zeros(input_dim, dtype=torch.bool))
+        self.unit = nn.Parameter(torch.ones(input_dim))
         if self.has_prior:
             self.log_share = nn.Parameter(torch.zeros(input_dim))
         if given_dim:
             self.slope = nn.Parameter(torch.zeros(2 * input_dim, given_dim))
             self.tilt = nn.Parameter(torch.zeros(2 * input_dim, feature_dim * given_dim))
-            self.network = CenteredNetwork(given_dim + feature_dim, hidden_dims, 2 * input_dim)
+            self.network = None
+            if hidden_dims:
+                self.network = CenteredNetwork(given_dim + feature_dim, hidden_dims, 2 * input_dim)
 
     @torch.no_grad()
     def start(
-        self, loc: Tensor, scale: Tensor, prior: Tensor | None = None, *, max_share: float = START_SHARE
+        self,
+        loc: Tensor,
+        scale: Tensor,
+        prior: Tensor | None = None,
+        *,
+        max_share: float = START_SHARE,
+        in_scales: bool = False,
     ) -> Tensor:
         """Make every item start at ``N(loc, diag(scale)^2)``.
 
@@ -113,6 +125,8 @@ class PartialPooling(AffineHead):
             prior: Location and log-scale of the prior at the start, ``(2 * input_dim,)`` or one for each item, if any
                 is known.
             max_share: The prior's factor is 1 unless its share of the precision would then be more.
+            in_scales: Whether a step of an optimiser is to be one in the items' scales, as suits a start that is near
+                their posteriors, or one in the latents' own units, as in ``AutoNormal``.
 
         Returns:
             The items' own Gaussians, ``(..., 2 * input_dim)``.
@@ -134,7 +148,8 @@ class PartialPooling(AffineHead):
             reference = torch.where(self.known, typical, reference)
             self.log_share.copy_(torch.where(self.known, log_share, 0.0))
         self.initialize(center, reference)
-        own_loc = (own_loc - center) / reference
+        self.unit.copy_(reference if in_scales else torch.ones_like(reference))
+        own_loc = (own_loc - center) / self.unit
         return torch.cat([own_loc, (own_log_scale - reference.log()).expand_as(own_loc)], -1)
 
     def _gaussian(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,7 +159,7 @@ class PartialPooling(AffineHead):
             [self.given_dim, self.feature_dim, size, size, 2 * size * self.has_prior], -1
         )
         loc, scale, log_scale = decode_gaussian(self.raw.value)
-        own_loc = torch.addcmul(loc, scale, own_loc)
+        own_loc = torch.addcmul(loc, self.unit.detach(), own_loc)
         own_log_scale = log_scale + own_log_scale
         if self.given_dim:
             pairs = (features.unsqueeze(-1) * given.unsqueeze(-2)).flatten(-2)
@@ -160,7 +175,7 @@ class PartialPooling(AffineHead):
             known_log_scale = prior_log_scale - 0.5 * eased(self.log_share)
             log_scale = torch.where(self.known, known_log_scale, log_scale)
         mean, pooled, _ = pool(loc, log_scale, own_loc, own_log_scale)
-        if self.given_dim:
+        if self.given_dim and self.network is not None:
             shift, more = self.network(torch.cat([given, features], -1)).chunk(2, -1)
             pooled = pooled + self._bounded(more)
             mean = torch.addcmul(mean, pooled.exp(), shift)

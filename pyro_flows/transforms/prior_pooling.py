@@ -4,6 +4,8 @@ the coordinates before it."""
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -43,6 +45,8 @@ class PriorPooling(AffineHead):
         Statistical Science 2007. arXiv:0708.3797, for partial non-centring.
     """
 
+    fixed: ClassVar[frozenset[str]] = frozenset({"origin"})
+
     order: Tensor
     restore: Tensor
     slope: Tensor
@@ -63,8 +67,7 @@ class PriorPooling(AffineHead):
         self.register_buffer("slope", slope.unflatten(0, (2, dim))[:, pooled][..., order].contiguous())
         self.register_buffer("bias", bias.unflatten(0, (2, dim))[:, pooled].contiguous())
         self.log_share = nn.Parameter(torch.zeros(dim - self.count_free))
-        # Locations and log-scales; a parameter, so that Pyro's parameter store keeps it, but it has no gradient.
-        self.origin = nn.Parameter(torch.zeros(2, dim))
+        self.origin = nn.Parameter(torch.zeros(2, dim))  # locations and log-scales
 
     def initialize(self, loc: Tensor, scale: Tensor, max_share: float = START_SHARE) -> None:
         """Start where a mean-field Gaussian is, ``N(loc, diag(scale)^2)``.

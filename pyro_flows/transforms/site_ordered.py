@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_flows.transforms.affine import SHIFT_RATE
 from pyro_flows.transforms.base import FlowTransform, expand_context
 from pyro_flows.transforms.networks import INPUT_BOUND, eased, reference_noise
 
@@ -92,7 +91,7 @@ class SiteOrderedAffine(FlowTransform):
         block_sizes: Sequence[int],
         hidden_dims: Sequence[int] = (32, 32),
         rank: int | None = None,
-        log_scale_bound: float = 7.0,
+        log_scale_bound: float = 2.0,
     ) -> None:
         super().__init__(input_dim, context_dim)
         assert sum(block_sizes) == input_dim, (block_sizes, input_dim)
@@ -182,7 +181,7 @@ class SiteOrderedAffine(FlowTransform):
             found.append((loc, *torch.addmm(bent, hidden, head.mT).chunk(2, -1)))
         loc, shift, log_scale = (torch.cat(parts, -1) for parts in zip(*found, strict=True))
         log_scale = self._bounded(log_scale)
-        return torch.addcmul(loc, log_scale.exp(), shift + SHIFT_RATE * self.shift), log_scale
+        return torch.addcmul(loc, log_scale.exp(), shift + self.shift), log_scale
 
     def _draw(self, noise: Tensor, context: Tensor | None, use: _Conditioners) -> tuple[Tensor, Tensor]:
         """Values, block by block, and conditional log-scales of the steered ones.
@@ -259,7 +258,7 @@ class SiteOrderedAffine(FlowTransform):
         mixed = self._by_block(_times_transposed, x, below)
         if use is None:
             return mixed * free.exp(), free.expand_as(mixed)
-        noise = torch.addcmul(self._padded(SHIFT_RATE * self.shift), mixed, free.exp())
+        noise = torch.addcmul(self._padded(self.shift), mixed, free.exp())
         y, log_scale = self._draw(noise, context, use)
         return y, free + self._padded(log_scale)
 

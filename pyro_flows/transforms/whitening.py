@@ -3,12 +3,18 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from pyro_flows.transforms.base import FlowTransform
 
 __all__ = ["FixedAffine", "LowRankWhitening", "Whitening"]
+
+
+# Vectors by which a map is recognised as the identity.
+PROBES = 512
 
 
 class FixedAffine(FlowTransform):
@@ -18,19 +24,35 @@ class FixedAffine(FlowTransform):
     of its widest that is either nothing or a hundred standard deviations, unless what is trained lives in
     coordinates in which the posterior is about a standard normal.
 
-    ``m`` and the parts of ``A`` are parameters, so that Pyro's parameter store keeps them, but have no gradient.
+    ``m`` and the parts of ``A`` are ``fixed``.
     """
+
+    fixed: ClassVar[frozenset[str]] = frozenset({"loc", "factor", "scale", "directions", "stretch"})
 
     def __init__(self, input_dim: int) -> None:
         super().__init__(input_dim, 0)
         self.loc = nn.Parameter(torch.zeros(input_dim))
+        self.is_identity = True
 
     def reset(self) -> None:
         """Be the identity again."""
         raise NotImplementedError
 
+    def look(self) -> None:
+        """See again whether this is the identity, which then costs nothing: after parameters were set elsewhere."""
+        probe = torch.eye(min(self.input_dim, PROBES), self.input_dim, dtype=self.loc.dtype, device=self.loc.device)
+        probe[-1] += 1.0  # the last row has a part of every coordinate
+        with torch.no_grad():
+            self.is_identity = bool((self.loc == 0.0).all()) and torch.equal(self._mix(probe)[0], probe)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.look()
+
     def standardize(self, y: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
         """As ``AffineHead.standardize``, for a Gaussian ``N(loc, diag(scale)^2)`` under this map."""
+        if self.is_identity:
+            return (y - loc) * torch.rsqrt(1.0 + scale.square())
         return (y - self.loc.detach() - self._mix(loc)[0]) * torch.rsqrt(1.0 + self._variance(scale))
 
     def _mix(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,10 +72,14 @@ class FixedAffine(FlowTransform):
         raise NotImplementedError
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.is_identity:
+            return x, x.new_zeros(()).expand(x.shape[:-1])
         mixed, ladj = self._mix(x)
         return self.loc.detach() + mixed, ladj.expand(x.shape[:-1])
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.is_identity:
+            return y, y.new_zeros(()).expand(y.shape[:-1])
         x, ladj = self._unmix(y - self.loc.detach())
         return x, -ladj.expand(y.shape[:-1])
 
@@ -61,7 +87,7 @@ class FixedAffine(FlowTransform):
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         y, ladj = self.forward_and_ladj(x)
-        return y, ladj, self._unmix_score(score)
+        return y, ladj, score if self.is_identity else self._unmix_score(score)
 
 
 class Whitening(FixedAffine):
@@ -82,9 +108,11 @@ class Whitening(FixedAffine):
         """Set ``m``, ``(D,)``, and ``L``, ``(D, D)``, lower triangular with a positive diagonal."""
         self.loc.copy_(loc)
         self.factor.copy_(factor)
+        self.is_identity = False
 
     def reset(self) -> None:
         self.set(torch.zeros_like(self.loc), torch.eye(self.input_dim))
+        self.is_identity = True
 
     def _tril(self) -> tuple[Tensor, Tensor]:
         """``L`` and ``log|det L|``."""
@@ -145,6 +173,7 @@ class LowRankWhitening(FixedAffine):
         self.directions[:, :used].copy_(directions)
         self.directions[:, used:].zero_()
         self.stretch[:used].copy_(stretch)
+        self.is_identity = False
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -152,6 +181,7 @@ class LowRankWhitening(FixedAffine):
         self.scale.fill_(1.0)
         self.directions.copy_(torch.eye(self.input_dim, self.rank))
         self.stretch.fill_(1.0)
+        self.is_identity = True
 
     def _stretched(self, x: Tensor, stretch: Tensor) -> Tensor:
         """``x + U ((stretch - 1) * U^T x)``."""

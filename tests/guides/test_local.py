@@ -253,9 +253,9 @@ def test_the_toy_where_pyros_flow_guide_fails() -> None:
 
     def fit(guide: Any) -> None:
         adam = {"lr": 0.05, "betas": (0.9, 0.99)}
-        optim = pyro.optim.CosineAnnealingLR({"optimizer": torch.optim.Adam, "optim_args": adam, "T_max": 600})
+        optim = pyro.optim.CosineAnnealingLR({"optimizer": torch.optim.Adam, "optim_args": adam, "T_max": 1200})
         svi = SVI(toy, guide, optim, Trace_ELBO())
-        for _ in range(600):
+        for _ in range(1200):
             svi.step(torch.randperm(4)[:2])
             optim.step()
 
@@ -533,7 +533,8 @@ def test_a_plate_may_not_change_its_size() -> None:
 
 
 def test_a_full_plate_may_not_be_subsampled_later() -> None:
-    guide = AutoFlowGuide(groups, create_plates=lambda size: pyro.plate("groups", 7, subsample_size=size))
+    plates = lambda size: pyro.plate("groups", 7, subsample_size=size)  # noqa: E731
+    guide = AutoFlowGuide(groups, create_plates=plates, structure="joint")
     guide(7)
     with pytest.raises(ValueError, match=r"plate 'groups' to be whole.*structure='plates'"):
         guide(4)

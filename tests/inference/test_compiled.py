@@ -41,6 +41,8 @@ def trained(cls, model, make_guide, *batches, elbo=None, optim=None, seed=0):
     svi.guide(*batches[0])
     pyro.set_rng_seed(seed + 1)
     losses = torch.tensor([svi.step(*batch) for batch in batches], dtype=torch.double)
+    if isinstance(svi.guide, AutoFlowGuide):
+        svi.guide.step_limit.apply()  # as at its next call
     parameters = torch.cat([p.detach().reshape(-1).double() for p in svi.guide.parameters()])
     return svi, losses, parameters
 

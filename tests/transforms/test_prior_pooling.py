@@ -26,7 +26,7 @@ def test_full_share_is_the_exact_conditional_of_a_gaussian_hierarchy() -> None:
     with torch.no_grad():
         head.log_share.zero_()  # a factor of 1
         head.raw.value[0, 2:] = y_observed
-        head.raw.value[1, 2:] = sigma.log() / 5.0
+        head.raw.value[1, 2:] = sigma.expm1().log()  # the inverse of softplus
     for mu, log_tau in [(0.0, 0.0), (2.0, -6.0), (-1.0, 4.0)]:
         noise = torch.randn(7, 4)
         noise[:, 0], noise[:, 1] = mu, log_tau
@@ -79,7 +79,8 @@ def test_settling_changes_units_and_nothing_else() -> None:
     noise = torch.randn(100, 4).double()
     before = head.forward_and_ladj(noise)
     head.settle()
-    assert (head.raw.value == 0).all()
+    assert (head.raw.value[0] == 0).all()
+    torch.testing.assert_close(head.raw.value[1], torch.ones(4).double().expm1().log())
     for found, expected in zip(head.forward_and_ladj(noise), before, strict=True):
         torch.testing.assert_close(found, expected)
     torch.testing.assert_close(head.inverse_and_ladj(before[0])[0], noise)

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L2. What a flow learns from the gradients that come back to its own draws, whatever the optimiser makes of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_flows.transforms.base import is_recording
+
+__all__ = ["GradientFilter"]
+
+# Entries beyond so many running root mean squares are clipped. Much lower a bound would do harm: that a site overflows
+# shows in rare large gradients only, and where these are cut, draws spread until it overflows every day.
+LARGEST = 1e3
+# What a new gradient weighs in running means, as soon as there are enough.
+WEIGHT = 0.02
+
+
+class GradientFilter(nn.Module):
+    r"""Looks at the gradient :math:`u` of a loss in draws :math:`z`, and passes it on with less noise.
+
+    *Clipping.* Entries that are not finite become zero, and those out of all proportion are clipped, draw by draw: an
+    optimiser with moments remembers one absurd gradient for thousands of steps, and NaN for ever. The proportion is
+    that of the gradients before, so that units, a scale of the loss and the distance to the posterior do not matter.
+
+    *A control variate.* The path gradient of :math:`\log q` and the ordinary one, of :math:`\log q_\theta(z(\theta))`,
+    differ by the score term, whose mean is zero; any multiple c of their difference may be added:
+
+    .. math::
+        \Big(\frac{\partial z}{\partial \theta}\Big)^{\!\top} (u - c\, s)
+        + c\, \nabla_\theta \log q_\theta(z(\theta)), \qquad s = \nabla_z \log q(z).
+
+    With precisions :math:`\Lambda_j` of the posterior and variances :math:`\sigma_j^2` of q, the noise of :math:`u_j`
+    is proportional to :math:`\Lambda_j \sigma_j^2 - 1`, and that of the ordinary gradient to
+    :math:`\Lambda_j \sigma_j^2`. The former vanishes at the posterior; where q is narrow still, as guides are at first,
+    it is all that there is. The multiple with the least noise is the regression of u on s, and is learned.
+
+    Args:
+        dim: Length of a draw.
+
+    Attributes:
+        largest_multiple: Bound on c: the weight that the entropy of a draw has in the loss, at most.
+        num_refused: Number of gradients that had entries that were not finite.
+        refused_draw: The first draw with such a gradient, ``(D,)``; None if there was none.
+        is_fresh: Whether a gradient has come since somebody set this to false.
+
+    References:
+        [1] Roeder, Wu, Duvenaud. Sticking the Landing. NeurIPS 2017. arXiv:1703.09194, section 4, for the path
+            gradient, and for scaling the score term.
+        [2] Geffner, Domke. Using Large Ensembles of Control Variates for Variational Inference. NeurIPS 2018.
+            arXiv:1810.12482, for control variates whose weights come from the gradients before.
+    """
+
+    count: Tensor
+    square: Tensor
+    moments: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.largest_multiple = 1.0
+        self.num_refused = 0
+        self.refused_draw: Tensor | None = None
+        self.is_fresh = False
+        # Not a part of what is saved: they come back within some dozens of steps.
+        self.register_buffer("count", torch.zeros(()), persistent=False)
+        self.register_buffer("square", torch.zeros(dim), persistent=False)  # of the gradient
+        # Running means of the gradient, of its product with the score of q, and of that score's square.
+        self.register_buffer("moments", torch.zeros(3, dim), persistent=False)
+
+    def watch(self, value: Tensor, score: Tensor, log_q: Tensor, through: Tensor, by_context: Tensor) -> Tensor:
+        """Draws with the same values, ``(..., D)``, whose gradient is filtered.
+
+        Args:
+            value: The draws.
+            score: ``s``, ``(..., D)``.
+            log_q: Their log density up to a constant, differentiable in all parameters, ``(...)``.
+            through: The context of which the density is a function by way of latents before it, or an empty tensor.
+            by_context: The score in that context.
+        """
+        draws: Tensor = _Filtered.apply(value, log_q, through, score, by_context, self)  # type: ignore[no-untyped-call]
+        return draws
+
+    def clip(self, value: Tensor) -> None:
+        """Clip the gradient of draws that carry no score, ``(..., D)``."""
+        if value.requires_grad:
+            draw = value.detach()  # not the draw itself, which would hold on to its own graph
+            value.register_hook(lambda gradient: self._clipped(gradient, draw))
+
+    @torch.no_grad()
+    def _clipped(self, gradient: Tensor, draw: Tensor) -> Tensor:
+        """The gradient, ``(..., D)``, without what is absurd."""
+        if not is_recording():
+            self.is_fresh = True
+            finite = gradient.isfinite()
+            if not finite.all():
+                if self.refused_draw is None:
+                    row = int((~finite).any(-1).flatten().int().argmax())
+                    self.refused_draw = draw.reshape(-1, draw.shape[-1])[row].clone()
+                self.num_refused += 1
+        gradient = gradient.nan_to_num(0.0, 0.0, 0.0)
+        square = gradient.square().reshape(-1, gradient.shape[-1]).mean(0)
+        before = self.square.clone()
+        usual = torch.where(before > 0.0, before, square)
+        largest = LARGEST * usual.sqrt()
+        gradient = gradient.clamp(-largest, largest)
+        self.square.copy_(torch.lerp(usual, torch.minimum(square, largest.square()), WEIGHT))
+        return gradient
+
+    @torch.no_grad()
+    def _multiple(self, gradient: Tensor, score: Tensor) -> Tensor:
+        """``c``, ``()``; remembers these gradients and scores, ``(..., D)``."""
+        # By the draws before, so that it is no function of these: the mean of the gradient stays what it is.
+        _, product, square = before = self.moments.clone()
+        # All coordinates count alike, as soon as there were draws enough to tell how large their scores are.
+        units = square + square.mean() / self.count.clamp_min(1.0)
+        multiple = (product / units).sum() / (square / units).sum()
+        rows, score = gradient.reshape(-1, gradient.shape[-1]), score.reshape(-1, score.shape[-1])
+        count = self.count + 1.0
+        found = torch.stack([rows, (rows - before[0]) * score, score.square()]).mean(1)
+        self.count.copy_(count)
+        self.moments.copy_(torch.lerp(before, found, count.reciprocal().clamp_min(WEIGHT)))
+        return multiple.nan_to_num(0.0, 0.0, 0.0).clamp(0.0, self.largest_multiple)
+
+
+class _Filtered(torch.autograd.Function):
+    """Draws as they are, with the gradient of :class:`GradientFilter`."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, log_q: Tensor, through: Tensor, *others: Any) -> Tensor:
+        score, by_context, ctx.filter = others
+        ctx.shape = log_q.shape
+        ctx.save_for_backward(value, score, by_context)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        value, score, by_context = ctx.saved_tensors
+        gradient = ctx.filter._clipped(gradient, value)
+        multiple = ctx.filter._multiple(gradient, score)
+        return (
+            torch.addcmul(gradient, score, multiple, value=-1.0),
+            multiple.expand(ctx.shape),
+            -multiple * by_context,
+            None,
+            None,
+            None,
+        )
