@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from pyro_flows._checks import check_int, check_sizes
+from pyro_flows._checks import check_int, check_positive, check_sizes
 from pyro_flows.flows.base import FlowSpec
 from pyro_flows.transforms import AffineCouplings, FlowTransform, SiteOrderedAffine, Spline
 
@@ -38,6 +38,8 @@ class SiteOrdered(FlowSpec):
             block. More than 16 are merged with their neighbours.
         hidden_dims: Widths of each block's network.
         count_bins: Bins per spline, in [2, 128].
+        log_scale_bound: Largest absolute log-scale that a block takes from those before it, > 0, beside what known
+            priors say.
 
     References:
         Ko, Domke. Model-Informed Flows for Bayesian Inference. NeurIPS 2025. arXiv:2505.24243.
@@ -48,6 +50,7 @@ class SiteOrdered(FlowSpec):
     block_sizes: tuple[int, ...] | None = None
     hidden_dims: tuple[int, ...] = (32, 32)
     count_bins: int = 8
+    log_scale_bound: float = 2.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,6 +59,7 @@ class SiteOrdered(FlowSpec):
             check_sizes(owner, "block_sizes", self.block_sizes)
         check_sizes(owner, "hidden_dims", self.hidden_dims)
         check_int(owner, "count_bins", self.count_bins, 2, 128)
+        check_positive(owner, "log_scale_bound", self.log_scale_bound)
 
     def with_blocks(self, block_sizes: Sequence[int]) -> FlowSpec:
         return self if self.block_sizes is not None else replace(self, block_sizes=tuple(block_sizes))
@@ -77,7 +81,14 @@ class SiteOrdered(FlowSpec):
                 "Leave block_sizes out to let the guide fill in the model's sites."
             )
         blocks = _merge(sizes, MAX_BLOCKS)
-        return SiteOrderedAffine(input_dim, context_dim, block_sizes=blocks, hidden_dims=hidden_dims, rank=rank)
+        return SiteOrderedAffine(
+            input_dim,
+            context_dim,
+            block_sizes=blocks,
+            hidden_dims=hidden_dims,
+            rank=rank,
+            log_scale_bound=self.log_scale_bound,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

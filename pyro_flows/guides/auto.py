@@ -44,8 +44,11 @@ class AutoFlowGuide(SummarizedGuide):
 
     The guide starts exactly at the mean-field normal that ``AutoNormal`` starts at (for families with an identity
     start), and a flow closes the gap :math:`\log p(x) - \mathrm{ELBO} = \mathrm{KL}(q(z) \| p(z | x))` from there.
-    It trains with plain ``SVI`` and any ELBO whose guide may be reparameterised. Gradients are path gradients
-    by default (see :class:`~pyro_flows.flows.FlowDistribution`), whose noise vanishes as q nears the posterior.
+    It trains with plain ``SVI``, with any ELBO whose guide may be reparameterised, and with the optimiser and the rate
+    that train ``AutoNormal``: location and scale move as they do there, all other parameters by small steps (see
+    :class:`~pyro_flows.guides.step_limit.StepLimit`), and what is not finite in the gradient of a draw does not reach
+    them (see :class:`~pyro_flows.flows.gradient_filter.GradientFilter`). Gradients are path gradients by default (see
+    :class:`~pyro_flows.flows.FlowDistribution`), whose noise vanishes as q nears the posterior.
 
     Latents inside a subsampled or amortized plate are *local*: each item gets a conditional flow given the globals and
     its parent groups, with weights that all items share. What differs between items is a Gaussian of their own, which
@@ -69,8 +72,8 @@ class AutoFlowGuide(SummarizedGuide):
             inside the plate where the plate subsamples, so that ``pyro.subsample`` works in it. Such latents start at a
             Gaussian encoder of the prior's scale (``init_scale`` where the prior is not Gaussian).
         structure: ``"plates"`` makes the latents of every plate local, ``"joint"`` none (no plate may then be
-            subsampled), and ``"auto"`` those of subsampled and amortized plates and, where a joint flow would have
-            more than 10,000 dimensions, of the largest plates.
+            subsampled), and ``"auto"`` those of subsampled and amortized plates, of plates from ``create_plates`` and,
+            where a joint flow would have more than 10,000 dimensions, of the largest plates.
         path_gradient: Whether ELBO gradients leave out the score term.
         name: Name in Pyro's parameter store. None takes a free one, so that several guides train in one process. A
             guide with a name takes over parameters that it finds under that name, for instance in a store loaded

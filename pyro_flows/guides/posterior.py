@@ -112,6 +112,11 @@ class Posterior(nn.Module):
         self.step_limit.apply()
         return super().state_dict(*args, **kwargs)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        if hasattr(self, "step_limit"):
+            self.step_limit.forget()  # parameters have another dtype or device afterwards
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.step_limit.forget()
         super()._load_from_state_dict(*args, **kwargs)

@@ -92,7 +92,7 @@ def check_plate(plate: Any, frame: CondIndepStackFrame, *, local: bool) -> None:
             raise ValueError(
                 f"AutoFlowGuide: expected plate '{frame.name}' to be whole, as it was when the guide was set up, but "
                 f"it is subsampled now ({plate.subsample_size} of {plate.size}). Set the guide up with a mini-batch, "
-                "or write AutoFlowGuide(model, structure='plates')."
+                "give it the plate by create_plates, or write AutoFlowGuide(model, structure='plates')."
             )
         return
     if plate.size != full_size(frame):

@@ -69,7 +69,8 @@ class SiteOrderedAffine(FlowTransform):
         hidden_dims: Widths of each block's network.
         rank: Rank of the linear parts; None means full rank, as where no block follows more numbers than that. With a
             rank, parameters are linear in ``input_dim``.
-        log_scale_bound: Bound :math:`c` on the absolute conditional log-scale, > 0. A funnel needs about 5.
+        log_scale_bound: Bound :math:`c` on the absolute conditional log-scale, > 0. A funnel of Neal's needs about 5,
+            but what may scale a draw by :math:`e^5` can throw it as far while it is untrained.
 
     References:
         Ko, Domke. Model-Informed Flows for Bayesian Inference. NeurIPS 2025. arXiv:2505.24243, for the order and

@@ -547,3 +547,13 @@ def test_fit_gives_the_limit_back_when_it_fails() -> None:
     with pytest.raises(ZeroDivisionError):
         fit(model, guide, num_steps=20, num_particles=2, seed=0, progress=False, compile=False)
     assert guide.limits_steps
+
+
+def test_another_dtype_is_no_step() -> None:
+    """What was marked is of the old one."""
+    guide, svi = new(Adam({"lr": 0.05}))
+    svi.step(Y)
+    guide.float()
+    with torch.no_grad():
+        guide(Y.float())
+    assert all(p.dtype == torch.float32 for p in guide.parameters())
