@@ -243,7 +243,7 @@ class AutoFlowGuide(SummarizedGuide):
     @property
     def num_refused(self) -> int:
         """Number of draws' gradients that had entries that were not finite, which counted as zero."""
-        return sum(part.num_refused for part in self._posterior.filters())
+        return sum(part.num_refused for part in self._posterior.filters)
 
     # Distribution
 

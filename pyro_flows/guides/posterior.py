@@ -105,7 +105,9 @@ class Posterior(nn.Module):
                 prior=prior,
                 is_long=not encoder_dims and starts[own.names].shape[:-1].numel() > MAX_FLOWS,
             )
-        self.step_limit = StepLimit(self, self.filters())
+        # The filters of all blocks' gradients.
+        self.filters = tuple(part for part in self.modules() if isinstance(part, GradientFilter))
+        self.step_limit = StepLimit(self, self.filters)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As of any module, after the last step was limited."""
@@ -120,10 +122,6 @@ class Posterior(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.step_limit.forget()
         super()._load_from_state_dict(*args, **kwargs)
-
-    def filters(self) -> list[GradientFilter]:
-        """The filters of all blocks' gradients."""
-        return [part for part in self.modules() if isinstance(part, GradientFilter)]
 
     def refused_values(self) -> dict[str, Tensor] | None:
         """Values of the first draw whose gradient was not finite, in a guide without local latents; None elsewhere."""

@@ -288,7 +288,7 @@ def test_guides_have_it(
     start = init_to_value(values={"z": torch.full((3,), 0.3, dtype=torch.double)})
     guide = AutoFlowGuide(model, flow, init_loc_fn=start, init_scale=0.1, structure=structure).setup(data)
     elbo = Trace_ELBO(num_particles=num_particles, vectorize_particles=num_particles > 1, max_plate_nesting=1)
-    (gradient_filter,) = guide.posterior.filters()
+    (gradient_filter,) = guide.posterior.filters
     (head,) = (part.head for part in guide.posterior.modules() if isinstance(part, Flow))
     (raw,) = head.raw.parameters()
 
@@ -325,7 +325,7 @@ def test_it_is_not_saved(structure: str) -> None:
     data = torch.zeros(3, dtype=torch.double)
     guide = AutoFlowGuide(in_plates, structure=structure).setup(data)
     Trace_ELBO().loss_and_grads(in_plates, guide, data)
-    (gradient_filter,) = guide.posterior.filters()
+    (gradient_filter,) = guide.posterior.filters
     assert gradient_filter.count > 0.0
     assert (gradient_filter.square > 0.0).all()
     assert gradient_filter.square.dtype == torch.double
@@ -341,6 +341,6 @@ def test_no_gradient_no_filter() -> None:
         guide(data)
     guide.sample_posterior(5, data)
     guide.median(data)
-    (gradient_filter,) = guide.posterior.filters()
+    (gradient_filter,) = guide.posterior.filters
     assert gradient_filter.count == 0.0
     assert not gradient_filter.is_fresh
