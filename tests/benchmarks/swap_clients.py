@@ -774,7 +774,8 @@ def forecaster(steps: int, rate: float) -> Callable[[], optim.PyroOptim]:
 
 def exponential(rate: float, gamma: float) -> Callable[[], optim.PyroOptim]:
     """Adam under a schedule, a step of it after each step."""
-    return partial(optim.ExponentialLR, {"optimizer": torch.optim.Adam, "optim_args": {"lr": rate}, "gamma": gamma})
+    # A fresh dictionary each time: Pyro takes the optimiser out of it.
+    return lambda: optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": rate}, "gamma": gamma})
 
 
 FORECASTER = {"init_loc_fn": init_to_sample, "init_scale": 0.1}  # its guide's options
