@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_flows.transforms import FixedAffine, FlowTransform
+from pyro_flows.transforms.whitening import look_again
 
 __all__ = ["assert_no_graph", "jacobian", "randomise_parameters", "trained"]
 
@@ -29,9 +30,7 @@ def randomise_parameters(module: nn.Module, scale: float = 0.3) -> None:
     for parameter in module.parameters():
         fan = parameter.shape[-1] if parameter.ndim > 1 else 1
         parameter.add_(torch.randn_like(parameter) * scale / math.sqrt(fan))
-    for part in module.modules():
-        if isinstance(part, FixedAffine):
-            part.look()
+    look_again(module)
 
 
 def jacobian(transform: FlowTransform, x: Tensor, context: Tensor | None = None) -> Tensor:

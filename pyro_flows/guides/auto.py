@@ -123,7 +123,7 @@ class AutoFlowGuide(SummarizedGuide):
         check_positive("AutoFlowGuide", "init_scale", init_scale)
         check_choice("AutoFlowGuide", "structure", structure, STRUCTURES)
         super().__init__(model, init_loc_fn=checked_init(init_loc_fn), name=name)
-        self.init_loc_fn_is_default = init_loc_fn is init_to_prior_median
+        self._has_default_start = init_loc_fn is init_to_prior_median
         self._encoders = checked_encoders(amortize)
         self.structure = structure
         self.create_plates = create_plates
@@ -177,7 +177,7 @@ class AutoFlowGuide(SummarizedGuide):
         return self
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        if self.init_loc_fn_is_default and not has_density(self.started_model, args, kwargs):
+        if self._has_default_start and not has_density(self.started_model, args, kwargs):
             feasible = InitMessenger(checked_init(init_to_feasible))(self.model)
             if has_density(feasible, args, kwargs):
                 self._model = (self.model, feasible)

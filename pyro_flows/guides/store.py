@@ -17,7 +17,7 @@ from pyro.infer.autoguide import AutoContinuous
 from pyro.nn.module import _is_module_local_param_enabled
 from torch import Tensor, nn
 
-from pyro_flows.transforms import FixedAffine
+from pyro_flows.transforms.whitening import look_again
 
 __all__ = ["StoredGuide"]
 
@@ -40,9 +40,8 @@ class StoredGuide(AutoContinuous):
         self._model = (model, *self._model)  # the second one has its latents at their start
         self._given_name = name
         self._registered = False
-        self._own: list[tuple[str, nn.Parameter]] | None = (
-            None  # found once: looking takes as long as many an operation
-        )
+        # Found once: looking for them takes as long as many an operation.
+        self._own: list[tuple[str, nn.Parameter]] | None = None
         if name is not None:
             self._pyro_name = name
 
@@ -148,6 +147,4 @@ class StoredGuide(AutoContinuous):
                 )
             param.copy_(found)
             del store[fullname]
-        for part in self._trained().modules():
-            if isinstance(part, FixedAffine):
-                part.look()
+        look_again(self._trained())

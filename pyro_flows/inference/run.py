@@ -15,7 +15,7 @@ from pyro_flows.guides import AutoFlowGuide
 from pyro_flows.inference.checkpoint import Checkpoint
 from pyro_flows.inference.objective import Estimate
 from pyro_flows.inference.steps import Trainer
-from pyro_flows.transforms import FixedAffine
+from pyro_flows.transforms.whitening import look_again
 
 __all__ = ["Run"]
 
@@ -90,10 +90,8 @@ class Run:
         if self.reason == INTERRUPTED:
             self.reason = ""
         self.trainer.restore(self.start)
-        guide = self.objective.guide
-        for part in guide.modules() if isinstance(guide, AutoFlowGuide) else ():
-            if isinstance(part, FixedAffine):
-                part.look()  # it was set by the warm start of another process
+        if isinstance(self.objective.guide, AutoFlowGuide):
+            look_again(self.objective.guide)  # the warm start was another process's
         self.start_estimate = self.best = self.objective.estimate(self.seed)
         if not self.start_is_best:
             self.trainer.restore(self.best_point)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyro_flows.transforms.base import FlowTransform
 
-__all__ = ["FixedAffine", "LowRankWhitening", "Whitening"]
+__all__ = ["FixedAffine", "LowRankWhitening", "Whitening", "look_again"]
 
 
 # Vectors by which a map is recognised as the identity.
@@ -88,6 +88,13 @@ class FixedAffine(FlowTransform):
     ) -> tuple[Tensor, Tensor, Tensor]:
         y, ladj = self.forward_and_ladj(x)
         return y, ladj, score if self.is_identity else self._unmix_score(score)
+
+
+def look_again(module: nn.Module) -> None:
+    """Have all fixed maps of a module see whether they are the identity, after parameters were copied into them."""
+    for part in module.modules():
+        if isinstance(part, FixedAffine):
+            part.look()
 
 
 class Whitening(FixedAffine):
