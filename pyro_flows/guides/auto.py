@@ -27,7 +27,7 @@ from pyro_flows.guides.joint import JointBlock
 from pyro_flows.guides.local import LocalBlock
 from pyro_flows.guides.local_start import Call, Watch, start, unwatched
 from pyro_flows.guides.posterior import Latents, Posterior
-from pyro_flows.guides.prototype import checked_init, has_density, hide_from_guide, trace_latents
+from pyro_flows.guides.prototype import checked_init, hide_from_guide, log_density, trace_latents
 from pyro_flows.guides.refusals import warn_of_refused
 from pyro_flows.guides.step_limit import StepLimit
 from pyro_flows.guides.structure import STRUCTURES, check_plate, local_plates
@@ -64,7 +64,7 @@ class AutoFlowGuide(SummarizedGuide):
         flow: The family: a name in ``flows.names()``, a :class:`~pyro_flows.flows.FlowSpec`, or a function
             ``input_dim -> transform(s)``, as ``AutoNormalizingFlow`` takes. ``"auto"`` suits any model.
         init_loc_fn: Where the guide starts, site by site; see ``pyro.infer.autoguide.initialization``. The default is
-            :func:`init_to_prior_median`, the prior's exact median where it is known.
+            :func:`init_to_prior_median`, or where ``AutoNormal`` starts if the model's density is higher there.
         init_scale: Standard deviation at the start, in unconstrained space; > 0.
         create_plates: Function of the model's arguments that returns a plate or an iterable of plates.
         amortize: Plate -> encoder, any callable of the model's arguments that returns ``(batch, context_dim)``: the
@@ -177,9 +177,9 @@ class AutoFlowGuide(SummarizedGuide):
         return self
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        if self._has_default_start and not has_density(self.started_model, args, kwargs):
+        if self._has_default_start:
             feasible = InitMessenger(checked_init(init_to_feasible))(self.model)
-            if has_density(feasible, args, kwargs):
+            if log_density(feasible, args, kwargs) > log_density(self.started_model, args, kwargs):
                 self._model = (self.model, feasible)
         trace = trace_latents(self.started_model, args, kwargs)
         if self.master is not None and self.master().prototype_trace is not None:

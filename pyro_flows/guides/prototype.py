@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch.distributions import biject_to
 
-__all__ = ["checked_init", "has_density", "hide_from_guide", "trace_latents"]
+__all__ = ["checked_init", "hide_from_guide", "log_density", "trace_latents"]
 
 OWNER = "AutoFlowGuide"
 # Their support is the circle, though torch declares the real line.
@@ -78,15 +79,24 @@ def trace_latents(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
 
 
 @torch.no_grad()
-def has_density(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a run of a model, apart from all handlers, has a finite log density; leaves the random state alone."""
+def log_density(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """Log joint density of a run of a model in unconstrained space, apart from all handlers; -inf if it is no number.
+
+    Leaves the random state alone, and the exceptions of a model to the run that follows.
+    """
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             trace = poutine.block(poutine.trace(model).get_trace)(*args, **kwargs)
-            return bool(torch.as_tensor(trace.log_prob_sum()).isfinite())
-        except Exception:  # the run that follows says it again, to the user
-            return False
+            total = float(trace.log_prob_sum())
+            for site in trace.nodes.values():
+                if not hide_from_guide(site):
+                    to_support = biject_to(site["fn"].support)
+                    unconstrained = to_support.inv(site["value"])
+                    total += float(to_support.log_abs_det_jacobian(unconstrained, site["value"]).sum())
+        except Exception:
+            return -math.inf
+    return total if math.isfinite(total) else -math.inf
 
 
 def _check_plates(name: str, site: dict[str, Any]) -> None:

@@ -13,11 +13,12 @@ import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal, init_to_feasible, init_to_value
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.optim import Adam
 from torch import Tensor
 
 from pyro_flows import AutoFlowGuide, init_to_prior_median
-from pyro_flows.guides.prototype import has_density
+from pyro_flows.guides.prototype import log_density
 
 Y = [1.0, 2.0, 3.0, 2.5, 1.5]
 Number = Callable[[float], Tensor]
@@ -129,9 +130,34 @@ def at_median(y: Tensor) -> None:
 def test_a_start_without_density_gives_way_to_a_feasible_one() -> None:
     y = torch.tensor(1.0)
     guide = AutoFlowGuide(overflowing).setup(y)
-    assert not has_density(at_median, (y,), {})
+    assert log_density(at_median, (y,), {}) == -math.inf
     assert guide.median(y)["z"].abs() < 0.1
     assert math.isfinite(SVI(overflowing, guide, Adam({"lr": 1e-3}), Trace_ELBO()).step(y))
+
+
+def test_the_start_is_where_auto_normal_is_if_the_density_is_higher_there() -> None:
+    """So that the guide is not below ``AutoNormal`` where an optimiser moves neither of them."""
+
+    def model(y: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(5.0, 10.0))
+        tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(z, tau), obs=y)
+
+    near_zero, near_prior = torch.tensor([0.5, -0.5]), torch.tensor([10.0, 0.0, 5.0])
+    start = AutoFlowGuide(model).setup(near_zero).median(near_zero)
+    assert (start["z"].item(), start["tau"].item()) == pytest.approx((0.0, 1.0), abs=1e-4)
+    start = AutoFlowGuide(model).setup(near_prior).median(near_prior)
+    assert (start["z"].item(), start["tau"].item()) == pytest.approx((5.0, 5.0), abs=1e-3)
+
+
+def test_the_log_density_is_that_of_unconstrained_latents() -> None:
+    def model() -> None:
+        pyro.sample("s", dist.LogNormal(torch.zeros(3), 2.0).to_event(1))
+
+    started = InitMessenger(init_to_feasible)(model)
+    expected = dist.Normal(0.0, 2.0).log_prob(torch.tensor(0.0)) * 3
+    assert log_density(started, (), {}) == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_a_start_that_was_asked_for_stays() -> None:
@@ -153,7 +179,7 @@ def test_a_model_without_any_density_starts_at_the_median() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
-def test_has_density_leaves_everything_alone(value: float) -> None:
+def test_log_density_leaves_everything_alone(value: float) -> None:
     def model(factor: float) -> None:
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.param("p", torch.ones(2))
@@ -161,12 +187,12 @@ def test_has_density_leaves_everything_alone(value: float) -> None:
 
     state = torch.get_rng_state()
     with pyro.validation_enabled(False):
-        assert has_density(model, (1.0,), {})
-        assert not has_density(model, (value,), {})
-        assert not has_density(lambda _: 1 / 0, (1.0,), {})
+        assert math.isfinite(log_density(model, (1.0,), {}))
+        assert log_density(model, (value,), {}) == -math.inf
+        assert log_density(lambda _: 1 / 0, (1.0,), {}) == -math.inf
     assert torch.equal(torch.get_rng_state(), state)
     with pyro.poutine.trace() as seen:
-        has_density(model, (1.0,), {})
+        log_density(model, (1.0,), {})
     assert "z" not in seen.trace.nodes
 
 
@@ -178,7 +204,7 @@ def test_set_up_draws_the_same_noise_as_without_the_check(monkeypatch: pytest.Mo
     for check in (True, False):
         pyro.set_rng_seed(0)
         if not check:
-            monkeypatch.setattr("pyro_flows.guides.auto.has_density", lambda *_: True)
+            monkeypatch.setattr("pyro_flows.guides.auto.log_density", lambda *_: 0.0)
         AutoFlowGuide(model).setup()
         states.append(torch.get_rng_state())
     assert torch.equal(*states)
