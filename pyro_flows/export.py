@@ -18,9 +18,9 @@ from torch import Tensor
 
 from pyro_flows._checks import check_int
 from pyro_flows.diagnostics.psis import pareto_smooth
-from pyro_flows.diagnostics.scoring import given
-from pyro_flows.diagnostics.structure import Structure, sample_nodes
 from pyro_flows.diagnostics.weights import Draws, Weigher
+from pyro_flows.models.scoring import given
+from pyro_flows.models.structure import Structure, sample_nodes
 
 __all__ = ["to_inference_data"]
 

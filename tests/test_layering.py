@@ -14,8 +14,7 @@ LAYERS = {
     "_checks": 0,
     "transforms": 1,
     "flows": 2,
-    "sites": 2,
-    "plates": 2,
+    "models": 2,
     "guides": 3,
     "inference": 4,
     "diagnostics": 4,
@@ -53,7 +52,7 @@ def test_imports_point_down(path):
             assert name, f"{here} imports the package root"
             assert layer(name) <= layer(here), f"{here} imports {name} from a higher layer"
             siblings = {here.split(".")[0], name.split(".")[0]}
-            assert siblings != {"flows", "sites"}, "only guides/ knows both flows and sites"
+            assert siblings != {"flows", "models"}, "only guides/ knows both flows and models"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))

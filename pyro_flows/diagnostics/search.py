@@ -13,9 +13,9 @@ from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_flows.diagnostics.structure import sample_nodes
 from pyro_flows.diagnostics.weights import Weigher
 from pyro_flows.guides.ascent import climb, local_factor
+from pyro_flows.models.structure import sample_nodes
 
 __all__ = ["Regions", "Search", "why_not"]
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pyro_flows.diagnostics.moments import Moments
-from pyro_flows.diagnostics.structure import Latent, Structure
 from pyro_flows.diagnostics.weights import Draws
+from pyro_flows.models.structure import Latent, Structure
 
 __all__ = ["SiteSummary", "SiteTally"]
 

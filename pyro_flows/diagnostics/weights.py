@@ -15,10 +15,10 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_flows.diagnostics.scoring import ModelScorer, Score, concatenate, given
-from pyro_flows.diagnostics.structure import Structure, read_structure, sample_nodes
 from pyro_flows.guides import AutoFlowGuide
-from pyro_flows.guides.log_joint import DRAWS
+from pyro_flows.models.log_joint import DRAWS
+from pyro_flows.models.scoring import ModelScorer, Score, concatenate, given
+from pyro_flows.models.structure import Structure, read_structure, sample_nodes
 
 __all__ = ["Draws", "Weigher", "log_weights"]
 
@@ -62,7 +62,7 @@ class Weigher:
     """Draws from a guide in chunks of bounded size, and weighs the draws.
 
     The guide is run once a chunk, under an outer plate as vectorised particles are, if it scores those draws as it
-    scores single ones; else once a draw. For the model see :class:`~pyro_flows.diagnostics.scoring.ModelScorer`.
+    scores single ones; else once a draw. For the model see :class:`~pyro_flows.models.scoring.ModelScorer`.
 
     Args:
         owner: Whom errors name.

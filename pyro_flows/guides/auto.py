@@ -27,13 +27,13 @@ from pyro_flows.guides.joint import JointBlock
 from pyro_flows.guides.local import LocalBlock
 from pyro_flows.guides.local_start import Call, Watch, start, unwatched
 from pyro_flows.guides.posterior import Latents, Posterior
-from pyro_flows.guides.prototype import checked_init, hide_from_guide, log_density, trace_latents
 from pyro_flows.guides.refusals import warn_of_refused
 from pyro_flows.guides.step_limit import StepLimit
 from pyro_flows.guides.structure import STRUCTURES, check_plate, local_plates
 from pyro_flows.guides.summaries import SummarizedGuide
-from pyro_flows.plates import full_size
-from pyro_flows.sites import Site
+from pyro_flows.models.latents import checked_init, hide_from_guide, log_density, trace_latents
+from pyro_flows.models.plates import full_size
+from pyro_flows.models.sites import Site
 from pyro_flows.transforms.base import is_recording
 
 __all__ = ["AutoFlowGuide"]

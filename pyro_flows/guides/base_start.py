@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyro_flows.flows import Flow
 from pyro_flows.flows.bases import MixtureBase, base_score
-from pyro_flows.guides.log_joint import LogJoint
+from pyro_flows.models.log_joint import LogJoint
 
 __all__ = ["fit_modes", "fit_tails"]
 

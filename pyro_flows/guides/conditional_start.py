@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.guides.ascent import gradient_and_hessian
-from pyro_flows.guides.log_joint import LogJoint
+from pyro_flows.models.log_joint import LogJoint
 from pyro_flows.transforms import DiagonalPooling
 
 __all__ = ["follow_data"]

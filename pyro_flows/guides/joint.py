@@ -15,10 +15,8 @@ from pyro_flows.flows.bases import MixtureBase, StudentTBase
 from pyro_flows.flows.gradient_filter import GradientFilter
 from pyro_flows.guides.base_start import fit_modes, fit_tails
 from pyro_flows.guides.conditional_start import follow_data
-from pyro_flows.guides.log_joint import LogJoint, PulledBack, Target
 from pyro_flows.guides.low_rank_start import RANK, LowRankGaussian, best_low_rank
 from pyro_flows.guides.mixture_start import best_mixture
-from pyro_flows.guides.prior import LinearPrior
 from pyro_flows.guides.warm_start import (
     MANY_ROWS,
     SCORE_DRAWS,
@@ -29,7 +27,9 @@ from pyro_flows.guides.warm_start import (
     fit_on_fixed_draws,
     refined,
 )
-from pyro_flows.sites import SiteTable
+from pyro_flows.models.log_joint import LogJoint, PulledBack, Target
+from pyro_flows.models.priors import LinearPrior
+from pyro_flows.models.sites import SiteTable
 from pyro_flows.transforms import (
     DiagonalPooling,
     FixedAffine,

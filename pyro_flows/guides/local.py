@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from pyro_flows.flows import FlowDistribution, FlowSpec
 from pyro_flows.flows.gradient_filter import GradientFilter
 from pyro_flows.guides.joint import JointBlock, build_reproducibly
-from pyro_flows.guides.prior import LinearPrior
-from pyro_flows.plates import LocalTable
+from pyro_flows.models.plates import LocalTable
+from pyro_flows.models.priors import LinearPrior
 from pyro_flows.transforms import PartialPooling
 from pyro_flows.transforms.networks import ContextParameters
 

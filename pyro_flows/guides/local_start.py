@@ -19,10 +19,10 @@ from torch import Tensor
 
 from pyro_flows.guides.ascent import climb, local_factor
 from pyro_flows.guides.local import LocalBlock
-from pyro_flows.guides.log_joint import NO_DENSITY, LogJoint, constrain, read_nesting, scored_sites
 from pyro_flows.guides.posterior import Latents, Posterior
 from pyro_flows.guides.warm_start import antithetic, elbo_of
-from pyro_flows.plates import LocalTable
+from pyro_flows.models.log_joint import NO_DENSITY, LogJoint, constrain, read_nesting, scored_sites
+from pyro_flows.models.plates import LocalTable
 
 __all__ = ["Call", "Watch", "start", "unwatched"]
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pyro_flows.guides.log_joint import Target
 from pyro_flows.guides.warm_start import SCORE_DRAWS, Gaussian, antithetic, elbo_of, fit_on_fixed_draws
+from pyro_flows.models.log_joint import Target
 
 __all__ = ["RANK", "LowRankGaussian", "best_low_rank", "krylov_eigenpairs"]
 

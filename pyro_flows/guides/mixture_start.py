@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pyro_flows.flows.bases import DiagonalNormalMixture, spread_components
-from pyro_flows.guides.log_joint import LogJoint
 from pyro_flows.guides.warm_start import SCORE_DRAWS, Gaussian, antithetic, climbs, local_gaussians, scored
+from pyro_flows.models.log_joint import LogJoint
 
 __all__ = ["MixtureStart", "best_mixture"]
 

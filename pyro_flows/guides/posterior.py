@@ -16,10 +16,10 @@ from pyro_flows.flows.gradient_filter import GradientFilter
 from pyro_flows.guides.amortize import Encoder, probe
 from pyro_flows.guides.joint import JointBlock
 from pyro_flows.guides.local import LocalBlock
-from pyro_flows.guides.prior import read_joint_prior, read_prior
 from pyro_flows.guides.step_limit import StepLimit
-from pyro_flows.plates import LocalTable, partition
-from pyro_flows.sites import Site, SiteTable, decreasing, quantiles
+from pyro_flows.models.plates import LocalTable, partition
+from pyro_flows.models.priors import read_joint_prior, read_prior
+from pyro_flows.models.sites import Site, SiteTable, decreasing, quantiles
 
 __all__ = ["Posterior"]
 

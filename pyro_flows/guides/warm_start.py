@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.guides.ascent import climb, gradient_and_hessian, local_factor
-from pyro_flows.guides.log_joint import LogJoint, Target
+from pyro_flows.models.log_joint import LogJoint, Target
 
 __all__ = [
     "MANY_ROWS",

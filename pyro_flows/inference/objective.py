@@ -22,9 +22,9 @@ from torch import Tensor
 from pyro_flows.diagnostics.psis import nearly_constant, pareto_smooth
 from pyro_flows.diagnostics.weights import log_weights
 from pyro_flows.flows import FlowDistribution
-from pyro_flows.guides.log_joint import NO_DENSITY
 from pyro_flows.inference.parameters import FlatParameter, RecordingError, leaves_of, state_of, trial
 from pyro_flows.inference.record import LossGraph, used_leaves
+from pyro_flows.models.log_joint import NO_DENSITY
 
 __all__ = ["Batches", "Estimate", "Objective"]
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyro_flows.guides.log_joint import NO_DENSITY
 from pyro_flows.inference.objective import Objective
 from pyro_flows.inference.parameters import RecordingError
+from pyro_flows.models.log_joint import NO_DENSITY
 
 __all__ = ["Trainer"]
 

@@ -22,8 +22,8 @@ from pyro.optim import Adam
 from torch import Tensor
 
 from pyro_flows import AutoFlowGuide, flows
-from pyro_flows.plates import partition
-from pyro_flows.sites import SiteTable
+from pyro_flows.models.plates import partition
+from pyro_flows.models.sites import SiteTable
 
 
 @pytest.fixture

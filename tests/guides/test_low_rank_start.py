@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from pyro_flows import AutoFlowGuide, flows
-from pyro_flows.guides.log_joint import LogJoint
 from pyro_flows.guides.low_rank_start import RANK, krylov_eigenpairs
 from pyro_flows.guides.warm_start import best_gaussian
+from pyro_flows.models.log_joint import LogJoint
 from pyro_flows.transforms import LowRankAffine, LowRankWhitening
 
 Model = Callable[..., Any]

@@ -18,7 +18,7 @@ from pyro.optim import Adam
 from torch import Tensor
 
 from pyro_flows import AutoFlowGuide, init_to_prior_median
-from pyro_flows.guides.prototype import log_density
+from pyro_flows.models.latents import log_density
 
 Y = [1.0, 2.0, 3.0, 2.5, 1.5]
 Number = Callable[[float], Tensor]

@@ -19,9 +19,9 @@ from torch import Tensor
 from pyro_flows import AutoFlowGuide
 from pyro_flows.diagnostics import log_weights
 from pyro_flows.guides.ascent import climb
-from pyro_flows.guides.log_joint import LogJoint
 from pyro_flows.guides.warm_start import Gaussian, refined
-from pyro_flows.sites import SiteTable
+from pyro_flows.models.log_joint import LogJoint
+from pyro_flows.models.sites import SiteTable
 
 COVARIANCE = torch.tensor([[4.0, 1.9, 0.002], [1.9, 1.0, 0.0], [0.002, 0.0, 1e-4]])
 MEAN = torch.tensor([10.0, -3.0, 0.5])

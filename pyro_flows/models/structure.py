@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L4. What a run of the guide and one of the model tell: latents and their layout, plates, and what has no weights."""
+"""L2. What a run of the guide and one of the model tell: latents and their layout, plates, and what has no weights."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.transforms import Transform
 
-from pyro_flows.guides.log_joint import check_unscaled
-from pyro_flows.plates import full_size
+from pyro_flows.models.log_joint import check_unscaled
+from pyro_flows.models.plates import full_size
 
 __all__ = ["Latent", "Structure", "common_plate", "read_structure", "sample_nodes"]
 

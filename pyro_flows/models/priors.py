@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L3. Reading off a model how the priors of its latents follow the latents before them."""
+"""L2. Reading off a model how the priors of its latents follow the latents before them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions.transforms import CorrCholeskyTransform
 
-from pyro_flows.guides.log_joint import constrain, scored_sites
-from pyro_flows.plates import LocalTable
-from pyro_flows.sites import Site, SiteTable
+from pyro_flows.models.log_joint import constrain, scored_sites
+from pyro_flows.models.plates import LocalTable
+from pyro_flows.models.sites import Site, SiteTable
 from pyro_flows.transforms import Correlated
 
 __all__ = ["LinearPrior", "read_joint_prior", "read_prior"]

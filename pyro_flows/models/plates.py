@@ -12,7 +12,7 @@ from pyro.distributions.util import sum_rightmost
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
-from pyro_flows.sites import Site, SiteTable
+from pyro_flows.models.sites import Site, SiteTable
 
 __all__ = ["LocalTable", "full_size", "partition"]
 

@@ -12,7 +12,7 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_flows.sites import SiteTable, decreasing, quantiles
+from pyro_flows.models.sites import SiteTable, decreasing, quantiles
 
 
 def of_sites(table: SiteTable, draws: Tensor, levels: Tensor) -> dict[str, Tensor]:

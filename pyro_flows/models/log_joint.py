@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L3. The log joint density of a model as a function of packed unconstrained draws."""
+"""L2. The log joint density of a model as a function of packed unconstrained draws."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_flows.sites import Site, SiteTable
+from pyro_flows.models.sites import Site, SiteTable
 
 __all__ = [
     "DRAWS",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L3. From a model to the trace that a guide is built on: which sites are latent, and which cannot be."""
+"""L2. From a model to the trace that a guide is built on: which sites are latent, and which cannot be."""
 
 from __future__ import annotations
 

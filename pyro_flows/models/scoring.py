@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L4. log p(x, z) of many draws of all latents at once, in its two terms: likelihood and prior."""
+"""L2. log p(x, z) of many draws of all latents at once, in its two terms: likelihood and prior."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_flows.diagnostics.structure import Structure, sample_nodes
-from pyro_flows.guides.log_joint import DRAWS, NO_DENSITY, sum_out
+from pyro_flows.models.log_joint import DRAWS, NO_DENSITY, sum_out
+from pyro_flows.models.structure import Structure, sample_nodes
 
 __all__ = ["ModelScorer", "Score", "concatenate", "given"]
 
