@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real posteriors with reference draws: how close each guide comes, by defaults.
 
-    python tests/benchmarks/posteriors.py FOLDER [--only NAME ...] [--guides NAME ...] [--seeds 1] [--numpyro] [--write]
+    python tests/benchmarks/posteriors.py FOLDER [--only NAME ...] [--guides NAME ...] [--seeds 1]
+        [--numpyro | --as-written] [--write]
 
 FOLDER is a Python package with ``names()`` and ``load_posterior(name)``, whose result has ``model``, ``data`` (keyword
 arguments), ``to_reference(samples)``, ``mean`` and ``sd`` by parameter. ``AutoFlowGuide`` is trained by ``fit`` with
 nothing set; its peers by plain SVI, 2000 steps of 16 particles, Adam at 0.01 with decay. ``--numpyro`` adds NumPyro's
-guides, by 5000 steps, for the models of which numpyro_guides.py has a twin, and makes a table of these alone. With
-several seeds, cells are medians, and the worst in brackets. Run by hand, never by pytest.
+guides, by 5000 steps, for the models of which numpyro_guides.py has a twin, and makes a table of these alone.
+``--as-written`` runs each model twice and makes a table of both: as it is, written to broadcast, and through
+``as_written(model)`` of the package's module of that name, which refuses particles as models do that are written for
+one draw; there, peers draw their particles one after the other. With several seeds, cells are medians, and the worst in
+brackets. Run by hand, never by pytest.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +50,8 @@ HEADER = (
     "worst log sd ratio",
     "CPU seconds",
 )
+# Forms of a model, in the order in which they are run: seconds are compared with the first's.
+BROADCASTING, AS_WRITTEN = "broadcasting", "as written"
 
 
 class Score(NamedTuple):
@@ -101,8 +108,8 @@ def spread(scores: Sequence[Score]) -> list[str]:
     return cells
 
 
-def train(name: str, posterior: Any, seed: int) -> tuple[AutoGuide, float]:
-    """A trained guide, and CPU seconds."""
+def train(name: str, posterior: Any, seed: int, *, vectorize: bool = True) -> tuple[AutoGuide, float]:
+    """A trained guide, and CPU seconds; ``vectorize`` is for the peers."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     guide = GUIDES[name](posterior.model)
@@ -112,11 +119,33 @@ def train(name: str, posterior: Any, seed: int) -> tuple[AutoGuide, float]:
     else:
         schedule = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.01}, "gamma": 0.01 ** (1 / 2000)}
         optim = pyro.optim.ExponentialLR(schedule)
-        svi = SVI(posterior.model, guide, optim, Trace_ELBO(num_particles=16, vectorize_particles=True))
+        svi = SVI(posterior.model, guide, optim, Trace_ELBO(num_particles=16, vectorize_particles=vectorize))
         for _ in range(2000):
             svi.step(**posterior.data)
             optim.step()
     return guide, time.process_time() - begin
+
+
+def run(options: argparse.Namespace, package: Any, peers: Any, title: str, name: str, form: str) -> list[Score]:
+    """Scores of a guide on one form of a posterior, by seed; NaN where it raises."""
+    scores = []
+    for seed in range(options.seeds):
+        posterior = package.load_posterior(title)
+        if form == AS_WRITTEN:
+            module = importlib.import_module(f"{package.__name__}.as_written")
+            posterior = replace(posterior, model=module.as_written(posterior.model))
+        label = f"{title}, {name}, {form}, seed {seed}"
+        try:
+            if name not in GUIDES:
+                scores.append(summarize(posterior, *peers.run(title, name, posterior, options.draws, seed))[0])
+                continue
+            guide, seconds = train(name, posterior, seed, vectorize=form == BROADCASTING)
+            scores.append(score(posterior, guide, options.draws, seconds)[0])
+            print(f"{label}: " + "  ".join(spread(scores[-1:])), flush=True)
+        except (ValueError, RuntimeError) as error:
+            print(f"{label}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+            scores.append(Score(*(math.nan,) * len(Score._fields)))
+    return scores
 
 
 def main() -> None:
@@ -127,8 +156,10 @@ def main() -> None:
     made.add_argument("--guides", nargs="*", default=list(GUIDES), choices=list(GUIDES))
     made.add_argument("--seeds", type=int, default=1)
     made.add_argument("--draws", type=int, default=20_000)
-    made.add_argument("--numpyro", action="store_true", help="NumPyro's guides too; posteriors_numpyro.rst")
-    made.add_argument("--write", action="store_true", help="write docs/tables/posteriors.rst")
+    kinds = made.add_mutually_exclusive_group()
+    kinds.add_argument("--numpyro", action="store_true", help="NumPyro's guides too; posteriors_numpyro.rst")
+    kinds.add_argument("--as-written", action="store_true", help="for one draw too; posteriors_as_written.rst")
+    made.add_argument("--write", action="store_true", help="write the table in docs/tables: posteriors.rst by default")
     options = made.parse_args()
     torch.set_num_threads(1)
     sys.path.insert(0, str(options.folder.resolve().parent))
@@ -138,23 +169,19 @@ def main() -> None:
     for title in options.only or (list(peers.TWINS) if peers else package.names()):
         extra = list(peers.GUIDES) if peers and title in peers.TWINS else []
         for name in options.guides + extra:
-            scores = []
-            for seed in range(options.seeds):
-                posterior = package.load_posterior(title)
-                try:
-                    if name in extra:
-                        scores.append(summarize(posterior, *peers.run(title, name, posterior, options.draws, seed))[0])
-                        continue
-                    guide, seconds = train(name, posterior, seed)
-                    scores.append(score(posterior, guide, options.draws, seconds)[0])
-                    print(f"{title}, {name}, seed {seed}: " + "  ".join(spread(scores[-1:])), flush=True)
-                except (ValueError, RuntimeError) as error:
-                    print(f"{title}, {name}, seed {seed}: {type(error).__name__}: {str(error)[:200]}", flush=True)
-                    scores.append(Score(*(math.nan,) * len(Score._fields)))
-            rows.append([title, name, *spread(scores)])
-            print("  ".join(rows[-1]), flush=True)
+            first: list[Score] = []
+            for form in (BROADCASTING, AS_WRITTEN) if options.as_written else (BROADCASTING,):
+                scores = run(options, package, peers, title, name, form)
+                first = first or scores
+                rows.append([title, name, *spread(scores)])
+                if options.as_written:
+                    ratio = statistics.median(a.seconds / b.seconds for a, b in zip(scores, first, strict=True))
+                    rows[-1] = [title, name, form, *spread(scores), f"{ratio:.2f}"]
+                print("  ".join(rows[-1]), flush=True)
+    header = (*HEADER[:2], "model", *HEADER[2:], "CPU seconds, x broadcasting") if options.as_written else HEADER
+    suffix = "_numpyro" if options.numpyro else "_as_written" if options.as_written else ""
     if options.write:
-        (TABLES / f"posteriors{'_numpyro' if peers else ''}.rst").write_text(as_rst(HEADER, rows))
+        (TABLES / f"posteriors{suffix}.rst").write_text(as_rst(header, rows))
 
 
 if __name__ == "__main__":
