@@ -14,7 +14,7 @@ from pyro_flows.diagnostics import (
 from pyro_flows.export import to_inference_data
 from pyro_flows.flows import Flow, FlowSpec
 from pyro_flows.guides import AutoFlowGuide, init_to_prior_median
-from pyro_flows.inference import CompiledSVI, FitResult, fit
+from pyro_flows.inference import CompiledSVI, FitResult, VectorizedTrace_ELBO, fit
 
 __version__ = "0.1.0"
 
@@ -27,6 +27,7 @@ __all__ = [
     "FitResult",
     "Flow",
     "FlowSpec",
+    "VectorizedTrace_ELBO",
     "check_calibration",
     "compare",
     "diagnose",

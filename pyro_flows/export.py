@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
@@ -19,15 +18,14 @@ from torch import Tensor
 from pyro_flows._checks import check_int
 from pyro_flows.diagnostics.psis import pareto_smooth
 from pyro_flows.diagnostics.weights import Draws, Weigher
-from pyro_flows.models.scoring import given
-from pyro_flows.models.structure import Structure, sample_nodes
+from pyro_flows.models.batching import BatchedModel
+from pyro_flows.models.structure import Structure
+from pyro_flows.models.traces import given
 
 __all__ = ["to_inference_data"]
 
 OWNER = "to_inference_data"
 SAMPLE_DIMS = ("chain", "draw")
-# Draws by which a run of many is compared with runs of one.
-PROBES = 3
 # Numbers in flight at once in runs of the model.
 MAX_ELEMENTS = 2**22
 
@@ -117,7 +115,7 @@ def to_inference_data(
         _check_structure(structure, log_likelihood=log_likelihood)
         chunks = list(weigher.chunks(num_samples, progress=False))
         values = {site.name: torch.cat([chunk.values[site.name] for chunk in chunks]) for site in structure.latents}
-        runs = _Runs(model, args, kwargs, structure, {name: value[:PROBES] for name, value in values.items()})
+        runs = _Runs(weigher.score.model, structure)
         deterministic, likelihood = runs.on_data(values)
         predictive = runs.new_data(values) if posterior_predictive else {}
     sites = runs.sites
@@ -173,35 +171,25 @@ class _Site(NamedTuple):
 
 
 class _Runs:
-    """Runs of the model at given values of its latents: of many draws at once in an outer plate, if that scores them as
-    runs of one do, else draw by draw.
+    """What runs of the model at given values of its latents say beside log densities.
 
     Args:
         model: The model.
-        args: Its arguments.
-        kwargs: Likewise.
         structure: What is known of it.
-        probe: A few draws to choose by, ``(S, *site shape)`` a site.
 
     Attributes:
         sites: The model's sites.
         indices: Plate -> its indices, as the model has them.
     """
 
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        structure: Structure,
-        probe: dict[str, Tensor],
-    ) -> None:
+    def __init__(self, model: BatchedModel, structure: Structure) -> None:
         self._model = model
-        self._args = args
-        self._kwargs = kwargs
-        self._structure = structure
-        trace = self._trace(model, {name: value[0] for name, value in probe.items()})
-        self.sites = {name: _Site.read(name, node) for name, node in sample_nodes(trace).items()}
+        self.sites = {name: _Site.read(name, node) for name, node in model.nodes.items()}
+        drawn = given({name: node["value"] for name, node in model.nodes.items() if not node["is_observed"]})
+        with poutine.block():
+            trace = poutine.trace(poutine.replay(model.model, trace=drawn)).get_trace(
+                *model.call.args, **model.call.kwargs
+            )
         self.indices = {n: _numpy(node["value"]) for n, node in trace.nodes.items() if site_is_subsample(node)}
         for plate, index in self.indices.items():
             if not np.array_equal(index, _numpy(structure.indices[plate])):
@@ -210,66 +198,37 @@ class _Runs:
                     f"guide {_numpy(structure.indices[plate])}. Give the guide the model's plate: create_plates=..."
                 )
         self._chunk = max(1, MAX_ELEMENTS // sum(max(site.value.numel(), 1) for site in self.sites.values()))
-        self._vectorized = False
-        singly = self.on_data(probe)
-        self._vectorized = True
-        try:
-            self._vectorized = all(map(_all_close, self.on_data(probe), singly))
-        except (RuntimeError, ValueError, IndexError, NotImplementedError):
-            self._vectorized = False
 
     def on_data(self, values: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Deterministic sites, ``(S, *site shape)``, and log likelihoods of observed ones, ``(S, *batch shape)``."""
-        deterministic: dict[str, list[Tensor]] = {n: [] for n, site in self.sites.items() if site.is_deterministic}
-        likelihood: dict[str, list[Tensor]] = {n: [] for n, site in self.sites.items() if site.is_data}
-        for count, trace in self._traces(self._model, values):
+        deterministic = {name: site.value.shape for name, site in self.sites.items() if site.is_deterministic}
+        likelihood = {name: site.batch_shape for name, site in self.sites.items() if site.is_data}
+
+        def pick(trace: Trace) -> dict[str, Tensor]:
             trace.compute_log_prob(lambda name, node: name in likelihood)
-            for name, parts in deterministic.items():
-                parts.append(_rows(trace.nodes[name]["value"], count, self.sites[name].value.shape))
-            for name, parts in likelihood.items():
-                parts.append(_rows(trace.nodes[name]["unscaled_log_prob"], count, self.sites[name].batch_shape))
-        return _joined(deterministic), _joined(likelihood)
+            found = {name: trace.nodes[name]["unscaled_log_prob"] for name in likelihood}
+            return found | {name: trace.nodes[name]["value"] for name in deterministic}
+
+        found = self._read(values, pick, {**deterministic, **likelihood})
+        return {name: found[name] for name in deterministic}, {name: found[name] for name in likelihood}
 
     def new_data(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Draws of the observed sites given those of the latents, ``(S, *site shape)``."""
-        drawn: dict[str, list[Tensor]] = {name: [] for name, site in self.sites.items() if site.is_data}
-        for count, trace in self._traces(poutine.uncondition(self._model), values):
-            for name, parts in drawn.items():
-                parts.append(_rows(trace.nodes[name]["value"], count, self.sites[name].value.shape))
-        return _joined(drawn)
+        shapes = {name: site.value.shape for name, site in self.sites.items() if site.is_data}
+        model = poutine.uncondition(self._model.model)
+        return self._read(values, lambda trace: {name: trace.nodes[name]["value"] for name in shapes}, shapes, model)
 
-    def _traces(self, model: Callable[..., Any], values: dict[str, Tensor]) -> Iterator[tuple[int, Trace]]:
-        """Number of draws and trace of each run."""
-        num_samples = len(next(iter(values.values())))
-        if not self._vectorized:
-            for row in range(num_samples):
-                yield 1, self._trace(model, {name: value[row] for name, value in values.items()})
-            return
-        structure = self._structure
-        for start in range(0, num_samples, self._chunk):
-            count = min(self._chunk, num_samples - start)
-            part = {s.name: structure.lead(s, values[s.name][start : start + count]) for s in structure.latents}
-            with pyro.plate(f"_{OWNER}", count, dim=-1 - structure.nesting):
-                trace = self._trace(model, part)
-            yield count, trace
-
-    def _trace(self, model: Callable[..., Any], values: Mapping[str, Tensor]) -> Trace:
-        replayed = poutine.replay(model, trace=given(values))
-        with poutine.block():
-            return poutine.trace(replayed).get_trace(*self._args, **self._kwargs)
-
-
-def _rows(value: Tensor, count: int, shape: torch.Size) -> Tensor:
-    """A tensor from a run of ``count`` draws as ``(count, *shape)``; one without draws is the same for all."""
-    return value.reshape(-1, *shape).expand(count, *shape)
-
-
-def _joined(parts: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat(list(tensors)) for name, tensors in parts.items()}
-
-
-def _all_close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
-    return all(torch.allclose(found[name], value, rtol=1e-4, atol=1e-3) for name, value in expected.items())
+    def _read(
+        self,
+        values: dict[str, Tensor],
+        pick: Callable[[Trace], dict[str, Tensor]],
+        shapes: Mapping[str, torch.Size],
+        model: Callable[..., Any] | None = None,
+    ) -> dict[str, Tensor]:
+        chunks = zip(*(value.split(self._chunk) for value in values.values()), strict=True)
+        call = self._model.call._replace(fixed={})
+        parts = [self._model.read(dict(zip(values, chunk, strict=True)), pick, call, shapes, model) for chunk in chunks]
+        return {name: torch.cat([part[name] for part in parts]) for name in shapes}
 
 
 def _check_structure(structure: Structure, *, log_likelihood: bool) -> None:

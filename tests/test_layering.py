@@ -11,6 +11,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "pyro_flows"
 # From design.md; the longest matching prefix counts.
 LAYERS = {
+    "_blame": 0,
     "_checks": 0,
     "transforms": 1,
     "flows": 2,

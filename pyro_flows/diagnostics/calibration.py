@@ -18,9 +18,9 @@ from tqdm.auto import tqdm
 from pyro_flows._checks import check_int
 from pyro_flows.diagnostics.weights import Weigher
 from pyro_flows.guides import AutoFlowGuide
-from pyro_flows.models.log_joint import NO_DENSITY
 from pyro_flows.models.plates import full_size
-from pyro_flows.models.structure import common_plate, sample_nodes
+from pyro_flows.models.structure import common_plate
+from pyro_flows.models.traces import NO_DENSITY, sample_nodes
 
 __all__ = ["Calibration", "SiteCalibration", "check_calibration"]
 

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from pyro_flows.diagnostics.weights import Weigher
 from pyro_flows.guides.ascent import climb, local_factor
-from pyro_flows.models.structure import sample_nodes
+from pyro_flows.models.traces import sample_nodes
 
 __all__ = ["Regions", "Search", "why_not"]
 

@@ -11,14 +11,13 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_flows.guides import AutoFlowGuide
-from pyro_flows.models.log_joint import DRAWS
-from pyro_flows.models.scoring import ModelScorer, Score, concatenate, given
-from pyro_flows.models.structure import Structure, read_structure, sample_nodes
+from pyro_flows.models.batching import runs_in_a_plate
+from pyro_flows.models.scoring import ModelScorer, Score, concatenate
+from pyro_flows.models.structure import Structure, read_structure
+from pyro_flows.models.traces import DRAWS, mini_batches, sample_nodes
 
 __all__ = ["Draws", "Weigher", "log_weights"]
 
@@ -92,8 +91,9 @@ class Weigher:
         self.structure: Structure = read_structure(owner, model, guide, args, self._kwargs)
         singles = [self._draw_one() for _ in range(PROBES)]
         probe = {name: torch.stack([values[name] for values, _, _ in singles]) for name in singles[0][0]}
-        self.score = ModelScorer(model, args, self._kwargs, self.structure, probe)
-        self.draws_at_once = self._vectorizes()
+        self.score = ModelScorer(owner, model, args, self._kwargs, self.structure, probe)
+        call = self.score.model.call
+        self.draws_at_once = runs_in_a_plate(guide, call, self.structure.nesting, PROBES)
         self.chunk = max(1, min(MAX_CHUNK, MAX_ELEMENTS // max(self.structure.elements, 1)))
 
     def chunks(self, num_samples: int, *, progress: bool) -> Iterator[Draws]:
@@ -136,12 +136,12 @@ class Weigher:
             trace = poutine.trace(self._guide).get_trace(*self._args, **self._kwargs)
             trace.compute_log_prob()
         values = {site.name: trace.nodes[site.name]["value"] for site in self.structure.latents}
-        return values, _mini_batches(trace), self._log_guide(trace, 1)
+        return values, mini_batches(trace), self._log_guide(trace, 1)
 
     def _draw_many(self, count: int) -> tuple[dict[str, Tensor], dict[str, Any], Tensor]:
         trace = self._trace_many(count)
         values = {site.name: _rows(trace, site.name, count, site.shape) for site in self.structure.latents}
-        return values, _mini_batches(trace), self._log_guide(trace, count)
+        return values, mini_batches(trace), self._log_guide(trace, count)
 
     def _trace_many(self, count: int) -> Trace:
         dim = -1 - self.structure.nesting
@@ -153,34 +153,6 @@ class Weigher:
     def _log_guide(self, trace: Trace, count: int) -> Tensor:
         terms = [self.structure.per_draw(node["log_prob"], count) for node in sample_nodes(trace).values()]
         return torch.stack(terms).sum(0)
-
-    @torch.no_grad()
-    def _vectorizes(self) -> bool:
-        """Whether the guide runs in an outer plate, with the densities that its single runs have at the same values."""
-        try:
-            trace = self._trace_many(PROBES)
-            shapes = self.structure.guide_shapes
-            values = {name: _rows(trace, name, PROBES, shape) for name, shape in shapes.items()}
-            found = self._log_guide(trace, PROBES)
-        except (RuntimeError, ValueError, IndexError, KeyError, NotImplementedError):
-            return False
-        expected = []
-        for row in range(PROBES):
-            replayed = given({**{name: value[row] for name, value in values.items()}, **_mini_batches(trace)})
-            try:
-                with poutine.block():
-                    single = poutine.trace(poutine.replay(self._guide, trace=replayed)).get_trace(
-                        *self._args, **self._kwargs
-                    )
-                    single.compute_log_prob()
-            except NotImplementedError:  # no inverse
-                return True
-            except ValueError:  # a flow of ours without an inverse scores its own draws only
-                return isinstance(self._guide, AutoFlowGuide)
-            except RuntimeError:
-                return False
-            expected.append(self._log_guide(single, 1))
-        return torch.allclose(found, torch.cat(expected), rtol=1e-3, atol=1e-2)
 
 
 def log_weights(
@@ -197,10 +169,6 @@ def log_weights(
     chunks = list(Weigher("log_weights", model, guide, args, kwargs).chunks(num_samples, progress=False))
     values = {name: torch.cat([chunk.values[name] for chunk in chunks]) for name in chunks[0].values}
     return torch.cat([chunk.log_weights.sum(-1) for chunk in chunks]), values
-
-
-def _mini_batches(trace: Trace) -> dict[str, Any]:
-    return {name: node["value"] for name, node in trace.nodes.items() if site_is_subsample(node)}
 
 
 def _rows(trace: Trace, name: str, count: int, shape: torch.Size) -> Tensor:

@@ -25,7 +25,7 @@ from pyro_flows.guides.delta import DensityDelta
 from pyro_flows.guides.initialization import init_to_prior_median
 from pyro_flows.guides.joint import JointBlock
 from pyro_flows.guides.local import LocalBlock
-from pyro_flows.guides.local_start import Call, Watch, start, unwatched
+from pyro_flows.guides.local_start import Arguments, Watch, start, unwatched
 from pyro_flows.guides.posterior import Latents, Posterior
 from pyro_flows.guides.refusals import warn_of_refused
 from pyro_flows.guides.step_limit import StepLimit
@@ -164,7 +164,7 @@ class AutoFlowGuide(SummarizedGuide):
         return self.warm_start_on([(args, kwargs)])
 
     def warm_start_on(
-        self, calls: Sequence[Call], watch: Watch = unwatched, model: Callable[..., Any] | None = None
+        self, calls: Sequence[Arguments], watch: Watch = unwatched, model: Callable[..., Any] | None = None
     ) -> AutoFlowGuide:
         """As :meth:`warm_start`, from ``(args, kwargs)`` of many mini-batches, so that every item is in one.
 
@@ -299,7 +299,7 @@ class AutoFlowGuide(SummarizedGuide):
             Site name -> value; local ones for the items of the mini-batch.
         """
         posterior = self.setup(*args, **kwargs)._posterior
-        if self.num_refused and not self._has_warned and not is_recording():
+        if self.limits_steps and self.num_refused and not self._has_warned and not is_recording():
             self._has_warned = True
             warn_of_refused(self.model, posterior, args, kwargs)
         self._declare_parameters()

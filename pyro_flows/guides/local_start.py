@@ -21,10 +21,12 @@ from pyro_flows.guides.ascent import climb, local_factor
 from pyro_flows.guides.local import LocalBlock
 from pyro_flows.guides.posterior import Latents, Posterior
 from pyro_flows.guides.warm_start import antithetic, elbo_of
-from pyro_flows.models.log_joint import NO_DENSITY, LogJoint, constrain, read_nesting, scored_sites
+from pyro_flows.models.batching import BatchedModel
+from pyro_flows.models.log_joint import LogJoint, constrain, scored_sites
 from pyro_flows.models.plates import LocalTable
+from pyro_flows.models.traces import NO_DENSITY, Call, by_draw, sample_nodes
 
-__all__ = ["Call", "Watch", "start", "unwatched"]
+__all__ = ["Arguments", "Watch", "start", "unwatched"]
 
 OWNER = "AutoFlowGuide.warm_start"
 
@@ -38,7 +40,10 @@ MAX_CALLS = 1000
 GLOBAL_ITEMS, MAX_GLOBAL_CALLS = 1000, 10
 SCORE_DRAWS = 32
 
-Call = tuple[tuple[Any, ...], Mapping[str, Any]]
+# Draws by which ways of running the model are compared, and the size of their noise.
+PROBES, NOISE = 3, 0.1
+
+Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 MakePlates = Callable[[tuple[Any, ...], Mapping[str, Any]], dict[str, pyro.plate]]
 
 
@@ -60,8 +65,8 @@ class MiniBatch:
 
     @property
     def call(self) -> Call:
-        """The model's arguments."""
-        return self.args, self.kwargs
+        """What the model is to be run with."""
+        return Call(self.args, self.kwargs, self.drawn)
 
     def scale(self, table: LocalTable) -> float:
         """What subsampled plates multiply the terms of these items by."""
@@ -82,7 +87,7 @@ def unwatched(batches: Iterator[MiniBatch], title: str) -> Iterable[MiniBatch]:
 def start(
     model: Callable[..., Any],
     posterior: Posterior,
-    calls: Sequence[Call],
+    calls: Sequence[Arguments],
     make_plates: MakePlates,
     init_scale: float,
     watch: Watch,
@@ -100,11 +105,8 @@ def start(
     if any(True for _ in posterior.blocks()):
         LocalStart(model, posterior, calls, make_plates, init_scale).run(watch)
         return
-    joint, (args, kwargs) = posterior.only_block, calls[0]
-    # At the start, since not every model bears draws of its own prior.
-    values = {site.name: site.to_support(part) for site, part in joint.table.split(joint.table.init_loc)}
-    nesting, enumerated = read_nesting(OWNER, model, values, args, kwargs)
-    joint.warm_start(LogJoint(model, joint.table, args, kwargs, nesting, bool(enumerated)), init_scale)
+    joint = posterior.only_block
+    joint.warm_start(LogJoint(model, joint.table, *calls[0]), init_scale)
 
 
 class _Drawn(Messenger):
@@ -119,7 +121,7 @@ class _Drawn(Messenger):
             self.plates.add(msg["name"])
 
 
-def mini_batches(call: Call, make_plates: MakePlates) -> Iterator[MiniBatch]:
+def mini_batches(call: Arguments, make_plates: MakePlates) -> Iterator[MiniBatch]:
     """What a call's arguments stand for: one mini-batch, or, where plates draw their own, one for each of their parts.
 
     Args:
@@ -162,7 +164,7 @@ class LocalStart:
         self,
         model: Callable[..., Any],
         posterior: Posterior,
-        calls: Sequence[Call],
+        calls: Sequence[Arguments],
         make_plates: MakePlates,
         init_scale: float,
     ) -> None:
@@ -179,11 +181,13 @@ class LocalStart:
         self.calls = calls
         self.make_plates = make_plates
         first = next(self.batches())
-        self.nesting, enumerated = read_nesting(OWNER, model, self.values(first, self.locations(first)), *first.call)
-        if enumerated:
+        draws = [self.values(self.locations(first, NOISE)) for _ in range(PROBES)]
+        probe = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
+        self.batched = BatchedModel(OWNER, model, first.call, probe)
+        if self.batched.enumerated:
             raise NotImplementedError(
                 f"{OWNER}: expected a model with local latents to have no enumerated sites, but "
-                f"'{enumerated[0]}' is one. Train the guide as it is."
+                f"'{self.batched.enumerated[0]}' is one. Train the guide as it is."
             )
 
     def batches(self) -> Iterator[MiniBatch]:
@@ -225,20 +229,22 @@ class LocalStart:
         joint, total = self.posterior.joint, 0.0
         for _ in range(2):
             if joint is None:
-                total += float(marginal.one(torch.zeros(0)))
+                total += float(marginal(torch.zeros(1, 0)))
             else:
                 push = joint.flow.transform.forward_and_ladj
                 total += elbo_of(marginal, push, antithetic(SCORE_DRAWS, joint.table.init_loc))
             marginal.mirror()
         return total / 2
 
-    def locations(self, batch: MiniBatch) -> Latents:
-        """Packed latents at zero noise."""
+    def locations(self, batch: MiniBatch, scale: float = 0.0) -> Latents:
+        """Packed latents at zero noise, or at noise of so small a scale."""
         posterior, latents = self.posterior, Latents()
         if posterior.joint is not None:
-            latents[()], _ = posterior.joint.flow.transform.forward_and_ladj(posterior.joint.flow.base_dist.mean)
+            mean = posterior.joint.flow.base_dist.mean
+            latents[()], _ = posterior.joint.flow.transform.forward_and_ladj(mean + scale * torch.randn_like(mean))
         for block in posterior.blocks():
-            latents[block.table.names], _ = self.push(block, batch, latents, None)
+            location, _ = self.push(block, batch, latents, None)
+            latents[block.table.names] = location + scale * torch.randn_like(location)
         return latents
 
     def push(
@@ -256,13 +262,13 @@ class LocalStart:
         noise = context.new_zeros(shape) if noise is None else noise.expand(shape)
         return block.head.forward_and_ladj(noise, context)
 
-    def values(self, batch: MiniBatch, latents: Latents) -> dict[str, Tensor]:
-        """Values of all sites, from packed latents."""
+    def values(self, latents: Latents) -> dict[str, Tensor]:
+        """Values of all latent sites, from packed ones."""
         posterior = self.posterior
         split = [] if posterior.joint is None else list(posterior.joint.table.split(latents[()]))
         for block in posterior.blocks():
             split += block.table.split(latents[block.table.names])
-        return {**constrain(split)[0], **batch.drawn}
+        return constrain(split)[0]
 
     def _start_items(self, batches: Iterable[MiniBatch]) -> None:
         """One pass over the data for all blocks that are no other's parents: those are fixed where they are."""
@@ -274,7 +280,7 @@ class LocalStart:
         ]
         for batch in batches:
             latents = self.locations(batch)
-            values = self.values(batch, latents)
+            values = self.values(latents)
             for items in fitted:
                 items.fit(batch, latents, values)
         for items in fitted:
@@ -344,7 +350,7 @@ def _item_log_density(
         total = torch.zeros(lead, dtype=z.dtype, device=z.device)
         for ladj in ladjs:
             total = total + per_item(ladj)
-        for node in scored_sites(model, {**values, **own}, *batch.call):
+        for node in scored_sites(model, {**values, **own}, batch.call):
             if {frame.name for frame in node["cond_indep_stack"]}.issuperset(table.names):
                 total = total + per_item(node["log_prob"].to(z.dtype)) / scale
         return total.reshape(-1, 1)
@@ -368,30 +374,38 @@ class MarginalLogJoint(LogJoint):
             {name: torch.randn_like(location) for name, location in owner.locations(batch).items()} for batch in batches
         ]
         self.rows = max(map(owner.num_items, batches)) * len(batches)
-        first, joint = batches[0], owner.posterior.joint
-        if joint is not None:  # nothing to choose otherwise: there is one draw
-            super().__init__(owner.model, joint.table, first.args, first.kwargs, owner.nesting)
+        self.model = owner.batched
+        if owner.posterior.joint is not None:
+            self.table = owner.posterior.joint.table
 
     def mirror(self) -> None:
         """Negate the noise."""
         self.noise = [{name: -eps for name, eps in noise.items()} for noise in self.noise]
 
-    def _parts(self, packed: Tensor) -> list[Tensor]:
-        posterior, count = self.owner.posterior, len(self.batches)
+    def __call__(self, draws: Tensor) -> Tensor:
+        """Packed globals, ``(S, D)``, to ``(S,)``; differentiable."""
+        posterior, share = self.owner.posterior, 1.0 / len(self.batches)
+        lead = draws.reshape(len(draws), *(1,) * self.model.nesting, draws.shape[-1])
         parts = []
         if posterior.joint is not None:
-            parts += constrain(posterior.joint.table.split(packed))[1]
+            parts += constrain(posterior.joint.table.split(lead))[1]
         for batch, noise in zip(self.batches, self.noise, strict=True):
-            latents: Latents = {} if posterior.joint is None else {(): packed}
+            latents: Latents = {} if posterior.joint is None else {(): lead}
             for block in posterior.blocks():
                 table = block.table
                 eps = noise[table.names]
                 latents[table.names], ladj = self.owner.push(block, batch, latents, eps)
                 _, ladjs = constrain(table.split(latents[table.names]))
                 log_q = -0.5 * (eps.square() + math.log(2 * math.pi)).sum(-1) - ladj
-                scale = batch.scale(table)
-                parts += [term * (scale / count) for term in (*ladjs, -log_q)]
-            values = self.owner.values(batch, latents)
-            for node in scored_sites(self.owner.model, values, *batch.call):
-                parts.append(node["log_prob"].to(packed.dtype) / count)
-        return parts
+                parts += [term * (batch.scale(table) * share) for term in (*ladjs, -log_q)]
+            values = self.owner.values(latents)
+            rows = {name: self.model.rows(name, value, len(draws)) for name, value in values.items()}
+            nodes = sample_nodes(self.model(rows, batch.call))
+            parts += [node["log_prob"].to(draws) * share for node in nodes.values()]
+        return torch.stack([self._by_draw(part, len(draws)) for part in parts]).sum(0)
+
+    def _by_draw(self, term: Tensor, count: int) -> Tensor:
+        """Sum over all dimensions but that of the draws, if there is one."""
+        if term.dim() > self.model.nesting:
+            return by_draw(term).expand(count)
+        return term.sum().expand(count)

@@ -16,15 +16,16 @@ import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_flows.diagnostics.psis import nearly_constant, pareto_smooth
 from pyro_flows.diagnostics.weights import log_weights
 from pyro_flows.flows import FlowDistribution
+from pyro_flows.inference.elbo import VectorizedTrace_ELBO, look_at
 from pyro_flows.inference.parameters import FlatParameter, RecordingError, leaves_of, state_of, trial
 from pyro_flows.inference.record import LossGraph, used_leaves
-from pyro_flows.models.log_joint import NO_DENSITY
+from pyro_flows.models.batching import BatchedModel
+from pyro_flows.models.traces import NO_DENSITY, Call, sample_nodes
 
 __all__ = ["Batches", "Estimate", "Objective"]
 
@@ -37,12 +38,8 @@ HELD_ELEMENTS = 2**25
 SEQUENTIAL_RUNS = 200
 # Draws from which the tail of weights is judged; k-hat from so many has an error of about 0.1, below 0.7.
 TAIL_DRAWS, LIGHT_TAIL = 10_000, 0.6
-# Draws by which vectorised particles are compared with single ones, and how many standard errors they may differ.
-CHECK_RUNS, CHECK_ERRORS = 100, 5.0
-# The same for log joints of the same draws, relative.
-AGREEMENT = 1e-3
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Estimate(NamedTuple):
@@ -97,15 +94,15 @@ class Batches:
         self._source: Iterable[Any] = args if self.many else [args]
         self._stream = self._endless()
         try:
-            self.first: Call = next(self._endless())
+            self.first: Arguments = next(self._endless())
         except RuntimeError:
             raise ValueError("fit: expected at least one mini-batch, but got none.") from None
 
-    def _pass(self) -> Iterator[Call]:
+    def _pass(self) -> Iterator[Arguments]:
         for item in self._source:
             yield (tuple(item) if isinstance(item, (tuple, list)) else (item,)), self.kwargs
 
-    def _endless(self) -> Iterator[Call]:
+    def _endless(self) -> Iterator[Arguments]:
         while True:
             empty = True
             for call in self._pass():
@@ -114,13 +111,13 @@ class Batches:
             if empty:
                 raise RuntimeError("no mini-batches")
 
-    def next(self) -> Call:
+    def next(self) -> Arguments:
         """The arguments of the next step."""
         return next(self._stream)
 
-    def one_pass(self, limit: int) -> list[Call]:
+    def one_pass(self, limit: int) -> list[Arguments]:
         """So many mini-batches, or all, or those that fit into memory, if they are fewer."""
-        calls: list[Call] = []
+        calls: list[Arguments] = []
         held = 0
         for call in itertools.islice(self._pass(), limit):
             calls.append(call)
@@ -138,7 +135,7 @@ class Objective:
         scale: What the terms of a mini-batch are multiplied by, the largest such factor.
         num_items: Size of the largest latent site at hand.
         num_values: Number of latent and observed values at hand.
-        vectorized: Whether particles can be drawn in one run.
+        batched: How the model is run at many draws.
         trains_model: Whether the model has parameters of its own.
         power: What the log joint is multiplied by in gradients, an inverse temperature; 1 is the model itself.
         leaves: Unconstrained leaves of the guide's and the model's parameters.
@@ -150,23 +147,17 @@ class Objective:
         self.guide = guide
         self.batches = batches
         args, kwargs = batches.first
-        with torch.no_grad(), pyro.validation_enabled(False):  # only the structure is looked at
-            guide_trace = poutine.block(poutine.trace(guide).get_trace)(*args, **kwargs)
-            replayed = poutine.replay(model, guide_trace)
-            trace = poutine.block(poutine.trace(replayed).get_trace)(*args, **kwargs)
-        sites = [s for s in trace.nodes.values() if s["type"] == "sample" and not site_is_subsample(s)]
+        self.batched, self._sites = self._look()
+        sites = self._sites
         self.enumerates = any(site["infer"].get("enumerate") for site in sites)
-        self.nesting = max((-f.dim for s in sites for f in s["cond_indep_stack"] if f.vectorized), default=0)
         frames = [frame for site in sites for frame in site["cond_indep_stack"]]
         self.subsampled = batches.many or any(frame.full_size not in (None, frame.size) for frame in frames)
         self.scale = max((float(torch.as_tensor(site["scale"]).max()) for site in sites), default=1.0)
         self.num_items = max((site["value"].numel() for site in sites if not site["is_observed"]), default=1)
         self.num_values = sum(torch.as_tensor(site["value"]).numel() for site in sites)
         self._calls = batches.one_pass(ESTIMATE_CALLS)
-        self.vectorized = True
-        self.vectorized = self._vectorizes()
         of_guide = leaves_of(guide, args, kwargs)
-        of_model = leaves_of(poutine.replay(model, guide_trace), args, kwargs)
+        of_model = leaves_of(_replayed(model, guide), args, kwargs)
         self.trains_model = any(all(p is not q for q in of_guide) for p in of_model)
         self.power = 1.0
         self.leaves = list({id(p): p for p in (*of_guide, *of_model)}.values())
@@ -174,16 +165,35 @@ class Objective:
         self._flat: FlatParameter | None = None
         self._graph: LossGraph | None = None
 
+    def _look(self) -> tuple[BatchedModel | None, list[dict[str, Any]]]:
+        """How to run the model at many draws, None if sites are enumerated as Pyro alone can; and its sites."""
+        args, kwargs = self.batches.first
+        try:
+            batched = look_at("fit", self.model, self.guide, Call(args, kwargs))
+        except NotImplementedError:
+            with torch.no_grad(), pyro.validation_enabled(False):  # only the structure is looked at
+                trace = poutine.block(poutine.trace(_replayed(self.model, self.guide)).get_trace)(*args, **kwargs)
+            return None, list(sample_nodes(trace).values())
+        return batched, list(batched.nodes.values())
+
+    @property
+    def obstacle(self) -> str:
+        """What keeps draws from being run at once; empty if nothing does."""
+        return "its sites are not enumerated in parallel" if self.batched is None else self.batched.obstacle
+
+    @property
+    def vectorized(self) -> bool:
+        """Whether particles can be drawn in one run."""
+        return not self.obstacle
+
     def elbo(self, num_particles: int) -> Trace_ELBO | TraceEnum_ELBO:
         """The loss with so many particles."""
+        if self.batched is not None and (self.vectorized or num_particles == 1):
+            return VectorizedTrace_ELBO.of(self.batched, num_particles)
         kind = TraceEnum_ELBO if self.enumerates else Trace_ELBO
-        vectorized = self.vectorized and num_particles > 1
-        return kind(
-            num_particles=num_particles,
-            vectorize_particles=vectorized,
-            max_plate_nesting=self.nesting,
-            ignore_jit_warnings=True,
-        )
+        frames = [frame for site in self._sites for frame in site["cond_indep_stack"]]
+        nesting = max((-frame.dim for frame in frames if frame.vectorized), default=0)
+        return kind(num_particles=num_particles, max_plate_nesting=nesting, ignore_jit_warnings=True)
 
     def _loss(self, elbo: Trace_ELBO | TraceEnum_ELBO, name: str) -> Callable[..., Any]:
         """A method of the loss with the model and the guide filled in."""
@@ -288,42 +298,16 @@ class Objective:
         variance = sample.var().item()
         return Estimate(sample.mean().item(), math.sqrt(variance / runs), variance * particles, sample)
 
-    def _vectorizes(self) -> bool:
-        """Whether vectorised particles run, and agree with single ones."""
-        state = torch.random.get_rng_state()
-        try:
-            if not self.enumerates and self._adds_up():
-                return True
-            many = self._estimate(4, CHECK_RUNS)
-        except (RuntimeError, IndexError, NotImplementedError):
-            return False
-        finally:
-            torch.random.set_rng_state(state)
-        single = self._estimate(CHECK_RUNS, 1)
-        if not math.isfinite(single.mean):
-            return math.isfinite(many.mean)
-        error = math.hypot(single.error, math.sqrt(many.variance / (4 * CHECK_RUNS))) + 1e-4 * abs(single.mean)
-        return abs(many.mean - single.mean) < CHECK_ERRORS * error
 
-    @torch.no_grad()
-    def _adds_up(self) -> bool:
-        """Whether the log joint of two particles is the sum of theirs, one by one; false for models that are random."""
-        args, kwargs = self.batches.first
-        with _quiet(), pyro.validation_enabled(False):
-            together, _ = next(iter(self.elbo(2)._get_traces(self.model, self.guide, args, kwargs)))
-            alone = poutine.block(poutine.trace(self.guide).get_trace)(*args, **kwargs)
-            total = 0.0
-            for particle in range(2):
-                data = {}
-                for name, node in together.nodes.items():
-                    if node["type"] == "sample" and not node["is_observed"] and name in alone.nodes:
-                        value, shape = node["value"], alone.nodes[name]["value"].shape
-                        shared = site_is_subsample(node) or value.numel() == shape.numel()
-                        data[name] = (value if shared else value[particle]).reshape(shape)
-                given = poutine.condition(self.model, data=data)
-                total += float(poutine.block(poutine.trace(given).get_trace)(*args, **kwargs).log_prob_sum())
-        expected = float(together.log_prob_sum())
-        return abs(total - expected) <= AGREEMENT * (1.0 + abs(expected))
+def _replayed(model: Callable[..., Any], guide: Callable[..., Any]) -> Callable[..., Any]:
+    """The model at a draw of the guide."""
+
+    def run(*args: Any, **kwargs: Any) -> None:
+        with torch.no_grad(), poutine.block():
+            trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        poutine.replay(model, trace=trace)(*args, **kwargs)
+
+    return run
 
 
 @contextmanager

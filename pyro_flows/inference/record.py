@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import operator
-import os
 import sys
-import traceback
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +20,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from pyro_flows._blame import blame
 from pyro_flows.inference.adam import AdamRule
 from pyro_flows.inference.machine_code import to_machine_code, without_collector
 from pyro_flows.inference.parameters import FlatParameter, RecordingError, trial
@@ -32,11 +31,6 @@ __all__ = ["LossGraph", "used_leaves"]
 # their size, by precision.
 AGREEMENT = {torch.float64: 1e-8}
 ROUGH_AGREEMENT = 2e-3
-# Folders whose lines are not the user's.
-LIBRARIES = tuple(os.path.dirname(module.__file__) + os.sep for module in (torch, pyro) if module.__file__)
-SITE_PACKAGES = os.path.dirname(LIBRARIES[1][:-1]) + os.sep
-OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-
 Loss = Callable[..., Tensor]
 
 
@@ -104,7 +98,7 @@ class LossGraph:
                 with trial(self._state), tracing(TracingContext(fake)), without_collector():
                     graph = make_fx(gradient)(parameter.leaves, data)
             except Exception as error:  # whatever torch says of code that it can't follow
-                raise RecordingError(_reason(error)) from error
+                raise RecordingError(blame(error, __file__)) from error
         graph.graph.set_codegen(torch.fx.graph.CodeGen())
         self._captured = _lift_constants(graph)
         _flatten_leaves(graph, parameter)
@@ -294,19 +288,3 @@ def _recordable() -> Iterator[None]:
     finally:
         for module, key, original in places:
             setattr(module, key, original)
-
-
-def _reason(error: Exception) -> str:
-    """The last line that is the user's, and what torch says of it."""
-    message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if "tracing tensor" in message or isinstance(error, torch.fx.proxy.TraceError):
-        message = "a value of a tensor steers Python (`.item()`, `float()`, `if`)"
-    frames = traceback.extract_tb(error.__traceback__)
-    # The user's lines if there are any, and else Pyro's or ours.
-    for others in ((*LIBRARIES, OURS, "<"), (LIBRARIES[0], __file__, "<")):
-        found = [frame for frame in frames if not frame.filename.startswith(others)]
-        if found:
-            name = found[-1].filename.removeprefix(SITE_PACKAGES)
-            name = os.path.basename(name) if os.path.isabs(name) else name
-            return f"{name}, line {found[-1].lineno}, `{found[-1].line}`: {message}"
-    return message

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_flows.inference.objective import Objective
 from pyro_flows.inference.parameters import RecordingError
-from pyro_flows.models.log_joint import NO_DENSITY
+from pyro_flows.models.traces import NO_DENSITY
 
 __all__ = ["Trainer"]
 

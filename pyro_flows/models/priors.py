@@ -19,6 +19,7 @@ from torch.distributions.transforms import CorrCholeskyTransform
 from pyro_flows.models.log_joint import constrain, scored_sites
 from pyro_flows.models.plates import LocalTable
 from pyro_flows.models.sites import Site, SiteTable
+from pyro_flows.models.traces import Call
 from pyro_flows.transforms import Correlated
 
 __all__ = ["LinearPrior", "read_joint_prior", "read_prior"]
@@ -205,7 +206,7 @@ def _are_told_apart(
         packed = packed.detach().requires_grad_()
         torch.default_generator.manual_seed(0)
         values, parts = constrain(table.split(packed))
-        parts += [node["log_prob"] for node in scored_sites(model, values, args, dict(kwargs))]
+        parts += [node["log_prob"] for node in scored_sites(model, values, Call(args, kwargs))]
         (found,) = torch.autograd.grad(torch.stack([part.sum() for part in parts]).sum(), packed)
         return found[coordinates]
 

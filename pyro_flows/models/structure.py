@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.transforms import Transform
 
-from pyro_flows.models.log_joint import check_unscaled
+from pyro_flows.models.enumeration import check_enumeration
 from pyro_flows.models.plates import full_size
+from pyro_flows.models.traces import sample_nodes
 
-__all__ = ["Latent", "Structure", "common_plate", "read_structure", "sample_nodes"]
+__all__ = ["Latent", "Structure", "common_plate", "read_structure"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,13 +145,6 @@ class Structure:
         return values, total
 
 
-def sample_nodes(trace: Trace) -> dict[str, dict[str, Any]]:
-    """The sample sites of a trace, without those that choose mini-batches."""
-    return {
-        name: node for name, node in trace.nodes.items() if node["type"] == "sample" and not site_is_subsample(node)
-    }
-
-
 @torch.no_grad()
 def read_structure(
     owner: str,
@@ -189,7 +183,7 @@ def read_structure(
                 f"{owner}: expected the guide to draw latent site '{name}', but it does not. Add the site to the guide"
                 " or, if it is discrete, mark it: `model = config_enumerate(model)`."
             )
-    check_unscaled(owner, enumerated, nodes)
+    check_enumeration(owner, nodes)
     items = None if subsampled else common_plate(frames)
     return Structure(
         latents=tuple(_latent(nodes[name], items) for name in latents),

@@ -84,7 +84,7 @@ def by_branch(x: Tensor, y: Tensor) -> None:
 def test_models_that_outer_plates_break(model: Any, run: str) -> None:
     fit = correlated_regression()
     weigher = Weigher("test", model, fit.guide, fit.args, None)
-    assert weigher.score._run.__name__ == run
+    assert weigher.score.model._run.__name__ == run
     values = weigher.draw(5).values
     expected = Weigher("test", fit.model, fit.guide, fit.args, None).score(values)
     torch.testing.assert_close(weigher.score(values).log_joint, expected.log_joint, rtol=1e-5, atol=1e-4)
@@ -99,7 +99,7 @@ def test_models_that_sum_over_draws_in_silence_are_run_one_by_one() -> None:
         pyro.sample("z", dist.Normal(torch.zeros(2), 0.5).to_event(1))
 
     weigher = Weigher("test", model, guide, (), None)
-    assert weigher.score._run.__name__ == "_by_vmap"
+    assert weigher.score.model._run.__name__ == "_by_vmap"
     # N(0, 1) exp(-z^2) is the normal of sd 1 / sqrt 3, times 3^-1/2 a coordinate.
     weights, _ = log_weights(model, guide, 4000)
     mean = weights.exp().mean().item()

@@ -61,7 +61,7 @@ def effects_data() -> tuple[tuple[Tensor, ...], float]:
 
 
 def log_joint_of(guide: AutoFlowGuide, *args: Any) -> LogJoint:
-    return LogJoint(guide.model, guide.posterior.only_block.table, args, {}, 1)
+    return LogJoint(guide.model, guide.posterior.only_block.table, args, {})
 
 
 @torch.no_grad()

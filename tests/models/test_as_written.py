@@ -135,7 +135,7 @@ def test_log_joint_of_many_draws(build: Callable[[], Twins]) -> None:
     twins = build()
     table = table_of(twins)
     draws = some_draws(table)
-    log_joint = LogJoint(twins.as_written, table, twins.args, {}, 1, enumerates=bool(twins.enumerated))
+    log_joint = LogJoint(twins.as_written, table, twins.args, {})
     found = log_joint(draws)
     for value, draw in zip(found, draws, strict=True):
         values = table.unpack(draw)
@@ -151,7 +151,7 @@ def test_scores_of_many_draws(build: Callable[[], Twins]) -> None:
     values = {name: torch.stack([single[name] for single in singles]) for name in table.names}
     guide = AutoFlowGuide(twins.as_written).setup(*twins.args)
     structure = read_structure("test", twins.as_written, guide, twins.args, {})
-    found = ModelScorer(twins.as_written, twins.args, {}, structure, values)(values).log_joint.sum(-1)
+    found = ModelScorer("test", twins.as_written, twins.args, {}, structure, values)(values).log_joint.sum(-1)
     for value, single in zip(found, singles, strict=True):
         expected = log_density(twins, twins.as_written, single).double()
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-3)

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L4. :class:`VectorizedTrace_ELBO`: many particles in one run of any model."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import prune_subsample_sites
+
+from pyro_flows._checks import check_int
+from pyro_flows.models.batching import BatchedModel, runs_in_a_plate
+from pyro_flows.models.traces import NO_DENSITY, Call, by_draw, mini_batches, sample_nodes
+from pyro_flows.transforms.base import is_recording
+
+__all__ = ["VectorizedTrace_ELBO", "look_at"]
+
+OWNER = "VectorizedTrace_ELBO"
+# Runs of the guide by which ways of running the model are compared.
+PROBES = 3
+# Particles that a model may refuse, as a share of all, before the loss is NaN.
+MAX_REFUSED = 0.1
+
+
+class VectorizedTrace_ELBO(Trace_ELBO):
+    """``Trace_ELBO`` whose particles take one run of the model, whether it is written for that or not.
+
+    ``Trace_ELBO(num_particles=16, vectorize_particles=True)`` needs a model that broadcasts over an outer plate. Most
+    do not: ``x @ w``, ``a[group]``, a loop over time, an ``nn.Module``. Here the guide runs in an outer plate, and the
+    model too if that gives the log densities of plain runs; if not, it runs under ``torch.vmap``. Sites that the model
+    enumerates in parallel are summed out, as by ``TraceEnum_ELBO``. Works with ``SVI`` and
+    :class:`~pyro_flows.CompiledSVI`, with Pyro's guides and ours.
+
+    Particles that the model refuses (a Cholesky factorisation that fails) are left out, up to a tenth of them.
+
+    Args:
+        num_particles: Number of particles, >= 1.
+        max_plate_nesting: Number of batch dimensions in use; infinity finds out.
+        options: As of ``Trace_ELBO``.
+
+    Raises:
+        RuntimeError: At the first step, if a model can't be run so; names the line of the model that prevents it.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> from pyro.infer import SVI
+        >>> from pyro.optim import Adam
+        >>> from pyro_flows import AutoFlowGuide, VectorizedTrace_ELBO
+        >>> def model(x, y):
+        ...     w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        ...     with pyro.plate("data", len(y)):
+        ...         pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+        >>> svi = SVI(model, AutoFlowGuide(model), Adam({"lr": 0.01}), VectorizedTrace_ELBO(num_particles=16))
+        >>> loss = svi.step(torch.randn(10, 2), torch.randn(10))
+    """
+
+    def __init__(self, num_particles: int = 1, max_plate_nesting: float = math.inf, **options: Any) -> None:
+        check_int(OWNER, "num_particles", num_particles, 1)
+        options.pop("vectorize_particles", None)
+        self._least_nesting = 0 if math.isinf(max_plate_nesting) else int(max_plate_nesting)
+        super().__init__(num_particles, max_plate_nesting, vectorize_particles=True, **options)  # type: ignore[no-untyped-call]
+        self._batched: BatchedModel | None = None
+        self._is_given = False
+
+    @classmethod
+    def of(cls, batched: BatchedModel, num_particles: int) -> VectorizedTrace_ELBO:
+        """The loss of models that differ from one that was looked at by scales only."""
+        made = cls(num_particles)
+        made._batched, made._is_given = batched, True
+        made.max_plate_nesting = batched.nesting + (num_particles > 1)
+        return made
+
+    def _get_traces(
+        self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if self._batched is None or not (self._is_given or self._batched.model == model):
+            self._batched = look_at(OWNER, model, guide, Call(args, kwargs), self._least_nesting)
+            self.max_plate_nesting = self._batched.nesting + (self.num_particles > 1)
+        if self._batched.obstacle and self.num_particles > 1:
+            raise RuntimeError(
+                f"{OWNER}: expected a model that can be run at many draws at once, but {self._batched.obstacle}. Take "
+                f"Trace_ELBO(num_particles={self.num_particles}), which runs them one by one."
+            )
+        return super()._get_traces(model, guide, args, kwargs)  # type: ignore[no-untyped-call]
+
+    def _get_vectorized_trace(
+        self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Trace, Trace]:
+        batched, count = self._batched, self.num_particles
+        assert batched is not None
+        guide_trace = poutine.trace(self._vectorized_num_particles(guide)).get_trace(*args, **kwargs)
+        values = {
+            name: batched.rows(name, node["value"], count)
+            for name, node in sample_nodes(guide_trace).items()
+            if name in batched.nodes
+        }
+        model_trace = batched(values, Call(args, kwargs, mini_batches(guide_trace)), model)
+        guide_trace = prune_subsample_sites(guide_trace)
+        guide_trace.compute_score_parts()
+        frames = {f for node in sample_nodes(guide_trace).values() for f in node["cond_indep_stack"]}
+        particles = tuple(frame for frame in frames if frame.name == "num_particles_vectorized")
+        for node in sample_nodes(model_trace).values():
+            node["cond_indep_stack"] += particles
+        if not is_recording():
+            _leave_out_refused(model_trace, guide_trace, count)
+        return model_trace, guide_trace
+
+
+def look_at(
+    owner: str, model: Callable[..., Any], guide: Callable[..., Any], call: Call, least_nesting: int = 0
+) -> BatchedModel:
+    """How to run a model at draws of a guide.
+
+    Raises:
+        Exception: Whatever the model or the guide raises in plain runs, or Pyro about their shapes.
+    """
+    with torch.no_grad(), poutine.block():
+        traces = [poutine.trace(guide).get_trace(*call.args, **call.kwargs) for _ in range(PROBES)]
+        names = latents_of(model, call, traces)
+    drawn = [sample_nodes(found) for found in traces]
+    check_match(owner, names, drawn[0])
+    probe = {name: torch.stack([nodes[name]["value"] for nodes in drawn]) for name in names if name in drawn[0]}
+    nesting = max((-f.dim for n in drawn[0].values() for f in n["cond_indep_stack"] if f.vectorized), default=0)
+    call = call._replace(fixed=mini_batches(traces[0]))
+    batched = BatchedModel(owner, model, call, probe, max(nesting, least_nesting))
+    if not (batched.obstacle or runs_in_a_plate(guide, call, batched.nesting)):
+        batched.obstacle = "the guide does not run in an outer plate"
+    return batched
+
+
+def latents_of(model: Callable[..., Any], call: Call, traces: Sequence[Trace]) -> list[str]:
+    """Names of a model's latent sites that are not enumerated, from a run at the first draw that it does not refuse."""
+    refused: Exception | None = None
+    for trace in traces:
+        try:
+            found = poutine.trace(poutine.replay(model, trace=trace)).get_trace(*call.args, **call.kwargs)
+        except NO_DENSITY as error:
+            refused = refused or error
+            continue
+        nodes = sample_nodes(found)
+        return [n for n, node in nodes.items() if not (node["is_observed"] or node["infer"].get("enumerate"))]
+    assert refused is not None
+    raise refused
+
+
+def check_match(owner: str, latents: Sequence[str], drawn: Mapping[str, Mapping[str, Any]]) -> None:
+    """Whether a guide is that of a model.
+
+    Raises:
+        ValueError: If the two were swapped, or the guide is another model's.
+    """
+    for name, node in drawn.items():
+        if node["is_observed"]:
+            raise ValueError(
+                f"{owner}: expected a guide, which observes nothing, but it observes '{name}'. Write the model first, "
+                "and the guide second."
+            )
+    own = [name for name, node in drawn.items() if not node["infer"].get("is_auxiliary")]
+    if latents and not set(latents) & set(drawn):
+        raise ValueError(
+            f"{owner}: expected a guide of this model, whose latent sites are {', '.join(map(repr, latents))}, but the "
+            f"guide draws {', '.join(map(repr, own)) or 'none'}. Make a guide from this model: AutoFlowGuide(model)."
+        )
+    missing = [name for name in latents if name not in drawn]
+    if missing:
+        warnings.warn(
+            f"{owner}: the guide does not draw {', '.join(map(repr, missing))}, which the model draws from the prior "
+            "at every step.",
+            stacklevel=4,
+        )
+
+
+def _leave_out_refused(model_trace: Trace, guide_trace: Trace, count: int) -> None:
+    """Take the mean over those draws that the model does not refuse."""
+    terms = [by_draw(node["log_prob"]) for node in sample_nodes(model_trace).values()]
+    usable = ~torch.stack([term.detach() for term in terms]).sum(0).isnan()
+    refused = count - int(usable.sum())
+    if not 0 < refused <= MAX_REFUSED * count:
+        return
+
+    def usable_only(value: Any) -> Any:
+        if not torch.is_tensor(value) or value.dim() == 0 or len(value) != count:
+            return value
+        keep = usable.reshape(-1, *(1,) * (value.dim() - 1))
+        return torch.where(keep, value, 0.0) * (count / (count - refused))
+
+    for node in sample_nodes(model_trace).values():
+        node["log_prob"] = usable_only(node["log_prob"])
+        node["log_prob_sum"] = node["log_prob"].sum()
+    for node in sample_nodes(guide_trace).values():
+        node["log_prob"] = usable_only(node["log_prob"])
+        node["log_prob_sum"] = node["log_prob"].sum()
+        node["score_parts"] = type(node["score_parts"])(*map(usable_only, node["score_parts"]))

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L2. What runs of a model are made of: arguments, values to replay, sample sites and mini-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+__all__ = ["DRAWS", "NO_DENSITY", "Call", "by_draw", "given", "mini_batches", "sample_nodes"]
+
+# The plate of many draws in one run of a model.
+DRAWS = "_pyro_flows_draws"
+
+# What a model raises where it has no density: a distribution refuses its parameters, a covariance is not one.
+NO_DENSITY = (ValueError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+
+
+class Call(NamedTuple):
+    """Arguments of a model, and what its plates are to take.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        fixed: What is the same for all draws: plate -> indices of its mini-batch.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    fixed: Mapping[str, Any] = {}
+
+
+def given(values: Mapping[str, Any]) -> Trace:
+    """A trace to replay: these values, still as latents."""
+    trace = Trace()
+    for name, value in values.items():
+        trace.add_node(name, name=name, type="sample", value=value, is_observed=False, infer={})
+    return trace
+
+
+def sample_nodes(trace: Trace) -> dict[str, dict[str, Any]]:
+    """The sample sites of a trace, without those that choose mini-batches."""
+    return {n: node for n, node in trace.nodes.items() if node["type"] == "sample" and not site_is_subsample(node)}
+
+
+def mini_batches(trace: Trace) -> dict[str, Any]:
+    """Plate -> indices, of a trace's plates."""
+    return {name: node["value"] for name, node in trace.nodes.items() if site_is_subsample(node)}
+
+
+def by_draw(term: Tensor) -> Tensor:
+    """``(S, ...)`` summed to ``(S,)``."""
+    return term.reshape(len(term), -1).sum(-1)
