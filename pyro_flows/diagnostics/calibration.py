@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from pyro_flows._checks import check_int
 from pyro_flows.diagnostics.weights import Weigher
 from pyro_flows.guides import AutoFlowGuide
-from pyro_flows.models.plates import full_size
+from pyro_flows.models.sites import full_size
 from pyro_flows.models.structure import common_plate
 from pyro_flows.models.traces import NO_DENSITY, sample_nodes
 

@@ -90,12 +90,13 @@ def importance_resample(
     result = {}
     for latent in weigher.structure.latents:
         values = torch.cat([chunk.values[latent.name] for chunk in chunks])
-        if latent.item_axis is None:
+        axis = weigher.structure.item_axis(latent)
+        if axis is None:
             result[latent.name] = values[picks[:, 0]]
         else:
-            rows = values.movedim(1 + latent.item_axis, 1)  # (num_draws, N, ...)
+            rows = values.movedim(1 + axis, 1)  # (num_draws, N, ...)
             chosen = rows[picks, torch.arange(rows.shape[1], device=rows.device)]
-            result[latent.name] = chosen.movedim(1, 1 + latent.item_axis)
+            result[latent.name] = chosen.movedim(1, 1 + axis)
     return result
 
 

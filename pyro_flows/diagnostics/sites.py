@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pyro_flows.diagnostics.moments import Moments
 from pyro_flows.diagnostics.weights import Draws
-from pyro_flows.models.structure import Latent, Structure
+from pyro_flows.models.sites import Site
+from pyro_flows.models.structure import Structure
 
 __all__ = ["SiteSummary", "SiteTally"]
 
@@ -50,8 +51,9 @@ class SiteSummary:
 class _One:
     """Running sums of one site."""
 
-    def __init__(self, latent: Latent) -> None:
+    def __init__(self, latent: Site, item_axis: int | None) -> None:
         self.latent = latent
+        self.item_axis = item_axis
         self.log_prior = 0.0
         self.count = 0
         self.values = Moments()
@@ -60,10 +62,10 @@ class _One:
     def add(self, values: Tensor, log_prior: Tensor | None, log_weights: Tensor) -> None:
         self.count += len(values)
         self.log_prior += float("nan") if log_prior is None else log_prior.sum().item()
-        for moments, array in ((self.values, values), (self.unconstrained, self.latent.unconstrain(values))):
+        for moments, array in ((self.values, values), (self.unconstrained, self.latent.to_support.inv(values))):
             shape = [len(values)] + [1] * (array.dim() - 1)
-            if self.latent.item_axis is not None:
-                shape[1 + self.latent.item_axis] = -1
+            if self.item_axis is not None:
+                shape[1 + self.item_axis] = -1
             moments.add(array, log_weights.reshape(shape))
 
     def summary(self) -> SiteSummary:
@@ -87,7 +89,9 @@ class SiteTally:
     """Takes in draws, gives a summary of each site."""
 
     def __init__(self, structure: Structure) -> None:
-        self._sites = [_One(latent) for latent in structure.latents if latent.shape.numel()]
+        self._sites = [
+            _One(latent, structure.item_axis(latent)) for latent in structure.latents if latent.shape.numel()
+        ]
 
     def add(self, draws: Draws, log_weights: Tensor) -> None:
         """Take in one chunk; ``log_weights`` are ``(S, N)``."""

@@ -25,15 +25,15 @@ from pyro_flows.guides.delta import DensityDelta
 from pyro_flows.guides.initialization import init_to_prior_median
 from pyro_flows.guides.joint import JointBlock
 from pyro_flows.guides.local import LocalBlock
-from pyro_flows.guides.local_start import Arguments, Watch, start, unwatched
+from pyro_flows.guides.local_start import start
+from pyro_flows.guides.mini_batches import Arguments, Watch, unwatched
 from pyro_flows.guides.posterior import Latents, Posterior
 from pyro_flows.guides.refusals import warn_of_refused
 from pyro_flows.guides.step_limit import StepLimit
 from pyro_flows.guides.structure import STRUCTURES, check_plate, local_plates
 from pyro_flows.guides.summaries import SummarizedGuide
 from pyro_flows.models.latents import checked_init, hide_from_guide, log_density, trace_latents
-from pyro_flows.models.plates import full_size
-from pyro_flows.models.sites import Site
+from pyro_flows.models.sites import full_size
 from pyro_flows.transforms.base import is_recording
 
 __all__ = ["AutoFlowGuide"]
@@ -260,7 +260,7 @@ class AutoFlowGuide(SummarizedGuide):
         return self._joint.flow.transform.condition(None)
 
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        for site, unconstrained in self._joint.table.split(latent):
+        for site, unconstrained in self._joint.layout.split(latent):
             yield self.prototype_trace.nodes[site.name], unconstrained
 
     def _encode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
@@ -288,7 +288,7 @@ class AutoFlowGuide(SummarizedGuide):
         amortized = [name for name in frames if self._posterior.encoder(name) is not None]
         for name, frame in frames.items():
             if name not in amortized:
-                local = any(name in block.table.names for block in self._posterior.blocks())
+                local = any(name in block.layout.plate_names for block in self._posterior.blocks())
                 check_plate(plates[name], frame, local=local)
         return plates
 
@@ -307,16 +307,13 @@ class AutoFlowGuide(SummarizedGuide):
             posterior.step_limit.mark()
         encoded = self._encode(args, kwargs)
         plates = self._make_plates(encoded, args, kwargs)
-        unconstrained: dict[str, tuple[Site, Tensor]] = {}
         latents: Latents = {}
         if posterior.joint is not None:
             joint = posterior.joint.distribution(path_gradient=self.path_gradient, filtered=True)
             latents[()] = pyro.sample(f"_{self._pyro_name}_latent", joint, infer={"is_auxiliary": True})
-            unconstrained |= {site.name: (site, value) for site, value in posterior.joint.table.split(latents[()])}
         for block in posterior.blocks():
-            latents[block.table.names] = self._sample_local(block, latents, plates, encoded, args, kwargs)
-            split = block.table.split(latents[block.table.names])
-            unconstrained |= {site.name: (site, value) for site, value in split}
+            latents[block.layout.plate_names] = self._sample_local(block, latents, plates, encoded, args, kwargs)
+        unconstrained = {site.name: (site, value) for site, value in posterior.split(latents)}
         no_density = poutine.get_mask() is False
         result = {}
         for name in posterior.order:
@@ -342,13 +339,13 @@ class AutoFlowGuide(SummarizedGuide):
         posterior = self._posterior
         indices, rows = {}, {}
         with ExitStack() as stack:
-            for name in block.table.names:
+            for name in block.layout.plate_names:
                 indices[name] = torch.as_tensor(stack.enter_context(plates[name]))
                 encoder = posterior.encoder(name)
                 if encoder is not None:
                     output = encoded[name] if name in encoded else encoder(args, kwargs)
                     rows[name] = encoder.rows(output, plates[name].size, indices[name])
-            sizes = [(plates[name].size, plates[name].subsample_size) for name in block.table.names]
+            sizes = [(plates[name].size, plates[name].subsample_size) for name in block.layout.plate_names]
             block.gradient_filter.largest_multiple = math.prod(size / count for size, count in sizes)
             distribution = block.distribution(
                 block.item_context(indices, rows),
@@ -358,6 +355,6 @@ class AutoFlowGuide(SummarizedGuide):
                 path_gradient=self.path_gradient,
                 filtered=True,
             )
-            name = f"_{self._pyro_name}_{'_'.join(block.table.names)}_latent"
+            name = f"_{self._pyro_name}_{'_'.join(block.layout.plate_names)}_latent"
             value: Tensor = pyro.sample(name, distribution, infer={"is_auxiliary": True})
         return value

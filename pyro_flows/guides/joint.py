@@ -27,9 +27,9 @@ from pyro_flows.guides.warm_start import (
     fit_on_fixed_draws,
     refined,
 )
+from pyro_flows.models.layout import Layout
 from pyro_flows.models.log_joint import LogJoint, PulledBack, Target
 from pyro_flows.models.priors import LinearPrior
-from pyro_flows.models.sites import SiteTable
 from pyro_flows.transforms import (
     DiagonalPooling,
     FixedAffine,
@@ -98,29 +98,30 @@ class JointBlock(nn.Module):
     on the device of the model's own trace.
 
     Args:
-        table: The sites.
+        layout: The sites.
         spec: Recipe of the flow; told the sites' sizes, in order.
         init_scale: Standard deviation at the start, > 0.
-        prior: Priors that follow other sites of the table, for families that make use of them.
+        prior: Priors that follow others of the sites, for families that make use of them.
     """
 
     def __init__(
         self,
-        table: SiteTable,
+        layout: Layout,
         spec: FlowSpec,
         init_scale: float,
         *,
         prior: LinearPrior | None = None,
     ) -> None:
         super().__init__()
-        self.table = table
-        sizes = [site.size for site in table if site.size]
-        pooling = None if prior is None else _pooling(prior, table.latent_dim)
-        whitening = _whitening(table.latent_dim)
+        self.layout = layout
+        sizes = [size for size in layout.sizes if size]
+        pooling = None if prior is None else _pooling(prior, layout.latent_dim)
+        whitening = _whitening(layout.latent_dim)
         flow = build_reproducibly(lambda: spec.build_joint(sizes, pooling=pooling, whitening=whitening))
-        self.flow = flow.to(dtype=table.init_loc.dtype, device=table.init_loc.device)
-        self.flow.head.initialize(table.init_loc, torch.full_like(table.init_loc, init_scale))
-        self.gradient_filter = GradientFilter(table.latent_dim).to(table.init_loc)
+        init_loc = layout.init_loc
+        self.flow = flow.to(dtype=init_loc.dtype, device=init_loc.device)
+        self.flow.head.initialize(init_loc, torch.full_like(init_loc, init_scale))
+        self.gradient_filter = GradientFilter(layout.latent_dim).to(init_loc)
 
     @torch.no_grad()
     def start(self, loc: Tensor, factor: Tensor) -> None:
@@ -178,7 +179,7 @@ class JointBlock(nn.Module):
         if whitening is not None:
             whitening.reset()
         correlated = isinstance(whitening, Whitening)
-        found = best_gaussian(log_joint, self.table.init_loc, init_scale, correlated=correlated)
+        found = best_gaussian(log_joint, self.layout.init_loc, init_scale, correlated=correlated)
         head, base = self.flow.head, self.flow.base
         pooled = -math.inf
         if isinstance(head, DiagonalPooling) and log_joint.rows < MANY_ROWS:
@@ -190,7 +191,7 @@ class JointBlock(nn.Module):
             low_rank = best_low_rank(log_joint, found, self._low_rank)
         gaussian = found.elbo if low_rank is None else low_rank.elbo
         if isinstance(base, MixtureBase):
-            mixture = best_mixture(log_joint, self.table.init_loc, len(base.locs), correlated=correlated)
+            mixture = best_mixture(log_joint, self.layout.init_loc, len(base.locs), correlated=correlated)
             if mixture is not None and mixture.elbo(log_joint) > max(pooled, gaussian):
                 self.start(mixture.loc, mixture.factor)
                 base.set(mixture.locs, mixture.scales, mixture.weights)
@@ -215,7 +216,7 @@ class JointBlock(nn.Module):
         parameters: list[Tensor] = [*head.raw.parameters(), head.log_share]
         noise = antithetic(SCORE_DRAWS, found.loc)
         best, best_state = -math.inf, None
-        for loc, scale in ((found.loc, found.conditional_scale), (self.table.init_loc, torch.ones_like(found.loc))):
+        for loc, scale in ((found.loc, found.conditional_scale), (self.layout.init_loc, torch.ones_like(found.loc))):
             head.initialize(loc, scale, max_share=POOLED_SHARE)
             if fit_on_fixed_draws(log_joint, push, parameters, loc, POOLED_DRAWS):
                 elbo = elbo_of(log_joint, push, noise)
@@ -255,7 +256,7 @@ class JointBlock(nn.Module):
     def _correlate(self, pulled: Target, elbo: float) -> float:
         """Set the whitening inside the head to the best Gaussian there, if it is better; returns the ELBO."""
         whitening = self.flow.whitening
-        zeros, ones = torch.zeros_like(self.table.init_loc), torch.ones_like(self.table.init_loc)
+        zeros, ones = torch.zeros_like(self.layout.init_loc), torch.ones_like(self.layout.init_loc)
         if isinstance(whitening, Whitening):
             gaussian = refined(pulled, Gaussian(zeros, ones))
             if gaussian.elbo > elbo:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from pyro_flows.flows import FlowDistribution, FlowSpec
 from pyro_flows.flows.gradient_filter import GradientFilter
 from pyro_flows.guides.joint import JointBlock, build_reproducibly
-from pyro_flows.models.plates import LocalTable
+from pyro_flows.models.layout import Layout
 from pyro_flows.models.priors import LinearPrior
 from pyro_flows.transforms import PartialPooling
 from pyro_flows.transforms.networks import ContextParameters
@@ -35,9 +35,9 @@ class LocalBlock(nn.Module):
     location that varies with the encoder's output.
 
     Args:
-        table: The sites.
+        layout: The sites, and the plates.
         spec: Recipe of the flow; told the sites' sizes, in order.
-        init_loc: Start of the items of the full plate, ``lead + (item_dim,)``.
+        init_loc: Start of the items of the full plate, ``lead + (latent_dim,)``.
         init_scale: Standard deviation at the start, > 0.
         joint: The block of the globals, if there are any.
         parents: Blocks whose latents each item is given: those of a part of its plates.
@@ -48,7 +48,7 @@ class LocalBlock(nn.Module):
 
     def __init__(
         self,
-        table: LocalTable,
+        layout: Layout,
         spec: FlowSpec,
         init_loc: Tensor,
         init_scale: float,
@@ -60,27 +60,27 @@ class LocalBlock(nn.Module):
         is_long: bool = False,
     ) -> None:
         super().__init__()
-        self.table = table
+        self.layout = layout
         self.sparse = False
-        self.parent_names = tuple(parent.table.names for parent in parents)
+        self.parent_names = tuple(parent.layout.plate_names for parent in parents)
         self.prior = prior
-        joint_dim = joint.table.latent_dim if joint is not None else 0
-        given_dim = min(joint_dim, MAX_GIVEN_DIM) + sum(parent.table.item_dim for parent in parents)
+        joint_dim = joint.layout.latent_dim if joint is not None else 0
+        given_dim = min(joint_dim, MAX_GIVEN_DIM) + sum(parent.layout.latent_dim for parent in parents)
         self.embedding_dim = 0 if is_long else EMBEDDING_DIM
         feature_dim = self.embedding_dim if encoder_dim is None else encoder_dim
-        spec = spec.with_blocks([site.size for site in table.sites])
+        spec = spec.with_blocks(layout.sizes)
         known = None if prior is None else prior.known
         self.flow = build_reproducibly(
-            lambda: spec.build_local(table.item_dim, given_dim, feature_dim, known, plain=is_long)
+            lambda: spec.build_local(layout.latent_dim, given_dim, feature_dim, known, plain=is_long)
         )
-        self.gradient_filter = GradientFilter(table.item_dim)
+        self.gradient_filter = GradientFilter(layout.latent_dim)
         self.to(dtype=init_loc.dtype, device=init_loc.device)
-        start = init_loc.reshape(-1, table.item_dim)
+        start = init_loc.reshape(-1, layout.latent_dim)
         if encoder_dim is not None:
             start = start.mean(0)
-        given = [] if joint is None else [joint.table.init_loc]
+        given = [] if joint is None else [joint.layout.init_loc]
         given += [parent.head.raw.value[0] for parent in parents]
-        scale = torch.full_like(start.reshape(-1, table.item_dim)[0], init_scale)
+        scale = torch.full_like(start.reshape(-1, layout.latent_dim)[0], init_scale)
         gaussian = None if prior is None else prior(torch.cat([*given, start.new_zeros(0)]))
         if encoder_dim is not None and prior is not None and gaussian is not None:
             scale = torch.where(prior.known, gaussian.chunk(2)[1].exp(), scale)
@@ -114,9 +114,9 @@ class LocalBlock(nn.Module):
         """Make every item of a table start at a Gaussian of its own.
 
         Args:
-            loc: ``(items, item_dim)``, in the order of the full plates.
+            loc: ``(items, latent_dim)``, in the order of the full plates.
             scale: Likewise.
-            prior: Locations and log-scales of their priors, ``(items, 2 * item_dim)``, where they are known; these
+            prior: Locations and log-scales of their priors, ``(items, 2 * latent_dim)``, where they are known; these
                 have their full weight.
         """
         assert self.items is not None
@@ -125,7 +125,7 @@ class LocalBlock(nn.Module):
     def known_prior(
         self, latents: Mapping[tuple[str, ...], Tensor], joint: JointBlock | None, parents: Sequence[LocalBlock]
     ) -> Tensor:
-        """Locations and log-scales of the items' priors, ``(..., 2 * item_dim)``; see :meth:`distribution`."""
+        """Locations and log-scales of the items' priors, ``(..., 2 * latent_dim)``; see :meth:`distribution`."""
         assert self.prior is not None
         given = _given(latents, joint, parents)
         return self.prior(_join(given)) if given else self.prior.bias
@@ -138,11 +138,13 @@ class LocalBlock(nn.Module):
             encoded: Plate -> encoder's output for the items at hand, for plates with one.
         """
         if self.items is not None:
-            index = self.table.flat_index(indices).to(self.items.device)
+            index = self.layout.flat_index(indices).to(self.items.device)
             return F.embedding(index, self.items, sparse=self.sparse)
         assert self.encoded is not None
         dtype = self.encoded.value.dtype
-        outputs = [self.table.place(encoded[name].to(dtype), name) for name in self.table.names if name in encoded]
+        outputs = [
+            self.layout.place(encoded[name].to(dtype), name) for name in self.layout.plate_names if name in encoded
+        ]
         features = _join(outputs)
         # Plates of this block without an encoder: their items are alike given the rest.
         return torch.cat([features, self.encoded(features)], -1)
@@ -157,7 +159,7 @@ class LocalBlock(nn.Module):
         """What the flow is conditioned on; see :meth:`distribution`."""
         parts = [items]
         if joint is not None or parents:
-            standard = [parent.head.standardize(latents[parent.table.names]) for parent in parents]
+            standard = [parent.head.standardize(latents[parent.layout.plate_names]) for parent in parents]
             if joint is not None:
                 first = joint.standardize(latents[()])
                 standard.insert(0, first if self.project is None else F.linear(first, self.project))
@@ -176,7 +178,7 @@ class LocalBlock(nn.Module):
         path_gradient: bool,
         filtered: bool = False,
     ) -> FlowDistribution:
-        """The distribution of the items' packed vectors, batch shape ``lead``, event shape ``(item_dim,)``.
+        """The distribution of the items' packed vectors, batch shape ``lead``, event shape ``(latent_dim,)``.
 
         Args:
             items: From :meth:`item_context`.
@@ -201,7 +203,7 @@ def _given(
 ) -> list[Tensor]:
     """Packed latents that a block conditions on, in order."""
     given = [] if joint is None else [latents[()]]
-    return [*given, *(latents[parent.table.names] for parent in parents)]
+    return [*given, *(latents[parent.layout.plate_names] for parent in parents)]
 
 
 def _join(parts: Sequence[Tensor]) -> Tensor:

@@ -7,26 +7,22 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_flows.guides.ascent import climb, local_factor
 from pyro_flows.guides.local import LocalBlock
+from pyro_flows.guides.mini_batches import Arguments, MakePlates, MiniBatch, Watch, mini_batches
 from pyro_flows.guides.posterior import Latents, Posterior
 from pyro_flows.guides.warm_start import antithetic, elbo_of
 from pyro_flows.models.batching import BatchedModel
 from pyro_flows.models.log_joint import LogJoint, constrain, scored_sites
-from pyro_flows.models.plates import LocalTable
-from pyro_flows.models.traces import NO_DENSITY, Call, by_draw, sample_nodes
+from pyro_flows.models.traces import NO_DENSITY, by_draw, sample_nodes
 
-__all__ = ["Arguments", "Watch", "start", "unwatched"]
+__all__ = ["start"]
 
 OWNER = "AutoFlowGuide.warm_start"
 
@@ -42,46 +38,6 @@ SCORE_DRAWS = 32
 
 # Draws by which ways of running the model are compared, and the size of their noise.
 PROBES, NOISE = 3, 0.1
-
-Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
-MakePlates = Callable[[tuple[Any, ...], Mapping[str, Any]], dict[str, pyro.plate]]
-
-
-@dataclass(frozen=True, eq=False)
-class MiniBatch:
-    """The model's arguments, and the items that they stand for.
-
-    Attributes:
-        args: The model's arguments.
-        kwargs: Likewise.
-        indices: Plate -> items at hand.
-        drawn: Those plates among them whose items the model would draw at random.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    indices: dict[str, Tensor]
-    drawn: dict[str, Tensor]
-
-    @property
-    def call(self) -> Call:
-        """What the model is to be run with."""
-        return Call(self.args, self.kwargs, self.drawn)
-
-    def scale(self, table: LocalTable) -> float:
-        """What subsampled plates multiply the terms of these items by."""
-        return math.prod(
-            size / len(self.indices[name]) for name, size in zip(table.names, table.full_sizes, strict=True)
-        )
-
-
-# Wraps a pass over mini-batches, given with its title.
-Watch = Callable[[Iterator[MiniBatch], str], Iterable[MiniBatch]]
-
-
-def unwatched(batches: Iterator[MiniBatch], title: str) -> Iterable[MiniBatch]:
-    """No progress bar."""
-    return batches
 
 
 def start(
@@ -106,40 +62,7 @@ def start(
         LocalStart(model, posterior, calls, make_plates, init_scale).run(watch)
         return
     joint = posterior.only_block
-    joint.warm_start(LogJoint(model, joint.table, *calls[0]), init_scale)
-
-
-class _Drawn(Messenger):
-    """Takes down the plates that draw their items, and are not given any."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.plates: set[str] = set()
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg) and msg["value"] is None:
-            self.plates.add(msg["name"])
-
-
-def mini_batches(call: Arguments, make_plates: MakePlates) -> Iterator[MiniBatch]:
-    """What a call's arguments stand for: one mini-batch, or, where plates draw their own, one for each of their parts.
-
-    Args:
-        call: The model's arguments.
-        make_plates: The guide's plates for these.
-    """
-    args, kwargs = call
-    with poutine.block(), _Drawn() as drawn:
-        plates = make_plates(args, kwargs)
-    indices = {name: torch.as_tensor(plate.indices) for name, plate in plates.items()}
-    parts: list[list[tuple[str, Tensor]]] = []
-    for name in sorted(drawn.plates & set(plates)):
-        size, count, items = plates[name].size, plates[name].subsample_size, indices[name]
-        if count < size:
-            starts = [min(start, size - count) for start in range(0, size, count)]
-            parts.append([(name, torch.arange(start, start + count, device=items.device)) for start in starts])
-    for chosen in itertools.product(*parts):
-        yield MiniBatch(args, kwargs, {**indices, **dict(chosen)}, dict(chosen))
+    joint.warm_start(LogJoint(model, joint.layout, *calls[0]), init_scale)
 
 
 class LocalStart:
@@ -170,7 +93,7 @@ class LocalStart:
     ) -> None:
         for block in posterior.blocks():
             if block.items is None:
-                plates = " and ".join(f"'{name}'" for name in block.table.names)
+                plates = " and ".join(f"'{name}'" for name in block.layout.plate_names)
                 raise NotImplementedError(
                     f"{OWNER}: expected plates without encoders, but {plates} has one. "
                     "Train the guide as it is: its items cannot start anywhere but where the encoder puts them."
@@ -221,7 +144,8 @@ class LocalStart:
     def num_items(self, batch: MiniBatch) -> int:
         """Items of the largest block in a mini-batch."""
         return max(
-            math.prod(len(batch.indices[name]) for name in block.table.names) for block in self.posterior.blocks()
+            math.prod(len(batch.indices[name]) for name in block.layout.plate_names)
+            for block in self.posterior.blocks()
         )
 
     def _elbo(self, marginal: MarginalLogJoint) -> float:
@@ -232,7 +156,7 @@ class LocalStart:
                 total += float(marginal(torch.zeros(1, 0)))
             else:
                 push = joint.flow.transform.forward_and_ladj
-                total += elbo_of(marginal, push, antithetic(SCORE_DRAWS, joint.table.init_loc))
+                total += elbo_of(marginal, push, antithetic(SCORE_DRAWS, joint.layout.init_loc))
             marginal.mirror()
         return total / 2
 
@@ -244,7 +168,7 @@ class LocalStart:
             latents[()], _ = posterior.joint.flow.transform.forward_and_ladj(mean + scale * torch.randn_like(mean))
         for block in posterior.blocks():
             location, _ = self.push(block, batch, latents, None)
-            latents[block.table.names] = location + scale * torch.randn_like(location)
+            latents[block.layout.plate_names] = location + scale * torch.randn_like(location)
         return latents
 
     def push(
@@ -258,17 +182,13 @@ class LocalStart:
         context = block.context(
             block.item_context(batch.indices, {}), latents, posterior.joint, posterior.parents(block)
         )
-        shape = (*context.shape[:-1], block.table.item_dim)
+        shape = (*context.shape[:-1], block.layout.latent_dim)
         noise = context.new_zeros(shape) if noise is None else noise.expand(shape)
         return block.head.forward_and_ladj(noise, context)
 
     def values(self, latents: Latents) -> dict[str, Tensor]:
         """Values of all latent sites, from packed ones."""
-        posterior = self.posterior
-        split = [] if posterior.joint is None else list(posterior.joint.table.split(latents[()]))
-        for block in posterior.blocks():
-            split += block.table.split(latents[block.table.names])
-        return constrain(split)[0]
+        return constrain(self.posterior.split(latents))[0]
 
     def _start_items(self, batches: Iterable[MiniBatch]) -> None:
         """One pass over the data for all blocks that are no other's parents: those are fixed where they are."""
@@ -276,7 +196,7 @@ class LocalStart:
         fitted = [
             _Items(self, block)
             for block in self.posterior.blocks()
-            if block.table.names not in parents and block.table.item_dim <= MAX_ITEM_DIM
+            if block.layout.plate_names not in parents and block.layout.latent_dim <= MAX_ITEM_DIM
         ]
         for batch in batches:
             latents = self.locations(batch)
@@ -294,14 +214,14 @@ class _Items:
         assert block.items is not None
         self.owner = owner
         self.block = block
-        like, count, size = block.items, block.table.num_items, block.table.item_dim
+        like, count, size = block.items, block.layout.num_items, block.layout.latent_dim
         self.loc, self.scale = like.new_full((2, count, size), math.nan)
         self.prior = None if block.prior is None else like.new_zeros(count, 2 * size)
 
     def fit(self, batch: MiniBatch, latents: Latents, values: Mapping[str, Tensor]) -> None:
         """Climb to the modes of the items at hand, all at once."""
         block, posterior = self.block, self.owner.posterior
-        start = latents[block.table.names]
+        start = latents[block.layout.plate_names]
         log_density = _item_log_density(self.owner.model, block, batch, values, start.shape[:-1])
         begin = start.reshape(-1, 1, start.shape[-1])
         with pyro.validation_enabled(False):
@@ -310,7 +230,7 @@ class _Items:
                 factor = local_factor(log_density, point).squeeze(1)
             except NO_DENSITY:
                 return
-        rows = block.table.flat_index(batch.indices).reshape(-1).to(self.loc.device)
+        rows = block.layout.flat_index(batch.indices).reshape(-1).to(self.loc.device)
         self.loc[rows] = point.squeeze(1)
         # Given each other, for heads of independent coordinates.
         self.scale[rows] = torch.cholesky_inverse(factor).diagonal(dim1=-2, dim2=-1).rsqrt().to(self.scale)
@@ -334,24 +254,20 @@ def _item_log_density(
     model: Callable[..., Any], block: LocalBlock, batch: MiniBatch, values: Mapping[str, Tensor], lead: torch.Size
 ) -> Callable[[Tensor], Tensor]:
     """Each item's part of the log joint, ``(N, 1, n)`` to ``(N, 1)``, with everything else as in ``values``."""
-    table = block.table
+    layout = block.layout
     # What a subsampled plate multiplies the terms of its items by is not theirs.
-    scale = batch.scale(table)
+    scale = batch.scale(layout)
 
     def per_item(term: Tensor) -> Tensor:
-        term = term.reshape((-1, *((1,) * (len(lead) - term.dim()) + term.shape)[-len(lead) :])).sum(0)
-        for axis, size in enumerate(lead):
-            if size == 1 < term.shape[axis]:
-                term = term.sum(axis, keepdim=True)
-        return term.expand(lead)
+        return term.expand(torch.broadcast_shapes(term.shape, lead)).sum_to_size(lead)
 
     def log_density(z: Tensor) -> Tensor:
-        own, ladjs = constrain(table.split(z.reshape(*lead, z.shape[-1])))
+        own, ladjs = constrain(layout.split(z.reshape(*lead, z.shape[-1])))
         total = torch.zeros(lead, dtype=z.dtype, device=z.device)
         for ladj in ladjs:
             total = total + per_item(ladj)
         for node in scored_sites(model, {**values, **own}, batch.call):
-            if {frame.name for frame in node["cond_indep_stack"]}.issuperset(table.names):
+            if {frame.name for frame in node["cond_indep_stack"]}.issuperset(layout.plate_names):
                 total = total + per_item(node["log_prob"].to(z.dtype)) / scale
         return total.reshape(-1, 1)
 
@@ -376,7 +292,7 @@ class MarginalLogJoint(LogJoint):
         self.rows = max(map(owner.num_items, batches)) * len(batches)
         self.model = owner.batched
         if owner.posterior.joint is not None:
-            self.table = owner.posterior.joint.table
+            self.table = owner.posterior.joint.layout
 
     def mirror(self) -> None:
         """Negate the noise."""
@@ -388,16 +304,16 @@ class MarginalLogJoint(LogJoint):
         lead = draws.reshape(len(draws), *(1,) * self.model.nesting, draws.shape[-1])
         parts = []
         if posterior.joint is not None:
-            parts += constrain(posterior.joint.table.split(lead))[1]
+            parts += constrain(posterior.joint.layout.split(lead))[1]
         for batch, noise in zip(self.batches, self.noise, strict=True):
             latents: Latents = {} if posterior.joint is None else {(): lead}
             for block in posterior.blocks():
-                table = block.table
-                eps = noise[table.names]
-                latents[table.names], ladj = self.owner.push(block, batch, latents, eps)
-                _, ladjs = constrain(table.split(latents[table.names]))
+                plates = block.layout.plate_names
+                eps = noise[plates]
+                latents[plates], ladj = self.owner.push(block, batch, latents, eps)
+                _, ladjs = constrain(block.layout.split(latents[plates]))
                 log_q = -0.5 * (eps.square() + math.log(2 * math.pi)).sum(-1) - ladj
-                parts += [term * (batch.scale(table) * share) for term in (*ladjs, -log_q)]
+                parts += [term * (batch.scale(block.layout) * share) for term in (*ladjs, -log_q)]
             values = self.owner.values(latents)
             rows = {name: self.model.rows(name, value, len(draws)) for name, value in values.items()}
             nodes = sample_nodes(self.model(rows, batch.call))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
+from pyro.distributions.util import sum_rightmost
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
@@ -17,9 +18,9 @@ from pyro_flows.guides.amortize import Encoder, probe
 from pyro_flows.guides.joint import JointBlock
 from pyro_flows.guides.local import LocalBlock
 from pyro_flows.guides.step_limit import StepLimit
-from pyro_flows.models.plates import LocalTable, partition
+from pyro_flows.models.layout import Layout, check_names, partition
 from pyro_flows.models.priors import read_joint_prior, read_prior
-from pyro_flows.models.sites import Site, SiteTable, decreasing, quantiles
+from pyro_flows.models.sites import Site, full_size, read_sites
 
 __all__ = ["Posterior"]
 
@@ -59,51 +60,40 @@ class Posterior(nn.Module):
         kwargs: Mapping[str, Any],
     ) -> None:
         super().__init__()
-        sites = SiteTable.from_trace(trace)
-        outside, tables = partition(sites, local)
-        if tables and isinstance(resolve_base("AutoFlowGuide", spec.base), Mixture):
-            plates = " and ".join(f"'{name}'" for name in tables[0].names)
+        sites = read_sites(trace)
+        layouts = partition(sites, local)
+        joint = None if layouts[0].plates else layouts.pop(0)
+        if layouts and isinstance(resolve_base("AutoFlowGuide", spec.base), Mixture):
             raise NotImplementedError(
-                f"AutoFlowGuide: expected a normal or Student-t base, since site '{tables[0].sites[0].name}' in plate "
-                f"{plates} has a flow of its own for each item, but got {spec.base!r}. Leave base out, or run the "
-                'model on its full plates and write AutoFlowGuide(model, flow=..., structure="joint").'
+                f"AutoFlowGuide: expected a normal or Student-t base, since site '{layouts[0].names[0]}' in plate "
+                f"{_title(layouts[0])} has a flow of its own for each item, but got {spec.base!r}. Leave base out, or "
+                'run the model on its full plates and write AutoFlowGuide(model, flow=..., structure="joint").'
             )
         self.order = tuple(site.name for site in sites)
         self.joint: JointBlock | None = None
-        if outside:
-            table = _subtable(trace, outside)
+        if joint is not None:
             # A single global under a family of two dimensions or more: as in `FlowSpec.build_local`.
-            small = bool(tables) and table.latent_dim < spec.min_dim
+            small = bool(layouts) and joint.latent_dim < spec.min_dim
             joint_spec = DiagonalNormal(base=spec.base) if small else spec
-            prior = read_joint_prior(model, args, kwargs, table) if joint_spec.knows_priors else None
-            self.joint = JointBlock(table, joint_spec, init_scale, prior=prior)
+            prior = read_joint_prior(model, args, kwargs, joint) if joint_spec.knows_priors else None
+            self.joint = JointBlock(joint, joint_spec, init_scale, prior=prior)
         self.encoders = nn.ModuleDict({_key((plate,)): Encoder(plate, f) for plate, f in amortize.items()})
         widths = {encoder.plate: probe(encoder, args, kwargs) for encoder in self._encoders()}
         self.local = nn.ModuleDict()
-        starts = {table.names: _batch_start(table, trace) for table in tables}
-        for own in tables:
-            encoder_dims = [widths[name] for name in own.names if name in widths]
-            parents = [block for block in self.blocks() if set(block.table.names) < set(own.names)]
-            prior = read_prior(
-                model,
-                args,
-                kwargs,
-                own,
-                starts[own.names],
-                None if self.joint is None else self.joint.table,
-                [parent.table for parent in parents],
-                [starts[parent.table.names] for parent in parents],
-            )
-            self.local[_key(own.names)] = LocalBlock(
+        for own in layouts:
+            encoder_dims = [widths[name] for name in own.plate_names if name in widths]
+            parents = [block for block in self.blocks() if set(block.layout.plate_names) < set(own.plate_names)]
+            given = [*([] if joint is None else [joint]), *(parent.layout for parent in parents)]
+            self.local[_key(own.plate_names)] = LocalBlock(
                 own,
                 spec,
-                _full_start(own, starts[own.names], amortized=frozenset(widths)),
+                _full_start(own, amortized=frozenset(widths)),
                 init_scale,
                 joint=self.joint,
                 parents=parents,
                 encoder_dim=sum(encoder_dims) if encoder_dims else None,
-                prior=prior,
-                is_long=not encoder_dims and starts[own.names].shape[:-1].numel() > MAX_FLOWS,
+                prior=read_prior(model, args, kwargs, own, given),
+                is_long=not encoder_dims and own.init_loc.shape[:-1].numel() > MAX_FLOWS,
             )
         # The filters of all blocks' gradients.
         self.filters = tuple(part for part in self.modules() if isinstance(part, GradientFilter))
@@ -127,7 +117,7 @@ class Posterior(nn.Module):
         """Values of the first draw whose gradient was not finite, in a guide without local latents; None elsewhere."""
         if self.joint is None or len(self.local) or self.joint.gradient_filter.refused_draw is None:
             return None
-        split = self.joint.table.split(self.joint.gradient_filter.refused_draw)
+        split = self.joint.layout.split(self.joint.gradient_filter.refused_draw)
         return {site.name: site.to_support(part) for site, part in split}
 
     def _encoders(self) -> Iterator[Encoder]:
@@ -154,30 +144,42 @@ class Posterior(nn.Module):
         """
         for block in self.blocks():
             raise ValueError(
-                f"AutoFlowGuide: expected one flow over all latents, but those of plate {_title(block)} are local, "
-                "with a conditional flow for each item. For NeuTraReparam and other uses of the flow's map, run the "
-                'model on its full plates and write `AutoFlowGuide(model, structure="joint")`.'
+                f"AutoFlowGuide: expected one flow over all latents, but those of plate {_title(block.layout)} are "
+                "local, with a conditional flow for each item. For NeuTraReparam and other uses of the flow's map, run "
+                'the model on its full plates and write `AutoFlowGuide(model, structure="joint")`.'
             )
         assert self.joint is not None
         return self.joint
 
     def parents(self, block: LocalBlock) -> list[LocalBlock]:
         """The blocks whose latents a block's items are given."""
-        return [other for other in self.blocks() if other.table.names in block.parent_names]
+        return [other for other in self.blocks() if other.layout.plate_names in block.parent_names]
 
     @property
     def latent_dim(self) -> int:
         """Length of the joint block's vector."""
-        return self.joint.table.latent_dim if self.joint is not None else 0
+        return self.joint.layout.latent_dim if self.joint is not None else 0
+
+    def layouts(self) -> Iterator[Layout]:
+        """Of all blocks, parents first."""
+        if self.joint is not None:
+            yield self.joint.layout
+        for block in self.blocks():
+            yield block.layout
+
+    def split(self, latents: Latents) -> Iterator[tuple[Site, Tensor]]:
+        """Each site's part of packed latents, unconstrained; see :meth:`Layout.split`."""
+        for layout in self.layouts():
+            yield from layout.split(latents[layout.plate_names])
 
     @property
     def _rank(self) -> int:
-        return max((block.table.rank for block in self.blocks()), default=0)
+        return max(layout.rank for layout in self.layouts())
 
     def _full_items(self, block: LocalBlock, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """Context of all items that the arguments speak of."""
         encoded, indices = {}, {}
-        for name, size in zip(block.table.names, block.table.full_sizes, strict=True):
+        for name, size in zip(block.layout.plate_names, block.layout.full_sizes, strict=True):
             encoder = self.encoder(name)
             if encoder is None:
                 indices[name] = torch.arange(size)
@@ -204,9 +206,9 @@ class Posterior(nn.Module):
                 summaries repeat, leave the global random state alone, and have an exact median where a flow is affine.
 
         Returns:
-            ``(S, latent_dim)`` under ``()``, and ``(S, *lead, item_dim)`` under each local block's plates.
+            Names of the plates of each block, ``()`` for the joint one, -> ``(S, *lead, D)``.
         """
-        items = {block.table.names: self._full_items(block, args, kwargs) for block in self.blocks()}
+        items = {block.layout.plate_names: self._full_items(block, args, kwargs) for block in self.blocks()}
         rows = max((item.shape[:-1].numel() for item in items.values()), default=1)
         step = max(2, MAX_ROWS // rows // 2 * 2)
         generator = torch.Generator(next(self.parameters()).device).manual_seed(0) if repeatable else None
@@ -220,42 +222,38 @@ class Posterior(nn.Module):
                 joint = flow.transform.condition(None)(flow.base.sample(like, generator))
                 latents[()] = joint.reshape((count,) + (1,) * self._rank + joint.shape[-1:])
             for block in self.blocks():
-                own = items[block.table.names]
+                own = items[block.layout.plate_names]
                 axis = max(range(-own.dim(), -1), key=lambda dim: own.shape[dim])  # of the longest plate
                 length = max(1, MAX_ROWS * own.shape[axis] // (count * own.shape[:-1].numel()))
                 pieces = []
                 for first in range(0, own.shape[axis], length):
                     given = {names: _narrow(value, axis, first, length) for names, value in latents.items()}
                     pieces.append(self._draw_items(block, _narrow(own, axis, first, length), given, count, generator))
-                latents[block.table.names] = torch.cat(pieces, axis)
+                latents[block.layout.plate_names] = torch.cat(pieces, axis)
             chunks.append(latents)
-        draws = {names: torch.cat([chunk[names] for chunk in chunks]) for names in chunks[0]}
-        if () in draws:
-            draws[()] = draws[()].reshape(num_samples, -1)
+        draws: Latents = {}
+        for layout in self.layouts():
+            value = torch.cat([chunk[layout.plate_names] for chunk in chunks])
+            draws[layout.plate_names] = value.reshape(num_samples, *value.shape[value.dim() - 1 - layout.rank :])
         return draws
 
     def _draw_items(
         self, block: LocalBlock, items: Tensor, latents: Latents, count: int, generator: torch.Generator | None
     ) -> Tensor:
-        """So many packed draws of items with these contexts, ``(count, *lead, item_dim)``."""
+        """So many packed draws of items with these contexts, ``(count, *lead, D)``."""
         distribution = block.distribution(items, latents, self.joint, self.parents(block), path_gradient=False)
         lead = distribution.batch_shape
         if len(lead) <= items.dim() - 1:  # nothing that was drawn is given: all draws share the context
             lead = torch.Size((count,) + (1,) * (self._rank - len(lead)) + tuple(lead))
-        like = items.new_zeros(()).expand((*lead, block.table.item_dim))
+        like = items.new_zeros(()).expand((*lead, block.layout.latent_dim))
         value: Tensor = distribution.transforms[0](block.flow.base.sample(like, generator))
         return value
 
     def _values(self, draws: Latents) -> dict[str, Tensor]:
         """Site name -> values on the supports, ``(S, *site shape)``, in the model's order."""
-        values = self.joint.table.unpack(draws[()]) if self.joint is not None else {}
-        for block in self.blocks():
-            packed = draws[block.table.names]
-            packed = packed.reshape(packed.shape[:1] + packed.shape[1 + self._rank - block.table.rank :])
-            for site, unconstrained in block.table.split(packed):
-                extra_rank = unconstrained.dim() - 1 - len(site.unconstrained_shape)
-                shape = unconstrained.shape[:1] + unconstrained.shape[1 + extra_rank :]
-                values[site.name] = site.to_support(unconstrained.reshape(shape))
+        values: dict[str, Tensor] = {}
+        for layout in self.layouts():
+            values |= layout.unpack(draws[layout.plate_names])[0]
         return {name: values[name] for name in self.order}
 
     def sample(self, num_samples: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -268,43 +266,34 @@ class Posterior(nn.Module):
     ) -> dict[str, Tensor]:
         """Site name -> quantiles of each coordinate, ``(len(levels), *site shape)``, taken in unconstrained space."""
         draws = self.draw(num_samples, args, kwargs, repeatable=True)
-        tables: list[tuple[tuple[str, ...], tuple[Site, ...]]] = [(b.table.names, b.table.sites) for b in self.blocks()]
-        if self.joint is not None:
-            tables.append(((), self.joint.table.sites))
-        for names, sites in tables:
-            draws[names] = quantiles(draws[names], levels.to(draws[names]), decreasing(sites).to(draws[names].device))
+        for layout in self.layouts():
+            draws[layout.plate_names] = layout.quantiles(draws[layout.plate_names], levels)
         return self._values(draws)
 
     def log_prob(self, values: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """Log density, ``batch_shape``, of values on the supports, ``batch_shape + site shape`` for every site."""
-        if set(values) != set(self.order):
-            missing, unknown = sorted(set(self.order) - set(values)), sorted(set(values) - set(self.order))
-            raise ValueError(
-                f"AutoFlowGuide: expected a value for each of the latent sites {sorted(self.order)}, but "
-                f"missing are {missing} and unknown are {unknown}."
-            )
+        check_names(self.order, values)
         total = torch.zeros(())
-        latents: Latents = {}
+        latents, log_dets = {}, {}
         rank = self._rank
+        for layout in self.layouts():
+            own = {site.name: values[site.name] for site in layout}
+            latents[layout.plate_names], log_dets[layout.plate_names] = layout.pack(own, rank)
         if self.joint is not None:
-            packed, ladj = self.joint.table.pack({site.name: values[site.name] for site in self.joint.table})
             distribution = self.joint.distribution(path_gradient=False)
-            total = distribution.log_prob(packed.to(self.joint.flow.head.raw.value)) + ladj
-            latents[()] = packed.reshape(packed.shape[:-1] + (1,) * rank + packed.shape[-1:])
+            density = distribution.log_prob(latents[()].to(self.joint.flow.head.raw.value))
+            total = sum_rightmost(density + log_dets[()], rank)
         for block in self.blocks():
-            own = self._full_items(block, args, kwargs)
-            packed, ladj = block.table.pack(values, rank)
-            packed = packed.to(own)
-            lead = packed.shape[packed.dim() - 1 - rank : -1]
-            if lead[rank - own.dim() + 1 :] != own.shape[:-1]:
+            plates, items = block.layout.plate_names, self._full_items(block, args, kwargs)
+            latents[plates] = latents[plates].to(items)
+            lead = latents[plates].shape[-items.dim() : -1]
+            if lead != items.shape[:-1]:
                 raise ValueError(
-                    f"AutoFlowGuide: expected values for all {tuple(own.shape[:-1])} items of "
-                    f"{' and '.join(block.table.names)}, but got {tuple(lead)}. Give every item's, in order."
+                    f"AutoFlowGuide: expected values for all {tuple(items.shape[:-1])} items of "
+                    f"{' and '.join(plates)}, but got {tuple(lead)}. Give every item's, in order."
                 )
-            latents[block.table.names] = packed
-            distribution = block.distribution(own, latents, self.joint, self.parents(block), path_gradient=False)
-            density = distribution.log_prob(packed) + ladj
-            total = total + density.sum(tuple(range(-rank, 0)))
+            distribution = block.distribution(items, latents, self.joint, self.parents(block), path_gradient=False)
+            total = total + sum_rightmost(distribution.log_prob(latents[plates]) + log_dets[plates], rank)
         return total
 
 
@@ -313,31 +302,18 @@ def _key(names: tuple[str, ...]) -> str:
     return "_".join(("plate", *names)).replace(".", "_")
 
 
-def _title(block: LocalBlock) -> str:
-    """A block's plates as messages name them."""
-    return " and ".join(f"'{name}'" for name in block.table.names)
+def _title(layout: Layout) -> str:
+    """A layout's plates as messages name them."""
+    return " and ".join(f"'{name}'" for name in layout.plate_names)
 
 
-def _subtable(trace: Trace, sites: list[Site]) -> SiteTable:
-    part = trace.copy()
-    for name in list(part.nodes):
-        if name not in {site.name for site in sites}:
-            part.remove_node(name)
-    return SiteTable.from_trace(part)
-
-
-def _batch_start(table: LocalTable, trace: Trace) -> Tensor:
-    """Where the items of the mini-batch start, ``lead + (item_dim,)``."""
-    values = {site.name: trace.nodes[site.name]["value"].detach() for site in table.sites}
-    return table.pack(values, table.rank)[0]
-
-
-def _full_start(table: LocalTable, start: Tensor, amortized: Collection[str]) -> Tensor:
-    """Where the items of the full plates start: the mini-batch's values, repeated."""
-    for name, dim, size in zip(table.names, table.dims, table.full_sizes, strict=True):
-        axis = start.dim() - 1 + dim
-        if name not in amortized:
-            start = start.index_select(axis, torch.arange(size, device=start.device) % start.shape[axis])
+def _full_start(layout: Layout, amortized: Collection[str]) -> Tensor:
+    """Where the items of the full plates start, ``lead + (D,)``: the mini-batch's values, repeated."""
+    start = layout.init_loc
+    for frame in layout.plates:
+        if frame.name not in amortized:
+            axis = frame.dim - 1
+            start = start.index_select(axis, torch.arange(full_size(frame), device=start.device) % start.shape[axis])
     return start
 
 

@@ -117,5 +117,5 @@ class SummarizedGuide(StoredGuide):
 
 def _num_draws(posterior: Posterior, most: int) -> int:
     """How many draws summaries take by default: as many as take about as long as those of few latents."""
-    num_latents = posterior.latent_dim + sum(b.table.num_items * b.table.item_dim for b in posterior.blocks())
+    num_latents = posterior.latent_dim + sum(b.layout.num_items * b.layout.latent_dim for b in posterior.blocks())
     return max(100, min(most, VALUES // num_latents))

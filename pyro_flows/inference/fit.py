@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from pyro_flows._checks import check_choice, check_int, check_positive
 from pyro_flows.guides import AutoFlowGuide
-from pyro_flows.guides.local_start import MiniBatch
+from pyro_flows.guides.mini_batches import MiniBatch
 from pyro_flows.inference.checkpoint import Checkpoint
 from pyro_flows.inference.objective import Batches, Objective
 from pyro_flows.inference.run import Run

@@ -217,5 +217,5 @@ class Run:
 def _min_gain(guide: Callable[..., Any]) -> float:
     """See ``MIN_GAIN``."""
     blocks = guide.posterior.blocks() if isinstance(guide, AutoFlowGuide) else ()
-    num_local = sum(block.table.num_items * block.table.item_dim for block in blocks if block.items is not None)
+    num_local = sum(block.layout.num_items * block.layout.latent_dim for block in blocks if block.items is not None)
     return max(MIN_GAIN, MIN_LOCAL_GAIN * num_local)

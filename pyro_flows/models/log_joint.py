@@ -12,7 +12,8 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_flows.models.batching import BatchedModel
-from pyro_flows.models.sites import Site, SiteTable
+from pyro_flows.models.layout import Layout
+from pyro_flows.models.sites import Site
 from pyro_flows.models.traces import Call, by_draw, sample_nodes
 
 __all__ = ["LogJoint", "PulledBack", "Target", "constrain", "scored_sites"]
@@ -40,13 +41,13 @@ class LogJoint:
     rows = 1
 
     def __init__(
-        self, model: Callable[..., Any], table: SiteTable, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self, model: Callable[..., Any], table: Layout, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
         self.table = table
         start = table.init_loc
         generator = torch.Generator(start.device).manual_seed(0)
         noise = torch.randn(PROBES, len(start), generator=generator, dtype=start.dtype, device=start.device)
-        probe, _ = self._values(torch.cat([start.unsqueeze(0), start + DISTANCE * noise]))
+        probe, _ = table.unpack(torch.cat([start.unsqueeze(0), start + DISTANCE * noise]))
         self.model = BatchedModel(OWNER, model, Call(args, kwargs), probe)
         for name, node in self.model.nodes.items():
             if not (node["is_observed"] or name in probe or name in self.model.enumerated):
@@ -76,20 +77,9 @@ class LogJoint:
 
     def __call__(self, draws: Tensor) -> Tensor:
         """``(S, D)`` to ``(S,)``; differentiable. Minus infinity or NaN where the model has no density."""
-        values, log_det = self._values(draws)
+        values, log_det = self.table.unpack(draws)
         nodes = sample_nodes(self.model(values))
         return torch.stack([log_det, *(by_draw(node["log_prob"]).to(draws) for node in nodes.values())]).sum(0)
-
-    def _values(self, draws: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Values by site of packed draws, ``(S, D)``, and ``log|det d values / d draws|``, ``(S,)``."""
-        values, total = {}, draws.new_zeros(len(draws))
-        parts = draws.split([site.size for site in self.table], -1)
-        for site, part in zip(self.table, parts, strict=True):
-            unconstrained = part.reshape(len(draws), *site.unconstrained_shape).to(site.dtype)
-            values[site.name], log_density = site.constrain(unconstrained)
-            if torch.is_tensor(log_density):
-                total = total - by_draw(log_density).to(total)
-        return values, total
 
 
 @dataclass(frozen=True, eq=False)

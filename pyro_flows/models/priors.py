@@ -16,9 +16,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions.transforms import CorrCholeskyTransform
 
+from pyro_flows.models.layout import Layout
 from pyro_flows.models.log_joint import constrain, scored_sites
-from pyro_flows.models.plates import LocalTable
-from pyro_flows.models.sites import Site, SiteTable
+from pyro_flows.models.sites import Site
 from pyro_flows.models.traces import Call
 from pyro_flows.transforms import Correlated
 
@@ -98,11 +98,8 @@ def read_prior(
     model: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    table: LocalTable,
-    start: Tensor,
-    joint: SiteTable | None,
-    parents: Sequence[LocalTable],
-    parent_starts: Sequence[Tensor],
+    layout: Layout,
+    given: Sequence[Layout],
 ) -> LinearPrior | None:
     """Find the priors of a block's sites that are Gaussian, and linear in what the block is given.
 
@@ -114,33 +111,30 @@ def read_prior(
         model: The model.
         args: Its arguments.
         kwargs: Likewise.
-        table: The block's sites.
-        start: Where the mini-batch's items start, ``lead + (item_dim,)``.
-        joint: The sites of the joint block, if there is one.
-        parents: The sites of each block that this one is given.
-        parent_starts: Where these start.
+        layout: The block's sites.
+        given: Those of each block that this one is given, the joint block first.
 
     Returns:
         None if no site has such a prior.
     """
-    count = (joint.latent_dim if joint is not None else 0) + sum(parent.item_dim for parent in parents)
+    count = sum(other.latent_dim for other in given)
     if count > MAX_FEATURES:
         return None
     rows: list[tuple[Tensor, Tensor]] = []
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         for _ in range(count + SPARE_RUNS):
-            given, values = _random_given(joint, parents, parent_starts)
-            found = _watch(model, args, kwargs, values, [site.name for site in table.sites])
+            packed, values = _random_given(given)
+            found = _watch(model, args, kwargs, values, layout.names)
             if found is None:
                 return None
-            rows.append(_row(table, start, given, found))
-    return _fit(torch.cat([x for x, _ in rows]), torch.cat([y for _, y in rows]), start)
+            rows.append(_row(layout, packed, found))
+    return _fit(torch.cat([x for x, _ in rows]), torch.cat([y for _, y in rows]), layout.init_loc)
 
 
 @torch.no_grad()
 def read_joint_prior(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], table: SiteTable
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], layout: Layout
 ) -> LinearPrior | None:
     """As :func:`read_prior` for the sites of the joint block, each given the others; priors that follow none left out.
 
@@ -149,35 +143,36 @@ def read_joint_prior(
     """
     rows: list[tuple[Tensor, Tensor]] = []
     shared: set[tuple[str, str]] = set()
-    if table.latent_dim > MAX_FEATURES:
+    if layout.latent_dim > MAX_FEATURES:
         return None
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        for _ in range(table.latent_dim + SPARE_RUNS):
-            (packed,), values = _random_given(table, [], [])
-            found = _watch(model, args, kwargs, values, table.names)
+        for _ in range(layout.latent_dim + SPARE_RUNS):
+            (packed,), values = _random_given([layout])
+            found = _watch(model, args, kwargs, values, layout.names)
             if found is None:
                 return None
-            gaussians = [_gaussian(site, found[site.name]) for site in table]
+            gaussians = [_gaussian(site, found[site.name]) for site in layout]
             y = torch.cat([torch.cat([pair[i].reshape(-1) for pair in gaussians]) for i in range(2)])
             rows.append((packed.double(), y.double()))
-            pairs = _correlations(table, found, values)
+            pairs = _correlations(layout, found, values)
             shared = pairs if len(rows) == 1 else shared & pairs
             if len(rows) == 2 and not (rows[0][1] != rows[1][1]).logical_and(y.isfinite()).any():
                 return None  # no Gaussian prior that follows anything
-    prior = _fit(torch.stack([x for x, _ in rows]), torch.stack([y for _, y in rows]), table.init_loc)
+    prior = _fit(torch.stack([x for x, _ in rows]), torch.stack([y for _, y in rows]), layout.init_loc)
     if prior is None:
         return None
     follows = (prior.slope != 0).any(-1).reshape(2, -1).any(0)
     known = prior.known & follows
-    correlated = []
+    correlated, slices = [], layout.slices
     for name, factor in sorted(shared):
-        site, size = table[name], table[name].shape[-1]
-        if known[site.start : site.start + site.size].all():
-            correlated.append(Correlated(site.start, site.size // size, size, table[factor].start))
+        vectors, size = slices[name], layout[name].shape[-1]
+        if known[vectors].all():
+            count = (vectors.stop - vectors.start) // size
+            correlated.append(Correlated(vectors.start, count, size, slices[factor].start))
     if not known.any():
         return None
-    apart = not correlated and _are_told_apart(model, args, kwargs, table, known.nonzero().squeeze(-1))
+    apart = not correlated and _are_told_apart(model, args, kwargs, layout, known.nonzero().squeeze(-1))
     return replace(prior, known=known, correlated=tuple(correlated), apart=apart)
 
 
@@ -185,7 +180,7 @@ def _are_told_apart(
     model: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    table: SiteTable,
+    layout: Layout,
     coordinates: Tensor,
 ) -> bool:
     """Whether some coordinates are independent of each other given all others and the data.
@@ -198,14 +193,14 @@ def _are_told_apart(
         model: The model.
         args: Its arguments.
         kwargs: Likewise.
-        table: The sites of the joint block.
+        layout: The sites of the joint block.
         coordinates: Which ones, as indices, ``(P,)``.
     """
 
     def gradient(packed: Tensor) -> Tensor:
         packed = packed.detach().requires_grad_()
         torch.default_generator.manual_seed(0)
-        values, parts = constrain(table.split(packed))
+        values, parts = constrain(layout.split(packed))
         parts += [node["log_prob"] for node in scored_sites(model, values, Call(args, kwargs))]
         (found,) = torch.autograd.grad(torch.stack([part.sum() for part in parts]).sum(), packed)
         return found[coordinates]
@@ -213,7 +208,8 @@ def _are_told_apart(
     number = torch.arange(len(coordinates), device=coordinates.device)
     with torch.random.fork_rng(devices=[]), pyro.validation_enabled(False), torch.enable_grad():
         torch.default_generator.manual_seed(0)
-        center, shift = table.init_loc + SHIFT * torch.randn_like(table.init_loc), SHIFT * torch.randn(len(number))
+        init_loc = layout.init_loc
+        center, shift = init_loc + SHIFT * torch.randn_like(init_loc), SHIFT * torch.randn(len(number))
         try:
             before = gradient(center)
             for digit in range((len(number) - 1).bit_length()):
@@ -226,11 +222,12 @@ def _are_told_apart(
     return True
 
 
-def _correlations(table: SiteTable, found: Mapping[str, Any], values: Mapping[str, Tensor]) -> set[tuple[str, str]]:
+def _correlations(layout: Layout, found: Mapping[str, Any], values: Mapping[str, Tensor]) -> set[tuple[str, str]]:
     """Multivariate normal sites, and the sites that are the Cholesky factors of their correlations."""
-    factors = [site.name for site in table if isinstance(getattr(site.to_support, "base", None), CorrCholeskyTransform)]
+    bases = {site.name: getattr(site.to_support, "base", None) for site in layout}
+    factors = [name for name, base in bases.items() if isinstance(base, CorrCholeskyTransform)]
     pairs = set()
-    for site in table:
+    for site in layout:
         fn = _unwrapped(found[site.name])
         if isinstance(fn, dist.MultivariateNormal):
             correlation = fn.scale_tril / fn.stddev.unsqueeze(-1)
@@ -268,31 +265,25 @@ def _watch(
     return watch.found
 
 
-def _random_given(
-    joint: SiteTable | None, parents: Sequence[LocalTable], parent_starts: Sequence[Tensor]
-) -> tuple[list[Tensor], dict[str, Tensor]]:
+def _random_given(given: Sequence[Layout]) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Random packed values of what a block is given, and the same by site."""
-    given: list[Tensor] = []
+    drawn: list[Tensor] = []
     values: dict[str, Tensor] = {}
-    if joint is not None:
-        packed = joint.init_loc + torch.randn_like(joint.init_loc)
-        given.append(packed)
-        values |= {site.name: site.to_support(part) for site, part in joint.split(packed)}
-    for parent, begin in zip(parents, parent_starts, strict=True):
-        packed = begin + torch.randn_like(begin)
-        given.append(packed)
-        values |= {site.name: site.to_support(part) for site, part in parent.split(packed)}
-    return given, values
+    for layout in given:
+        packed = layout.init_loc + torch.randn_like(layout.init_loc)
+        drawn.append(packed)
+        values |= {site.name: site.to_support(part) for site, part in layout.split(packed)}
+    return drawn, values
 
 
-def _row(table: LocalTable, start: Tensor, given: Sequence[Tensor], found: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def _row(layout: Layout, given: Sequence[Tensor], found: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Given latents and the Gaussian of the first items: ``(items, G)`` and ``(items, 2 n)``; NaN for another prior."""
-    gaussians = {site.name: _gaussian(site, found[site.name]) for site in table.sites}
-    y = [table.pack_unconstrained({k: v[i] for k, v in gaussians.items()}, table.rank) for i in range(2)]
-    lead = start.shape[:-1]
+    gaussians = {site.name: _gaussian(site, found[site.name]) for site in layout}
+    y = [layout.pack_unconstrained({name: pair[i] for name, pair in gaussians.items()}) for i in range(2)]
+    lead = y[0].shape[:-1]
     x = [part.expand(lead + part.shape[-1:]) for part in given]
     stacked = torch.cat([part.reshape(-1, part.shape[-1])[:MAX_ITEMS] for part in (*x, *y)], -1).double()
-    split = stacked.shape[-1] - 2 * table.item_dim
+    split = stacked.shape[-1] - 2 * layout.latent_dim
     return stacked[:, :split], stacked[:, split:]
 
 

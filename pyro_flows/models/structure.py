@@ -12,70 +12,19 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions.util import sum_rightmost
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
-from torch.distributions.transforms import Transform
+from torch.distributions.transforms import Transform, identity_transform
 
 from pyro_flows.models.enumeration import check_enumeration
-from pyro_flows.models.plates import full_size
+from pyro_flows.models.layout import Layout
+from pyro_flows.models.sites import Site, full_size
 from pyro_flows.models.traces import sample_nodes
 
-__all__ = ["Latent", "Structure", "common_plate", "read_structure"]
-
-
-@dataclass(frozen=True, eq=False)
-class Latent:
-    """One latent site of the model.
-
-    Attributes:
-        name: Its name.
-        shape: Shape of its value in one run, batch dimensions first.
-        event_dim: Number of event dimensions of its value.
-        item_axis: Which axis of ``shape`` runs along the items; None where there are none.
-        to_support: The bijection from unconstrained values; None for a discrete site and its like.
-        unconstrained_shape: Shape of its unconstrained value; empty without a bijection.
-    """
-
-    name: str
-    shape: torch.Size
-    event_dim: int
-    item_axis: int | None
-    to_support: Transform | None
-    unconstrained_shape: torch.Size
-
-    def unconstrain(self, values: Tensor) -> Tensor:
-        """``(S, *shape)`` to ``(S, *unconstrained_shape)``; as it is where there is no bijection."""
-        return values if self.to_support is None else self.to_support.inv(values)
-
-    def by_item(self, values: Tensor) -> Tensor:
-        """``(S, *shape)``, constrained or not, to ``(S, N, size of an item)``."""
-        if self.item_axis is None:
-            return values.reshape(len(values), 1, -1)
-        return values.movedim(1 + self.item_axis, 1).flatten(2) if values.dim() > 2 else values.unsqueeze(-1)
-
-    @property
-    def item_size(self) -> int:
-        """Number of unconstrained coordinates of an item."""
-        items = 1 if self.item_axis is None else self.unconstrained_shape[self.item_axis]
-        return math.prod(self.unconstrained_shape) // max(items, 1)
-
-    def from_items(self, packed: Tensor) -> tuple[Tensor, Tensor]:
-        """``(S, N, item_size)`` to values ``(S, *shape)`` and log-determinants ``(S, N)``."""
-        assert self.to_support is not None
-        shape = list(self.unconstrained_shape)
-        if self.item_axis is None:
-            unconstrained = packed.reshape(len(packed), *shape)
-        else:
-            items = shape.pop(self.item_axis)
-            unconstrained = packed.reshape(len(packed), items, *shape).movedim(1, 1 + self.item_axis)
-        value = self.to_support(unconstrained)
-        ladj = self.to_support.log_abs_det_jacobian(unconstrained, value)
-        ladj = sum_rightmost(ladj, ladj.dim() - value.dim() + self.event_dim)  # (S, *batch)
-        return value, self.by_item(ladj).sum(-1)
+__all__ = ["Structure", "common_plate", "read_structure"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,44 +32,52 @@ class Structure:
     """What is known of a model and a guide before any weights are computed.
 
     Attributes:
-        latents: The model's latent sites that the guide draws, in the model's order.
+        layout: The model's latent sites that the guide draws, in the model's order, and ``items``.
         guide_shapes: Shape of each sample site of the guide in one run.
         nesting: Number of batch dimensions in use.
-        items: The plate that every site is in, over which the log weights fall apart; None if there is none.
         subsampled: Names of the plates that take mini-batches.
+        is_continuous: Whether all latents have an unconstrained space.
         enumerates: Whether the model has discrete sites to be summed out.
         indices: The mini-batch of each plate of the model in the run that was looked at.
         elements: Numbers that one draw takes, roughly.
     """
 
-    latents: tuple[Latent, ...]
+    layout: Layout
     guide_shapes: Mapping[str, torch.Size]
     nesting: int
-    items: CondIndepStackFrame | None
     subsampled: tuple[str, ...]
+    is_continuous: bool
     enumerates: bool
     indices: Mapping[str, Any]
     elements: int
 
     @property
+    def latents(self) -> tuple[Site, ...]:
+        """The sites of the layout."""
+        return self.layout.sites
+
+    @property
+    def items(self) -> CondIndepStackFrame | None:
+        """The plate that every site is in, over which the log weights fall apart; None if there is none."""
+        return next(iter(self.layout.plates), None)
+
+    @property
     def num_items(self) -> int:
         """Number of items N; 1 where the log weights do not fall apart."""
-        return 1 if self.items is None else int(self.items.size)
+        return self.layout.num_items
 
     @property
     def item_dim(self) -> int:
         """Unconstrained dimensions of an item (of all latents where there are no items)."""
-        return sum(latent.item_size for latent in self.latents)
+        return self.layout.latent_dim
 
-    @property
-    def is_continuous(self) -> bool:
-        """Whether all latents have an unconstrained space."""
-        return all(latent.to_support is not None for latent in self.latents)
+    def item_axis(self, latent: Site) -> int | None:
+        """Which axis of a latent's value, constrained or not, runs along the items; None where there are none."""
+        return None if self.items is None else latent.batch_rank + self.items.dim
 
-    def lead(self, latent: Latent, values: Tensor) -> Tensor:
+    def lead(self, latent: Site, values: Tensor) -> Tensor:
         """``(S, *shape)`` as a site of that many draws in the outermost plate."""
-        fill = self.nesting - len(latent.shape) + latent.event_dim
-        return values.reshape(len(values), *(1,) * fill, *latent.shape)
+        return values.reshape(len(values), *(1,) * (self.nesting - latent.batch_rank), *latent.shape)
 
     def per_draw(self, log_prob: Tensor, count: int) -> Tensor:
         """Log density of a site, draws in the outermost plate (if any), to float64 sums of shape ``(count, N)``."""
@@ -132,17 +89,16 @@ class Structure:
         return summed.reshape(len(summed), -1).expand(count, self.num_items)
 
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Unconstrained vectors ``(S, N, item_dim)`` of values ``(S, *shape)``."""
-        return torch.cat([site.by_item(site.unconstrain(values[site.name])) for site in self.latents], -1)
+        """Unconstrained vectors ``(S, N, item_dim)`` of values ``(S, *shape)``; discrete ones as they are."""
+        unconstrained = {site.name: site.to_support.inv(values[site.name]) for site in self.latents}
+        packed = self.layout.pack_unconstrained(unconstrained)
+        return packed.reshape(len(packed), self.num_items, self.item_dim)
 
     def unpack(self, packed: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Invert :meth:`pack`; also ``log|det d values / d packed|``, ``(S, N)``."""
-        values, total = {}, packed.new_zeros(packed.shape[:2])
-        parts = packed.split([latent.item_size for latent in self.latents], -1)
-        for latent, part in zip(self.latents, parts, strict=True):
-            values[latent.name], ladj = latent.from_items(part)
-            total = total + ladj
-        return values, total
+        lead = (self.num_items,) + (1,) * (self.layout.rank - 1) if self.layout.plates else ()
+        values, log_det = self.layout.unpack(packed.reshape(len(packed), *lead, self.item_dim))
+        return values, log_det.reshape(packed.shape[:2])
 
 
 @torch.no_grad()
@@ -185,12 +141,14 @@ def read_structure(
             )
     check_enumeration(owner, nodes)
     items = None if subsampled else common_plate(frames)
+    bijections = {name: _bijection(nodes[name]["fn"].support) for name in latents}
+    sites = [Site.read(nodes[name], identity_transform if f is None else f) for name, f in bijections.items()]
     return Structure(
-        latents=tuple(_latent(nodes[name], items) for name in latents),
+        layout=Layout(sites, () if items is None else (items,)),
         guide_shapes={name: node["value"].shape for name, node in drawn.items()},
         nesting=max((-f.dim for stack in frames for f in stack), default=0),
-        items=items,
         subsampled=tuple(sorted(subsampled)),
+        is_continuous=all(found is not None for found in bijections.values()),
         enumerates=bool(enumerated),
         indices={name: node["value"] for name, node in trace.nodes.items() if site_is_subsample(node)},
         elements=sum(math.prod(node["fn"].shape()) for node in (*drawn.values(), *nodes.values())),
@@ -224,21 +182,11 @@ def common_plate(frames: list[list[CondIndepStackFrame]]) -> CondIndepStackFrame
     return next(f for f in frames[0] if f.name == largest[0])
 
 
-def _latent(node: dict[str, Any], items: CondIndepStackFrame | None) -> Latent:
-    value, event_dim = node["value"], node["fn"].event_dim
-    support = node["fn"].support
+def _bijection(support: Any) -> Transform | None:
+    """From unconstrained values to a support; None to that of a discrete site and its like."""
     if type(support).__name__ == "MixtureSameFamilyConstraint":  # that of its components, unknown to biject_to
         support = support.base_constraint
     try:
-        to_support = biject_to(support)
-        unconstrained_shape = to_support.inv(value).shape
+        return biject_to(support)
     except NotImplementedError:
-        to_support, unconstrained_shape = None, torch.Size()
-    return Latent(
-        name=node["name"],
-        shape=value.shape,
-        event_dim=event_dim,
-        item_axis=None if items is None else value.dim() - event_dim + items.dim,
-        to_support=to_support,
-        unconstrained_shape=unconstrained_shape,
-    )
+        return None

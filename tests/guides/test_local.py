@@ -22,8 +22,6 @@ from pyro.optim import Adam
 from torch import Tensor
 
 from pyro_flows import AutoFlowGuide, flows
-from pyro_flows.models.plates import partition
-from pyro_flows.models.sites import SiteTable
 
 
 @pytest.fixture
@@ -138,28 +136,6 @@ def test_log_prob_is_the_density_of_the_draws(model: Callable[..., Any], flow: s
         torch.testing.assert_close(guide.log_prob(values), expected)
         batch = {name: torch.stack([value, value]) for name, value in values.items()}
         torch.testing.assert_close(guide.log_prob(batch), expected.expand(2))
-
-
-@each_model
-def test_pack_and_split_are_inverse(model: Callable[..., Any]) -> None:
-    trace = poutine.trace(poutine.block(model, hide_fn=lambda s: s["type"] != "sample" or s["is_observed"])).get_trace()
-    table = SiteTable.from_trace(_without_plates(trace))
-    _, tables = partition(table, {"groups", "members", "users", "items", "data"})
-    for local in tables:
-        values = {site.name: trace.nodes[site.name]["value"] for site in local.sites}
-        packed, _ = local.pack(values, local.rank)
-        assert packed.shape[-1] == local.item_dim
-        assert packed.shape[:-1].numel() == local.num_items
-        for site, unconstrained in local.split(packed):
-            torch.testing.assert_close(site.to_support(unconstrained), values[site.name])
-
-
-def _without_plates(trace: Any) -> Any:
-    for name in [
-        n for n, s in trace.nodes.items() if type(s.get("fn")).__name__ == "_Subsample" or s["type"] == "args"
-    ]:
-        trace.remove_node(name)
-    return trace
 
 
 @each_model
@@ -387,7 +363,7 @@ def test_any_batch_and_its_own_rows_only() -> None:
 
 
 def test_a_plate_that_the_data_fill_is_factored_on_request_or_when_large() -> None:
-    assert [b.table.names for b in AutoFlowGuide(groups, structure="plates").setup().posterior.blocks()] == [
+    assert [b.layout.plate_names for b in AutoFlowGuide(groups, structure="plates").setup().posterior.blocks()] == [
         ("groups",)
     ]
     assert not list(AutoFlowGuide(groups).setup().posterior.blocks())
@@ -398,7 +374,7 @@ def test_a_plate_that_the_data_fill_is_factored_on_request_or_when_large() -> No
             pyro.sample("z", dist.Normal(loc, 1.0))
 
     guide = AutoFlowGuide(large).setup()
-    assert [b.table.names for b in guide.posterior.blocks()] == [("items",)]
+    assert [b.layout.plate_names for b in guide.posterior.blocks()] == [("items",)]
     train(large, guide)
 
 

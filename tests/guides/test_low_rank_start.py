@@ -61,7 +61,7 @@ def effects_data() -> tuple[tuple[Tensor, ...], float]:
 
 
 def log_joint_of(guide: AutoFlowGuide, *args: Any) -> LogJoint:
-    return LogJoint(guide.model, guide.posterior.only_block.table, args, {})
+    return LogJoint(guide.model, guide.posterior.only_block.layout, args, {})
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def elbo(guide: AutoFlowGuide, *args: Any) -> float:
 
 
 def mean_field_elbo(guide: AutoFlowGuide, *args: Any) -> float:
-    start = guide.posterior.only_block.table.init_loc
+    start = guide.posterior.only_block.layout.init_loc
     return best_gaussian(log_joint_of(guide, *args), start, 0.1, correlated=False).elbo
 
 

@@ -285,7 +285,7 @@ def test_densities_of_far_draws_are_those_of_their_maps(support: Any, shape: tup
         pyro.sample("x", dist.ImproperUniform(support, (), torch.Size(shape)))
 
     guide = AutoFlowGuide(model, "diagonal_normal", init_loc_fn=init_to_value(values={"x": start})).setup()
-    (site,) = guide.posterior.joint.table
+    (site,) = guide.posterior.joint.layout
     assert isinstance(site.to_support, Representable)
     limit = 1.5
     site.to_support.limits = -limit, limit
@@ -386,7 +386,7 @@ def test_a_plate_that_was_given_is_local(plates: str) -> None:
     y = torch.linspace(-2.0, 4.0, 20)
     guide = AutoFlowGuide(batched, create_plates=create).setup(None, y)
     (block,) = guide.posterior.blocks()
-    assert block.table.names == ("items",)
+    assert block.layout.plate_names == ("items",)
     joint = AutoFlowGuide(batched, create_plates=create, structure="joint").setup(None, y)
     assert not list(joint.posterior.blocks())
 

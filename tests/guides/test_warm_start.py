@@ -20,8 +20,9 @@ from pyro_flows import AutoFlowGuide
 from pyro_flows.diagnostics import log_weights
 from pyro_flows.guides.ascent import climb
 from pyro_flows.guides.warm_start import Gaussian, refined
+from pyro_flows.models.layout import Layout
 from pyro_flows.models.log_joint import LogJoint
-from pyro_flows.models.sites import SiteTable
+from pyro_flows.models.sites import read_sites
 
 COVARIANCE = torch.tensor([[4.0, 1.9, 0.002], [1.9, 1.0, 0.0], [0.002, 0.0, 1e-4]])
 MEAN = torch.tensor([10.0, -3.0, 0.5])
@@ -92,13 +93,13 @@ def test_log_joint_of_many_draws_is_that_of_each(case: str) -> None:
     if case == "unvectorised":
         args = (torch.randn(7, 2), torch.randn(7))
     guide = AutoFlowGuide(model).setup(*args)
-    table = SiteTable.from_trace(guide.prototype_trace)
+    table = Layout(read_sites(guide.prototype_trace))
     log_joint = LogJoint(guide.model, table, args, {})
     used = {"correlated": "_in_a_plate", "unvectorised": "_by_vmap", "branching": "_one_by_one"}[case]
     assert log_joint.model._run.__name__ == used
     draws = torch.randn(5, table.latent_dim)
     for draw, found in zip(draws, log_joint(draws), strict=True):
-        values = table.unpack(draw)
+        values, _ = table.unpack(draw)
         trace = poutine.trace(poutine.condition(model, data=values)).get_trace(*args)
         jacobian = values["noise"].log() if case == "unvectorised" else 0.0
         torch.testing.assert_close(found, trace.log_prob_sum() + jacobian)
@@ -150,7 +151,7 @@ def test_a_draw_that_a_model_refuses_spoils_no_others() -> None:
         pyro.sample("y", dist.MultivariateNormal(torch.zeros(2), scale_tril=factor), obs=torch.tensor([0.3, 0.5]))
 
     guide = AutoFlowGuide(model).setup()
-    log_joint = LogJoint(guide.model, guide.posterior.joint.table, (), {})
+    log_joint = LogJoint(guide.model, guide.posterior.joint.layout, (), {})
     draws = torch.tensor([[0.2], [1.5], [-0.4]], requires_grad=True)
     found = log_joint(draws)
     assert found[1].isnan() and found[[0, 2]].isfinite().all()
@@ -231,7 +232,7 @@ def test_enumerated_sites_are_summed_out() -> None:
     """Models with mixtures started cold: 12 nats below what the best Gaussian has here."""
     torch.manual_seed(0)
     y = torch.cat([torch.randn(30) * 0.5 - 2.0, torch.randn(20) * 0.5 + 2.0])
-    table = AutoFlowGuide(two_groups).setup(y).posterior.only_block.table
+    table = AutoFlowGuide(two_groups).setup(y).posterior.only_block.layout
     enumerated = LogJoint(two_groups, table, (y,), {})
     by_hand = LogJoint(summed_by_hand, table, (y,), {})
     draws = torch.randn(7, 3)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_flows import AutoFlowGuide, fit
+from pyro_flows.inference.fit import own_pace
 from pyro_flows.inference.objective import Batches, Objective
 from pyro_flows.inference.run import Run
 from pyro_flows.inference.steps import Trainer

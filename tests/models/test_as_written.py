@@ -20,9 +20,10 @@ from torch.distributions import biject_to
 
 from pyro_flows import AutoFlowGuide, fit
 from pyro_flows.models.latents import trace_latents
+from pyro_flows.models.layout import Layout
 from pyro_flows.models.log_joint import LogJoint
 from pyro_flows.models.scoring import ModelScorer
-from pyro_flows.models.sites import SiteTable
+from pyro_flows.models.sites import read_sites
 from pyro_flows.models.structure import read_structure
 from tests.benchmarks.any_models import (
     TWINS,
@@ -56,11 +57,11 @@ every_model = pytest.mark.parametrize("build", CASES)
 NUM_DRAWS = 5
 
 
-def table_of(twins: Twins) -> SiteTable:
-    return SiteTable.from_trace(trace_latents(twins.broadcasting, twins.args, {}))
+def table_of(twins: Twins) -> Layout:
+    return Layout(read_sites(trace_latents(twins.broadcasting, twins.args, {})))
 
 
-def some_draws(table: SiteTable) -> Tensor:
+def some_draws(table: Layout) -> Tensor:
     """Packed, around the start."""
     return table.init_loc + 0.5 * torch.randn(NUM_DRAWS, table.latent_dim)
 
@@ -103,7 +104,7 @@ def test_the_forms_are_one_model(build: Callable[[], Twins]) -> None:
     twins = build()
     table = table_of(twins)
     for draw in some_draws(table):
-        values = table.unpack(draw)
+        values = table.unpack(draw)[0]
         found, expected = (log_density(twins, model, values) for model in (twins.as_written, twins.broadcasting))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
 
@@ -138,7 +139,7 @@ def test_log_joint_of_many_draws(build: Callable[[], Twins]) -> None:
     log_joint = LogJoint(twins.as_written, table, twins.args, {})
     found = log_joint(draws)
     for value, draw in zip(found, draws, strict=True):
-        values = table.unpack(draw)
+        values = table.unpack(draw)[0]
         expected = log_density(twins, twins.as_written, values) + log_jacobian(twins, values)
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-3)
 
@@ -147,7 +148,7 @@ def test_log_joint_of_many_draws(build: Callable[[], Twins]) -> None:
 def test_scores_of_many_draws(build: Callable[[], Twins]) -> None:
     twins = build()
     table = table_of(twins)
-    singles = [table.unpack(draw) for draw in some_draws(table)]
+    singles = [table.unpack(draw)[0] for draw in some_draws(table)]
     values = {name: torch.stack([single[name] for single in singles]) for name in table.names}
     guide = AutoFlowGuide(twins.as_written).setup(*twins.args)
     structure = read_structure("test", twins.as_written, guide, twins.args, {})

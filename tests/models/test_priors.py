@@ -16,8 +16,9 @@ from torch import Tensor
 from pyro_flows import AutoFlowGuide
 from pyro_flows.diagnostics import log_weights
 from pyro_flows.models.latents import trace_latents
+from pyro_flows.models.layout import Layout
 from pyro_flows.models.priors import LinearPrior, read_joint_prior
-from pyro_flows.models.sites import SiteTable
+from pyro_flows.models.sites import read_sites
 from pyro_flows.transforms import Correlated, DiagonalAffine, DiagonalPooling, MatrixPooling
 
 X = torch.tensor([[1.0, 2.0], [0.5, -1.0], [3.0, 0.0]])
@@ -39,21 +40,21 @@ def many_priors() -> None:
     pyro.sample("deep", dist.Normal(beta[1], 1.0))
 
 
-def read(model: object) -> tuple[SiteTable, LinearPrior | None]:
-    table = SiteTable.from_trace(trace_latents(model, (), {}))  # type: ignore[arg-type]
-    return table, read_joint_prior(model, (), {}, table)  # type: ignore[arg-type]
+def read(model: object) -> tuple[Layout, LinearPrior | None]:
+    layout = Layout(read_sites(trace_latents(model, (), {})))  # type: ignore[arg-type]
+    return layout, read_joint_prior(model, (), {}, layout)  # type: ignore[arg-type]
 
 
 def test_gaussian_priors_that_are_linear_are_found_and_no_others() -> None:
-    table, prior = read(many_priors)
+    layout, prior = read(many_priors)
     assert prior is not None
-    known = {site.name: prior.known[site.start : site.start + site.size] for site in table}
+    known = {name: prior.known[where] for name, where in layout.slices.items()}
     assert {name for name, mask in known.items() if mask.all()} == {"linear", "log_normal", "deep"}
     assert not any(mask.any() for name, mask in known.items() if name not in {"linear", "log_normal", "deep"})
-    packed = torch.randn(table.latent_dim)
-    values = {site.name: part for site, part in table.split(packed)}
+    packed = torch.randn(layout.latent_dim)
+    values = {site.name: part for site, part in layout.split(packed)}
     loc, log_scale = prior(packed).chunk(2)
-    at = {site.name: slice(site.start, site.start + site.size) for site in table}
+    at = layout.slices
     torch.testing.assert_close(loc[at["linear"]], 1.0 + X @ values["beta"], rtol=1e-4, atol=1e-4)
     expected = (torch.tensor(2.0).log() + values["tau"]).expand(3)
     torch.testing.assert_close(log_scale[at["linear"]], expected, rtol=1e-4, atol=1e-4)
@@ -63,9 +64,9 @@ def test_gaussian_priors_that_are_linear_are_found_and_no_others() -> None:
 
 def test_reading_leaves_no_trace() -> None:
     """Neither in the random state, nor in the parameter store, nor by asking for starts again."""
-    table, _ = read(many_priors)
+    layout, _ = read(many_priors)
     state = torch.random.get_rng_state()
-    read_joint_prior(many_priors, (), {}, table)
+    read_joint_prior(many_priors, (), {}, layout)
     assert torch.equal(state, torch.random.get_rng_state())
     assert not list(pyro.get_param_store().keys())
 
@@ -150,12 +151,12 @@ def correlated_slopes() -> None:
 
 
 def test_of_a_multivariate_normal_the_marginals_are_known() -> None:
-    table, prior = read(correlated_slopes)
+    layout, prior = read(correlated_slopes)
     assert prior is not None
-    sites = {site.name: slice(site.start, site.start + site.size) for site in table}
+    sites = layout.slices
     assert prior.known[sites["slopes"]].all() and prior.known.sum() == 12
-    packed = torch.randn(table.latent_dim)
-    values = {site.name: part for site, part in table.split(packed)}
+    packed = torch.randn(layout.latent_dim)
+    values = {site.name: part for site, part in layout.split(packed)}
     loc, log_scale = prior(packed).chunk(2)
     torch.testing.assert_close(loc[sites["slopes"]], values["mu"].repeat(4), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(log_scale[sites["slopes"]], values["tau"].repeat(4), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L3. The mini-batches that warm starts pass over: of a user's calls, or of plates that draw their own."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_flows.models.layout import Layout
+from pyro_flows.models.traces import Call
+
+__all__ = ["Arguments", "MakePlates", "MiniBatch", "Watch", "mini_batches", "unwatched"]
+
+Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
+MakePlates = Callable[[tuple[Any, ...], Mapping[str, Any]], dict[str, pyro.plate]]
+
+
+@dataclass(frozen=True, eq=False)
+class MiniBatch:
+    """The model's arguments, and the items that they stand for.
+
+    Attributes:
+        args: The model's arguments.
+        kwargs: Likewise.
+        indices: Plate -> items at hand.
+        drawn: Those plates among them whose items the model would draw at random.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    indices: dict[str, Tensor]
+    drawn: dict[str, Tensor]
+
+    @property
+    def call(self) -> Call:
+        """What the model is to be run with."""
+        return Call(self.args, self.kwargs, self.drawn)
+
+    def scale(self, layout: Layout) -> float:
+        """What subsampled plates multiply the terms of these items by."""
+        return layout.num_items / math.prod(len(self.indices[name]) for name in layout.plate_names)
+
+
+# Wraps a pass over mini-batches, given with its title.
+Watch = Callable[[Iterator[MiniBatch], str], Iterable[MiniBatch]]
+
+
+def unwatched(batches: Iterator[MiniBatch], title: str) -> Iterable[MiniBatch]:
+    """No progress bar."""
+    return batches
+
+
+class _Drawn(Messenger):
+    """Takes down the plates that draw their items, and are not given any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plates: set[str] = set()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["value"] is None:
+            self.plates.add(msg["name"])
+
+
+def mini_batches(call: Arguments, make_plates: MakePlates) -> Iterator[MiniBatch]:
+    """What a call's arguments stand for: one mini-batch, or, where plates draw their own, one for each of their parts.
+
+    Args:
+        call: The model's arguments.
+        make_plates: The guide's plates for these.
+    """
+    args, kwargs = call
+    with poutine.block(), _Drawn() as drawn:
+        plates = make_plates(args, kwargs)
+    indices = {name: torch.as_tensor(plate.indices) for name, plate in plates.items()}
+    parts: list[list[tuple[str, Tensor]]] = []
+    for name in sorted(drawn.plates & set(plates)):
+        size, count, items = plates[name].size, plates[name].subsample_size, indices[name]
+        if count < size:
+            starts = [min(start, size - count) for start in range(0, size, count)]
+            parts.append([(name, torch.arange(start, start + count, device=items.device)) for start in starts])
+    for chosen in itertools.product(*parts):
+        yield MiniBatch(args, kwargs, {**indices, **dict(chosen)}, dict(chosen))
