@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_flows.transforms import FixedAffine, FlowTransform
+from pyro_flows.transforms.networks import Packed
 from pyro_flows.transforms.whitening import look_again
 
 __all__ = ["assert_no_graph", "jacobian", "randomise_parameters", "trained"]
@@ -27,9 +28,10 @@ def trained(module: nn.Module) -> list[nn.Parameter]:
 @torch.no_grad()
 def randomise_parameters(module: nn.Module, scale: float = 0.3) -> None:
     """Add normal noise of sd ``scale`` to vectors and ``scale / sqrt(fan_in)`` to matrices; starts hide mistakes."""
-    for parameter in module.parameters():
-        fan = parameter.shape[-1] if parameter.ndim > 1 else 1
-        parameter.add_(torch.randn_like(parameter) * scale / math.sqrt(fan))
+    for part in module.modules():
+        for tensor in part() if isinstance(part, Packed) else part.parameters(recurse=False):
+            fan = tensor.shape[-1] if tensor.ndim > 1 else 1
+            tensor.add_(torch.randn_like(tensor) * scale / math.sqrt(fan))
     look_again(module)
 
 

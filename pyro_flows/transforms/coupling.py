@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L1. What all couplings share: who moves when, and the networks, as one stack whose weights are stored together."""
+"""L1. What all couplings share: who moves when, and the networks, as one stack."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from pyro_flows.transforms.base import FlowTransform, expand_context
-from pyro_flows.transforms.networks import HEAD_SLOPE, eased, reference_noise
+from pyro_flows.transforms.networks import HEAD_SLOPE, Packed, eased, reference_noise
 
 __all__ = ["Couplings"]
 
@@ -25,11 +25,10 @@ class Couplings(FlowTransform):
     puts it first; when every part had its turn there is a new order. The orders are buffers. Coordinates of one part
     are not bent together, so that a round of three leaves out a ninth of all triples, and one of two a quarter.
 
-    All couplings keep their weights in one tensor per layer, since an optimiser's step costs by the tensor. The
-    networks are centred over standard normal inputs (see
-    :class:`~pyro_flows.transforms.networks.CenteredNetwork`), and their last hidden layer is scaled by :math:`1/H`:
-    Adam moves each weight by the learning rate, so a sum over H of them would move H times as fast, and couplings are
-    to refine what the other layers have found.
+    All weights of all couplings are one parameter, ``packed``. The networks are centred over standard normal inputs
+    (see :class:`~pyro_flows.transforms.networks.CenteredNetwork`), and their last hidden layer is scaled by
+    :math:`1/H`: Adam moves each weight by the learning rate, so a sum over H of them would move H times as fast, and
+    couplings are to refine what the other layers have found.
 
     The networks' outputs are zero at the start. A subclass says what the map does with them: :meth:`_map` and
     :meth:`_unmap`, which make the identity of zeros.
@@ -61,12 +60,12 @@ class Couplings(FlowTransform):
         num_parts = min(num_parts, input_dim)
         self.split_dim = input_dim - math.ceil(input_dim / num_parts)
         sizes = [self.split_dim + context_dim, *hidden_dims, count_raw * (input_dim - self.split_dim)]
-        self.weights = nn.ParameterList()
-        self.biases = nn.ParameterList()
+        layers = []
         for layer, (size_in, size_out) in enumerate(pairwise(sizes)):
             bound = 0.0 if layer == len(hidden_dims) else 1.0 / math.sqrt(size_in)
-            self.weights.append(nn.Parameter(torch.empty(num_transforms, size_out, size_in).uniform_(-bound, bound)))
-            self.biases.append(nn.Parameter(torch.empty(num_transforms, size_out).uniform_(-bound, bound)))
+            for shape in ((num_transforms, size_out, size_in), (num_transforms, size_out)):
+                layers.append(torch.empty(shape).uniform_(-bound, bound))
+        self.packed = Packed(layers)
 
         # Each round gathers from the layout that the one before left, so a round costs one gather.
         self.num_parts = num_parts
@@ -100,15 +99,13 @@ class Couplings(FlowTransform):
 
     def _layers(self) -> Iterator[tuple[Tensor | None, tuple[Tensor, ...]]]:
         """The order that a coupling starts, and [weight, bias, weight, bias, ...], whose last bias centres."""
-        *weights, weight = self.weights
-        *biases, bias = self.biases
+        *inner, weight, bias = self.packed()
         hidden = self.reference.expand(len(bias), *self.reference.shape)
-        for w, b in zip(weights, biases, strict=True):
+        for w, b in zip(inner[::2], inner[1::2], strict=True):
             hidden = F.silu(torch.baddbmm(b.unsqueeze(1), hidden, w.mT))
         weight = eased(weight, HEAD_SLOPE) / hidden.shape[-1]
         bias = eased(bias, HEAD_SLOPE) - (weight * hidden.mean(1, keepdim=True)).sum(-1)
-        pairs = zip([*weights, weight], [*biases, bias], strict=True)
-        columns = [column.unbind(0) for pair in pairs for column in pair]
+        columns = [column.unbind(0) for column in (*inner, weight, bias)]
         orders: list[Tensor | None] = [None] * len(columns[0])
         orders[:: self.num_parts] = self.orders.unbind(0)
         return zip(orders, zip(*columns, strict=True), strict=True)

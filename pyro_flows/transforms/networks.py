@@ -16,6 +16,7 @@ __all__ = [
     "HEAD_SLOPE",
     "CenteredNetwork",
     "ContextParameters",
+    "Packed",
     "centered",
     "eased",
     "reference_noise",
@@ -72,6 +73,28 @@ def centered(hidden: Tensor, batch_shape: torch.Size) -> Tensor:
     """Rows of :func:`with_reference` after a network, less their mean over the reference."""
     center, rows = hidden.tensor_split([COUNT_REFERENCE])
     return (rows - center.mean(0)).reshape(*batch_shape, hidden.shape[-1])
+
+
+class Packed(nn.Module):
+    """Trained tensors that are kept in one parameter, end to end.
+
+    An optimiser's step costs by the parameter: Pyro's has an optimiser of torch's for each.
+
+    Shape:
+        - output: Views of the parameter, one for each of ``parts`` and of its shape.
+
+    Args:
+        parts: Values at the start, of one dtype; may be empty tensors.
+    """
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.shapes = [part.shape for part in parts]
+        self.flat = nn.Parameter(torch.cat([part.flatten() for part in parts]))
+
+    def forward(self) -> list[Tensor]:
+        parts = self.flat.split([shape.numel() for shape in self.shapes])
+        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
 
 class CenteredNetwork(nn.Module):

@@ -10,11 +10,11 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from pyro_flows.transforms.base import FlowTransform, expand_context
-from pyro_flows.transforms.networks import INPUT_BOUND, eased, reference_noise
+from pyro_flows.transforms.networks import INPUT_BOUND, Packed, eased, reference_noise
 
 __all__ = ["SiteOrderedAffine"]
 
@@ -34,6 +34,7 @@ class _Conditioners(NamedTuple):
             factor of them if they are of low rank, ``(S rank, G)``.
         outer: In the latter case the other factors, each ``(3 size, rank)``.
         bias: What centres the networks, ``(3 D,)``.
+        shift: Free parts of the shifts, ``(D,)``.
     """
 
     hidden: Tensor
@@ -43,6 +44,21 @@ class _Conditioners(NamedTuple):
     linear: Tensor
     outer: tuple[Tensor, ...]
     bias: Tensor
+    shift: Tensor
+
+
+class _Weights(NamedTuple):
+    """All that is trained, as the map uses it.
+
+    Attributes:
+        log_scale: ``a``, ``(input_dim,)``.
+        below: ``C_s - I`` of each block, or None for zero.
+        conditioners: None where no block is steered.
+    """
+
+    log_scale: Tensor
+    below: list[Tensor | None]
+    conditioners: _Conditioners | None
 
 
 class SiteOrderedAffine(FlowTransform):
@@ -58,9 +74,10 @@ class SiteOrderedAffine(FlowTransform):
     the network shrinks with the neck of a funnel. Drawing takes one short step a block; scoring a value is one parallel
     pass.
 
-    A draw costs by the operation: blocks keep their weights in one tensor per layer, and what a block does to those
-    after it is added to the inputs of all at once. Networks are centred over standard normal inputs, and their last
-    layers are scaled and eased, as in :class:`~pyro_flows.transforms.networks.CenteredNetwork`.
+    A draw costs by the operation, and a step of an optimiser by the parameter: blocks keep their weights in one tensor
+    per layer, and all layers in one parameter, ``packed``; what a block does to those after it is added to the inputs
+    of all at once. Networks are centred over standard normal inputs, and their last layers are scaled and eased, as in
+    :class:`~pyro_flows.transforms.networks.CenteredNetwork`.
 
     Args:
         input_dim: Length of the transformed vector.
@@ -99,34 +116,30 @@ class SiteOrderedAffine(FlowTransform):
         self.block_sizes = tuple(block_sizes)
         self.rank = rank
         self.log_scale_bound = log_scale_bound
-        self.log_scale = nn.Parameter(torch.zeros(input_dim))
         dense = [torch.ones(size, size).tril(-1).bool().flatten() for size in self.block_sizes if _is_dense(size)]
-        if dense:
-            self.register_buffer("is_below", torch.cat(dense), persistent=False)
-            self.below_diagonal = nn.Parameter(torch.zeros(len(self.is_below)))
+        is_below = torch.cat([torch.zeros(0).bool(), *dense])
+        self.register_buffer("is_below", is_below, persistent=False)
         # The first block has nothing to follow but a context.
         self.sizes = self.block_sizes if context_dim else self.block_sizes[1:]
-        if self.sizes:
-            self._add_conditioners(hidden_dims)
+        steering = self._add_conditioners(hidden_dims) if self.sizes else []
+        self.packed = Packed([torch.zeros(input_dim), torch.zeros(len(is_below)), *steering])
 
-    def _add_conditioners(self, hidden_dims: Sequence[int]) -> None:
+    def _add_conditioners(self, hidden_dims: Sequence[int]) -> list[Tensor]:
+        """Add the buffers that steering takes; returns what :meth:`_conditioners` takes, as it is at the start."""
         count, dim = len(self.sizes), sum(self.sizes)
         given = self.context_dim + self.input_dim - self.block_sizes[-1]
         if self.rank is not None and given <= self.rank:
             self.rank = None
         starts = [self.context_dim + self.input_dim - sum(self.sizes[index:]) for index in range(count)]
-        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        layers = []
         fan_in = torch.tensor(starts, dtype=torch.get_default_dtype()).unsqueeze(-1)
         for size_in, size_out in pairwise([given, *hidden_dims]):
             weight, bias = 2.0 * torch.rand(count, size_out, size_in) - 1.0, 2.0 * torch.rand(count, size_out) - 1.0
-            self.weights.append(nn.Parameter(weight * fan_in.rsqrt().unsqueeze(-1)))
-            self.biases.append(nn.Parameter(bias * fan_in.rsqrt()))
+            layers += [weight * fan_in.rsqrt().unsqueeze(-1), bias * fan_in.rsqrt()]
             fan_in = torch.full((count, 1), float(size_out))
-        self.heads = nn.Parameter(torch.zeros(2 * dim, hidden_dims[-1]))
-        self.shift = nn.Parameter(torch.zeros(dim))
-        self.linear = nn.Parameter(torch.zeros(3 * dim, given if self.rank is None else self.rank))
-        if self.rank is not None:
-            self.project = nn.Parameter(torch.randn(count * self.rank, given) / math.sqrt(given))
+        heads, shift = torch.zeros(2 * dim, hidden_dims[-1]), torch.zeros(dim)
+        linear = torch.zeros(3 * dim, given if self.rank is None else self.rank)
+        project = torch.randn(count * (self.rank or 0), given) / math.sqrt(given)
         self.register_buffer("reference", reference_noise(given))
 
         sizes = torch.tensor(self.sizes)
@@ -139,22 +152,30 @@ class SiteOrderedAffine(FlowTransform):
             "block_of_head", torch.arange(count).repeat_interleave(2 * sizes).unsqueeze(-1), persistent=False
         )
         self.register_buffer("bias_of_row", bent.cumsum(0) * bent, persistent=False)  # 0: none, as for locations
+        return [heads, shift, linear, project, *layers]
 
-    def _conditioners(self) -> _Conditioners | None:
-        if not self.sizes:
-            return None
-        (weight, *weights), (bias, *biases) = self.weights, self.biases
+    def _weights(self) -> _Weights:
+        log_scale, below, *steering = self.packed()
+        return _Weights(eased(log_scale), self._below(below), self._conditioners(*steering) if steering else None)
+
+    def _conditioners(
+        self, heads: Tensor, shift: Tensor, linear: Tensor, project: Tensor, weight: Tensor, bias: Tensor, *rest: Tensor
+    ) -> _Conditioners:
+        """Conditioners from their trained numbers: ``project`` is empty where the linear parts have full rank, and the
+        last ones are weights and biases of the networks in turn."""
         hidden = (weight * self.follows).flatten(0, 1)
-        inner = list(zip(weights, biases, strict=True))
-        heads = eased(self.heads) / math.sqrt(self.heads.shape[-1])
-        linear = (eased(self.linear) if self.rank is None else self.project) * self.rows_follow
-        outer = () if self.rank is None else eased(self.linear).split([3 * size for size in self.sizes])
+        inner = list(zip(rest[::2], rest[1::2], strict=True))
+        heads = eased(heads) / math.sqrt(heads.shape[-1])
+        linear = eased(linear)
+        outer: tuple[Tensor, ...] = ()
+        if self.rank is not None:
+            linear, outer = project, linear.split([3 * size for size in self.sizes])
+        linear = linear * self.rows_follow
         center = self._networks(self.reference, hidden, bias.flatten(), inner).mean(1)
         centering = (heads @ center.mT).gather(-1, self.block_of_head).squeeze(-1)
         centering = F.pad(-centering, (1, 0)).index_select(0, self.bias_of_row)
-        return _Conditioners(
-            hidden, bias.flatten(), inner, heads.split([2 * size for size in self.sizes]), linear, outer, centering
-        )
+        by_block = heads.split([2 * size for size in self.sizes])
+        return _Conditioners(hidden, bias.flatten(), inner, by_block, linear, outer, centering, shift)
 
     def _networks(self, given: Tensor, hidden: Tensor, bias: Tensor, inner: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Last hidden layers of all networks, ``(S, N, H')``."""
@@ -182,7 +203,7 @@ class SiteOrderedAffine(FlowTransform):
             found.append((loc, *torch.addmm(bent, hidden, head.mT).chunk(2, -1)))
         loc, shift, log_scale = (torch.cat(parts, -1) for parts in zip(*found, strict=True))
         log_scale = self._bounded(log_scale)
-        return torch.addcmul(loc, log_scale.exp(), shift + self.shift), log_scale
+        return torch.addcmul(loc, log_scale.exp(), shift + use.shift), log_scale
 
     def _draw(self, noise: Tensor, context: Tensor | None, use: _Conditioners) -> tuple[Tensor, Tensor]:
         """Values, block by block, and conditional log-scales of the steered ones.
@@ -232,10 +253,10 @@ class SiteOrderedAffine(FlowTransform):
                 follow(values[-1])
         return torch.cat(values, -1), torch.cat(log_scales, -1)
 
-    def _below(self) -> list[Tensor | None]:
-        """``C_s - I`` of each block, or None for zero."""
+    def _below(self, entries: Tensor) -> list[Tensor | None]:
+        """``C_s - I`` of each block, or None for zero, from the squares of dense blocks end to end."""
         squares = [size**2 for size in self.block_sizes if _is_dense(size)]
-        found = iter((eased(self.below_diagonal) * self.is_below).split(squares) if squares else ())
+        found = iter((eased(entries) * self.is_below).split(squares) if squares else ())
         return [next(found).view(size, size) if _is_dense(size) else None for size in self.block_sizes]
 
     def _by_block(
@@ -251,28 +272,26 @@ class SiteOrderedAffine(FlowTransform):
         """With zeros for the first block, if that is not steered."""
         return F.pad(steered, (self.input_dim - steered.shape[-1], 0))
 
-    def _forward(
-        self, x: Tensor, context: Tensor | None, use: _Conditioners | None, below: list[Tensor | None]
-    ) -> tuple[Tensor, Tensor]:
+    def _forward(self, x: Tensor, context: Tensor | None, weights: _Weights) -> tuple[Tensor, Tensor]:
         """Values and log-scales of rows."""
-        free = eased(self.log_scale)
+        free, below, use = weights
         mixed = self._by_block(_times_transposed, x, below)
         if use is None:
             return mixed * free.exp(), free.expand_as(mixed)
-        noise = torch.addcmul(self._padded(self.shift), mixed, free.exp())
+        noise = torch.addcmul(self._padded(use.shift), mixed, free.exp())
         y, log_scale = self._draw(noise, context, use)
         return y, free + self._padded(log_scale)
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        y, log_scale = self._forward(*_as_rows(x, context), self._conditioners(), self._below())
+        y, log_scale = self._forward(*_as_rows(x, context), self._weights())
         return y.reshape(x.shape), log_scale.sum(-1).reshape(x.shape[:-1])
 
     def forward_with_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows, around = _as_rows(x, context)
-        use, below = self._conditioners(), self._below()
-        y, log_scale = self._forward(rows, around, use, below)
+        _, below, use = weights = self._weights()
+        y, log_scale = self._forward(rows, around, weights)
         with torch.no_grad():
             own = self._by_block(_times_inverse, score.reshape(rows.shape), below) * (-log_scale).exp()
         if use is not None:
@@ -288,12 +307,12 @@ class SiteOrderedAffine(FlowTransform):
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         rows, around = _as_rows(y, context)
-        use = self._conditioners()
-        log_scale = eased(self.log_scale).expand_as(rows)
+        free, below, use = self._weights()
+        log_scale = free.expand_as(rows)
         if use is not None:
             loc, steered = self._steer(_beside(around, rows[..., : -self.block_sizes[-1]]), use)
             rows, log_scale = rows - self._padded(loc), log_scale + self._padded(steered)
-        x = self._by_block(_times_transposed_inverse, rows * (-log_scale).exp(), self._below())
+        x = self._by_block(_times_transposed_inverse, rows * (-log_scale).exp(), below)
         return x.reshape(y.shape), -log_scale.sum(-1).reshape(y.shape[:-1])
 
 

@@ -75,13 +75,13 @@ def test_log_scales_are_bounded_by_the_value_that_is_differentiated() -> None:
     """A coupling's log-scale stays within its bound, and its gradient is that of the bounded value."""
     transform = AffineCouplings(2, num_transforms=1, hidden_dims=(4,), log_scale_bound=0.5).double()
     with torch.no_grad():
-        transform.biases[-1].fill_(1e3)
+        transform.packed()[-1].fill_(1e3)  # the bias of the last layer
     x = torch.randn(2, dtype=torch.float64)
     _, ladj = transform.forward_and_ladj(x)
     torch.testing.assert_close(ladj, torch.full((), 0.5, dtype=torch.float64))
     ladj.backward()
-    assert transform.biases[-1].grad is not None
-    assert transform.biases[-1].grad.abs().max() < 1e-6
+    assert transform.packed.flat.grad is not None
+    assert transform.packed.flat.grad.abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
@@ -95,7 +95,8 @@ def test_speed_of_the_output_does_not_grow_with_the_width(
         transform = coupling(4, num_transforms=2, hidden_dims=(width,))
         x = torch.randn(500, 4)
         with torch.no_grad():
-            transform.weights[-1].add_(0.01 * torch.randn_like(transform.weights[-1]).sign())
+            *_, weight, _ = transform.packed()
+            weight.add_(0.01 * torch.randn_like(weight).sign())
             moves.append(float((transform(x) - x).abs().mean()))
     assert moves[1] < 1.5 * moves[0]
 
