@@ -54,14 +54,16 @@ class StepLimit:
             self.forget()
             return
         steps = torch._foreach_sub(self.parameters, before)
-        longest = torch.stack(torch._foreach_norm(steps, torch.inf)).max().item()
+        # The infinity norm of torch takes twenty times as long.
+        ends = [end for step in steps for end in torch.aminmax(step)]
+        longest = torch.stack(ends).abs().max().item()
         if longest == 0.0:
             return  # the step is still to come
         self.forget()
         # A parameter that is not finite stays for the user to see.
         if longest > self.largest_step:
-            torch._foreach_mul_(steps, self.largest_step / longest)
-            torch._foreach_copy_(self.parameters, torch._foreach_add(before, steps))
+            torch._foreach_add_(before, steps, alpha=self.largest_step / longest)
+            torch._foreach_copy_(self.parameters, before)
 
     def forget(self) -> None:
         """What moved was no step: parameters were loaded, or set."""

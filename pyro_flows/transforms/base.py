@@ -13,7 +13,14 @@ from torch import Tensor
 from torch.distributions.transforms import Transform
 from torch.fx.experimental import proxy_tensor
 
-__all__ = ["BoundTransform", "FlowTransform", "expand_context", "is_readable", "is_recording"]
+__all__ = [
+    "BoundTransform",
+    "FlowTransform",
+    "as_rows",
+    "expand_context",
+    "is_readable",
+    "is_recording",
+]
 
 
 def is_recording() -> bool:
@@ -178,3 +185,9 @@ class BoundTransform(Transform):
 def expand_context(context: Tensor, x: Tensor) -> Tensor:
     """Broadcast ``(..., context_dim)`` over the batch shape of ``x``."""
     return context.expand(x.shape[:-1] + context.shape[-1:])
+
+
+def as_rows(x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Vectors as ``(N, D)``, and a context for each; linear layers of one vector alone would reshape it each time."""
+    around = None if context is None else expand_context(context, x).reshape(-1, context.shape[-1])
+    return x.reshape(-1, x.shape[-1]), around

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyro_flows.transforms.base import FlowTransform, expand_context
+from pyro_flows.transforms.base import FlowTransform, as_rows
 from pyro_flows.transforms.networks import HEAD_SLOPE, Packed, eased, reference_noise
 
 __all__ = ["Couplings"]
@@ -111,45 +111,50 @@ class Couplings(FlowTransform):
         return zip(orders, zip(*columns, strict=True), strict=True)
 
     def _condition(self, a: Tensor, layer: Sequence[Tensor], context: Tensor | None) -> Tensor:
-        """The network: raw parameters from the coordinates that stay."""
-        hidden = a if context is None else torch.cat([a, expand_context(context, a)], -1)
+        """The network: raw parameters from the coordinates that stay, in rows."""
+        hidden = a if context is None else torch.cat([a, context], -1)
         *inner, weight, bias = layer
         for w, b in zip(inner[::2], inner[1::2], strict=True):
             hidden = F.silu(F.linear(hidden, w, b))
         return F.linear(hidden, weight, bias)
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        rows, around = as_rows(x, context)
         log_slopes = []
         for order, layer in self._layers():
             if order is not None:
-                x = x.index_select(-1, order)
-            a, b = self._parts(x)
-            b, log_slope, _ = self._map(b, self._condition(a, layer, context))
-            x = torch.cat([b, a], -1)
+                rows = rows.index_select(-1, order)
+            a, b = self._parts(rows)
+            b, log_slope, _ = self._map(b, self._condition(a, layer, around))
+            rows = torch.cat([b, a], -1)
             log_slopes.append(log_slope)
-        return x.index_select(-1, self.final_order), torch.cat(log_slopes, -1).sum(-1)
+        y, total = rows.index_select(-1, self.final_order), torch.cat(log_slopes, -1).sum(-1)
+        return y.reshape(x.shape), total.reshape(x.shape[:-1])
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        rows, around = as_rows(y, context)
         log_slopes = []
-        y = y[..., self.final_order.argsort()]
+        rows = rows[:, self.final_order.argsort()]
         for order, layer in reversed(list(self._layers())):
-            b, a = y.split([y.shape[-1] - self.split_dim, self.split_dim], -1)
-            b, log_slope = self._unmap(b, self._condition(a, layer, context))
-            y = torch.cat([a, b], -1)
+            b, a = rows.split([rows.shape[-1] - self.split_dim, self.split_dim], -1)
+            b, log_slope = self._unmap(b, self._condition(a, layer, around))
+            rows = torch.cat([a, b], -1)
             if order is not None:
-                y = y[..., order.argsort()]
+                rows = rows[:, order.argsort()]
             log_slopes.append(log_slope)
-        return y, torch.cat(log_slopes, -1).sum(-1)
+        return rows.reshape(y.shape), torch.cat(log_slopes, -1).sum(-1).reshape(y.shape[:-1])
 
     def forward_with_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        rows, around = as_rows(x, context)
+        score = score.reshape(rows.shape)
         log_slopes = []
         for order, layer in self._layers():
             if order is not None:
-                x, score = x.index_select(-1, order), score.index_select(-1, order)
-            a, b = self._parts(x)
-            b, log_slope, d_log_slope = self._map(b, self._condition(a, layer, context), with_slope=True)
+                rows, score = rows.index_select(-1, order), score.index_select(-1, order)
+            a, b = self._parts(rows)
+            b, log_slope, d_log_slope = self._map(b, self._condition(a, layer, around), with_slope=True)
             with torch.no_grad():
                 score_a, score_b = self._parts(score)
                 if d_log_slope is not None:
@@ -159,8 +164,9 @@ class Couplings(FlowTransform):
             (through_a,) = torch.autograd.grad(
                 (b, log_slope), a, (score_b, torch.ones_like(log_slope)), retain_graph=True
             )
-            score = torch.cat([score_b, score_a - through_a], -1).detach()
-            x = torch.cat([b, a], -1)
+            score = torch.cat([score_b, score_a - through_a], -1)
+            rows = torch.cat([b, a], -1)
             log_slopes.append(log_slope)
-        total = torch.cat(log_slopes, -1).sum(-1)
-        return x.index_select(-1, self.final_order), total, score.index_select(-1, self.final_order)
+        y, total = rows.index_select(-1, self.final_order), torch.cat(log_slopes, -1).sum(-1)
+        score = score.index_select(-1, self.final_order)
+        return y.reshape(x.shape), total.reshape(x.shape[:-1]), score.reshape(x.shape)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyro_flows.transforms.base import FlowTransform, expand_context
+from pyro_flows.transforms.base import FlowTransform, as_rows
 from pyro_flows.transforms.networks import INPUT_BOUND, Packed, eased, reference_noise
 
 __all__ = ["SiteOrderedAffine"]
@@ -283,13 +283,13 @@ class SiteOrderedAffine(FlowTransform):
         return y, free + self._padded(log_scale)
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        y, log_scale = self._forward(*_as_rows(x, context), self._weights())
+        y, log_scale = self._forward(*as_rows(x, context), self._weights())
         return y.reshape(x.shape), log_scale.sum(-1).reshape(x.shape[:-1])
 
     def forward_with_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rows, around = _as_rows(x, context)
+        rows, around = as_rows(x, context)
         _, below, use = weights = self._weights()
         y, log_scale = self._forward(rows, around, weights)
         with torch.no_grad():
@@ -306,7 +306,7 @@ class SiteOrderedAffine(FlowTransform):
         return y.reshape(x.shape), log_scale.sum(-1).reshape(x.shape[:-1]), own.reshape(x.shape)
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        rows, around = _as_rows(y, context)
+        rows, around = as_rows(y, context)
         free, below, use = self._weights()
         log_scale = free.expand_as(rows)
         if use is not None:
@@ -318,12 +318,6 @@ class SiteOrderedAffine(FlowTransform):
 
 def _is_dense(size: int) -> bool:
     return 1 < size <= MAX_DENSE_BLOCK
-
-
-def _as_rows(x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Vectors as ``(N, D)``, and a context for each."""
-    around = None if context is None else expand_context(context, x).reshape(-1, context.shape[-1])
-    return x.reshape(-1, x.shape[-1]), around
 
 
 def _beside(context: Tensor | None, rows: Tensor) -> Tensor:
