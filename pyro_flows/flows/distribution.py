@@ -68,8 +68,8 @@ class FlowDistribution(dist.TransformedDistribution):
         self._given = given
         self._path_gradient = path_gradient and transform.has_score
         self._centered = False
-        # (value, its score if known, the score in the context if latents before it steer it)
-        self._draw: tuple[Tensor, Tensor | None, Tensor | None] | None = None
+        # (value, its score if known, the context and the score in it if latents before it steer it)
+        self._draw: tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None] | None = None
         super().__init__(base_dist, [self._bound])
 
     def expand(self, batch_shape: torch.Size, _instance: object = None) -> FlowDistribution:
@@ -130,29 +130,23 @@ class FlowDistribution(dist.TransformedDistribution):
         value, score = self._bound.call_with_score(eps.requires_grad_(), base_score(self.base_dist, eps))
         if self._centered and self._bound.context is None and value.dim() > 1 and len(value) > 1:
             value = self._bound.replace_last(self._recentered(value))
-        by_context = None
+        steered = None
         if not (self._given and sample_shape):  # else one context for several draws: no score for each
-            by_context = self._score_in_context(eps, value, score)
+            steered = self._steered(eps, value, score)
         if self._filter is not None:
-            value = self._bound.replace_last(self._filtered(eps, value, score, by_context))
-        self._draw = None if self._given and sample_shape else (value, score, by_context)
+            value = self._bound.replace_last(self._filtered(eps, value, score, steered))
+        self._draw = None if self._given and sample_shape else (value, score, steered)
         return value
 
-    def _filtered(self, eps: Tensor, value: Tensor, score: Tensor, by_context: Tensor | None) -> Tensor:
+    def _filtered(self, eps: Tensor, value: Tensor, score: Tensor, steered: tuple[Tensor, Tensor] | None) -> Tensor:
         """See :class:`GradientFilter`."""
         assert self._filter is not None
         log_q = -self._bound.log_abs_det_jacobian(eps, value)
         if not self._is_normal:  # whose density has no parameters
             log_q = log_q + self.base_dist.log_prob(eps)
-        through = by_context = value.new_zeros(0) if by_context is None else by_context
-        if by_context.numel():
-            through = self._context_of_given()
+        nothing = value.new_zeros(0)
+        through, by_context = (nothing, nothing) if steered is None else steered
         return self._filter.watch(value, score, log_q, through, by_context)
-
-    def _context_of_given(self) -> Tensor:
-        """The context, with a gradient in the latents that it is given alone."""
-        context: Tensor = _Through.apply(self._bound.context, *self._given)  # type: ignore[no-untyped-call]
-        return context
 
     def _recentered(self, value: Tensor) -> Tensor:
         """See :meth:`centered`."""
@@ -166,14 +160,17 @@ class FlowDistribution(dist.TransformedDistribution):
         mean = self._bound.transform.forward_and_ladj(eps)[0].mean(0)
         return value + (mean - mean.detach())
 
-    def _score_in_context(self, eps: Tensor, value: Tensor, score: Tensor) -> Tensor | None:
-        r""":math:`\nabla_c \log q(z | c)` at fixed z: the derivative at fixed noise, less what comes through z."""
+    def _steered(self, eps: Tensor, value: Tensor, score: Tensor) -> tuple[Tensor, Tensor] | None:
+        r"""The context, with a gradient in the latents that it is given alone; and :math:`\nabla_c \log q(z | c)` at
+        fixed z: the derivative at fixed noise, less what comes through z."""
         context = self._bound.context
         if not self._given or context is None or not context.requires_grad:
             return None
         ladj = self._bound.log_abs_det_jacobian(eps, value)
-        (steered,) = torch.autograd.grad((value, ladj), context, (score, torch.ones_like(ladj)), retain_graph=True)
-        return -steered
+        less = -score, -torch.ones_like(ladj)
+        (by_context,) = torch.autograd.grad((value, ladj), context, less, retain_graph=True)
+        through: Tensor = _Through.apply(context, *self._given)  # type: ignore[no-untyped-call]
+        return through, by_context
 
     def rsample_and_log_prob(self, sample_shape: torch.Size = torch.Size()) -> tuple[Tensor, Tensor]:
         """A reparameterised draw and its log density, from one pass."""
@@ -185,14 +182,12 @@ class FlowDistribution(dist.TransformedDistribution):
         log_prob = self.log_prob(value)
         entropy_term = log_prob
         if self._draw is not None and self._draw[0] is value:
-            _, score, score_in_context = self._draw
+            _, score, steered = self._draw
             if score is None:
                 entropy_term = self._frozen_log_prob(value)
             else:
-                path = (value * score).sum(-1)
-                if score_in_context is not None:
-                    path = path + (self._context_of_given() * score_in_context).sum(-1)
-                entropy_term = log_prob.detach() + (path - path.detach())
+                scores = (value, score, *(steered or ()))
+                entropy_term = _WithScores.apply(log_prob.detach(), *scores)  # type: ignore[no-untyped-call]
         return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=entropy_term)
 
     def _frozen_log_prob(self, value: Tensor) -> Tensor:
@@ -204,13 +199,27 @@ class FlowDistribution(dist.TransformedDistribution):
         return self.base_dist.log_prob(eps).detach() + (path - path.detach()) + ladj
 
 
+class _WithScores(torch.autograd.Function):
+    """Log densities as they are, ``(...)``, with given derivatives in vectors: pairs of the two, ``(..., D)``."""
+
+    @staticmethod
+    def forward(ctx: Any, log_prob: Tensor, *pairs: Tensor) -> Tensor:
+        ctx.save_for_backward(*pairs[1::2])
+        return log_prob.view_as(log_prob)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        rows = gradient.unsqueeze(-1)
+        return None, *(part for score in ctx.saved_tensors for part in (rows * score, None))
+
+
 class _Through(torch.autograd.Function):
     """A tensor as it is, with a gradient in some tensors that it is a function of, and in nothing else."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, *sources: Tensor) -> Tensor:
         ctx.tensor, ctx.sources = tensor, sources
-        return tensor.detach().clone()
+        return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

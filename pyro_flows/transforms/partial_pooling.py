@@ -155,22 +155,24 @@ class PartialPooling(AffineHead):
     def _gaussian(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         assert context is not None
         size = self.input_dim
-        given, features, own_loc, own_log_scale, prior = context.split(
-            [self.given_dim, self.feature_dim, size, size, 2 * size * self.has_prior], -1
+        of_prior = size if self.has_prior else 0
+        given, features, own_loc, own_log_scale, prior_loc, prior_log_scale = context.split(
+            [self.given_dim, self.feature_dim, size, size, of_prior, of_prior], -1
         )
         loc, scale, log_scale = decode_gaussian(self.raw.value)
         own_loc = torch.addcmul(loc, self.unit.detach(), own_loc)
         own_log_scale = log_scale + own_log_scale
         if self.given_dim:
-            pairs = (features.unsqueeze(-1) * given.unsqueeze(-2)).flatten(-2)
-            steer = F.linear(given, eased(self.slope)) + F.linear(pairs, eased(self.tilt))
+            steer = F.linear(given, eased(self.slope))
+            if self.feature_dim:
+                pairs = (features.unsqueeze(-1) * given.unsqueeze(-2)).flatten(-2)
+                steer = steer + F.linear(pairs, eased(self.tilt))
             shift, more = steer.chunk(2, -1)
             if self.has_prior:
                 own_loc = own_loc + torch.where(self.known, scale * shift, 0.0)
             loc = torch.addcmul(loc, scale, shift)
             log_scale = log_scale + self._bounded(more)
         if self.has_prior:
-            prior_loc, prior_log_scale = prior.chunk(2, -1)
             loc = torch.where(self.known, prior_loc, loc)
             known_log_scale = prior_log_scale - 0.5 * eased(self.log_share)
             log_scale = torch.where(self.known, known_log_scale, log_scale)
