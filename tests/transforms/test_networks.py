@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from pyro_flows.transforms import AffineCouplings, FlowTransform, SiteOrderedAffine
-from pyro_flows.transforms.networks import eased, uneased
+from pyro_flows.transforms.networks import Packed, eased, uneased
 
 
 def log_scale_after_one_step(transform: FlowTransform) -> float:
@@ -32,6 +32,22 @@ def test_blocks_that_follow_few_numbers_need_no_low_rank() -> None:
         transform = SiteOrderedAffine(sum(block_sizes), block_sizes=block_sizes, rank=16)
         _, _, _, _, linear, *_ = transform.packed()
         assert linear.shape == shape
+
+
+def test_packed_tensors_are_one_parameter() -> None:
+    """An eager step costs by the parameter: couplings had six, and the site-ordered map nine."""
+    parts = [torch.randn(2, 3), torch.zeros(0), torch.randn(4)]
+    packed = Packed(parts)
+    for view, part in zip(packed(), parts, strict=True):
+        assert torch.equal(view, part)
+    packed()[2].sum().backward()
+    assert torch.equal(packed.flat.grad, torch.cat([torch.zeros(6), torch.ones(4)]))
+    for transform in (
+        AffineCouplings(4),
+        SiteOrderedAffine(4, block_sizes=(1, 3)),
+        SiteOrderedAffine(1, block_sizes=(1,)),
+    ):
+        assert len(list(transform.parameters())) == 1
 
 
 def test_eased_weights_and_their_inverse() -> None:
