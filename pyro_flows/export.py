@@ -227,7 +227,7 @@ class _Runs:
     ) -> dict[str, Tensor]:
         chunks = zip(*(value.split(self._chunk) for value in values.values()), strict=True)
         call = self._model.call._replace(fixed={})
-        parts = [self._model.read(dict(zip(values, chunk, strict=True)), pick, call, shapes, model) for chunk in chunks]
+        parts = [self._model.read(dict(zip(values, chunk, strict=True)), pick, shapes, call, model) for chunk in chunks]
         return {name: torch.cat([part[name] for part in parts]) for name in shapes}
 
 

@@ -74,6 +74,7 @@ class Diagnosis:
         sites: Site name -> :class:`SiteSummary`.
         items: Item by item, where every site is in one plate; else None.
         lost: Modes that the guide lost.
+        obstacle: What keeps draws from sharing a run of the model, with the line; empty if nothing does.
     """
 
     elbo: float
@@ -93,6 +94,7 @@ class Diagnosis:
     sites: Mapping[str, SiteSummary]
     items: Items | None
     lost: tuple[LostMode, ...]
+    obstacle: str = ""
 
     @property
     def trustworthy(self) -> bool:
@@ -125,6 +127,8 @@ class Diagnosis:
             lines.append(_items_line(self.items, self.khat_threshold))
         if self.verdict != NOT_KNOWN:
             lines += _site_lines(list(self.sites.values()))
+        if self.obstacle:
+            lines.append(f"Draws were run one by one, since {self.obstacle}")
         return "\n".join([*lines, f"Next: {self.advice}"])
 
 
@@ -298,6 +302,7 @@ def weigh(
         sites=sites,
         items=items,
         lost=lost,
+        obstacle=weigher.score.model.obstacle,
     )
 
 

@@ -14,7 +14,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_flows.models.batching import runs_in_a_plate
+from pyro_flows.models.particles import runs_in_a_plate
 from pyro_flows.models.scoring import ModelScorer, Score, concatenate
 from pyro_flows.models.structure import Structure, read_structure
 from pyro_flows.models.traces import DRAWS, mini_batches, sample_nodes

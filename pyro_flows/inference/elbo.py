@@ -15,7 +15,8 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 
 from pyro_flows._checks import check_int
-from pyro_flows.models.batching import BatchedModel, runs_in_a_plate
+from pyro_flows.models.batching import BatchedModel
+from pyro_flows.models.particles import runs_in_a_plate
 from pyro_flows.models.traces import NO_DENSITY, Call, by_draw, mini_batches, sample_nodes
 from pyro_flows.transforms.base import is_recording
 

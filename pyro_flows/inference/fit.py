@@ -55,6 +55,7 @@ class FitResult:
         num_particles: Draws a step.
         learning_rate: Peak rate of the first cycle.
         losses: Negative ELBO estimates, one a step.
+        obstacle: What keeps the draws of a step from sharing a run of the model, with the line; empty if nothing does.
     """
 
     elbo: float
@@ -69,6 +70,7 @@ class FitResult:
     num_particles: int
     learning_rate: float
     losses: tuple[float, ...]
+    obstacle: str = ""
 
     def __repr__(self) -> str:
         return f"FitResult(elbo={self.elbo:.4g}, elbo_se={self.elbo_se:.2g}, steps={self.steps}, kept={self.kept!r})"
@@ -81,6 +83,8 @@ class FitResult:
         ]
         if self.skipped or self.rollbacks:
             lines.append(f"{self.skipped} steps skipped, {self.rollbacks} times rolled back")
+        if self.obstacle:
+            lines.append(f"Draws are run one by one, and few, since {self.obstacle}")
         lines.append(self.advice)
         return "\n".join(lines)
 
@@ -195,6 +199,7 @@ def fit(
         num_particles=trainer.num_particles,
         learning_rate=trainer.peak_rate,
         losses=tuple(trainer.losses),
+        obstacle=objective.obstacle,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import pyro
@@ -25,17 +26,15 @@ from pyro_flows.models.enumeration import (
     packed_terms,
     sum_out,
 )
-from pyro_flows.models.traces import DRAWS, NO_DENSITY, Call, by_draw, given, mini_batches, sample_nodes
+from pyro_flows.models.traces import DRAWS, NO_DENSITY, Call, by_draw, given, rows_of, sample_nodes
 
-__all__ = ["ENUMERATED", "BatchedModel", "runs_in_a_plate"]
+__all__ = ["ENUMERATED", "BatchedModel"]
 
 # What a sum over enumerated sites is called among the sites.
 ENUMERATED = "_pyro_flows_enumerated"
 
 # How closely many draws at once have to agree with one run a draw: relative to the log density, and in nats.
 RELATIVE, NATS = 1e-4, 1e-3
-# The same for guides, whose flows are inverted for it.
-GUIDE_RELATIVE, GUIDE_NATS = 1e-3, 1e-2
 # Models that draw numbers of their own agree on average only: over so many draws, within so many standard errors.
 AVERAGED, ERRORS = 100, 5.0
 
@@ -51,6 +50,7 @@ class _Task(NamedTuple):
     pick: Pick
     shapes: Mapping[str, Sequence[int]] | None = None
     packed: Mapping[str, PackedTerm] = {}
+    splits: bool = True  # whether a draw that the model refuses costs itself only
 
 
 Run = Callable[[Values, _Task], dict[str, Tensor]]
@@ -95,7 +95,6 @@ class BatchedModel:
             for node in self.nodes.values():
                 check_site_shape(node, max_plate_nesting=math.inf)
         self.obstacle = ""
-        self._draws_numbers = False
         with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
             self._run: Run = self._choose(probe)
 
@@ -107,11 +106,11 @@ class BatchedModel:
     @property
     def is_mapped(self) -> bool:
         """Whether that is by ``torch.vmap``."""
-        return self._run == self._by_vmap
+        return self._run in (self._by_vmap, self._by_vmap_in_place)
 
     def rows(self, name: str, value: Tensor, count: int) -> Tensor:
         """A latent site of a run in an outermost plate, or of one without draws, as ``(count, *site shape)``."""
-        return _rows(value, self.nodes[name]["value"].dim(), count)
+        return rows_of(value, self.nodes[name]["value"].dim(), count)
 
     def __call__(self, values: Values, call: Call | None = None, model: Callable[..., Any] | None = None) -> Trace:
         """Score draws; differentiable.
@@ -150,26 +149,29 @@ class BatchedModel:
         self,
         values: Values,
         pick: Pick,
+        shapes: Mapping[str, Sequence[int]],
         call: Call | None = None,
-        shapes: Mapping[str, Sequence[int]] | None = None,
         model: Callable[..., Any] | None = None,
     ) -> dict[str, Tensor]:
         """Tensors of runs at many draws.
 
         Args:
             values: Latent site -> ``(S, *site shape)``.
-            pick: Takes tensors from a trace, by name: log densities of sites, or what has the ``shapes`` given.
+            pick: Takes tensors from a trace, by name.
+            shapes: Their shapes in a run of one draw.
             call: Arguments other than those at first.
-            shapes: Name -> shape in a run of one draw; None says that all are log densities.
             model: A model with the same sites to run in place of the own one.
 
         Returns:
-            Name -> ``(S, *shape)``; log densities padded to ``nesting`` dimensions beside that of the draws.
+            Name -> ``(S, *shape)``.
         """
-        return self._read(values, _Task(model or self.model, call or self.call, pick, shapes))
-
-    def _read(self, values: Values, task: _Task) -> dict[str, Tensor]:
+        task = _Task(model or self.model, call or self.call, pick, shapes)
         with poutine.block(hide_types=["sample"]), pyro.validation_enabled(False):
+            if self.is_mapped:
+                try:
+                    return self._by_vmap_in_place(values, task)
+                except RuntimeError:  # numbers that are drawn in a way of their own
+                    return self._one_by_one(values, task)
             return self._run_or_split(values, task)
 
     def _log_probs(self, values: Values, task: _Task) -> dict[str, Tensor]:
@@ -186,19 +188,19 @@ class BatchedModel:
                     found[name], packed[name] = term, known
             return found
 
-        found = self._read(values, task._replace(pick=pick, packed=packed))
+        with poutine.block(hide_types=["sample"]), pyro.validation_enabled(False):
+            found = self._run_or_split(values, task._replace(pick=pick, packed=packed))
         if packed:
             terms = sum_out({name: found.pop(name) for name in packed}, packed)
             found |= {f"{ENUMERATED}_{index}": term for index, term in enumerate(terms)}
         return {name: _padded(term, self.nesting) for name, term in found.items()}
 
     def _run_or_split(self, values: Values, task: _Task) -> dict[str, Tensor]:
-        run = self._run
-        if self.is_mapped and (task.shapes is not None or self._draws_numbers):
-            run = self._by_vmap_with_draws
         try:
-            return run(values, task)
+            return self._run(values, task)
         except NO_DENSITY:
+            if not task.splits:
+                raise
             if _count(values) == 1:
                 # NaN as a function of the draw, for those who ask for a gradient.
                 nan = math.nan + torch.stack([0.0 * value.sum() for value in values.values()]).sum()
@@ -226,25 +228,17 @@ class BatchedModel:
             found[name] = value.expand(count, *value.shape[1:])
         return found
 
-    def _by_vmap(self, values: Values, task: _Task) -> dict[str, Tensor]:
+    def _by_vmap(self, values: Values, task: _Task, *, in_place: bool = False) -> dict[str, Tensor]:
         def one(row: dict[str, Tensor]) -> dict[str, Tensor]:
-            return dict(task.pick(self._trace(row, task)))
+            with _BatchedMemory(next(iter(row.values()))) if in_place else nullcontext():
+                return dict(task.pick(self._trace(row, task)))
 
         found: dict[str, Tensor] = torch.vmap(one, randomness="different")(dict(values))
         return found
 
-    def _by_vmap_with_draws(self, values: Values, task: _Task) -> dict[str, Tensor]:
-        """As :meth:`_by_vmap` for models that draw numbers; one by one where these are drawn in a way of their own."""
-
-        def one(row: dict[str, Tensor]) -> dict[str, Tensor]:
-            with _BatchedMemory(next(iter(row.values()))):
-                return dict(task.pick(self._trace(row, task)))
-
-        try:
-            found: dict[str, Tensor] = torch.vmap(one, randomness="different")(dict(values))
-        except RuntimeError:
-            return self._one_by_one(values, task)
-        return found
+    def _by_vmap_in_place(self, values: Values, task: _Task) -> dict[str, Tensor]:
+        """For models that write what differs between draws into memory that they made; random numbers, say."""
+        return self._by_vmap(values, task, in_place=True)
 
     def _one_by_one(self, values: Values, task: _Task) -> dict[str, Tensor]:
         rows = ({name: value[row] for name, value in values.items()} for row in range(_count(values)))
@@ -278,16 +272,21 @@ class BatchedModel:
         task = _Task(self.model, self.call, lambda trace: {})
         self._run = self._one_by_one
         expected, again = self._log_probs(probe, task), self._log_probs(probe, task)
-        self._draws_numbers = not all(torch.equal(again[n].nan_to_num(), expected[n].nan_to_num()) for n in expected)
-        if self._draws_numbers:
+        if all(torch.equal(again[name].nan_to_num(), expected[name].nan_to_num()) for name in expected):
+            agree = _agree
+            kept = torch.stack([by_draw(term) for term in expected.values()]).sum(0).isfinite()
+            if kept.any():  # a draw that the model refuses says nothing
+                probe = {name: value[kept] for name, value in probe.items()}
+                expected = {name: term[kept] for name, term in expected.items()}
+        else:
+            agree = _agree_on_average
             probe = {name: value[:1].expand(AVERAGED, *value.shape[1:]) for name, value in probe.items()}
             expected = self._log_probs(probe, task)
-        agree = _agree_on_average if self._draws_numbers else _agree
         obstacle = ""
-        for run in (self._in_a_plate, self._by_vmap):
+        for run in (self._in_a_plate, self._by_vmap, self._by_vmap_in_place):
             self._run = run
             try:
-                found = self._log_probs(probe, task)
+                found = self._log_probs(probe, task._replace(splits=False))
             except Exception as error:  # each model fails in its own way at shapes it never meant to see
                 obstacle = blame(error)
                 continue
@@ -299,8 +298,15 @@ class BatchedModel:
         return self._one_by_one
 
 
+# What makes new memory.
+FACTORIES = {
+    *(torch.empty, torch.zeros, torch.ones, torch.full, torch.empty_like, torch.zeros_like, torch.ones_like),
+    *(torch.full_like, Tensor.new, Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full),  # type: ignore[attr-defined]
+}
+
+
 class _BatchedMemory(TorchFunctionMode):
-    """Has new memory differ between draws, so that random numbers can be written into it under ``torch.vmap``."""
+    """Has each draw its own new memory, so that what differs between draws can be written into it."""
 
     def __init__(self, batched: Tensor) -> None:
         super().__init__()
@@ -308,38 +314,9 @@ class _BatchedMemory(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        if func in (torch.empty, Tensor.new, Tensor.new_empty):  # type: ignore[attr-defined]
+        if func in FACTORIES:
             return found + self._zero.to(found.dtype)
         return found
-
-
-@torch.no_grad()
-def runs_in_a_plate(guide: Callable[..., Any], call: Call, nesting: int, count: int = 3) -> bool:
-    """Whether a guide runs in an outer plate, with the densities that its single runs have at the same values."""
-    with poutine.block(), pyro.validation_enabled(False):
-        try:
-            plain = sample_nodes(poutine.trace(guide).get_trace(*call.args, **call.kwargs))
-            with pyro.plate(DRAWS, count, dim=-1 - nesting):
-                together = poutine.trace(guide).get_trace(*call.args, **call.kwargs)
-            together.compute_log_prob()
-            found = sum(_in_front(node["log_prob"], nesting, count) for node in sample_nodes(together).values())
-            rows = {
-                name: _rows(node["value"], plain[name]["value"].dim(), count)
-                for name, node in sample_nodes(together).items()
-            }
-        except Exception:  # each guide fails in its own way at dimensions that it never meant to see
-            return False
-        expected = []
-        for row in range(count):
-            replayed = given({**{name: value[row] for name, value in rows.items()}, **mini_batches(together)})
-            try:
-                single = poutine.trace(poutine.replay(guide, trace=replayed)).get_trace(*call.args, **call.kwargs)
-                expected.append(torch.as_tensor(single.log_prob_sum()))
-            except (NotImplementedError, ValueError):  # a flow without an inverse scores its own draws only
-                return True
-            except Exception:
-                return False
-        return torch.allclose(torch.as_tensor(found), torch.stack(expected), rtol=GUIDE_RELATIVE, atol=GUIDE_NATS)
 
 
 def _nesting(nodes: Iterable[Mapping[str, Any]]) -> int:
@@ -359,17 +336,6 @@ def _described(name: str, node: Mapping[str, Any]) -> dict[str, Any]:
         "infer": {},
         "cond_indep_stack": stack,
     }
-
-
-def _rows(value: Tensor, rank: int, count: int) -> Tensor:
-    shape = value.shape[max(value.dim() - rank, 0) :]
-    return value.reshape(-1, *shape).expand(count, *shape)
-
-
-def _in_front(term: Tensor, nesting: int, count: int) -> Tensor:
-    """A term of a run in an outermost plate, or of one without draws, summed to ``(count,)``."""
-    term = term.reshape((1,) * (nesting + 1 - term.dim()) + term.shape)
-    return by_draw(term).expand(count)
 
 
 def _count(values: Values) -> int:

@@ -11,7 +11,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-__all__ = ["DRAWS", "NO_DENSITY", "Call", "by_draw", "given", "mini_batches", "sample_nodes"]
+__all__ = ["DRAWS", "NO_DENSITY", "Call", "by_draw", "given", "mini_batches", "rows_of", "sample_nodes"]
 
 # The plate of many draws in one run of a model.
 DRAWS = "_pyro_flows_draws"
@@ -55,3 +55,9 @@ def mini_batches(trace: Trace) -> dict[str, Any]:
 def by_draw(term: Tensor) -> Tensor:
     """``(S, ...)`` summed to ``(S,)``."""
     return term.reshape(len(term), -1).sum(-1)
+
+
+def rows_of(value: Tensor, rank: int, count: int) -> Tensor:
+    """A value of ``rank`` dimensions in a run in an outermost plate, or in one without draws, as ``(count, ...)``."""
+    shape = value.shape[max(value.dim() - rank, 0) :]
+    return value.reshape(-1, *shape).expand(count, *shape)
