@@ -299,7 +299,7 @@ class AutoFlowGuide(SummarizedGuide):
             Site name -> value; local ones for the items of the mini-batch.
         """
         posterior = self.setup(*args, **kwargs)._posterior
-        if self.limits_steps and self.num_refused and not self._has_warned and not is_recording():
+        if self.num_refused and not self._has_warned and not is_recording():
             self._has_warned = True
             warn_of_refused(self.model, posterior, args, kwargs)
         self._declare_parameters()

@@ -273,8 +273,9 @@ def _two_dimensional(flow: Any, context: Tensor | None) -> tuple[Callable[[Tenso
     if isinstance(flow, AutoFlowGuide):
         transform: Any = flow.get_transform()
         dim = flow.latent_dim
-        sites = flow.posterior.only_block.table
-        names = [site.name if site.size == 1 else f"{site.name}[{i}]" for site in sites for i in range(site.size)]
+        layout = flow.posterior.only_block.layout
+        sizes = zip(layout.names, layout.sizes, strict=True)
+        names = [name if size == 1 else f"{name}[{i}]" for name, size in sizes for i in range(size)]
         labels = (f"unconstrained {names[0]}", f"unconstrained {names[-1]}")
         like = next(flow.parameters())
     elif isinstance(flow, Flow):

@@ -125,7 +125,7 @@ def test_a_fit_of_each_data_set_is_calibrated() -> None:
         return guide
 
     report = check_calibration(
-        model, args=(X,), kwargs={"y": torch.zeros(NUM_DATA)}, refit=refit, num_datasets=20, progress=False, seed=0
+        model, args=(X,), kwargs={"y": torch.zeros(NUM_DATA)}, refit=refit, num_datasets=20, progress=False, seed=1
     )
     assert report.calibrated
 
