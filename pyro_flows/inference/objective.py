@@ -31,7 +31,7 @@ __all__ = ["Batches", "Estimate", "Objective"]
 
 # Draws of an estimate: runs times particles a run, fewer where there are more than so many items in all; a run for each
 # mini-batch of a pass, up to so many.
-ESTIMATE_RUNS, ESTIMATE_PARTICLES, ESTIMATE_ITEMS = 50, 200, 2**18
+ESTIMATE_RUNS, ESTIMATE_PARTICLES, ESTIMATE_ITEMS = 20, 500, 2**18
 ESTIMATE_CALLS = 200
 # Elements of the mini-batches that are kept for estimates, at most.
 HELD_ELEMENTS = 2**25
@@ -140,6 +140,7 @@ class Objective:
         power: What the log joint is multiplied by in gradients, an inverse temperature; 1 is the model itself.
         leaves: Unconstrained leaves of the guide's and the model's parameters.
         parameters: The same; or, once a step is recorded, one vector of those in use.
+        graph: The recorded step, if there is one.
     """
 
     def __init__(self, model: Callable[..., Any], guide: Callable[..., Any], batches: Batches) -> None:
@@ -163,7 +164,7 @@ class Objective:
         self.leaves = list({id(p): p for p in (*of_guide, *of_model)}.values())
         self.parameters = self.leaves
         self._flat: FlatParameter | None = None
-        self._graph: LossGraph | None = None
+        self.graph: LossGraph | None = None
 
     def _look(self) -> tuple[BatchedModel | None, list[dict[str, Any]]]:
         """How to run the model at many draws, None if sites are enumerated as Pyro alone can; and its sites."""
@@ -206,8 +207,8 @@ class Objective:
     def gradient(self, elbo: Trace_ELBO | TraceEnum_ELBO) -> float:
         """Loss of the next mini-batch; its gradient is left in the ``grad`` of :attr:`parameters`, which has none."""
         args, kwargs = self.batches.next()
-        if self._flat is not None and self._graph is not None and self._graph.matches(args, kwargs):
-            loss, self._flat.flat.grad = self._graph(args, kwargs)
+        if self._flat is not None and self.graph is not None and self.graph.matches(args, kwargs):
+            loss, self._flat.flat.grad = self.graph(args, kwargs)
             return float(loss)
         with _quiet():
             value = float(self._loss(elbo, "loss_and_grads")(*args, **kwargs))
@@ -228,13 +229,13 @@ class Objective:
             leaves = used_leaves(loss, self.leaves, args, kwargs)
             flat = FlatParameter(leaves)
             try:
-                self._graph = LossGraph(loss, flat, args, kwargs, state)
+                self.graph = LossGraph(loss, flat, args, kwargs, state)
             except RecordingError:
                 flat.release()
                 raise
         self._flat = flat
         self.parameters = [flat.flat]
-        return self._graph
+        return self.graph
 
     def compile(self) -> None:
         """Compile the recorded step.
@@ -242,9 +243,9 @@ class Objective:
         Raises:
             RuntimeError: If there is no working compiler; the graph runs as it is.
         """
-        assert self._graph is not None
+        assert self.graph is not None
         with torch.random.fork_rng():
-            self._graph.compile(*self.batches.first)
+            self.graph.compile(*self.batches.first)
 
     def release(self) -> None:
         """Give parameters memory of their own again, after :meth:`record`."""

@@ -34,11 +34,11 @@ TABLE_EPS = 0.1
 MAX_FAILURES = 10
 # Temperature at which annealing begins.
 HOTTEST = 30.0
-# Steps after which eager ones are timed. Recording takes as long as a hundred of them and saves a quarter of each later
-# one: it is done if at least so many go on for so many seconds. Compiling saves most of it.
+# Steps after which they are timed. Recording takes as long as a hundred eager steps, and halves those that follow: it
+# is done if at least so many go on for so many seconds. Compiling saves most of a step, eager or recorded.
 TIMED = 20
-WORTH_RECORDING, WORTH_SECONDS = 500, 10.0
-COMPILED_SAVES = 0.85
+WORTH_RECORDING, WORTH_SECONDS = 200, 2.0
+EAGER_SAVES, SCRIPT_SAVES = 0.85, 0.7
 # Seconds that the compiler takes for an operation of the graph, about, on a machine of two cores.
 COMPILE_SECONDS = 0.009
 
@@ -100,29 +100,39 @@ class Trainer:
     def _parameters(self) -> list[Tensor]:
         return self.objective.parameters
 
-    def _considers_compiling(self, steps_left: int) -> bool:
-        """Record, and perhaps compile, if that pays; returns whether the objective's parameters are others now."""
-        if self._compile is False or (self._compile == "auto" and len(self._seconds) < TIMED // 2):
+    def _speed_up(self, steps_left: int) -> bool:
+        """Record steps, or compile what was recorded, if that pays; returns whether parameters are others now."""
+        asked = self._compile is True
+        if self._compile is False or not (asked or len(self._seconds) == TIMED // 2):
             return False
         ahead = steps_left * statistics.median(self._seconds) if self._seconds else math.inf
-        if self._compile == "auto" and (steps_left < WORTH_RECORDING or ahead < WORTH_SECONDS):
-            return False
-        asked, self._compile = self._compile is True, False
-        try:
-            if self._tables:
-                raise RecordingError("items have parameters of their own, of which a step moves a few rows")
-            graph = self.objective.record(self._elbo)
-        except RecordingError as error:
-            if asked:
-                warnings.warn(f"fit: takes eager steps, since {error}.", stacklevel=4)
-            return False
-        try:
-            if asked or ahead * COMPILED_SAVES > graph.num_operations * COMPILE_SECONDS:
+        is_new = self.objective.graph is None
+        if is_new:
+            if not asked and (steps_left < WORTH_RECORDING or ahead < WORTH_SECONDS):
+                return False
+            try:
+                if self._tables:
+                    raise RecordingError("items have parameters of their own, of which a step moves a few rows")
+                self.objective.record(self._elbo)
+            except RecordingError as error:
+                self._compile = False
+                if asked:
+                    warnings.warn(f"fit: takes eager steps, since {error}.", stacklevel=4)
+                return False
+        graph = self.objective.graph
+        assert graph is not None
+        if asked or ahead * (EAGER_SAVES if is_new else SCRIPT_SAVES) > graph.num_operations * COMPILE_SECONDS:
+            self._compile = False
+            try:
                 self.objective.compile()
-        except RuntimeError as error:
-            if asked:
-                warnings.warn(f"fit: runs its graph without machine code, since {error}.", stacklevel=4)
-        return True
+                return is_new
+            except RuntimeError as error:
+                if asked:
+                    warnings.warn(f"fit: runs its graph without machine code, since {error}.", stacklevel=4)
+        if is_new:
+            graph.script(*self.objective.batches.first)
+            self._seconds.clear()
+        return is_new
 
     def snapshot(self) -> Point:
         """A copy of all parameters."""
@@ -153,7 +163,7 @@ class Trainer:
         optimizers = self._fresh_optimizers()
         begun = len(self.losses)
         for step in range(first, length):
-            if not anneal and step in (first, first + TIMED) and self._considers_compiling(length - step):
+            if not anneal and step in (first, first + TIMED) and self._speed_up(length - step):
                 optimizers = self._fresh_optimizers()
             if anneal:
                 self.objective.power = min(1.0, HOTTEST ** (2 * step / length - 1))

@@ -16,6 +16,9 @@ from pyro_flows.transforms.partial_pooling import START_SHARE, pool, start_share
 
 __all__ = ["PriorPooling"]
 
+# More levels than this are drawn by solving a system, which costs as much as so many passes.
+MANY_LEVELS = 4
+
 
 class PriorPooling(AffineHead):
     r"""Affine head in which coordinates with a known Gaussian prior :math:`N(a(y), e^{2 t(y)})` pool it with their own:
@@ -27,7 +30,8 @@ class PriorPooling(AffineHead):
     elementwise, with :math:`a, t` linear in other coordinates, which come first. All others are
     :math:`y = b + s x`. With :math:`\gamma = 1` this is the exact conditional posterior of a Gaussian hierarchy, in
     which a funnel's neck follows from its body; where the own Gaussian is narrow, as at the start, it is mean-field.
-    Drawing takes a pass for each level of the hierarchy, scoring a value one.
+    Drawing takes a pass for each level of the hierarchy, scoring a value one. Of many levels, as in a random walk,
+    whose scales follow free coordinates only, the locations are the solution of one triangular system.
 
     The own Gaussians may be told relative to others, ``origin``, which are not trained: see :meth:`settle`.
 
@@ -66,6 +70,7 @@ class PriorPooling(AffineHead):
         pooled = order[self.count_free :]
         self.register_buffer("slope", slope.unflatten(0, (2, dim))[:, pooled][..., order].contiguous())
         self.register_buffer("bias", bias.unflatten(0, (2, dim))[:, pooled].contiguous())
+        self.is_solved = len(levels) > MANY_LEVELS and not self.slope[1, :, self.count_free :].any()
         self.log_share = nn.Parameter(torch.zeros(dim - self.count_free))
         self.origin = nn.Parameter(torch.zeros(2, dim))  # locations and log-scales
 
@@ -154,6 +159,10 @@ class PriorPooling(AffineHead):
         loc, scale, log_scale, noise = next(by_level)
         y = torch.addcmul(loc, scale, noise)
         total = log_scale.sum(-1).expand(x.shape[:-1])
+        if self.is_solved:
+            rest = (part[..., self.count_free :] for part in (*self._own()[::2], x))
+            y, pooled, known = self._solved(y, *rest)
+            return y, total + pooled.sum(-1), (scale, *known)
         parts = []
         start = 0
         for own_loc, _, own_log_scale, noise in by_level:
@@ -166,6 +175,23 @@ class PriorPooling(AffineHead):
             start = rows.stop
         joined = parts[0] if len(parts) == 1 else tuple(torch.cat(part, -1) for part in zip(*parts, strict=True))
         return y, total, (scale, *joined)
+
+    def _solved(
+        self, free: Tensor, own_loc: Tensor, own_log_scale: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        r"""All levels at once, given the free coordinates: values, log-scales of the pooled ones, and as above.
+
+        With A the slopes of locations in pooled coordinates and c what free ones add to them, the pooled coordinates
+        are the solution of :math:`(I - (1 - w) A)\, y = (1 - w) c + w b + \sigma x`.
+        """
+        mean, pooled, weight, _ = self._pool(free, slice(None), own_loc, own_log_scale)
+        slope = self.slope[0, :, self.count_free :]
+        system = torch.eye(len(slope), dtype=slope.dtype, device=slope.device) - (1.0 - weight).unsqueeze(-1) * slope
+        sigma = pooled.exp()
+        right = torch.addcmul(mean, sigma, noise).unsqueeze(-1)
+        y = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True).squeeze(-1)
+        y = torch.cat([free, y], -1)
+        return y, pooled, (sigma, weight, own_loc - self.prior(y)[0])
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y, total, _ = self._forward(self._ordered(x))

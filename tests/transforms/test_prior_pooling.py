@@ -56,6 +56,31 @@ def test_the_default_start_is_gaussian_within_a_thousandth() -> None:
     assert (y - 3.0 * noise).abs().max() < 0.02  # a prior's share of 1e-3, times e^(0.6 * 2), of values up to 6
 
 
+def test_a_long_chain_is_solved_as_it_would_be_drawn_level_by_level() -> None:
+    """A random walk of unknown drift and scale: coordinates (drift, log scale, level_1, ...), shuffled."""
+    length = 7
+    dim = length + 2
+    slope = torch.zeros(2, dim, dim, dtype=torch.float64)
+    for t in range(2, dim):
+        slope[0, t, 0] = slope[1, t, 1] = 1.0
+        if t > 2:
+            slope[0, t, t - 1] = 0.9
+    known = torch.arange(dim) > 1
+    place = torch.randperm(dim, generator=torch.Generator().manual_seed(0))
+    known, slope = known[place], slope[:, place][:, :, place]
+    head = PriorPooling(known, slope.flatten(0, 1), torch.randn(2 * dim, dtype=torch.float64)).double()
+    assert head.is_solved
+    with torch.no_grad():
+        for parameter in (head.raw.value, head.log_share):
+            parameter.normal_()
+    x, score = torch.randn(2, 5, dim, dtype=torch.float64)
+    found = (*head.forward_and_ladj(x), *head.forward_with_score(x, score))
+    head.is_solved = False
+    expected = (*head.forward_and_ladj(x), *head.forward_with_score(x, score))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_levels_and_cycles() -> None:
     slope = torch.zeros(2, 3, 3)
     slope[0, 0, 1] = slope[1, 1, 2] = 1.0
