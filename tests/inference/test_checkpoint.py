@@ -48,8 +48,8 @@ def test_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
     used = 10**9 - model.runs_left
     path = tmp_path / "run.pt"
     with pytest.raises(MemoryError):
-        # The last runs are 60 steps and three estimates of 50 runs.
-        train(Schools(used - 180), path)
+        # The last runs are 60 steps and three estimates of 20 runs.
+        train(Schools(used - 90), path)
     done = torch.load(path, weights_only=True)
     assert 0 < done["step"] < 60 and len(done["losses"]) == done["steps"] == done["step"]
     guide, result = train(Schools(), path)
