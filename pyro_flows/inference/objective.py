@@ -128,7 +128,7 @@ class Batches:
 
 
 class Objective:
-    """The ELBO, by ``TraceEnum_ELBO`` where the model has enumerated sites and ``Trace_ELBO`` elsewhere.
+    """The ELBO, by :class:`VectorizedTrace_ELBO`, and by Pyro's where draws cannot share a run of the model.
 
     Attributes:
         subsampled: Whether a step sees a part of the data.
@@ -200,7 +200,7 @@ class Objective:
         """A method of the loss with the model and the guide filled in."""
         model = self.model if self.power == 1.0 else poutine.scale(self.model, scale=self.power)
         guide = self.guide
-        if elbo.vectorize_particles:
+        if elbo.vectorize_particles and elbo.num_particles > 1:
             guide = _QuietParticles(centered=self.subsampled)(guide)
         return partial(getattr(elbo, name), model, guide)
 
