@@ -159,7 +159,8 @@ class AutoFlowGuide(SummarizedGuide):
         Raises:
             NotImplementedError: If a plate is amortized; if there are local latents and enumerated sites; if sites are
                 enumerated one value after another, or scaled.
-            RuntimeError: If the model has no finite density near the start.
+            ValueError: If data are not finite or outside their support, or of another size than at set-up.
+            RuntimeError: If the model has no finite density near the start; names the sites.
         """
         return self.warm_start_on([(args, kwargs)])
 

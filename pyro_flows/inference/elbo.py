@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from pyro.poutine.util import prune_subsample_sites
 
 from pyro_flows._checks import check_int
 from pyro_flows.models.batching import BatchedModel
+from pyro_flows.models.checks import check_guide, check_latents, first_run, warn_without_data
 from pyro_flows.models.particles import runs_in_a_plate
-from pyro_flows.models.traces import NO_DENSITY, Call, by_draw, mini_batches, sample_nodes
+from pyro_flows.models.traces import Call, by_draw, mini_batches, sample_nodes
 from pyro_flows.transforms.base import is_recording
 
 __all__ = ["VectorizedTrace_ELBO", "look_at"]
@@ -119,62 +120,31 @@ def look_at(
     """How to run a model at draws of a guide.
 
     Raises:
+        ValueError: If the two were swapped, the guide is another model's, or observed values have no density.
         Exception: Whatever the model or the guide raises in plain runs, or Pyro about their shapes.
     """
     with torch.no_grad(), poutine.block():
         traces = [poutine.trace(guide).get_trace(*call.args, **call.kwargs) for _ in range(PROBES)]
-        names = latents_of(model, call, traces)
     drawn = [sample_nodes(found) for found in traces]
-    check_match(owner, names, drawn[0])
-    probe = {name: torch.stack([nodes[name]["value"] for nodes in drawn]) for name in names if name in drawn[0]}
-    nesting = max((-f.dim for n in drawn[0].values() for f in n["cond_indep_stack"] if f.vectorized), default=0)
+    check_guide(owner, drawn[0])
     call = call._replace(fixed=mini_batches(traces[0]))
-    batched = BatchedModel(owner, model, call, probe, max(nesting, least_nesting))
-    if not (batched.obstacle or runs_in_a_plate(guide, call, batched.nesting)):
-        batched.obstacle = "the guide does not run in an outer plate"
-    return batched
-
-
-def latents_of(model: Callable[..., Any], call: Call, traces: Sequence[Trace]) -> list[str]:
-    """Names of a model's latent sites that are not enumerated, from a run at the first draw that it does not refuse."""
-    refused: Exception | None = None
-    for trace in traces:
-        try:
-            found = poutine.trace(poutine.replay(model, trace=trace)).get_trace(*call.args, **call.kwargs)
-        except NO_DENSITY as error:
-            refused = refused or error
-            continue
-        nodes = sample_nodes(found)
-        return [n for n, node in nodes.items() if not (node["is_observed"] or node["infer"].get("enumerate"))]
-    assert refused is not None
-    raise refused
-
-
-def check_match(owner: str, latents: Sequence[str], drawn: Mapping[str, Mapping[str, Any]]) -> None:
-    """Whether a guide is that of a model.
-
-    Raises:
-        ValueError: If the two were swapped, or the guide is another model's.
-    """
-    for name, node in drawn.items():
-        if node["is_observed"]:
-            raise ValueError(
-                f"{owner}: expected a guide, which observes nothing, but it observes '{name}'. Write the model first, "
-                "and the guide second."
-            )
-    own = [name for name, node in drawn.items() if not node["infer"].get("is_auxiliary")]
-    if latents and not set(latents) & set(drawn):
-        raise ValueError(
-            f"{owner}: expected a guide of this model, whose latent sites are {', '.join(map(repr, latents))}, but the "
-            f"guide draws {', '.join(map(repr, own)) or 'none'}. Make a guide from this model: AutoFlowGuide(model)."
-        )
-    missing = [name for name in latents if name not in drawn]
+    draws = [{name: node["value"] for name, node in nodes.items()} for nodes in drawn]
+    nodes = sample_nodes(first_run(owner, model, call, draws))
+    missing = check_latents(owner, nodes, drawn[0])
     if missing:
         warnings.warn(
             f"{owner}: the guide does not draw {', '.join(map(repr, missing))}, which the model draws from the prior "
             "at every step.",
-            stacklevel=4,
+            stacklevel=3,
         )
+    warn_without_data(owner, nodes, call)
+    latents = [name for name, node in nodes.items() if name in drawn[0] and not node["is_observed"]]
+    probe = {name: torch.stack([draw[name] for draw in draws]) for name in latents}
+    nesting = max((-f.dim for n in drawn[0].values() for f in n["cond_indep_stack"] if f.vectorized), default=0)
+    batched = BatchedModel(owner, model, call, probe, max(nesting, least_nesting))
+    if not (batched.obstacle or runs_in_a_plate(guide, call, batched.nesting)):
+        batched.obstacle = "the guide does not run in an outer plate"
+    return batched
 
 
 def _leave_out_refused(model_trace: Trace, guide_trace: Trace, count: int) -> None:

@@ -6,18 +6,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.util import is_validation_enabled
 from pyro.poutine.trace_struct import Trace
-from pyro.util import check_site_shape
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pyro_flows._blame import blame
+from pyro_flows.models.checks import check_data, first_run
 from pyro_flows.models.enumeration import (
     EnumerateSites,
     PackedTerm,
@@ -78,6 +78,7 @@ class BatchedModel:
 
     Raises:
         NotImplementedError: If sites are enumerated one value after another, or scaled besides.
+        ValueError: If observed values have no density, or draws have other shapes than the model's sites.
         Exception: Whatever the model raises in plain runs at all draws, or Pyro about the shapes of its sites.
     """
 
@@ -85,15 +86,12 @@ class BatchedModel:
         self.model = model
         self.call = call
         self.enumerated: tuple[str, ...] = ()
-        trace = self._plain_run(probe)
+        rows = ({name: value[row] for name, value in probe.items()} for row in range(_count(probe)))
+        trace = first_run(owner, model, call, rows, check=partial(check_data, owner))
         self.nodes = sample_nodes(trace)
         check_enumeration(owner, self.nodes)
         self.enumerated = tuple(enumerated_sites(self.nodes))
         self.nesting = max(nesting, _nesting(self.nodes.values()))
-        if is_validation_enabled():  # as SVI checks single particles; of vectorised ones it asks less
-            trace.compute_log_prob()
-            for node in self.nodes.values():
-                check_site_shape(node, max_plate_nesting=math.inf)
         self.obstacle = ""
         with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
             self._run: Run = self._choose(probe)
@@ -253,19 +251,6 @@ class BatchedModel:
         return poutine.trace(replayed).get_trace(*task.call.args, **task.call.kwargs)
 
     # Which of them
-
-    def _plain_run(self, probe: Values) -> Trace:
-        """A run at the first draw that the model does not refuse, as its user would run it."""
-        refused: Exception | None = None
-        for row in range(_count(probe)):
-            task = _Task(self.model, self.call, lambda trace: {})
-            try:
-                with torch.no_grad(), poutine.block():
-                    return self._trace({name: value[row] for name, value in probe.items()}, task)
-            except NO_DENSITY as error:
-                refused = refused or error
-        assert refused is not None
-        raise refused
 
     def _choose(self, probe: Values) -> Run:
         """The first way that agrees with plain runs."""

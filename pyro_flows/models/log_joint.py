@@ -35,6 +35,10 @@ class LogJoint:
         table: Its latent sites.
         args: Its arguments.
         kwargs: Likewise.
+
+    Raises:
+        NotImplementedError: If the model has latents that are not in the table.
+        Exception: As of :class:`~pyro_flows.models.batching.BatchedModel`.
     """
 
     # Items of plates that a draw runs over, beyond the model's own cost.
@@ -51,7 +55,7 @@ class LogJoint:
         self.model = BatchedModel(OWNER, model, Call(args, kwargs), probe)
         for name, node in self.model.nodes.items():
             if not (node["is_observed"] or name in probe or name in self.model.enumerated):
-                raise RuntimeError(f"{OWNER}: expected a model whose latents are all given, but '{name}' is not.")
+                raise NotImplementedError(f"{OWNER}: expected a guide that draws all latents, but not '{name}'.")
 
     @property
     def chunk(self) -> int:

@@ -14,15 +14,15 @@ import torch
 from pyro import poutine
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.transforms import Transform, identity_transform
 
+from pyro_flows.models.checks import check_guide, check_latents, first_run
 from pyro_flows.models.enumeration import check_enumeration
 from pyro_flows.models.layout import Layout
 from pyro_flows.models.sites import Site, full_size
-from pyro_flows.models.traces import sample_nodes
+from pyro_flows.models.traces import Call, mini_batches, sample_nodes
 
 __all__ = ["Structure", "common_plate", "read_structure"]
 
@@ -115,15 +115,21 @@ def read_structure(
         NotImplementedError: If the guide holds a site at a point, enumerates, or leaves a latent out; if the model
             enumerates what is scaled, or one value after another.
         TypeError: If ``args`` is not a tuple.
+        ValueError: If the two were swapped, or the guide is another model's, or of data of another size.
     """
     if not isinstance(args, tuple):
         raise TypeError(f"{owner}: expected args to be a tuple, but got a {type(args).__name__}. Write args=(x,).")
     with poutine.block(), pyro.validation_enabled(False):  # only the structure is looked at
         guide_trace, again = (poutine.trace(guide).get_trace(*args, **kwargs) for _ in range(2))
-        trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*args, **kwargs)
+    check_guide(owner, sample_nodes(guide_trace))
     drawn = {name: node for name, node in sample_nodes(guide_trace).items() if not node["is_observed"]}
     _check_guide(owner, drawn, again)
+    call = Call(args, kwargs, mini_batches(guide_trace))
+    draws = [{name: found.nodes[name]["value"] for name in drawn} for found in (guide_trace, again)]
+    with pyro.validation_enabled(False):
+        trace = first_run(owner, model, call, draws)
     nodes = sample_nodes(trace)
+    check_latents(owner, nodes, drawn)
     frames = [[f for f in node["cond_indep_stack"] if f.vectorized] for node in (*drawn.values(), *nodes.values())]
     subsampled = {f.name for stack in frames for f in stack if full_size(f) > f.size}
     latents, enumerated = [], []
@@ -150,7 +156,7 @@ def read_structure(
         subsampled=tuple(sorted(subsampled)),
         is_continuous=all(found is not None for found in bijections.values()),
         enumerates=bool(enumerated),
-        indices={name: node["value"] for name, node in trace.nodes.items() if site_is_subsample(node)},
+        indices=mini_batches(trace),
         elements=sum(math.prod(node["fn"].shape()) for node in (*drawn.values(), *nodes.values())),
     )
 

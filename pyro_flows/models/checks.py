@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L2. What can be wrong between a model, its data and a guide, as the model's first run tells it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from pyro.util import check_site_shape
+from torch import Tensor
+
+from pyro_flows.models.traces import NO_DENSITY, Call, given, sample_nodes
+
+__all__ = ["check_data", "check_guide", "check_latents", "first_run", "warn_without_data", "without_density"]
+
+Nodes = Mapping[str, Mapping[str, Any]]
+
+
+class _SameShapes(Messenger):
+    """Refuses values of latents that have other shapes than the model's sites, before the model does."""
+
+    def __init__(self, owner: str, names: Iterable[str]) -> None:
+        super().__init__()
+        self.owner = owner
+        self.names = set(names)
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] not in self.names or msg["is_observed"] or not isinstance(msg["fn"], TorchDistributionMixin):
+            return
+        expected, found = tuple(msg["fn"].shape()), tuple(msg["value"].shape)
+        if expected != found:
+            raise ValueError(
+                f"{self.owner}: expected a guide that draws site '{msg['name']}' of shape {expected}, as the model has "
+                f"it, but got {found}. If it is another model's guide, or was set up with data of another size, make "
+                "a new one from this model and these data: AutoFlowGuide(model). One for data of any size takes "
+                "amortize={plate: encoder}."
+            )
+
+
+def first_run(
+    owner: str,
+    model: Callable[..., Any],
+    call: Call,
+    draws: Iterable[Mapping[str, Any]],
+    check: Callable[[Trace], Any] = lambda trace: None,
+) -> Trace:
+    """A run of a model at the first of a few draws that it does not refuse, as its user would run it.
+
+    Args:
+        owner: Whom errors name.
+        model: The model.
+        call: Its arguments.
+        draws: Latent site -> value, one or more.
+        check: Raises an exception if a run is not as it should be.
+
+    Raises:
+        ValueError: If the draws have other shapes than the model's sites.
+        Exception: Whatever the model or the check raises; if it refuses all draws, what it says of the first.
+    """
+    refused: Exception | None = None
+    for values in draws:
+        replayed = poutine.replay(model, trace=given({**values, **call.fixed}))
+        try:
+            with torch.no_grad(), poutine.block(), _SameShapes(owner, values):
+                trace = poutine.trace(replayed).get_trace(*call.args, **call.kwargs)
+                check(trace)
+                return trace
+        except NO_DENSITY as error:
+            refused = refused or error
+    assert refused is not None
+    raise refused
+
+
+def check_guide(owner: str, drawn: Nodes) -> None:
+    """Refuse a model in place of a guide.
+
+    Args:
+        owner: Whom errors name.
+        drawn: The guide's sample sites.
+
+    Raises:
+        ValueError: If the guide observes a site.
+    """
+    for name, node in drawn.items():
+        if node["is_observed"] and not (isinstance(node["fn"], dist.Unit) or node["infer"].get("_deterministic")):
+            raise ValueError(
+                f"{owner}: expected a guide, which observes nothing, but it observes '{name}'. Write the model first, "
+                "and the guide second."
+            )
+
+
+def check_latents(owner: str, nodes: Nodes, drawn: Nodes) -> list[str]:
+    """Refuse the guide of another model.
+
+    Args:
+        owner: Whom errors name.
+        nodes: The model's sample sites.
+        drawn: The guide's.
+
+    Returns:
+        Names of the model's latent sites that are neither drawn by the guide nor enumerated.
+
+    Raises:
+        ValueError: If the guide draws none of the model's latent sites, though there are some.
+    """
+    latents = [n for n, node in nodes.items() if not (node["is_observed"] or node["infer"].get("enumerate"))]
+    if latents and not set(latents) & set(drawn):
+        own = [name for name, node in drawn.items() if not node["infer"].get("is_auxiliary")]
+        raise ValueError(
+            f"{owner}: expected a guide of this model, whose latent sites are {', '.join(map(repr, latents))}, but the "
+            f"guide draws {', '.join(map(repr, own)) or 'none'}. Make a guide from this model: AutoFlowGuide(model)."
+        )
+    return [name for name in latents if name not in drawn]
+
+
+def check_data(owner: str, trace: Trace) -> None:
+    """Compute the log densities of a trace, with errors that name what is wrong about the data.
+
+    Args:
+        owner: Whom errors name.
+        trace: A run of the model.
+
+    Raises:
+        ValueError: If an observed value is NaN, infinite or outside the support of its site, and has no density for it;
+            or Pyro's, about shapes, where validation is on.
+    """
+    nodes = sample_nodes(trace)
+    try:
+        trace.compute_log_prob()
+    except ValueError as error:
+        # Pyro goes site by site: the first without a log density is the one that it refuses.
+        name = next((name for name, node in nodes.items() if "log_prob" not in node), None)
+        words = None if name is None else _wrong_data(nodes[name])
+        if words is None:
+            raise
+        raise ValueError(f"{owner}: expected the data of site '{name}' to {words}") from error
+    for name, node in nodes.items():
+        words = None if node["log_prob"].isfinite().all() else _wrong_data(node)
+        if words is not None:
+            raise ValueError(f"{owner}: expected the data of site '{name}' to {words}")
+    if is_validation_enabled():  # as SVI checks single particles; of vectorised ones it asks less
+        for node in nodes.values():
+            check_site_shape(node, max_plate_nesting=math.inf)
+
+
+def _wrong_data(node: Mapping[str, Any]) -> str | None:
+    """What is expected of the data of a site, what came, and what to write; None if nothing is wrong with them."""
+    value, fn, name = node["value"], node["fn"], node["name"]
+    if not (node["is_observed"] and torch.is_tensor(value)) or isinstance(fn, dist.Unit):
+        return None
+    if not value.isfinite().all():
+        kind = "NaN" if value.isnan().any() else "infinite"
+        wrong = value.isnan() if kind == "NaN" else value.isinf()
+        return (
+            f"be finite, but got {_first(wrong, value, kind)}. Leave it out; or, if it is a missing value, write "
+            f"`with poutine.mask(mask=y.isfinite()): pyro.sample('{name}', ..., obs=y.nan_to_num(posinf=0.0, "
+            "neginf=0.0))`, with any number that the site allows in place of 0."
+        )
+    outside = ~fn.support.check(value)
+    if not outside.any():
+        return None
+    return (
+        f"be in the support of its {type(fn).__name__}, {fn.support}, but got {_first(outside, value, 'outside')}. "
+        "Correct the data, or take a distribution that has them; or, where latents set the bounds, let the guide start "
+        "where these hold: `init_loc_fn=init_to_value(values={...})`."
+    )
+
+
+def _first(wrong: Tensor, value: Tensor, kind: str) -> str:
+    """As ``3 of 20 values that are NaN, the first at [7]: nan``."""
+    index = wrong.nonzero()[0].tolist()
+    first = value[tuple(index)]
+    shown = f"{first.item():g}" if first.dim() == 0 else str(first.tolist())
+    return f"{int(wrong.sum())} of {wrong.numel()} values that are {kind}, the first at {index}: {shown}"
+
+
+def warn_without_data(owner: str, nodes: Nodes, call: Call) -> None:
+    """Say that a model observes nothing, although it is given tensors.
+
+    Args:
+        owner: Whom the warning names.
+        nodes: The model's sample sites.
+        call: Its arguments.
+    """
+    takes_data = any(torch.is_tensor(value) for value in (*call.args, *call.kwargs.values()))
+    if not takes_data or any(n["is_observed"] and not n["infer"].get("_deterministic") for n in nodes.values()):
+        return
+    sizes = {name: node["value"].numel() for name, node in nodes.items() if not node["is_observed"]}
+    largest = [name for name, size in sizes.items() if size == max(sizes.values())]
+    warnings.warn(
+        f"{owner}: no site of the model is observed, so that its posterior is its prior. If "
+        f"{' or '.join(map(repr, largest))} is data, write `pyro.sample('{largest[-1]}', ..., obs=...)`.",
+        stacklevel=4,
+    )
+
+
+@torch.no_grad()
+def without_density(model: Callable[..., Any], values: Mapping[str, Any], call: Call) -> dict[str, float]:
+    """Sites whose log density is not finite in a run at a draw, and the first number that it is there.
+
+    Raises:
+        Exception: Whatever the model raises there.
+    """
+    found = {}
+    with pyro.validation_enabled(False), poutine.block():
+        replayed = poutine.replay(model, trace=given({**values, **call.fixed}))
+        trace = poutine.trace(replayed).get_trace(*call.args, **call.kwargs)
+        for name, node in sample_nodes(trace).items():
+            log_prob = torch.as_tensor(node["fn"].log_prob(node["value"]))
+            if not log_prob.isfinite().all():
+                found[name] = log_prob[~log_prob.isfinite()][0].item()
+    return found
