@@ -19,6 +19,7 @@ from pyro_flows.diagnostics.search import Regions, Search, why_not
 from pyro_flows.diagnostics.sites import SiteSummary, SiteTally
 from pyro_flows.diagnostics.verdict import NOT_KNOWN, TRUST, Facts, judge
 from pyro_flows.diagnostics.weights import Weigher
+from pyro_flows.models.checks import warn_without_data
 
 __all__ = ["Diagnosis", "Items", "diagnose", "find_regions", "weigh"]
 
@@ -167,7 +168,9 @@ def diagnose(
     Raises:
         NotImplementedError: If the guide has no density, or the model latents that neither the guide draws nor
             enumeration sums out.
-        ValueError: If ``num_samples`` is out of range.
+        ValueError: If ``num_samples`` is out of range; if observed values are not finite or outside their support; if
+            model and guide were swapped, or the guide is another model's, or of data of another size.
+        Exception: Whatever the model raises in plain runs, and Pyro about the shapes of its sites.
 
     Warning:
         What neither the guide's draws nor the search come across remains unseen: a narrow mode far from prior and
@@ -196,6 +199,7 @@ def diagnose(
         if seed is not None:
             torch.default_generator.manual_seed(seed)
         weigher = Weigher("diagnose", model, guide, args, kwargs)
+        warn_without_data("diagnose", weigher.score.model.nodes, weigher.score.model.call)
         regions, not_searched = find_regions(weigher, model, args, kwargs, search=search, progress=progress)
         return weigh(weigher, guide, num_samples, regions, not_searched, progress=progress)
 

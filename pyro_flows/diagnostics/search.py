@@ -128,7 +128,7 @@ class Search:
 
     def _climb(self, start: Tensor, *, progress: bool) -> Tensor:
         """Points on the way up, ``(R, N, d)``."""
-        looks = []
+        looks, number, points = [], 0, start
         with tqdm(total=NUM_STEPS, desc="search", disable=not progress, delay=1.0) as bar:
             for number, points in enumerate(climb(self._weigher.log_joint, start, NUM_STEPS), 1):
                 if number in LOOKS:

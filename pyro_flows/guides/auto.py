@@ -81,8 +81,10 @@ class AutoFlowGuide(SummarizedGuide):
 
     Raises:
         TypeError: If an encoder is not callable.
-        ValueError: At the first call, if a site is discrete and not enumerated, spherical or circular; if a plate to
-            amortize has no latents, or an encoder's output does not fit the plate.
+        ValueError: At the first call, if a site is discrete and not enumerated, spherical, circular or masked in part;
+            if it is in a plate that the model gives indices of its own and ``create_plates`` does not, or has bounds
+            that differ between items of a plate that takes mini-batches; if a plate to amortize has no latents, or an
+            encoder's output does not fit the plate.
         NotImplementedError: At the first call, if a latent site is in a sequential plate.
         RuntimeError: At the first call, if there are no latents.
 
@@ -182,7 +184,8 @@ class AutoFlowGuide(SummarizedGuide):
             feasible = InitMessenger(checked_init(init_to_feasible))(self.model)
             if log_density(feasible, args, kwargs) > log_density(self.started_model, args, kwargs):
                 self._model = (self.model, feasible)
-        trace = trace_latents(self.started_model, args, kwargs)
+        given = self._given_plates(args, kwargs)
+        trace = trace_latents(self.started_model, args, kwargs, given)
         if self.master is not None and self.master().prototype_trace is not None:
             self.master()._check_prototype(trace)
         self._prototype_frames = {
@@ -195,16 +198,16 @@ class AutoFlowGuide(SummarizedGuide):
             with poutine.block():
                 self._create_plates(*args, **kwargs)  # NeuTraReparam reads them, perhaps before any call.
         plates = self.plates if self.master is None else getattr(self.master(), "plates", {})
-        with poutine.block():
-            given = () if self.create_plates is None else self.create_plates(*args, **kwargs)
-        given = [given] if isinstance(given, pyro.plate) else given
+        own = given if self.create_plates is not None else ()
+        subsampled = {name for name, plate in plates.items() if plate.subsample_size < plate.size}
         assert self._spec is not None
         posterior = Posterior(
             self.model,
             trace,
             self._spec,
             self.init_scale,
-            local=local_plates(trace, plates, [plate.name for plate in given], self._encoders, self.structure),
+            local=local_plates(trace, plates, own, self._encoders, self.structure),
+            varying={*subsampled, *own, *self._encoders},
             amortize=self._encoders,
             args=args,
             kwargs=kwargs,
@@ -214,6 +217,17 @@ class AutoFlowGuide(SummarizedGuide):
         self._spec = None  # A user's function need not be picklable, and is done with.
         self._encoders = {}
         self.prototype_trace = trace
+
+    def _given_plates(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+        """Names of the plates that the user makes for the guide, or for the list of guides that it is in."""
+        make = self.create_plates
+        if make is None and self.master is not None:
+            make = self.master().create_plates
+        if make is None:
+            return []
+        with poutine.block():
+            plates = make(*args, **kwargs)
+        return [plate.name for plate in ([plates] if isinstance(plates, pyro.plate) else plates)]
 
     @property
     def _posterior(self) -> Posterior:

@@ -42,6 +42,7 @@ class Posterior(nn.Module):
         spec: Recipe of every block's flow.
         init_scale: Standard deviation at the start, > 0.
         local: Names of the local plates.
+        varying: Names of the plates that may hold other items in other calls.
         amortize: Plate -> encoder, for the amortized ones among them.
         args: The model's arguments, which tell what the encoders return.
         kwargs: Likewise.
@@ -55,12 +56,13 @@ class Posterior(nn.Module):
         init_scale: float,
         *,
         local: Collection[str],
+        varying: Collection[str],
         amortize: Mapping[str, Callable[..., Any]],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> None:
         super().__init__()
-        sites = read_sites(trace)
+        sites = read_sites(trace, varying)
         layouts = partition(sites, local)
         joint = None if layouts[0].plates else layouts.pop(0)
         if layouts and isinstance(resolve_base("AutoFlowGuide", spec.base), Mixture):

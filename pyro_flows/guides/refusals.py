@@ -7,13 +7,9 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import pyro
-import torch
-from pyro import poutine
-from pyro.poutine.util import site_is_subsample
-from torch import Tensor
-
 from pyro_flows.guides.posterior import Posterior
+from pyro_flows.models.checks import without_density
+from pyro_flows.models.traces import Call
 
 __all__ = ["warn_of_refused"]
 
@@ -30,7 +26,10 @@ def warn_of_refused(
         kwargs: Likewise.
     """
     values = posterior.refused_values()
-    sites = [] if values is None else _without_density(model, values, args, kwargs)
+    try:
+        sites = {} if values is None else without_density(model, values, Call(args, kwargs))
+    except Exception:  # what a model does at such values is no news; that the gradient was not finite is
+        sites = {}
     cause = f": the log density of {' and '.join(map(repr, sites))} is not finite there" if sites else ""
     warnings.warn(
         f"AutoFlowGuide: the gradient of a draw was not finite{cause}. It counts as zero, so that one such draw costs "
@@ -39,21 +38,3 @@ def warn_of_refused(
         UserWarning,
         stacklevel=3,
     )
-
-
-@torch.no_grad()
-def _without_density(
-    model: Callable[..., Any], values: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> list[str]:
-    """Sites whose log density is not finite in a run at these values; none if the model does not run there."""
-    found = []
-    with pyro.validation_enabled(False), poutine.block():
-        try:
-            trace = poutine.trace(poutine.condition(model, data=values)).get_trace(*args, **kwargs)
-            for name, node in trace.nodes.items():
-                is_site = node["type"] == "sample" and not site_is_subsample(node)
-                if is_site and not node["fn"].log_prob(node["value"]).isfinite().all():
-                    found.append(name)
-        except Exception:  # what a model does at such values is no news; that the gradient was not finite is
-            pass
-    return found

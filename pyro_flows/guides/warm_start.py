@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_flows.guides.ascent import climb, gradient_and_hessian, local_factor
 from pyro_flows.models.log_joint import LogJoint, Target
+from pyro_flows.models.traces import mean_of_kept
 
 __all__ = [
     "MANY_ROWS",
@@ -108,7 +109,7 @@ def best_gaussian(log_joint: LogJoint, start: Tensor, init_scale: float, *, corr
         correlated: Whether the guide can hold a correlated Gaussian; if not, all are made of independent coordinates.
 
     Raises:
-        RuntimeError: If no candidate has a finite ELBO.
+        RuntimeError: If no candidate has a finite ELBO; names the sites without a density at the start.
 
     References:
         Zhang, Carpenter, Gelman, Vehtari. Pathfinder. JMLR 2022. arXiv:2108.03782, for ELBO-chosen path iterates.
@@ -135,10 +136,7 @@ def best_gaussian(log_joint: LogJoint, start: Tensor, init_scale: float, *, corr
         full = _full_rank(log_joint, best)
         best = best if full is None else _best(log_joint, [best, full])
     if best.elbo == -math.inf:
-        raise RuntimeError(
-            "warm_start: expected a start with a finite ELBO, but none of the candidates has one. "
-            "Pass an init_loc_fn that gives values where the model has a finite density."
-        )
+        raise RuntimeError(log_joint.without_density(start))
     return best
 
 
@@ -195,8 +193,9 @@ def scored(log_joint: Target, found: list[Gaussian], count: int) -> list[Gaussia
     draws = torch.cat([gaussian.push(noise) for gaussian in found])  # (candidates * count, D)
     energy = torch.cat([log_joint(part) for part in draws.split(log_joint.chunk)]).double().reshape(len(found), count)
     diagonals = torch.stack([g.factor if g.factor.dim() == 1 else g.factor.diagonal() for g in found])
-    elbos = energy.mean(-1) + diagonals.double().log().sum(-1) + _entropy(noise)
-    spreads = (energy + 0.5 * noise.double().square().sum(-1)).var(-1)
+    elbos = mean_of_kept(energy) + diagonals.double().log().sum(-1) + _entropy(noise)
+    weights = energy + 0.5 * noise.double().square().sum(-1)
+    spreads = mean_of_kept((weights - mean_of_kept(weights).unsqueeze(-1)).square())
     elbos = torch.where(elbos.isfinite(), elbos, -torch.inf)
     return [
         replace(gaussian, elbo=elbo, spread=spread)
@@ -362,7 +361,7 @@ def fit_on_fixed_draws(
 
     def loss() -> Tensor:
         draws, ladj = push(noise)
-        return -(log_joint(draws) + ladj).mean()
+        return -mean_of_kept(log_joint(draws) + ladj)
 
     for iterations in FIXED_ITERATIONS:
         _minimise(loss, parameters, iterations)  # afresh each time: the second run forgets the curvature of the way
@@ -375,5 +374,5 @@ def fit_on_fixed_draws(
 def elbo_of(log_joint: Target, push: Callable[[Tensor], tuple[Tensor, Tensor]], noise: Tensor) -> float:
     """ELBO of a transport map of standard normal noise, ``(S, D)``; minus infinity where the model has no density."""
     draws, ladj = push(noise)
-    elbo = (log_joint(draws) + ladj).double().mean().item() + _entropy(noise)
+    elbo = mean_of_kept((log_joint(draws) + ladj).double()).item() + _entropy(noise)
     return elbo if math.isfinite(elbo) else -math.inf

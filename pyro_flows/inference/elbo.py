@@ -18,7 +18,7 @@ from pyro_flows._checks import check_int
 from pyro_flows.models.batching import BatchedModel
 from pyro_flows.models.checks import check_guide, check_latents, first_run, warn_without_data
 from pyro_flows.models.particles import runs_in_a_plate
-from pyro_flows.models.traces import Call, by_draw, mini_batches, sample_nodes
+from pyro_flows.models.traces import MAX_REFUSED, Call, by_draw, mini_batches, sample_nodes
 from pyro_flows.transforms.base import is_recording
 
 __all__ = ["VectorizedTrace_ELBO", "look_at"]
@@ -26,8 +26,6 @@ __all__ = ["VectorizedTrace_ELBO", "look_at"]
 OWNER = "VectorizedTrace_ELBO"
 # Runs of the guide by which ways of running the model are compared.
 PROBES = 3
-# Particles that a model may refuse, as a share of all, before the loss is NaN.
-MAX_REFUSED = 0.1
 
 
 class VectorizedTrace_ELBO(Trace_ELBO):

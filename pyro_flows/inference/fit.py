@@ -149,7 +149,10 @@ def fit(
     Raises:
         TypeError: If ``args`` is an iterator, which would be used up.
         ValueError: If a number is out of range, the mini-batches are none, or the checkpoint is of other parameters.
-        RuntimeError: If no step of the first ten has a finite loss.
+        ValueError: If observed values are not finite or outside their support; if model and guide were swapped, or the
+            guide is another model's, or of data of another size.
+        RuntimeError: If the model has no finite density where the guide starts; names the sites.
+        Exception: Whatever the model raises in plain runs, and Pyro about the shapes of its sites.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist

@@ -25,7 +25,8 @@ from pyro_flows.inference.elbo import VectorizedTrace_ELBO, look_at
 from pyro_flows.inference.parameters import FlatParameter, RecordingError, leaves_of, state_of, trial
 from pyro_flows.inference.record import LossGraph, used_leaves
 from pyro_flows.models.batching import BatchedModel
-from pyro_flows.models.traces import NO_DENSITY, Call, sample_nodes
+from pyro_flows.models.checks import start_elsewhere, without_density
+from pyro_flows.models.traces import MAX_REFUSED, NO_DENSITY, Call, mini_batches, sample_nodes
 
 __all__ = ["Batches", "Estimate", "Objective"]
 
@@ -43,7 +44,10 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Estimate(NamedTuple):
-    """A Monte Carlo estimate of an ELBO: mean, its standard error, the variance of one draw, and the values of runs."""
+    """A Monte Carlo estimate of an ELBO: mean, its standard error, the variance of one draw, and the values of runs.
+
+    A run whose draws the model refuses is NaN, and left out of the mean.
+    """
 
     mean: float
     error: float
@@ -53,8 +57,11 @@ class Estimate(NamedTuple):
     def gain_over(self, other: Estimate) -> tuple[float, float]:
         """Difference of the means and its standard error; runs are paired, in case that they share anything."""
         difference = self.values - other.values
+        difference = difference[difference.isfinite()]
+        if not (math.isfinite(self.mean) and math.isfinite(other.mean) and len(difference)):
+            return self.mean - other.mean, math.inf
         error = (difference.var() / len(difference)).sqrt().item()
-        return self.mean - other.mean, error if math.isfinite(error) else math.inf
+        return difference.mean().item(), error if math.isfinite(error) else math.inf
 
 
 class _QuietParticles(Messenger):
@@ -208,11 +215,17 @@ class Objective:
         """Loss of the next mini-batch; its gradient is left in the ``grad`` of :attr:`parameters`, which has none."""
         args, kwargs = self.batches.next()
         if self._flat is not None and self.graph is not None and self.graph.matches(args, kwargs):
-            loss, self._flat.flat.grad = self.graph(args, kwargs)
-            return float(loss)
+            try:
+                loss, gradient = self.graph(args, kwargs)
+            except RuntimeError:  # of linear algebra: there is no other code in it
+                loss = torch.tensor(math.nan)
+            if loss.isfinite():
+                self._flat.flat.grad = gradient
+                return float(loss)
+            # A draw that the model refuses voids a recorded step, and costs itself alone in an eager one.
         with _quiet():
             value = float(self._loss(elbo, "loss_and_grads")(*args, **kwargs))
-        if self._flat is not None:  # a mini-batch of another shape
+        if self._flat is not None:  # a mini-batch of another shape, say
             self._flat.gather_gradients()
         return value
 
@@ -275,6 +288,24 @@ class Objective:
         largest = (smoothed.log_weights.max() + math.log(TAIL_DRAWS)).item()
         return smoothed.khat < LIGHT_TAIL or nearly_constant(largest, ess, TAIL_DRAWS)
 
+    def without_density(self) -> str:
+        """What to say if no loss is finite: which sites of the model have no density at a draw of the guide.
+
+        Raises:
+            Exception: Whatever the model raises there.
+        """
+        args, kwargs = self.batches.first
+        with torch.no_grad(), poutine.block():
+            trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
+        values = {name: node["value"] for name, node in sample_nodes(trace).items()}
+        sites = without_density(self.model, values, Call(args, kwargs, mini_batches(trace)))
+        if sites:
+            return start_elsewhere("fit", sites)
+        return (
+            "fit: expected a finite loss and gradient in one of the first steps, but got none, although the model has "
+            "a finite log density. Look for what overflows in it, or in its gradient, such as the root of zero."
+        )
+
     def prefers(self, now: Estimate, before: Estimate) -> bool:
         """Whether an estimate is good enough to go on from: higher, or with mini-batches not significantly lower.
 
@@ -289,15 +320,17 @@ class Objective:
         values = []
         for args, kwargs in itertools.islice(itertools.cycle(self._calls), runs):
             try:
-                with _quiet():
+                # Without validation, by which a draw of no density would look like one that is refused.
+                with _quiet(), pyro.validation_enabled(False):
                     values.append(-float(elbo.loss(self.model, self.guide, *args, **kwargs)))
             except NO_DENSITY:
-                values.append(-math.inf)
+                values.append(math.nan)
         sample = torch.tensor(values, dtype=torch.float64)
-        if not sample.isfinite().all():
+        kept = sample[~sample.isnan()]
+        if len(kept) < (1.0 - MAX_REFUSED) * runs or not kept.isfinite().all():
             return Estimate(-math.inf, math.inf, math.inf, sample)
-        variance = sample.var().item()
-        return Estimate(sample.mean().item(), math.sqrt(variance / runs), variance * particles, sample)
+        variance = kept.var().item()
+        return Estimate(kept.mean().item(), math.sqrt(variance / len(kept)), variance * particles, sample)
 
 
 def _replayed(model: Callable[..., Any], guide: Callable[..., Any]) -> Callable[..., Any]:

@@ -110,8 +110,11 @@ class LossGraph:
         self._graph = graph
         self.num_operations = sum(node.op == "call_function" for node in graph.graph.nodes)
         gradients = torch.cat([part.reshape(-1) for part in expected[1:]])
-        with trial(self._state):
-            found = self(args, kwargs)
+        try:
+            with trial(self._state):
+                found = self(args, kwargs)
+        except RuntimeError as error:  # a draw that the model refuses
+            raise RecordingError(blame(error, __file__)) from error
         self._verify([expected[0], gradients], found)
 
     @property

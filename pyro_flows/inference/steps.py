@@ -157,7 +157,8 @@ class Trainer:
             anneal: Whether the log joint is flattened at first, by a temperature that falls to 1 in half of the steps.
 
         Raises:
-            RuntimeError: If none of the first steps ever has a finite loss.
+            RuntimeError: If none of the first steps ever has a finite loss and gradient.
+            Exception: Whatever the model raises then.
         """
         best_loss, best_spread, best_point = math.inf, 0.0, self.snapshot()
         optimizers = self._fresh_optimizers()
@@ -196,10 +197,7 @@ class Trainer:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.skipped += 1
             if not self.losses and self.skipped >= MAX_FAILURES:
-                raise RuntimeError(
-                    f"fit: expected a finite loss in the first {MAX_FAILURES} steps, but got none. Pass an init_loc_fn "
-                    "to the guide that gives values where the model has a finite density."
-                )
+                raise RuntimeError(self.objective.without_density())
             return
         self.losses.append(loss)
         median = statistics.median(self._norms) if self._norms else norm

@@ -16,34 +16,57 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
 from pyro.util import check_site_shape
 from torch import Tensor
 
 from pyro_flows.models.traces import NO_DENSITY, Call, given, sample_nodes
 
-__all__ = ["check_data", "check_guide", "check_latents", "first_run", "warn_without_data", "without_density"]
+__all__ = [
+    "check_data",
+    "check_guide",
+    "check_latents",
+    "first_run",
+    "start_elsewhere",
+    "warn_without_data",
+    "without_density",
+]
 
 Nodes = Mapping[str, Mapping[str, Any]]
 
 
 class _SameShapes(Messenger):
-    """Refuses values of latents that have other shapes than the model's sites, before the model does."""
+    """Refuses latents and mini-batches of other shapes than the model's own, before the model fails in its own way.
+
+    Innermost, so that it sees what a plate would take before that is replaced.
+    """
 
     def __init__(self, owner: str, names: Iterable[str]) -> None:
         super().__init__()
         self.owner = owner
         self.names = set(names)
+        self._items: dict[str, int] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            fn, own = msg["fn"], msg["value"]
+            self._items[msg["name"]] = (fn.subsample_size or fn.size) if own is None else len(own)
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["name"] not in self.names or msg["is_observed"] or not isinstance(msg["fn"], TorchDistributionMixin):
+        name = msg["name"]
+        if name not in self.names or msg["is_observed"]:
             return
-        expected, found = tuple(msg["fn"].shape()), tuple(msg["value"].shape)
+        if site_is_subsample(msg):
+            what, expected, found = f"plate '{name}' to have", (self._items[name],), (len(msg["value"]),)
+        elif isinstance(msg["fn"], TorchDistributionMixin):
+            what, expected, found = f"site '{name}' to have", tuple(msg["fn"].shape()), tuple(msg["value"].shape)
+        else:
+            return
         if expected != found:
             raise ValueError(
-                f"{self.owner}: expected a guide that draws site '{msg['name']}' of shape {expected}, as the model has "
-                f"it, but got {found}. If it is another model's guide, or was set up with data of another size, make "
-                "a new one from this model and these data: AutoFlowGuide(model). One for data of any size takes "
-                "amortize={plate: encoder}."
+                f"{self.owner}: expected the guide's {what} shape {expected}, as the model's, but got {found}. If "
+                "it is another model's guide, or was set up with data of another size, make a new one from this model "
+                "and these data: AutoFlowGuide(model). One for data of any size takes amortize={plate: encoder}."
             )
 
 
@@ -69,9 +92,10 @@ def first_run(
     """
     refused: Exception | None = None
     for values in draws:
-        replayed = poutine.replay(model, trace=given({**values, **call.fixed}))
+        whole = {**values, **call.fixed}
+        replayed = poutine.replay(_SameShapes(owner, whole)(model), trace=given(whole))
         try:
-            with torch.no_grad(), poutine.block(), _SameShapes(owner, values):
+            with torch.no_grad(), poutine.block():
                 trace = poutine.trace(replayed).get_trace(*call.args, **call.kwargs)
                 check(trace)
                 return trace
@@ -211,12 +235,22 @@ def without_density(model: Callable[..., Any], values: Mapping[str, Any], call: 
     Raises:
         Exception: Whatever the model raises there.
     """
-    found = {}
+    found: dict[str, float] = {}
     with pyro.validation_enabled(False), poutine.block():
         replayed = poutine.replay(model, trace=given({**values, **call.fixed}))
         trace = poutine.trace(replayed).get_trace(*call.args, **call.kwargs)
+        trace.compute_log_prob()
         for name, node in sample_nodes(trace).items():
-            log_prob = torch.as_tensor(node["fn"].log_prob(node["value"]))
-            if not log_prob.isfinite().all():
-                found[name] = log_prob[~log_prob.isfinite()][0].item()
+            wrong = node["log_prob"][~node["log_prob"].isfinite()]
+            if wrong.numel():
+                found[name] = wrong[0].item()
     return found
+
+
+def start_elsewhere(owner: str, sites: Mapping[str, float]) -> str:
+    """What to say where a guide starts at no density; ``sites`` as of :func:`without_density`, one or more."""
+    found = " and ".join(f"that of site '{name}' is {number}" for name, number in sites.items())
+    return (
+        f"{owner}: expected the model to have a finite log density where the guide starts, but {found}. Start where it "
+        f"has one, `init_loc_fn=init_to_value(values={{...}})`, or look at the parameters of '{next(iter(sites))}'."
+    )

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,9 @@ from pyro.infer.autoguide.utils import helpful_support_errors
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch.distributions import biject_to
+
+from pyro_flows.models.sites import full_size
+from pyro_flows.models.traces import DrawnPlates, mini_batches
 
 __all__ = ["checked_init", "hide_from_guide", "log_density", "trace_latents"]
 
@@ -49,25 +52,37 @@ def checked_init(init_loc_fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @torch.no_grad()
-def trace_latents(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+def trace_latents(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], given: Collection[str] = ()
+) -> Trace:
     """Run the model once and keep its latent sites, all of which the guide can handle.
 
     Runs apart from any handler that is active outside (particles, replays) and without gradients, so that the trace
     holds no graph and can be copied and pickled.
 
+    Args:
+        model: The model.
+        args: Its arguments.
+        kwargs: Likewise.
+        given: Names of the plates that the guide does not make itself.
+
     Raises:
         RuntimeError: If there are no latents.
-        ValueError: If a site is discrete and not enumerated, or spherical, or circular, or starts at a value that is
-            not inside its support.
+        ValueError: If a site is discrete and not enumerated, or spherical, or circular, or masked in part, or starts at
+            a value that is not inside its support; if it is in a plate whose items the guide would not know.
         NotImplementedError: If a site is in a sequential plate.
+        Exception: Whatever the model raises.
     """
-    hidden = poutine.block(model, hide_fn=hide_from_guide)
-    trace = poutine.block(poutine.trace(hidden).get_trace)(*args, **kwargs)
-    trace.remove_node("_INPUT")
-    trace.remove_node("_RETURN")
+    with poutine.block(), DrawnPlates() as drawn:
+        trace = poutine.trace(model).get_trace(*args, **kwargs)
+    own = mini_batches(trace).keys() - drawn.names - set(given)
+    unknown = {name for name in own if not _is_whole(trace.nodes[name])}
+    for name in [name for name, site in trace.nodes.items() if hide_from_guide(site)]:
+        trace.remove_node(name)
     for name, site in trace.iter_stochastic_nodes():
-        _check_plates(name, site)
+        _check_plates(name, site, unknown)
         _check_support(name, site)
+        _check_mask(name, site)
         _check_start(name, site)
         _detach(site["fn"])
     if not any(site["value"].numel() for _, site in trace.iter_stochastic_nodes()):
@@ -99,7 +114,7 @@ def log_density(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     return total if math.isfinite(total) else -math.inf
 
 
-def _check_plates(name: str, site: dict[str, Any]) -> None:
+def _check_plates(name: str, site: dict[str, Any], unknown: Collection[str]) -> None:
     for frame in site["cond_indep_stack"]:
         if not frame.vectorized:
             raise NotImplementedError(
@@ -107,6 +122,41 @@ def _check_plates(name: str, site: dict[str, Any]) -> None:
                 f"'{frame.name}'. Write `with pyro.plate('{frame.name}', {frame.size}):` instead of iterating over "
                 "it, or use a Python range and name each site by its index."
             )
+        # The guide would draw others, which would take the place of the model's own (Pyro's issue 3468).
+        if frame.name in unknown:
+            raise ValueError(
+                f"{OWNER}: expected the guide to be told which items are at hand, but latent site '{name}' is in the "
+                f"plate '{frame.name}', which the model gives indices of its own ({frame.size} of {full_size(frame)}). "
+                f"Write {OWNER}(model, create_plates=lambda idx: pyro.plate('{frame.name}', {full_size(frame)}, "
+                f"dim={frame.dim}, subsample=idx)), where the lambda takes the model's arguments."
+            )
+
+
+def _is_whole(plate: dict[str, Any]) -> bool:
+    """Whether a plate's statement gives all of its indices, in order."""
+    return torch.as_tensor(plate["value"]).tolist() == list(range(plate["fn"].size))
+
+
+def _check_mask(name: str, site: dict[str, Any]) -> None:
+    masks, fn = [site["mask"]], site["fn"]
+    while hasattr(fn, "base_dist"):
+        masks.append(getattr(fn, "_mask", None))
+        fn = fn.base_dist
+    partly = [mask for mask in masks if torch.is_tensor(mask) and mask.dim() and not mask.all()]
+    if not partly:  # a mask over all of a site makes its prior flat, which is proper with enough data
+        return
+    stem = name.removesuffix("_unobserved")
+    remedy = (
+        f"Leave missing values out, which changes no other site's posterior: `with poutine.mask(mask=mask): "
+        f"pyro.sample('{stem}', ..., obs=y)`. Or draw them alone, `pyro.sample('{stem}_missing', ...)`, in a plate of "
+        "their number."
+        if stem != name
+        else "Draw the others alone, in a plate of their number."
+    )
+    raise ValueError(
+        f"{OWNER}: expected latent site '{name}' to have a density in all its entries, but {int((~partly[0]).sum())} "
+        f"of {partly[0].numel()} are masked: nothing would keep the guide's spread there from growing. {remedy}"
+    )
 
 
 def _detach(fn: torch.distributions.Distribution) -> None:

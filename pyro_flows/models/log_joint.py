@@ -12,6 +12,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_flows.models.batching import BatchedModel
+from pyro_flows.models.checks import start_elsewhere, without_density
 from pyro_flows.models.layout import Layout
 from pyro_flows.models.sites import Site
 from pyro_flows.models.traces import Call, by_draw, sample_nodes
@@ -78,6 +79,21 @@ class LogJoint:
             except Exception:  # many a likelihood does not bear its own prior, each in its own way
                 continue
             yield packed
+
+    def without_density(self, start: Tensor) -> str:
+        """What to say if nothing around a start, ``(D,)``, has a density: which sites have none, or what it overflows.
+
+        Raises:
+            Exception: Whatever the model raises there.
+        """
+        values, _ = self.table.unpack(start)
+        sites = without_density(self.model.model, values, self.model.call)
+        if sites:
+            return start_elsewhere(OWNER, sites)
+        return (
+            f"{OWNER}: expected a Gaussian with a finite ELBO, but none has one, although the log density is finite at "
+            "the start. Look for what overflows around it, or give a smaller init_scale."
+        )
 
     def __call__(self, draws: Tensor) -> Tensor:
         """``(S, D)`` to ``(S,)``; differentiable. Minus infinity or NaN where the model has no density."""

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from pyro.distributions.util import sum_rightmost
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import ComposeTransform, IndependentTransform, Transform
 
 from pyro_flows.transforms.representable import Representable, unconstrained_limits
@@ -104,15 +105,24 @@ class Site:
         return summed
 
 
-def read_sites(trace: Trace) -> list[Site]:
+def read_sites(trace: Trace, varying: Collection[str] = ()) -> list[Site]:
     """The sites of a trace that holds latent sites only, in its order.
+
+    Args:
+        trace: The trace.
+        varying: Names of the plates that may hold other items in other calls.
 
     Raises:
         NotImplementedError: If a support has no bijection; ask for the site's name before.
+        ValueError: If a support differs between the items of a plate that may hold others.
     """
     sites = []
     for _, node in trace.iter_stochastic_nodes():
-        to_support = biject_to(node["fn"].support)
+        support = node["fn"].support
+        for frame in node["cond_indep_stack"]:
+            if frame.name in varying:
+                support = _for_any_item(support, frame, node)
+        to_support = biject_to(support)
         if not _is_identity(to_support):
             to_support = Representable(to_support, unconstrained_limits(node["value"].dtype))
         sites.append(Site.read(node, to_support))
@@ -122,6 +132,25 @@ def read_sites(trace: Trace) -> list[Site]:
 def full_size(frame: CondIndepStackFrame) -> int:
     """Size of a plate without subsampling."""
     return int(frame.full_size or frame.size)
+
+
+def _for_any_item(support: Any, frame: CondIndepStackFrame, node: Mapping[str, Any]) -> Any:
+    """A support that does not depend on which items of a plate are at hand."""
+    shared, axis = copy.copy(support), frame.dim - node["fn"].event_dim
+    for name, value in vars(support).items():
+        if isinstance(value, constraints.Constraint):
+            setattr(shared, name, _for_any_item(value, frame, node))
+        elif torch.is_tensor(value) and value.dim() >= -axis:
+            one = value.narrow(axis, 0, 1)
+            if not torch.equal(value, one.expand_as(value)):
+                raise ValueError(
+                    f"AutoFlowGuide: expected latent site '{node['name']}' to have the same support for all items of "
+                    f"the plate '{frame.name}', others of which may come in other calls, but got {support}. Draw what "
+                    f"has, `u = pyro.sample('{node['name']}', dist.Uniform(0.0, 1.0))` for instance, and map it: "
+                    "`low[idx] + (high - low)[idx] * u`."
+                )
+            setattr(shared, name, one)
+    return shared
 
 
 def _base_transform(transform: Transform) -> Transform:

@@ -3,21 +3,37 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-__all__ = ["DRAWS", "NO_DENSITY", "Call", "by_draw", "given", "mini_batches", "rows_of", "sample_nodes"]
+__all__ = [
+    "DRAWS",
+    "MAX_REFUSED",
+    "NO_DENSITY",
+    "Call",
+    "DrawnPlates",
+    "by_draw",
+    "given",
+    "mean_of_kept",
+    "mini_batches",
+    "rows_of",
+    "sample_nodes",
+]
 
 # The plate of many draws in one run of a model.
 DRAWS = "_pyro_flows_draws"
 
 # What a model raises where it has no density: a distribution refuses its parameters, a covariance is not one.
 NO_DENSITY = (ValueError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+# Draws that a model may refuse so, as a share of all, before their mean is NaN.
+MAX_REFUSED = 0.1
 
 
 class Call(NamedTuple):
@@ -32,6 +48,18 @@ class Call(NamedTuple):
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     fixed: Mapping[str, Any] = {}
+
+
+class DrawnPlates(Messenger):
+    """Takes down the plates that draw their items, and are not given any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["value"] is None:
+            self.names.add(msg["name"])
 
 
 def given(values: Mapping[str, Any]) -> Trace:
@@ -55,6 +83,14 @@ def mini_batches(trace: Trace) -> dict[str, Any]:
 def by_draw(term: Tensor) -> Tensor:
     """``(S, ...)`` summed to ``(S,)``."""
     return term.reshape(len(term), -1).sum(-1)
+
+
+def mean_of_kept(terms: Tensor) -> Tensor:
+    """Mean of ``(..., S)`` over the draws that a model does not refuse, whose terms are not NaN."""
+    refused = terms.isnan()
+    share = refused.to(terms.dtype).mean(-1)
+    mean = torch.where(refused, 0.0, terms).mean(-1) / (1.0 - share)
+    return torch.where(share <= MAX_REFUSED, mean, math.nan)
 
 
 def rows_of(value: Tensor, rank: int, count: int) -> Tensor:
