@@ -12,10 +12,12 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_flows.models.layout import Layout
-from pyro_flows.models.traces import Call, DrawnPlates
+from pyro_flows.models.traces import Call
 
 __all__ = ["Arguments", "MakePlates", "MiniBatch", "Watch", "mini_batches", "unwatched"]
 
@@ -58,6 +60,18 @@ def unwatched(batches: Iterator[MiniBatch], title: str) -> Iterable[MiniBatch]:
     return batches
 
 
+class _Drawn(Messenger):
+    """Takes down the plates that draw their items, and are not given any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plates: set[str] = set()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["value"] is None:
+            self.plates.add(msg["name"])
+
+
 def mini_batches(call: Arguments, make_plates: MakePlates) -> Iterator[MiniBatch]:
     """What a call's arguments stand for: one mini-batch, or, where plates draw their own, one for each of their parts.
 
@@ -66,11 +80,11 @@ def mini_batches(call: Arguments, make_plates: MakePlates) -> Iterator[MiniBatch
         make_plates: The guide's plates for these.
     """
     args, kwargs = call
-    with poutine.block(), DrawnPlates() as drawn:
+    with poutine.block(), _Drawn() as drawn:
         plates = make_plates(args, kwargs)
     indices = {name: torch.as_tensor(plate.indices) for name, plate in plates.items()}
     parts: list[list[tuple[str, Tensor]]] = []
-    for name in sorted(drawn.names & set(plates)):
+    for name in sorted(drawn.plates & set(plates)):
         size, count, items = plates[name].size, plates[name].subsample_size, indices[name]
         if count < size:
             starts = [min(start, size - count) for start in range(0, size, count)]

@@ -14,12 +14,12 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.utils import helpful_support_errors
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch.distributions import biject_to
 
 from pyro_flows.models.sites import full_size
-from pyro_flows.models.traces import DrawnPlates, mini_batches
 
 __all__ = ["checked_init", "hide_from_guide", "log_density", "trace_latents"]
 
@@ -73,12 +73,12 @@ def trace_latents(
         NotImplementedError: If a site is in a sequential plate.
         Exception: Whatever the model raises.
     """
-    with poutine.block(), DrawnPlates() as drawn:
-        trace = poutine.trace(model).get_trace(*args, **kwargs)
-    own = mini_batches(trace).keys() - drawn.names - set(given)
-    unknown = {name for name in own if not _is_whole(trace.nodes[name])}
-    for name in [name for name, site in trace.nodes.items() if hide_from_guide(site)]:
-        trace.remove_node(name)
+    chosen = _ChosenItems()
+    hidden = poutine.block(chosen(model), hide_fn=hide_from_guide)
+    trace = poutine.block(poutine.trace(hidden).get_trace)(*args, **kwargs)
+    trace.remove_node("_INPUT")
+    trace.remove_node("_RETURN")
+    unknown = chosen.plates - set(given)
     for name, site in trace.iter_stochastic_nodes():
         _check_plates(name, site, unknown)
         _check_support(name, site)
@@ -132,9 +132,18 @@ def _check_plates(name: str, site: dict[str, Any], unknown: Collection[str]) -> 
             )
 
 
-def _is_whole(plate: dict[str, Any]) -> bool:
-    """Whether a plate's statement gives all of its indices, in order."""
-    return torch.as_tensor(plate["value"]).tolist() == list(range(plate["fn"].size))
+class _ChosenItems(Messenger):
+    """Takes down the plates whose items the model chooses itself, all of them in order apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plates: set[str] = set()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not site_is_subsample(msg) or msg["value"] is None:
+            return
+        if torch.as_tensor(msg["value"]).tolist() != list(range(msg["fn"].size)):
+            self.plates.add(msg["name"])
 
 
 def _check_mask(name: str, site: dict[str, Any]) -> None:
@@ -205,7 +214,7 @@ def _remedies(name: str) -> Iterator[None]:
             raise ValueError(
                 f"{error} With {OWNER} the shortest way is to mark it: `model = config_enumerate(model)` or "
                 f"`pyro.sample('{name}', ..., infer={{'enumerate': 'parallel'}})`, and to train with "
-                f"TraceEnum_ELBO; {OWNER} then leaves it out by itself."
+                f"TraceEnum_ELBO; {OWNER} then leaves it out by itself. If '{name}' is data, pass them as obs=."
             ) from None
         raise
     except NotImplementedError as error:

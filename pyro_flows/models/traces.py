@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -18,7 +17,6 @@ __all__ = [
     "MAX_REFUSED",
     "NO_DENSITY",
     "Call",
-    "DrawnPlates",
     "by_draw",
     "given",
     "mean_of_kept",
@@ -48,18 +46,6 @@ class Call(NamedTuple):
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     fixed: Mapping[str, Any] = {}
-
-
-class DrawnPlates(Messenger):
-    """Takes down the plates that draw their items, and are not given any."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg) and msg["value"] is None:
-            self.names.add(msg["name"])
 
 
 def given(values: Mapping[str, Any]) -> Trace:

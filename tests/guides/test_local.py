@@ -264,7 +264,8 @@ def random_effects(y: Tensor, sd: Tensor, index: Tensor) -> None:
 def test_prior_of_the_groups_is_read_off_the_model() -> None:
     """theta ~ N(mu, tau): its location is mu, and its log-scale log tau, to rounding."""
     y = torch.randn(20)
-    guide = AutoFlowGuide(random_effects).setup(y, torch.ones(20), torch.arange(5))
+    guide = AutoFlowGuide(random_effects, create_plates=lambda y, sd, i: pyro.plate("groups", 20, subsample=i))
+    guide.setup(y, torch.ones(20), torch.arange(5))
     (block,) = guide.posterior.blocks()
     prior = block.prior
     assert prior.known.all()
