@@ -28,10 +28,7 @@ def model(y: Tensor, by_index: bool) -> None:
     with pyro.plate("data", len(y)):
         kind = pyro.sample("kind", dist.Categorical(torch.tensor([0.2, 0.5, 0.3])))
         sign = pyro.sample("sign", dist.Bernoulli(0.1 + 0.2 * kind))
-        if by_index:
-            mean = locs[kind]
-        else:
-            mean = ((kind.unsqueeze(-1) == torch.arange(3)) * locs).sum(-1)
+        mean = locs[kind] if by_index else ((kind.unsqueeze(-1) == torch.arange(3)) * locs).sum(-1)
         pyro.sample("y", dist.Normal(mean * (2.0 * sign - 1.0) + regime, 0.7), obs=y)
 
 
