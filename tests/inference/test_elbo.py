@@ -148,6 +148,37 @@ def test_a_site_without_a_reparameterised_draw(broadcasts: bool) -> None:
     assert (found.mean() - expected).abs() < 4.0 * error
 
 
+@both_ways
+def test_such_sites_in_a_plate(broadcasts: bool) -> None:
+    """Each item's score has the costs of that item only, as in ``Trace_ELBO``, so that its noise is small."""
+    weights = torch.full((1, 1), 2.0)
+
+    def model() -> None:
+        with pyro.plate("data", 6):
+            z = pyro.sample("z", dist.Bernoulli(0.3))
+            mean = 2.0 * z if broadcasts else (z.unsqueeze(-1) @ weights).reshape(6)
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=Y)
+
+    logits = torch.linspace(-1.5, 1.5, 6).requires_grad_()
+
+    def guide() -> None:
+        with pyro.plate("data", 6):
+            pyro.sample("z", dist.Bernoulli(logits=logits))
+
+    found, variances = [], []
+    for elbo, count in ((VectorizedTrace_ELBO(10), 200), (Trace_ELBO(10), 200)):
+        drawn = [torch.autograd.grad(elbo.differentiable_loss(model, guide), logits)[0] for _ in range(count)]
+        found.append(torch.stack(drawn))
+        variances.append(found[-1].var(0).sum())
+    q = logits.sigmoid()
+    prior, likelihood = dist.Bernoulli(0.3), dist.Normal(torch.tensor([[0.0], [2.0]]), 1.0).log_prob(Y)
+    log_p = prior.log_prob(torch.tensor([[0.0], [1.0]])) + likelihood  # (2, 6)
+    weight = torch.stack([1.0 - q, q])
+    (expected,) = torch.autograd.grad(-(weight * (log_p - weight.log())).sum(), logits)
+    assert ((found[0].mean(0) - expected).abs() < 4.5 * found[0].std(0) / math.sqrt(200)).all()
+    assert 0.7 < variances[0] / variances[1] < 1.4  # of two variances of 1200 numbers
+
+
 def parts(model: Callable[..., Any]) -> AutoGuideList:
     guide = AutoGuideList(model)
     guide.append(AutoNormal(poutine.block(model, expose=["sigma"])))

@@ -62,24 +62,26 @@ def test_two_sites_in_a_plate_and_one_outside(by_index: bool) -> None:
     torch.testing.assert_close(found, torch.stack([brute_force(row) for row in values]))
 
 
+@pytest.mark.parametrize("dim", [-1, -2])
 @pytest.mark.parametrize("by_index", [False, True], ids=["plate", "vmap"])
-def test_sums_stay_apart_by_item_where_nothing_joins_them(by_index: bool) -> None:
+def test_sums_stay_apart_by_item_where_nothing_joins_them(by_index: bool, dim: int) -> None:
     """What item a term belongs to is kept: its dimension is in Pyro's place."""
 
     @config_enumerate
     def apart(y: Tensor) -> None:
         locs = pyro.sample("locs", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        with pyro.plate("data", len(y)):
+        with pyro.plate("data", len(Y), dim=dim):
             which = pyro.sample("which", dist.Bernoulli(0.3)).long()
             mean = locs[which] if by_index else torch.where(which == 1, locs[..., 1], locs[..., 0])
             pyro.sample("y", dist.Normal(mean, 0.5), obs=y)
 
-    batched = BatchedModel("test", apart, Call((Y,), {}), {"locs": torch.randn(3, 2)})
+    y = Y.reshape(-1, *(1,) * (-1 - dim))
+    batched = BatchedModel("test", apart, Call((y,), {}), {"locs": torch.randn(3, 2)})
     assert batched.is_vectorized and batched.is_mapped == by_index
     values = torch.randn(4, 2)
     (term,) = (n["log_prob"] for name, n in sample_nodes(batched({"locs": values})).items() if ENUMERATED in name)
     parts = dist.Normal(values.unsqueeze(1), 0.5).log_prob(Y.unsqueeze(-1)) + torch.tensor([0.7, 0.3]).log()
-    torch.testing.assert_close(term, parts.logsumexp(-1))
+    torch.testing.assert_close(term, parts.logsumexp(-1).reshape(4, *y.shape))
 
 
 def test_which_sites_are_enumerated() -> None:
