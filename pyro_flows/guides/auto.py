@@ -60,7 +60,8 @@ class AutoFlowGuide(SummarizedGuide):
     call, as in all of Pyro's autoguides.
 
     Args:
-        model: A Pyro model. Discrete sites marked for enumeration are left out; train with ``TraceEnum_ELBO``.
+        model: A Pyro model. Discrete sites marked for enumeration are left out; train with ``TraceEnum_ELBO``
+            or :class:`~pyro_flows.VectorizedTrace_ELBO`.
         flow: The family: a name in ``flows.names()``, a :class:`~pyro_flows.flows.FlowSpec`, or a function
             ``input_dim -> transform(s)``, as ``AutoNormalizingFlow`` takes. ``"auto"`` suits any model.
         init_loc_fn: Where the guide starts, site by site; see ``pyro.infer.autoguide.initialization``. The default is

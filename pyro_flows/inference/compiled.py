@@ -52,8 +52,9 @@ class CompiledSVI(SVI):
         optim: One of Pyro's optimisers that treats all entries of parameters alike, such as ``Adam``, ``ClippedAdam``
             or ``ExponentialLR``, with the same options for all parameters. The first two are a part of the graph, and
             so is ``torch.optim.Adam`` under a scheduler; others step with the gradient that it gives.
-        loss: An ELBO with a ``differentiable_loss``: ``Trace_ELBO`` or ``TraceMeanField_ELBO``. ``TraceEnum_ELBO`` has
-            one too, but looks at values on its way and so takes eager steps.
+        loss: An ELBO with a ``differentiable_loss``: ``Trace_ELBO``, ``TraceMeanField_ELBO`` or
+            :class:`~pyro_flows.VectorizedTrace_ELBO`. ``TraceEnum_ELBO`` has one too, but looks at values on its way
+            and so takes eager steps.
 
     Raises:
         ValueError: If the optimiser or the loss is none of these.

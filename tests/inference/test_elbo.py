@@ -289,24 +289,27 @@ def test_subsampled_plates(broadcasts: bool) -> None:
     assert abs(found.mean() - expected) < 4.0 * found.std() / math.sqrt(len(found))
 
 
+@config_enumerate
+def mixture(y: Tensor, broadcasts: bool = False) -> None:
+    locs = pyro.sample("locs", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("data", len(y)):
+        which = pyro.sample("which", dist.Bernoulli(0.3)).long()
+        mean = torch.where(which == 1, locs[..., 1], locs[..., 0]) if broadcasts else locs[which]
+        pyro.sample("y", dist.Normal(mean, 0.5), obs=y)
+
+
 @both_ways
 def test_enumerated_sites(broadcasts: bool) -> None:
-    @config_enumerate
-    def model(y: Tensor) -> None:
-        locs = pyro.sample("locs", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        with pyro.plate("data", len(y)):
-            which = pyro.sample("which", dist.Bernoulli(0.3)).long()
-            mean = torch.where(which == 1, locs[..., 1], locs[..., 0]) if broadcasts else locs[which]
-            pyro.sample("y", dist.Normal(mean, 0.5), obs=y)
-
-    guide = AutoNormal(poutine.block(model, expose=["locs"]))
+    guide = AutoNormal(poutine.block(mixture, expose=["locs"]))
     guide(Y)
     keeping, traces = recorded(guide)
     elbo = VectorizedTrace_ELBO(NUM_PARTICLES)
-    loss = elbo.differentiable_loss(model, keeping, Y)
+    loss = elbo.differentiable_loss(mixture, keeping, Y, broadcasts)
     assert elbo._batched.is_mapped != broadcasts
     singles = [
-        TraceEnum_ELBO(max_plate_nesting=1).differentiable_loss(model, _FromNoise(noise_of(traces[-1], row))(guide), Y)
+        TraceEnum_ELBO(max_plate_nesting=1).differentiable_loss(
+            mixture, _FromNoise(noise_of(traces[-1], row))(guide), Y, broadcasts
+        )
         for row in range(NUM_PARTICLES)
     ]
     expected = torch.stack(singles).mean()
@@ -371,15 +374,19 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @both_ways
-@pytest.mark.parametrize("make", [AutoNormal, AutoFlowGuide])
-def test_compiled_svi_has_the_losses_of_svi(interpreted: None, make: Callable[..., Any], broadcasts: bool) -> None:
+@pytest.mark.parametrize(
+    "model, make", [(regression, AutoNormal), (regression, AutoFlowGuide), (mixture, AutoFlowGuide)]
+)
+def test_compiled_svi_has_the_losses_of_svi(
+    interpreted: None, model: Callable[..., Any], make: Callable[..., Any], broadcasts: bool
+) -> None:
     losses = []
     for kind in (CompiledSVI, SVI):
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            svi = kind(regression, make(regression), Adam({"lr": 0.02}), VectorizedTrace_ELBO(4))
+            svi = kind(model, make(model), Adam({"lr": 0.02}), VectorizedTrace_ELBO(4))
             losses.append(torch.tensor([svi.step(Y, broadcasts) for _ in range(20)]))
         if kind is CompiledSVI:
             assert svi._graphs
