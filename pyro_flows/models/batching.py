@@ -26,7 +26,7 @@ from pyro_flows.models.enumeration import (
     packed_terms,
     sum_out,
 )
-from pyro_flows.models.traces import DRAWS, NO_DENSITY, Call, by_draw, given, rows_of, sample_nodes
+from pyro_flows.models.traces import DRAWS, NO_DENSITY, Call, by_draw, given, mini_batches, rows_of, sample_nodes
 
 __all__ = ["ENUMERATED", "BatchedModel"]
 
@@ -94,7 +94,7 @@ class BatchedModel:
         self.nesting = max(nesting, _nesting(self.nodes.values()))
         self.obstacle = ""
         with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
-            self._run: Run = self._choose(probe)
+            self._run: Run = self._choose(probe, mini_batches(trace))
 
     @property
     def is_vectorized(self) -> bool:
@@ -252,9 +252,10 @@ class BatchedModel:
 
     # Which of them
 
-    def _choose(self, probe: Values) -> Run:
-        """The first way that agrees with plain runs."""
-        task = _Task(self.model, self.call, lambda trace: {})
+    def _choose(self, probe: Values, drawn: Mapping[str, Any]) -> Run:
+        """The first way that agrees with plain runs, on one mini-batch: else these agree on average only."""
+        call = self.call._replace(fixed={**drawn, **self.call.fixed})
+        task = _Task(self.model, call, lambda trace: {})
         self._run = self._one_by_one
         expected, again = self._log_probs(probe, task), self._log_probs(probe, task)
         if all(torch.equal(again[name].nan_to_num(), expected[name].nan_to_num()) for name in expected):

@@ -330,6 +330,30 @@ def test_one_particle(broadcasts: bool) -> None:
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
+@both_ways
+def test_one_particle_without_a_reparameterised_draw(broadcasts: bool) -> None:
+    """Its score has the costs that ``Trace_ELBO`` gives it."""
+
+    def model() -> None:
+        with pyro.plate("data", 6):
+            z = pyro.sample("z", dist.Bernoulli(0.3))
+            mean = 2.0 * z if broadcasts else (z.unsqueeze(-1) @ torch.full((1, 1), 2.0)).reshape(6)
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=Y)
+
+    logits = torch.linspace(-1.5, 1.5, 6).requires_grad_()
+
+    def guide() -> None:
+        with pyro.plate("data", 6):
+            pyro.sample("z", dist.Bernoulli(logits=logits))
+
+    found = []
+    for elbo in (VectorizedTrace_ELBO(), Trace_ELBO()):
+        elbo.loss(model, guide)
+        pyro.set_rng_seed(1)
+        found.append(torch.autograd.grad(elbo.differentiable_loss(model, guide), logits)[0])
+    torch.testing.assert_close(*found)
+
+
 def steered(y: Tensor) -> None:
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     with pyro.plate("data", len(y)):

@@ -264,6 +264,33 @@ def test_mini_batches_of_other_sizes(by_index: bool) -> None:
         torch.testing.assert_close(total(batched, values, call=Call((index,), {})), torch.stack(expected))
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("by_matrix", [False, True], ids=["plate", "vmap"])
+def test_mini_batches_that_the_model_draws(by_matrix: bool, seed: int) -> None:
+    """Ways are compared on one of them: what they differ by hid that ways agree, or do not, whatever the seed."""
+    pyro.set_rng_seed(seed)
+    covariates, data = torch.randn(200, 2), 3.0 * torch.randn(200)
+
+    def model() -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", 200, subsample_size=10) as index:
+            mean = covariates[index] @ w if by_matrix else (covariates[index] * w).sum(-1)
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=data[index])
+
+    def wrong() -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.factor("soft", -0.1 * w.sum().square())
+        with pyro.plate("data", 200, subsample_size=10) as index:
+            pyro.sample("y", dist.Normal(0.0, 1.0), obs=data[index])
+
+    batched = BatchedModel("test", model, Call((), {}), draws_of({"w": (2,)}, 3))
+    assert batched.is_vectorized and batched.is_mapped == by_matrix
+    assert BatchedModel("test", wrong, Call((), {}), draws_of({"w": (2,)}, 3)).is_mapped
+    # Which mini-batch it was is forgotten.
+    values = {"w": torch.zeros(1, 2)}
+    assert len({total(batched, values).item() for _ in range(5)}) == 5
+
+
 def test_another_model_with_the_same_sites() -> None:
     batched = BatchedModel("test", matrix_product, Call((Y,), {}), draws_of({"w": (2,)}, 3))
     values = draws_of({"w": (2,)})
