@@ -260,6 +260,12 @@ class Objective:
         with torch.random.fork_rng():
             self.graph.compile(*self.batches.first)
 
+    @property
+    def recorded_leaves(self) -> list[Tensor]:
+        """What the single parameter of a recorded step is made of, in order."""
+        assert self._flat is not None
+        return self._flat.leaves
+
     def release(self) -> None:
         """Give parameters memory of their own again, after :meth:`record`."""
         if self._flat is not None:

@@ -96,6 +96,23 @@ class Trainer:
             made.append(torch.optim.SparseAdam(tables, lr=self.peak_rate, betas=BETAS, eps=eps))
         return made
 
+    def _continued(self, before: Sequence[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
+        """Adam of the vector that parameters have become, with their moments: without these its first steps would be
+        as long as at the start, at a rate that is not that of the start."""
+        made = self._fresh_optimizers()
+        states: dict[Tensor, dict[str, Tensor]] = {}
+        for optimizer in before:
+            states.update(optimizer.state)
+        steps = [state["step"] for state in states.values()]
+        if steps:
+            (vector,), leaves = self._parameters, self.objective.recorded_leaves
+            moments = {
+                name: torch.cat([(states[p][name] if p in states else torch.zeros_like(p)).reshape(-1) for p in leaves])
+                for name in ("exp_avg", "exp_avg_sq")
+            }
+            made[0].state[vector] = {"step": max(steps).clone(), **moments}
+        return made
+
     @property
     def _parameters(self) -> list[Tensor]:
         return self.objective.parameters
@@ -165,7 +182,7 @@ class Trainer:
         begun = len(self.losses)
         for step in range(first, length):
             if not anneal and step in (first, first + TIMED) and self._speed_up(length - step):
-                optimizers = self._fresh_optimizers()
+                optimizers = self._continued(optimizers)
             if anneal:
                 self.objective.power = min(1.0, HOTTEST ** (2 * step / length - 1))
             begin = time.perf_counter()

@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_flows import AutoFlowGuide, VectorizedTrace_ELBO, fit
 from pyro_flows.inference import record, steps
+from pyro_flows.inference.objective import Objective
 from pyro_flows.inference.parameters import FlatParameter, state_of, trial
 from pyro_flows.inference.record import LossGraph, used_leaves
 from pyro_flows.inference.script import to_script
@@ -177,3 +178,22 @@ def test_fit_is_the_same_with_and_without_it(monkeypatch: pytest.MonkeyPatch) ->
         losses.append(fit(regression, guide, (Y,), num_steps=60, num_particles=4, seed=0, progress=False).losses)
     assert used == [True]
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("make", [AutoNormal, AutoFlowGuide])
+def test_recording_a_step_of_fit_changes_nothing(monkeypatch: pytest.MonkeyPatch, make: Callable[..., Any]) -> None:
+    """Adam started anew there, in the middle of a cycle: some fits of a banana did not recover."""
+    monkeypatch.setattr(steps, "WORTH_RECORDING", 0)
+    monkeypatch.setattr(steps, "WORTH_SECONDS", 0.0)
+    monkeypatch.setattr(steps, "COMPILE_SECONDS", 1e9)
+    recordings = []
+    original = Objective.record
+    monkeypatch.setattr(Objective, "record", lambda *args: recordings.append(original(*args)) or recordings[-1])
+    losses = []
+    for compile in ("auto", False):
+        pyro.clear_param_store()
+        guide = make(regression)
+        result = fit(regression, guide, (Y,), num_steps=60, num_particles=4, compile=compile, seed=0, progress=False)
+        losses.append(torch.tensor(result.losses))
+    assert len(recordings) == 1
+    torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-3)
