@@ -192,7 +192,10 @@ class Posterior(nn.Module):
                 )
             else:
                 encoded[name] = encoder(args, kwargs)
-        return block.item_context(indices, encoded)
+        context = block.item_context(indices, encoded)
+        # Items of a plate without an encoder, inside one that has one, share a context.
+        lead = [block.layout.place(index.unsqueeze(-1), name).shape[:-1] for name, index in indices.items()]
+        return context.expand(*torch.broadcast_shapes(context.shape[:-1], *lead), -1)
 
     @torch.no_grad()
     def draw(

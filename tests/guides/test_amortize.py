@@ -154,3 +154,24 @@ def test_errors_name_the_plate() -> None:
     guide = AutoFlowGuide(model, amortize={"data": Features()}).setup(DATA)
     with pytest.raises(ValueError, match=r"the model's arguments, since plate 'data' is amortized"):
         guide.median()
+
+
+def test_a_plate_without_an_encoder_inside_an_amortized_one_has_all_of_its_items() -> None:
+    """Summaries had one item for all, and densities refused the right shape."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("series", len(x), dim=-2):
+            level = pyro.sample("level", dist.Normal(0.0, 1.0))
+            with pyro.plate("times", 3, dim=-1):
+                value = pyro.sample("value", dist.Normal(level, 1.0))
+                pyro.sample("x", dist.Normal(value, 1.0), obs=x)
+
+    x = torch.randn(6, 3)
+    guide = AutoFlowGuide(model, amortize={"series": nn.Linear(3, 2)}, structure="plates").setup(x)
+    draws = guide.sample_posterior(5, x)
+    assert draws["level"].shape == (5, 6, 1) and draws["value"].shape == (5, 6, 3)
+    assert guide.median(x)["value"].shape == (6, 3)
+    assert draws["value"].std(-1).min() > 0  # each its own
+    trace = pyro.poutine.trace(guide).get_trace(x)
+    one = {name: trace.nodes[name]["value"] for name in ("level", "value")}
+    torch.testing.assert_close(guide.log_prob(one, x), trace.log_prob_sum())
