@@ -103,10 +103,6 @@ class VectorizedTrace_ELBO(Trace_ELBO):
         model_trace = batched(values, Call(args, kwargs, mini_batches(guide_trace)), model)
         guide_trace = prune_subsample_sites(guide_trace)
         guide_trace.compute_score_parts()
-        frames = {f for node in sample_nodes(guide_trace).values() for f in node["cond_indep_stack"]}
-        particles = tuple(frame for frame in frames if frame.name == "num_particles_vectorized")
-        for node in sample_nodes(model_trace).values():
-            node["cond_indep_stack"] += particles
         if not is_recording():
             _leave_out_refused(model_trace, guide_trace, count)
         return model_trace, guide_trace
