@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -139,16 +138,12 @@ class Weigher:
         return values, mini_batches(trace), self._log_guide(trace, 1)
 
     def _draw_many(self, count: int) -> tuple[dict[str, Tensor], dict[str, Any], Tensor]:
-        trace = self._trace_many(count)
-        values = {site.name: _rows(trace, site.name, count, site.shape) for site in self.structure.latents}
-        return values, mini_batches(trace), self._log_guide(trace, count)
-
-    def _trace_many(self, count: int) -> Trace:
-        dim = -1 - self.structure.nesting
-        with torch.no_grad(), poutine.block(), pyro.plate(DRAWS, count, dim=dim):
+        with torch.no_grad(), poutine.block(), pyro.plate(DRAWS, count, dim=-1 - self.structure.nesting):
             trace = poutine.trace(self._guide).get_trace(*self._args, **self._kwargs)
             trace.compute_log_prob()
-        return trace
+        drawn = {site.name: trace.nodes[site.name]["value"] for site in self.structure.latents}
+        values = {name: self.score.model.rows(name, value, count) for name, value in drawn.items()}
+        return values, mini_batches(trace), self._log_guide(trace, count)
 
     def _log_guide(self, trace: Trace, count: int) -> Tensor:
         terms = [self.structure.per_draw(node["log_prob"], count) for node in sample_nodes(trace).values()]
@@ -169,11 +164,3 @@ def log_weights(
     chunks = list(Weigher("log_weights", model, guide, args, kwargs).chunks(num_samples, progress=False))
     values = {name: torch.cat([chunk.values[name] for chunk in chunks]) for name in chunks[0].values}
     return torch.cat([chunk.log_weights.sum(-1) for chunk in chunks]), values
-
-
-def _rows(trace: Trace, name: str, count: int, shape: torch.Size) -> Tensor:
-    """Values of a site in the outermost plate as ``(count, *shape)``."""
-    value = trace.nodes[name]["value"]
-    if value.numel() == math.prod(shape) and count != 1:  # the guide sets it without drawing
-        return value.reshape(shape).expand(count, *shape)
-    return value.reshape(count, *shape)

@@ -18,7 +18,7 @@ from pyro_flows._checks import check_int
 from pyro_flows.models.batching import BatchedModel
 from pyro_flows.models.checks import check_guide, check_latents, first_run, warn_without_data
 from pyro_flows.models.particles import runs_in_a_plate
-from pyro_flows.models.traces import MAX_REFUSED, Call, by_draw, mini_batches, sample_nodes
+from pyro_flows.models.traces import MAX_REFUSED, Call, by_draw, mini_batches, nesting_of, sample_nodes
 from pyro_flows.transforms.base import is_recording
 
 __all__ = ["VectorizedTrace_ELBO", "look_at"]
@@ -134,8 +134,7 @@ def look_at(
     warn_without_data(owner, nodes, call)
     latents = [name for name, node in nodes.items() if name in drawn[0] and not node["is_observed"]]
     probe = {name: torch.stack([draw[name] for draw in draws]) for name in latents}
-    nesting = max((-f.dim for n in drawn[0].values() for f in n["cond_indep_stack"] if f.vectorized), default=0)
-    batched = BatchedModel(owner, model, call, probe, max(nesting, least_nesting))
+    batched = BatchedModel(owner, model, call, probe, max(nesting_of(drawn[0].values()), least_nesting))
     if not (batched.obstacle or runs_in_a_plate(guide, call, batched.nesting)):
         batched.obstacle = "the guide does not run in an outer plate"
     return batched

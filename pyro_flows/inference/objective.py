@@ -26,7 +26,7 @@ from pyro_flows.inference.parameters import FlatParameter, RecordingError, leave
 from pyro_flows.inference.record import LossGraph, used_leaves
 from pyro_flows.models.batching import BatchedModel
 from pyro_flows.models.checks import start_elsewhere, without_density
-from pyro_flows.models.traces import MAX_REFUSED, NO_DENSITY, Call, mini_batches, sample_nodes
+from pyro_flows.models.traces import MAX_REFUSED, NO_DENSITY, Call, mini_batches, nesting_of, sample_nodes
 
 __all__ = ["Batches", "Estimate", "Objective"]
 
@@ -199,8 +199,7 @@ class Objective:
         if self.batched is not None and (self.vectorized or num_particles == 1):
             return VectorizedTrace_ELBO.of(self.batched, num_particles)
         kind = TraceEnum_ELBO if self.enumerates else Trace_ELBO
-        frames = [frame for site in self._sites for frame in site["cond_indep_stack"]]
-        nesting = max((-frame.dim for frame in frames if frame.vectorized), default=0)
+        nesting = nesting_of(self._sites)
         return kind(num_particles=num_particles, max_plate_nesting=nesting, ignore_jit_warnings=True)
 
     def _loss(self, elbo: Trace_ELBO | TraceEnum_ELBO, name: str) -> Callable[..., Any]:

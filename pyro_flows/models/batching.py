@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,7 +26,17 @@ from pyro_flows.models.enumeration import (
     packed_terms,
     sum_out,
 )
-from pyro_flows.models.traces import DRAWS, NO_DENSITY, Call, by_draw, given, mini_batches, rows_of, sample_nodes
+from pyro_flows.models.traces import (
+    DRAWS,
+    NO_DENSITY,
+    Call,
+    by_draw,
+    given,
+    mini_batches,
+    nesting_of,
+    rows_of,
+    sample_nodes,
+)
 
 __all__ = ["ENUMERATED", "BatchedModel"]
 
@@ -91,7 +101,7 @@ class BatchedModel:
         self.nodes = sample_nodes(trace)
         check_enumeration(owner, self.nodes)
         self.enumerated = tuple(enumerated_sites(self.nodes))
-        self.nesting = max(nesting, _nesting(self.nodes.values()))
+        self.nesting = max(nesting, nesting_of(self.nodes.values()))
         self.obstacle = ""
         with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
             self._run: Run = self._choose(probe, mini_batches(trace))
@@ -303,11 +313,6 @@ class _BatchedMemory(TorchFunctionMode):
         if func in FACTORIES:
             return found + self._zero.to(found.dtype)
         return found
-
-
-def _nesting(nodes: Iterable[Mapping[str, Any]]) -> int:
-    """Number of batch dimensions that plates use."""
-    return max((-f.dim for node in nodes for f in node["cond_indep_stack"] if f.vectorized), default=0)
 
 
 def _described(name: str, node: Mapping[str, Any]) -> dict[str, Any]:

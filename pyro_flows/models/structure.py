@@ -22,7 +22,7 @@ from pyro_flows.models.checks import check_guide, check_latents, first_run
 from pyro_flows.models.enumeration import check_enumeration
 from pyro_flows.models.layout import Layout
 from pyro_flows.models.sites import Site, full_size
-from pyro_flows.models.traces import Call, mini_batches, sample_nodes
+from pyro_flows.models.traces import Call, mini_batches, nesting_of, sample_nodes
 
 __all__ = ["Structure", "common_plate", "read_structure"]
 
@@ -33,7 +33,6 @@ class Structure:
 
     Attributes:
         layout: The model's latent sites that the guide draws, in the model's order, and ``items``.
-        guide_shapes: Shape of each sample site of the guide in one run.
         nesting: Number of batch dimensions in use.
         subsampled: Names of the plates that take mini-batches.
         is_continuous: Whether all latents have an unconstrained space.
@@ -43,7 +42,6 @@ class Structure:
     """
 
     layout: Layout
-    guide_shapes: Mapping[str, torch.Size]
     nesting: int
     subsampled: tuple[str, ...]
     is_continuous: bool
@@ -74,10 +72,6 @@ class Structure:
     def item_axis(self, latent: Site) -> int | None:
         """Which axis of a latent's value, constrained or not, runs along the items; None where there are none."""
         return None if self.items is None else latent.batch_rank + self.items.dim
-
-    def lead(self, latent: Site, values: Tensor) -> Tensor:
-        """``(S, *shape)`` as a site of that many draws in the outermost plate."""
-        return values.reshape(len(values), *(1,) * (self.nesting - latent.batch_rank), *latent.shape)
 
     def per_draw(self, log_prob: Tensor, count: int) -> Tensor:
         """Log density of a site, draws in the outermost plate (if any), to float64 sums of shape ``(count, N)``."""
@@ -151,8 +145,7 @@ def read_structure(
     sites = [Site.read(nodes[name], identity_transform if f is None else f) for name, f in bijections.items()]
     return Structure(
         layout=Layout(sites, () if items is None else (items,)),
-        guide_shapes={name: node["value"].shape for name, node in drawn.items()},
-        nesting=max((-f.dim for stack in frames for f in stack), default=0),
+        nesting=nesting_of((*drawn.values(), *nodes.values())),
         subsampled=tuple(sorted(subsampled)),
         is_continuous=all(found is not None for found in bijections.values()),
         enumerates=bool(enumerated),

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ __all__ = [
     "given",
     "mean_of_kept",
     "mini_batches",
+    "nesting_of",
     "rows_of",
     "sample_nodes",
 ]
@@ -64,6 +65,11 @@ def sample_nodes(trace: Trace) -> dict[str, dict[str, Any]]:
 def mini_batches(trace: Trace) -> dict[str, Any]:
     """Plate -> indices, of a trace's plates."""
     return {name: node["value"] for name, node in trace.nodes.items() if site_is_subsample(node)}
+
+
+def nesting_of(nodes: Iterable[Mapping[str, Any]]) -> int:
+    """Number of batch dimensions that the plates of sites use."""
+    return max((-f.dim for node in nodes for f in node["cond_indep_stack"] if f.vectorized), default=0)
 
 
 def by_draw(term: Tensor) -> Tensor:
