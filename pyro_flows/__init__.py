@@ -2,6 +2,7 @@
 """Normalizing-flow guides for Pyro: swap ``AutoNormal(model)`` for ``AutoFlowGuide(model)``."""
 
 from pyro_flows import flows, plots
+from pyro_flows.compiled import CompiledSVI
 from pyro_flows.diagnostics import (
     Calibration,
     Comparison,
@@ -9,12 +10,12 @@ from pyro_flows.diagnostics import (
     check_calibration,
     compare,
     diagnose,
-    importance_resample,
 )
 from pyro_flows.export import to_inference_data
 from pyro_flows.flows import Flow, FlowSpec
 from pyro_flows.guides import AutoFlowGuide, init_to_prior_median
-from pyro_flows.inference import CompiledSVI, FitResult, VectorizedTrace_ELBO, fit
+from pyro_flows.importance import importance_resample
+from pyro_flows.training import FitResult, VectorizedTrace_ELBO, fit
 
 __version__ = "0.1.0"
 

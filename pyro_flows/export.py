@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L5. A fitted guide as ArviZ's data, so that its summaries, plots and model comparison work as on MCMC."""
+"""L8. A fitted guide as ArviZ's data, so that its summaries, plots and model comparison work as on MCMC."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_flows._checks import check_int
-from pyro_flows.diagnostics.psis import pareto_smooth
-from pyro_flows.diagnostics.weights import Draws, Weigher
+from pyro_flows.importance.psis import pareto_smooth
+from pyro_flows.importance.weights import Draws, Weigher
 from pyro_flows.models.batching import BatchedModel
 from pyro_flows.models.structure import Structure
 from pyro_flows.models.traces import given

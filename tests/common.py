@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyro_flows.transforms import FixedAffine, FlowTransform
 from pyro_flows.transforms.networks import Packed
-from pyro_flows.transforms.whitening import look_again
+from pyro_flows.transforms.preconditioner import look_again
 
 __all__ = ["assert_no_graph", "jacobian", "randomise_parameters", "trained"]
 

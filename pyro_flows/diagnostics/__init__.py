@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L4. How good a guide is, what it lost, and how to mend it; all from log p(x, z) - log q(z) and a few climbs."""
+"""L7. How good a guide is, what it lost, and how to mend it; all from log p(x, z) - log q(z) and a few climbs."""
 
 from pyro_flows.diagnostics.calibration import Calibration, SiteCalibration, check_calibration
 from pyro_flows.diagnostics.compare import Comparison, Row, compare
 from pyro_flows.diagnostics.diagnose import Diagnosis, Items, diagnose
 from pyro_flows.diagnostics.modes import LostMode
-from pyro_flows.diagnostics.psis import Smoothed, khat_threshold, pareto_smooth
-from pyro_flows.diagnostics.resample import importance_resample
 from pyro_flows.diagnostics.sites import SiteSummary
-from pyro_flows.diagnostics.weights import log_weights
+from pyro_flows.importance import Smoothed, importance_resample, khat_threshold, log_weights, pareto_smooth
 
 __all__ = [
     "Calibration",

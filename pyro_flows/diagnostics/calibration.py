@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L4. :func:`check_calibration`: simulation-based calibration of amortized guides and of inference procedures."""
+"""L7. :func:`check_calibration`: simulation-based calibration of amortized guides and of inference procedures."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_flows._checks import check_int
-from pyro_flows.diagnostics.weights import Weigher
 from pyro_flows.guides import AutoFlowGuide
+from pyro_flows.importance.weights import Weigher
 from pyro_flows.models.sites import full_size
 from pyro_flows.models.structure import common_plate
 from pyro_flows.models.traces import NO_DENSITY, sample_nodes

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L4. :func:`compare`: several guides of one model, measured against the best evidence that any of them gives."""
+"""L7. :func:`compare`: several guides of one model, measured against the best evidence that any of them gives."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from pyro_flows._checks import check_int
 from pyro_flows.diagnostics.diagnose import Diagnosis, find_regions, weigh
 from pyro_flows.diagnostics.verdict import NOT_KNOWN, SEARCH_ELSEWHERE
-from pyro_flows.diagnostics.weights import Weigher
+from pyro_flows.importance.weights import Weigher
 
 __all__ = ["Comparison", "Row", "compare"]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L4. :func:`diagnose`: how good a guide is, in numbers with errors, and in words."""
+"""L7. :func:`diagnose`: how good a guide is, in numbers with errors, and in words."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import Tensor
 from pyro_flows._checks import check_int
 from pyro_flows.diagnostics.evidence import Evidence, estimate_evidence, lost_mass
 from pyro_flows.diagnostics.modes import LostMode, lost_modes
-from pyro_flows.diagnostics.psis import khat_threshold
 from pyro_flows.diagnostics.search import Regions, Search, why_not
 from pyro_flows.diagnostics.sites import SiteSummary, SiteTally
 from pyro_flows.diagnostics.verdict import NOT_KNOWN, TRUST, Facts, judge
-from pyro_flows.diagnostics.weights import Weigher
+from pyro_flows.importance.psis import khat_threshold
+from pyro_flows.importance.weights import Weigher
 from pyro_flows.models.checks import warn_without_data
 
 __all__ = ["Diagnosis", "Items", "diagnose", "find_regions", "weigh"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L4. From log weights to the log evidence, its error, and what the weights say about themselves."""
+"""L7. From log weights to the log evidence, its error, and what the weights say about themselves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_flows.diagnostics.psis import pareto_smooth
+from pyro_flows.importance.psis import pareto_smooth
 
 __all__ = ["Evidence", "Lost", "estimate_evidence", "lost_mass"]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L4. The modes that a guide lost: where they are, and whether the guide could get there uphill."""
+"""L7. The modes that a guide lost: where they are, and whether the guide could get there uphill."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.diagnostics.search import Regions
-from pyro_flows.diagnostics.weights import Weigher
+from pyro_flows.importance.weights import Weigher
 
 __all__ = ["LostMode", "lost_modes"]
 

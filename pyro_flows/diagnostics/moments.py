@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L4. Means and standard deviations of draws, plain and by importance weights, in one pass of bounded memory."""
+"""L7. Means and standard deviations of draws, plain and by importance weights, in one pass of bounded memory."""
 
 from __future__ import annotations
 

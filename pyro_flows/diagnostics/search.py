@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L4. What a guide's own draws cannot show: places in which the posterior has mass, found without the guide."""
+"""L7. What a guide's own draws cannot show: places in which the posterior has mass, found without the guide."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_flows.diagnostics.weights import Weigher
-from pyro_flows.guides.ascent import climb, local_factor
+from pyro_flows.importance.weights import Weigher
 from pyro_flows.models.traces import sample_nodes
+from pyro_flows.starts.lbfgs import climb, local_factor
 
 __all__ = ["Regions", "Search", "why_not"]
 

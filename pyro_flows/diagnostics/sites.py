@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L4. The breakdown by site: which latents a guide has right, and which not."""
+"""L7. The breakdown by site: which latents a guide has right, and which not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.diagnostics.moments import Moments
-from pyro_flows.diagnostics.weights import Draws
+from pyro_flows.importance.weights import Draws
 from pyro_flows.models.sites import Site
 from pyro_flows.models.structure import Structure
 

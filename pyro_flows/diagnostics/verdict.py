@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L4. From numbers to words: can the guide be trusted, why, and what to do next."""
+"""L7. From numbers to words: can the guide be trusted, why, and what to do next."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 
-from pyro_flows.diagnostics.psis import nearly_constant
 from pyro_flows.diagnostics.sites import SiteSummary
 from pyro_flows.guides import AutoFlowGuide
+from pyro_flows.importance.psis import nearly_constant
 
 __all__ = [
     "NEUTRA",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L3. AutoFlowGuide: the guide that users swap for AutoNormal."""
+"""L5. AutoFlowGuide: the guide that users swap for AutoNormal."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from torch.distributions.transforms import Transform
 from pyro_flows._checks import check_choice, check_positive
 from pyro_flows.flows import FlowDistribution, FlowSpec
 from pyro_flows.flows.resolve import FlowLike, resolve
-from pyro_flows.guides.amortize import checked_encoders
 from pyro_flows.guides.delta import DensityDelta
 from pyro_flows.guides.initialization import init_to_prior_median
-from pyro_flows.guides.joint import JointBlock
-from pyro_flows.guides.local import LocalBlock
-from pyro_flows.guides.local_start import start
-from pyro_flows.guides.mini_batches import Arguments, Watch, unwatched
-from pyro_flows.guides.posterior import Latents, Posterior
 from pyro_flows.guides.refusals import warn_of_refused
-from pyro_flows.guides.step_limit import StepLimit
-from pyro_flows.guides.structure import STRUCTURES, check_plate, local_plates
 from pyro_flows.guides.summaries import SummarizedGuide
 from pyro_flows.models.latents import checked_init, hide_from_guide, log_density, trace_latents
 from pyro_flows.models.sites import full_size
+from pyro_flows.posterior.encoders import checked_encoders
+from pyro_flows.posterior.joint import JointBlock
+from pyro_flows.posterior.mini_batches import Arguments, Watch, unwatched
+from pyro_flows.posterior.plate import LocalBlock
+from pyro_flows.posterior.posterior import Latents, Posterior
+from pyro_flows.posterior.step_limit import StepLimit
+from pyro_flows.posterior.structure import STRUCTURES, check_plate, local_plates
+from pyro_flows.starts.plates import start
 from pyro_flows.transforms.base import is_recording
 
 __all__ = ["AutoFlowGuide"]
@@ -46,9 +46,9 @@ class AutoFlowGuide(SummarizedGuide):
     start), and a flow closes the gap :math:`\log p(x) - \mathrm{ELBO} = \mathrm{KL}(q(z) \| p(z | x))` from there.
     It trains with plain ``SVI``, with any ELBO whose guide may be reparameterised, and with the optimiser and the rate
     that train ``AutoNormal``: location and scale move as they do there, all other parameters by small steps (see
-    :class:`~pyro_flows.guides.step_limit.StepLimit`), and what is not finite in the gradient of a draw does not reach
-    them (see :class:`~pyro_flows.flows.gradient_filter.GradientFilter`). Gradients are path gradients by default (see
-    :class:`~pyro_flows.flows.FlowDistribution`), whose noise vanishes as q nears the posterior.
+    :class:`~pyro_flows.posterior.step_limit.StepLimit`), and what is not finite in the gradient of a draw does not
+    reach them (see :class:`~pyro_flows.flows.gradient_filter.GradientFilter`). Gradients are path gradients by default
+    (see :class:`~pyro_flows.flows.FlowDistribution`), whose noise vanishes as q nears the posterior.
 
     Latents inside a subsampled or amortized plate are *local*: each item gets a conditional flow given the globals and
     its parent groups, with weights that all items share. What differs between items is a Gaussian of their own, which
@@ -157,7 +157,7 @@ class AutoFlowGuide(SummarizedGuide):
 
         Where the model's priors are known and pooling them does better, as in a funnel, at that. Local latents start at
         the mode and curvature of each item, of those that the arguments speak of. Takes the model's arguments; returns
-        the guide. See :mod:`pyro_flows.guides.warm_start` and :mod:`pyro_flows.guides.local_start`.
+        the guide. See :mod:`pyro_flows.starts.select` and :mod:`pyro_flows.starts.plates`.
 
         Raises:
             NotImplementedError: If a plate is amortized; if there are local latents and enumerated sites; if sites are
@@ -245,7 +245,7 @@ class AutoFlowGuide(SummarizedGuide):
 
     @property
     def step_limit(self) -> StepLimit:
-        """The limit on steps of all but the Gaussian; see :class:`~pyro_flows.guides.step_limit.StepLimit`."""
+        """The limit on steps of all but the Gaussian; see :class:`~pyro_flows.posterior.step_limit.StepLimit`."""
         return self._posterior.step_limit
 
     def _trained(self) -> Posterior:

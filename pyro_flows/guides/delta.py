@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L3. How a guide says what it drew: a point, with the density of the map that took it to its support."""
+"""L5. How a guide says what it drew: a point, with the density of the map that took it to its support."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L3. Where a guide starts by default."""
+"""L5. Where a guide starts by default."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L3. What is said of gradients that are not finite, which guides leave out: once, with the site to blame."""
+"""L5. What is said of gradients that are not finite, which guides leave out: once, with the site to blame."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pyro_flows.guides.posterior import Posterior
 from pyro_flows.models.checks import without_density
 from pyro_flows.models.traces import Call
+from pyro_flows.posterior.posterior import Posterior
 
 __all__ = ["warn_of_refused"]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L3. What one asks a trained guide for: draws, densities, quantiles."""
+"""L5. What one asks a trained guide for: draws, densities, quantiles."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pyro_flows._checks import check_int
-from pyro_flows.guides.posterior import Posterior
-from pyro_flows.guides.store import StoredGuide
+from pyro_flows.guides.param_store import StoredGuide
+from pyro_flows.posterior.posterior import Posterior
 
 __all__ = ["SummarizedGuide"]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L5. Figures. Each function takes data and returns Axes; none calls ``show``, and matplotlib is imported at the first
+"""L8. Figures. Each function takes data and returns Axes; none calls ``show``, and matplotlib is imported at the first
 figure."""
 
 from pyro_flows.plots.draws import marginals, pairs, posterior_predictive

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L5. What all figures share: their axes, line styles that differ in print too, and draws as columns of numbers."""
+"""L8. What all figures share: their axes, line styles that differ in print too, and draws as columns of numbers."""
 
 from __future__ import annotations
 

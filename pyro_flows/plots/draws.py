@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L5. Figures of draws: guides over reference draws or over each other, and new data over the data."""
+"""L8. Figures of draws: guides over reference draws or over each other, and new data over the data."""
 
 from __future__ import annotations
 

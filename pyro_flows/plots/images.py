@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L5. Figures of image models: reconstructions, samples of the prior, and walks through latent space."""
+"""L8. Figures of image models: reconstructions, samples of the prior, and walks through latent space."""
 
 from __future__ import annotations
 

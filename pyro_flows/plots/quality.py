@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L5. Figures of a fit: how training went, what the importance weights say, and what the flow does to space."""
+"""L8. Figures of a fit: how training went, what the importance weights say, and what the flow does to space."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from pyro_flows._checks import check_int, check_positive
 from pyro_flows.diagnostics.calibration import Calibration
-from pyro_flows.diagnostics.psis import khat_threshold, pareto_smooth
 from pyro_flows.flows import Flow
 from pyro_flows.guides import AutoFlowGuide
+from pyro_flows.importance.psis import khat_threshold, pareto_smooth
 from pyro_flows.plots.common import STYLES, as_numpy, legend_above, new_axes, new_grid
 
 if TYPE_CHECKING:

@@ -21,9 +21,9 @@ from tables import Measure, Rows, parser, run
 
 from pyro_flows import AutoFlowGuide
 from pyro_flows.__main__ import model as eight_schools
-from pyro_flows.inference.fit import RATE_WARM, _default_particles
-from pyro_flows.inference.objective import Batches, Objective
-from pyro_flows.inference.steps import Trainer
+from pyro_flows.training.fit import RATE_WARM, _default_particles
+from pyro_flows.training.objective import Batches, Objective
+from pyro_flows.training.trainer import Trainer
 
 DECAYS = (0.98, 0.99, 0.995)
 STEPS = (250, 1000)

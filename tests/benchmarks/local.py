@@ -27,9 +27,9 @@ from tables import Measure, Rows, parser, run
 from torch import Tensor
 
 from pyro_flows import AutoFlowGuide, fit
-from pyro_flows.inference.fit import sparse_tables
-from pyro_flows.inference.objective import Batches, Objective
-from pyro_flows.inference.steps import Trainer
+from pyro_flows.training.fit import sparse_tables
+from pyro_flows.training.objective import Batches, Objective
+from pyro_flows.training.trainer import Trainer
 
 
 class Effects(NamedTuple):

@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_flows import AutoFlowGuide
 from pyro_flows.__main__ import model as eight_schools
-from pyro_flows.inference.machine_code import to_machine_code
+from pyro_flows.compiled.inductor import to_machine_code
 from pyro_flows.transforms import FlowTransform
 
 CHUNK, ROUND = 2**14, 10

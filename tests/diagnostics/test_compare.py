@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 from pyro_flows import compare
-from tests.diagnostics.fits import mixture, mixture_guide, normal_fit, one_mode
+from tests.fits import mixture, mixture_guide, normal_fit, one_mode
 
 
 @pytest.mark.parametrize("search", [True, False])

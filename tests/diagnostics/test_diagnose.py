@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from pyro_flows import diagnose
-from tests.diagnostics.fits import BAD, GOOD
+from tests.fits import BAD, GOOD
 
 
 @pytest.mark.parametrize("name", GOOD)

@@ -11,7 +11,7 @@ from pyro.infer.reparam import NeuTraReparam
 
 from pyro_flows import AutoFlowGuide
 from pyro_flows.diagnostics.verdict import NEUTRA
-from tests.diagnostics.fits import regression, regression_data, regression_posterior
+from tests.fits import regression, regression_data, regression_posterior
 
 DATA = regression_data(3, 2.0)
 

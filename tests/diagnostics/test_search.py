@@ -15,9 +15,9 @@ from torch import Tensor
 
 from pyro_flows import AutoFlowGuide, diagnose
 from pyro_flows.diagnostics.search import Search
-from pyro_flows.diagnostics.weights import Weigher
-from pyro_flows.guides.ascent import climb, local_factor
-from tests.diagnostics.fits import BAD, mixture, mixture_guide, one_mode
+from pyro_flows.importance.weights import Weigher
+from pyro_flows.starts.lbfgs import climb, local_factor
+from tests.fits import BAD, mixture, mixture_guide, one_mode
 
 
 def test_climbs_arrive_at_the_maximum_of_an_ill_conditioned_target() -> None:

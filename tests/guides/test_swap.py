@@ -20,7 +20,7 @@ from pyro.optim import Adam, ClippedAdam
 from torch import Tensor
 
 from pyro_flows import AutoFlowGuide, CompiledSVI, fit, flows
-from pyro_flows.inference import machine_code
+from pyro_flows.compiled import inductor
 from pyro_flows.transforms.representable import Representable
 
 FAMILIES = [name for name in flows.names() if flows.get(name).one_pass_sampling]
@@ -31,7 +31,7 @@ BROKE = ("auto", "site_ordered", "spline_coupling", "realnvp")
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs run as they are: compiling takes seconds, and is tested elsewhere."""
-    monkeypatch.setattr(machine_code, "_inductor", lambda graph, inputs, options: graph)
+    monkeypatch.setattr(inductor, "_inductor", lambda graph, inputs, options: graph)
 
 
 def all_finite(guide: torch.nn.Module) -> bool:

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L1. Adam's arithmetic as a part of a recorded step, with the optimiser's own state and options."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pyro.optim.clipped_adam
+import torch
+from torch import Tensor
+
+__all__ = ["AdamRule", "limited_step"]
+
+
+class AdamRule:
+    """The step of a torch or Pyro Adam on one parameter, as a function that can be recorded.
+
+    Moments, step count and learning rate stay where the optimiser keeps them, so that schedulers, ``get_state`` and an
+    ordinary ``optimizer.step`` find what they expect; only the arithmetic is done elsewhere, in one pass with the
+    gradient's.
+
+    Args:
+        optimizer: See :meth:`applies_to`.
+
+    References:
+        Kingma, Ba. Adam: A Method for Stochastic Optimization. ICLR 2015. arXiv:1412.6980, algorithm 1.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._group = optimizer.param_groups[0]
+        self._state = optimizer.state[self._group["params"][0]]
+        self._clips = isinstance(optimizer, pyro.optim.clipped_adam.ClippedAdam)
+        self.options = self._options()
+        self._next = self.rates(0.0, 0.0)
+        self._next_rates = self._next.numpy()  # shares memory
+
+    @staticmethod
+    def applies_to(optimizer: torch.optim.Optimizer) -> bool:
+        """Whether it is torch's ``Adam`` or Pyro's ``ClippedAdam``, without the options that are rarely used, of one
+        parameter that it has moved before, on a CPU: CUDA graphs do not bear inputs that change, and there Adam is one
+        kernel anyway."""
+        if type(optimizer) not in (torch.optim.Adam, pyro.optim.clipped_adam.ClippedAdam):
+            return False
+        (group,) = optimizer.param_groups
+        unusual = ("amsgrad", "maximize", "weight_decay", "centered_variance", "differentiable", "capturable")
+        known = not any(group.get(name) for name in unusual) and not torch.is_tensor(group["lr"])
+        return known and group["params"][0].device.type == "cpu"
+
+    def _options(self) -> tuple[Any, ...]:
+        return self._group["betas"], self._group["eps"], self._group.get("clip_norm")
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the options that are constants of :meth:`update` are what they were."""
+        return self.options == self._options()
+
+    @property
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Averages of the gradient and of its square."""
+        return self._state["exp_avg"], self._state["exp_avg_sq"]
+
+    def next_rates(self) -> Tensor:
+        """Count a step; the rate and the scale of the second moment's root for it, ``(2,)``, until the next call."""
+        group, state = self._group, self._state
+        count = state["step"]
+        if torch.is_tensor(count):  # by NumPy: an operation of torch's on one number takes longer than many a kernel
+            count = count.numpy()
+            count += 1
+        else:
+            count = state["step"] = count + 1
+        first, second = (1.0 - beta ** float(count) for beta in group["betas"])
+        if self._clips:
+            group["lr"] *= group["lrd"]
+            self._next_rates[:] = group["lr"] * math.sqrt(second) / first, 1.0
+        else:
+            self._next_rates[:] = group["lr"] / first, math.sqrt(second)
+        return self._next
+
+    def rates(self, rate: float, root: float) -> Tensor:
+        """Any rate and scale, as :meth:`next_rates` gives them."""
+        like = self._state["exp_avg"]
+        return torch.tensor((rate, root), dtype=like.dtype, device=like.device)
+
+    def update(
+        self, parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rates: Tensor, per_limit: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The new parameter and moments; can be recorded.
+
+        Args:
+            parameter: ``(N,)``.
+            gradient: ``(N,)``; entries that are not finite count as zero, since moments would never forget them.
+            first: From :attr:`moments`.
+            second: Likewise.
+            rates: From :meth:`next_rates`.
+            per_limit: See :func:`limited_step`.
+        """
+        gradient = gradient.nan_to_num(0.0, 0.0, 0.0)
+        (beta1, beta2), eps, bound = self.options
+        rate, root = rates.unbind(0)
+        if bound is not None:
+            gradient = gradient.clamp(-bound, bound)
+        first = torch.lerp(first, gradient, 1.0 - beta1)
+        second = beta2 * second + (1.0 - beta2) * gradient * gradient
+        step = -rate * first / (second.sqrt() / root + eps)
+        return parameter + limited_step(step, per_limit), first, second
+
+
+def limited_step(step: Tensor, per_limit: Tensor) -> Tensor:
+    """A step with its limited entries shortened, all by one factor, so that none is longer than its limit.
+
+    Args:
+        step: ``(N,)``.
+        per_limit: One over the limit of each entry, and zero where there is none, ``(N,)``.
+    """
+    excess = (step.abs() * per_limit).amax().clamp_min(1.0)
+    return torch.where(per_limit > 0.0, step / excess, step)

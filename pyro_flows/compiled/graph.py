@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L1. A loss and its gradient as one graph of tensor operations over a single flat parameter, without Python."""
+
+from __future__ import annotations
+
+import operator
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from pyro_flows._blame import blame
+from pyro_flows.compiled.adam import AdamRule
+from pyro_flows.compiled.inductor import to_machine_code, without_collector
+from pyro_flows.compiled.parameters import FlatParameter, RecordingError, trial
+from pyro_flows.compiled.script import to_script
+
+__all__ = ["LossGraph", "used_leaves"]
+
+# A graph has to give the loss and the gradient of the eager code from the same noise, up to rounding: relative to
+# their size, by precision.
+AGREEMENT = {torch.float64: 1e-8}
+ROUGH_AGREEMENT = 2e-3
+Loss = Callable[..., Tensor]
+
+
+def used_leaves(loss: Loss, leaves: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Those leaves that the loss has a gradient in, once each, found by an eager step."""
+    trained = list({id(leaf): leaf for leaf in leaves if leaf.requires_grad}.values())
+    with _recordable():
+        gradients = torch.autograd.grad(loss(*args, **kwargs), trained, allow_unused=True)
+    return [leaf for leaf, gradient in zip(trained, gradients, strict=True) if gradient is not None]
+
+
+class LossGraph:
+    """A loss and its gradient, for arguments of one structure.
+
+    Tensors among the arguments are inputs: new data of the same shapes take no recording. Those that the code finds by
+    itself (in a closure, buffers of a module) are read at each call from where they were, and noise is drawn afresh.
+    Everything else, such as numbers and flags, is as it was when recording.
+
+    Args:
+        loss: Differentiable; takes the arguments.
+        parameter: What to differentiate in.
+        args: Arguments to record with.
+        kwargs: Likewise.
+        state: Tensors that the loss may change in place, such as running means. Trials leave them as they were.
+
+    Raises:
+        RecordingError: If the loss is no fixed sequence of tensor operations, or the graph does not agree with it.
+
+    Attributes:
+        num_operations: Size of the graph.
+        rule: The optimiser's step that is a part of the graph; None if that ends with the gradient.
+        is_fresh: Whether nobody has tried to compile it yet.
+    """
+
+    def __init__(
+        self,
+        loss: Loss,
+        parameter: FlatParameter,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        state: Sequence[Tensor] = (),
+    ) -> None:
+        self._parameter = parameter
+        self._state = tuple(state)
+        self.rule: AdamRule | None = None
+        self.is_fresh = True
+        self._structure = _structure(args, kwargs)
+        inputs, spec = pytree.tree_flatten((args, kwargs))
+        data = _tensors(args, kwargs)
+
+        def gradient(leaves: list[Tensor], data: list[Tensor]) -> tuple[Tensor, ...]:
+            rest = iter(data)
+            args, kwargs = pytree.tree_unflatten(
+                [next(rest) if torch.is_tensor(value) else value for value in inputs], spec
+            )
+            value = loss(*args, **kwargs)
+            return value.detach(), *torch.autograd.grad(value, leaves)
+
+        with _recordable():
+            with trial(self._state):
+                expected = gradient(parameter.leaves, data)
+            try:
+                # One mode for all that is noted of tensors: else each tensor gets its own, with a trace of the stack.
+                fake = FakeTensorMode(allow_fallback_kernels=True)
+                with trial(self._state), tracing(TracingContext(fake)), without_collector():
+                    graph = make_fx(gradient)(parameter.leaves, data)
+            except Exception as error:  # whatever torch says of code that it can't follow
+                raise RecordingError(blame(error, __file__)) from error
+        graph.graph.set_codegen(torch.fx.graph.CodeGen())
+        self._captured = _lift_constants(graph)
+        _flatten_leaves(graph, parameter)
+        graph.graph.eliminate_dead_code()
+        graph.graph.lint()
+        graph.recompile()
+        self._run: Callable[..., Sequence[Tensor]] = graph
+        self._graph = graph
+        self.num_operations = sum(node.op == "call_function" for node in graph.graph.nodes)
+        gradients = torch.cat([part.reshape(-1) for part in expected[1:]])
+        try:
+            with trial(self._state):
+                found = self(args, kwargs)
+        except RuntimeError as error:  # a draw that the model refuses
+            raise RecordingError(blame(error, __file__)) from error
+        self._verify([expected[0], gradients], found)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the optimiser's options are those that it was compiled with."""
+        return self.rule is None or self.rule.is_current
+
+    def matches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether it is for arguments like these."""
+        return self.is_current and _structure(args, kwargs) == self._structure
+
+    @torch.no_grad()
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Loss, ``()``, and gradient in the flat parameter, which has moved if :attr:`rule` is not None."""
+        state = () if self.rule is None else (*self.rule.moments, self.rule.next_rates(), self._parameter.per_limit)
+        loss, gradient = self._run(self._parameter.vector, *state, *_tensors(args, kwargs), *self._captured)
+        return loss, gradient
+
+    @torch.no_grad()
+    def script(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Have TorchScript run the graph, in half the time; takes a second or two. Leaves it as it is if that fails.
+
+        Args:
+            args: Arguments like those that it was recorded with.
+            kwargs: Likewise.
+        """
+        inputs = [self._parameter.vector, *_tensors(args, kwargs), *self._captured]
+        try:
+            with trial(self._state):
+                run = to_script(self._graph, inputs)
+            with trial(self._state):
+                expected = self._graph(*inputs)
+            with trial(self._state):
+                self._verify(expected, run(*inputs))
+        except Exception:  # whatever torch says of a graph that it can't take down
+            return
+        self._run = run
+
+    @torch.no_grad()
+    def compile(self, args: tuple[Any, ...], kwargs: dict[str, Any], rule: AdamRule | None = None) -> None:
+        """Have torch's compiler turn the graph into machine code; takes seconds to minutes, unless it did so before.
+
+        Noise is drawn by the same functions as in eager code, so that the same seed gives the same numbers.
+
+        Args:
+            args: Arguments like those that it was recorded with.
+            kwargs: Likewise.
+            rule: An optimiser's step that becomes a part of the graph.
+
+        Raises:
+            RuntimeError: If there is no working C++ compiler, or torch's fails. The graph itself still runs.
+        """
+        assert self.is_fresh
+        self.is_fresh = False
+        inputs = [self._parameter.vector, *_tensors(args, kwargs), *self._captured]
+        with trial(self._state):
+            expected = self._run(*inputs)
+        if rule is not None:
+            _append_step(self._graph, rule, inputs[0])
+            self.rule = rule
+            # A trial, on copies; from a second moment that does not vanish where gradients are only rounding.
+            ones = torch.ones_like(inputs[0])
+            example = [torch.zeros_like(ones), ones, rule.rates(1.0, 1.0), self._parameter.per_limit]
+            expected = [*expected, rule.update(inputs[0], expected[1], *example)[0]]
+            inputs[:1] = [inputs[0].clone(), *example]
+        try:
+            run = to_machine_code(self._graph, inputs)
+            with trial(self._state):
+                found = [*run(*inputs), *([] if rule is None else inputs[:1])]
+        except Exception as error:  # a missing compiler is reported in many ways
+            raise RuntimeError(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
+        self._verify(expected, found)
+        self._run = run
+
+    def _verify(self, expected: Sequence[Tensor], found: Sequence[Tensor]) -> None:
+        """Whether two runs from the same noise agree.
+
+        Raises:
+            RecordingError: If not.
+        """
+        tolerance = AGREEMENT.get(self._parameter.flat.dtype, ROUGH_AGREEMENT)
+        for name, one, other in zip(("loss", "gradient", "step"), expected, found):  # the last is not always there
+            if not one.isfinite().all():
+                raise RecordingError(f"its {name} is not finite")
+            if not (one - other).norm() <= tolerance * (1e-3 + one.norm()):
+                raise RecordingError(
+                    f"its {name} is not repeated by the recorded operations from the same noise: random numbers that "
+                    "are not torch's, or state that changes from call to call"
+                )
+
+
+def _append_step(graph: GraphModule, rule: AdamRule, vector: Tensor) -> None:
+    """Have the graph move its parameter, in place, by what it gives as the gradient."""
+    nodes = graph.graph
+    values = [*(torch.zeros_like(vector) for _ in range(4)), rule.rates(1.0, 1.0), torch.zeros_like(vector)]
+    step = make_fx(lambda *values: rule.update(*values))(*values)
+    flat = next(iter(nodes.nodes))
+    output = next(node for node in nodes.nodes if node.op == "output")
+    state: list[Node] = []
+    for name in ("per_limit", "rates", "second_moment", "first_moment"):
+        with nodes.inserting_after(flat):
+            state.insert(0, nodes.placeholder(name))
+    given = [flat, output.args[0][1], *state]
+    places = [node for node in step.graph.nodes if node.op == "placeholder"]
+    with nodes.inserting_before(output):
+        moved: Any = nodes.graph_copy(step.graph, dict(zip(places, given, strict=True)))
+        for old, new in zip([flat, *state[:2]], moved, strict=True):
+            nodes.call_function(torch.ops.aten.copy_.default, (old, new))
+    nodes.lint()
+    graph.recompile()
+
+
+def _flat_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Sequence[Any], Any]:
+    """All leaves of arguments, and how these hold them. A tuple of tensors is the common case, and its own leaves."""
+    if not kwargs and all(torch.is_tensor(value) for value in args):
+        return args, len(args)
+    inputs, spec = pytree.tree_flatten((args, kwargs))
+    return inputs, spec
+
+
+def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    return [value for value in _flat_arguments(args, kwargs)[0] if torch.is_tensor(value)]
+
+
+def _structure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What arguments have to share to share a graph."""
+    inputs, spec = _flat_arguments(args, kwargs)
+    kinds: list[Any] = []
+    for value in inputs:
+        if torch.is_tensor(value):
+            kinds.append((value.shape, value.stride(), value.dtype, value.device, value.requires_grad))
+        elif isinstance(value, (int, float, str, bool, type(None))):
+            kinds.append((type(value), value))
+        else:
+            kinds.append((type(value), id(value)))
+    return (spec, *kinds)
+
+
+def _lift_constants(graph: GraphModule) -> list[Tensor]:
+    """Turn tensors that the graph holds into further inputs, and return them."""
+    last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
+    lifted: dict[int, Node] = {}
+    captured: list[Tensor] = []
+    held = {node: getattr(graph, node.target) for node in graph.graph.nodes if node.op == "get_attr"}
+    for node, tensor in held.items():
+        if id(tensor) not in lifted:
+            with graph.graph.inserting_after(last):
+                last = lifted[id(tensor)] = graph.graph.placeholder(f"captured_{len(captured)}")
+            captured.append(tensor.detach())
+        node.replace_all_uses_with(lifted[id(tensor)])
+        graph.graph.erase_node(node)
+    return captured
+
+
+def _flatten_leaves(graph: GraphModule, parameter: FlatParameter) -> None:
+    """Have the graph take one vector for all leaves, and return one gradient."""
+    nodes = graph.graph
+    leaves = [node for node in nodes.nodes if node.op == "placeholder"][: len(parameter.leaves)]
+    with nodes.inserting_before(leaves[0]):
+        flat = nodes.placeholder("flat")
+    first = next(node for node in nodes.nodes if node.op != "placeholder")
+    with nodes.inserting_before(first):
+        parts = nodes.call_function(torch.ops.aten.split_with_sizes.default, (flat, parameter.sizes))
+        for index, (node, leaf) in enumerate(zip(leaves, parameter.leaves, strict=True)):
+            part = nodes.call_function(operator.getitem, (parts, index))
+            node.replace_all_uses_with(nodes.call_function(torch.ops.aten.view.default, (part, list(leaf.shape))))
+    for node in leaves:
+        nodes.erase_node(node)
+    output = next(node for node in nodes.nodes if node.op == "output")
+    loss, *gradients = output.args[0]
+    with nodes.inserting_before(output):
+        rows = [nodes.call_function(torch.ops.aten.reshape.default, (gradient, [-1])) for gradient in gradients]
+        joined = nodes.call_function(torch.ops.aten.cat.default, (rows,))
+    output.args = ((loss, joined),)
+
+
+@contextmanager
+def _recordable() -> Iterator[None]:
+    """Pyro without what looks at values: validation, warnings about NaN, and losses as Python numbers."""
+    places: list[tuple[types.ModuleType, str, Any]] = []
+    replacements: dict[str, Callable[..., Any]] = {
+        "warn_if_nan": lambda value, *_, **__: value,
+        "warn_if_inf": lambda value, *_, **__: value,
+        "torch_item": lambda value: value.detach() if torch.is_tensor(value) else value,
+    }
+    for name, module in list(sys.modules.items()):
+        if name.startswith("pyro.") and isinstance(module, types.ModuleType):
+            places += [(module, key, vars(module)[key]) for key in replacements if key in vars(module)]
+    try:
+        for module, key, _ in places:
+            setattr(module, key, replacements[key])
+        with pyro.validation_enabled(False), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning)
+            yield
+    finally:
+        for module, key, original in places:
+            setattr(module, key, original)

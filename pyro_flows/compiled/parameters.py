@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L1. What a step of a model and a guide moves or changes: parameters as one vector, and state in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, Protocol
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_flows.compiled.adam import limited_step
+
+__all__ = ["FlatParameter", "RecordingError", "StepLimit", "leaves_of", "limits_of", "modules_of", "state_of", "trial"]
+
+
+class RecordingError(RuntimeError):
+    """A step that is no fixed sequence of tensor operations; the message says which line makes it so."""
+
+
+class StepLimit(Protocol):
+    """How far a step may move some parameters of a guide: what any of its modules may have, as ``self.step_limit``.
+
+    Who moves the parameters keeps to it, and says so by :meth:`forget`.
+
+    Attributes:
+        parameters: Those whose steps are limited.
+        largest_step: How far an entry of them may move in a step, > 0.
+    """
+
+    parameters: list[Tensor]
+    largest_step: float
+
+    def forget(self) -> None:
+        """What moved until now needs no shortening."""
+
+
+class FlatParameter:
+    """Leaves of a model and a guide as views of one vector, so that an optimiser has a single tensor to move.
+
+    The leaves stay what they are to everyone else (parameters of modules, entries of Pyro's store), but share memory
+    with :attr:`flat` until :meth:`release`; so does :attr:`vector`, which is no parameter.
+
+    Args:
+        leaves: Unconstrained parameters, of one dtype and on one device.
+        limits: Those of guides, which who moves the vector keeps.
+
+    Attributes:
+        per_limit: One over the largest step of each entry, ``(N,)``; 0 where there is no limit.
+
+    Raises:
+        RecordingError: If there are none, or they are of several dtypes or on several devices.
+    """
+
+    def __init__(self, leaves: Sequence[Tensor], limits: Sequence[StepLimit] = ()) -> None:
+        kinds = {(leaf.dtype, leaf.device) for leaf in leaves}
+        if len(kinds) != 1:
+            found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds)) or "none"
+            raise RecordingError(f"expected parameters of one dtype on one device, but got {found}")
+        self.leaves = list(leaves)
+        self.flat = torch.nn.Parameter(torch.cat([leaf.detach().reshape(-1) for leaf in leaves]))
+        self.vector = self.flat.detach()
+        self.sizes = [leaf.numel() for leaf in leaves]
+        slow = {id(leaf): 1.0 / limit.largest_step for limit in limits for leaf in limit.parameters}
+        rows = [self.vector.new_full((leaf.numel(),), slow.get(id(leaf), 0.0)) for leaf in leaves]
+        self.per_limit = torch.cat(rows)
+        for leaf, part in zip(leaves, self.flat.detach().split(self.sizes), strict=True):
+            leaf.data = part.view(leaf.shape)
+
+    @contextmanager
+    def limited(self) -> Iterator[None]:
+        """Shortens what moves meanwhile; see :func:`limited_step`."""
+        before = self.vector.clone()
+        yield
+        with torch.no_grad():
+            self.vector.copy_(before + limited_step(self.vector - before, self.per_limit))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all leaves still share memory with the vector: nobody has given one other memory."""
+        step = self.flat.element_size()
+        address = self.flat.data_ptr()
+        for leaf, size in zip(self.leaves, self.sizes, strict=True):
+            if leaf.data_ptr() != address:
+                return False
+            address += size * step
+        return True
+
+    def gather_gradients(self) -> None:
+        """Move the gradients of the leaves into that of the vector."""
+        parts = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self.leaves]
+        self.flat.grad = torch.cat([part.reshape(-1) for part in parts])
+        for leaf in self.leaves:
+            leaf.grad = None
+
+    def release(self) -> None:
+        """Give each leaf memory of its own again."""
+        for leaf in self.leaves:
+            leaf.data = leaf.detach().clone()
+
+
+def leaves_of(run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Unconstrained leaves of all param statements of a run."""
+    with pyro.validation_enabled(False), poutine.block(), poutine.trace(param_only=True) as capture:
+        run(*args, **kwargs)
+    return [node["value"].unconstrained() for node in capture.trace.nodes.values()]
+
+
+def state_of(*programs: Any) -> list[Tensor]:
+    """Buffers of the modules that a model and a guide are made of: what a run may change in place."""
+    modules = [module for program in programs for module in modules_of(program)]
+    return list({id(buffer): buffer for module in modules for buffer in module.buffers()}.values())
+
+
+def modules_of(program: Any, depth: int = 4) -> Iterator[torch.nn.Module]:
+    """A module; or those that a function holds, such as ``poutine.block(guide)`` or ``lambda x: guide(x)``."""
+    if isinstance(program, torch.nn.Module):
+        yield program
+    elif depth:
+        held = [getattr(program, "__self__", None), *getattr(program, "args", ())]  # of a method, of a partial
+        for cell in getattr(program, "__closure__", None) or ():
+            with suppress(ValueError):  # an empty one
+                held.append(cell.cell_contents)
+        for part in held:
+            if callable(part) and part is not program:
+                yield from modules_of(part, depth - 1)
+
+
+def limits_of(program: Any) -> list[StepLimit]:
+    """The limits on steps of a guide's modules; see :class:`StepLimit`."""
+    parts = [part for module in modules_of(program) for part in module.modules()]
+    # What a module holds itself: a guide may show that of a part of it, once it is set up.
+    return list({id(limit): limit for part in parts if (limit := vars(part).get("step_limit")) is not None}.values())
+
+
+@contextmanager
+def trial(state: Sequence[Tensor]) -> Iterator[None]:
+    """Leaves torch's generator and a state as they were before."""
+    generator, before = torch.random.get_rng_state(), [value.clone() for value in state]
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(generator)
+        with torch.no_grad():
+            for value, old in zip(state, before, strict=True):
+                value.copy_(old)

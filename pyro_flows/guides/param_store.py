@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L5. A guide's parameters in Pyro's store: found by SVI, under names of their own, saved and loaded with the store."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoContinuous
+from pyro.nn.module import _is_module_local_param_enabled
+from torch import Tensor, nn
+
+from pyro_flows.transforms.preconditioner import look_again
+
+__all__ = ["StoredGuide"]
+
+
+class StoredGuide(AutoContinuous):
+    """An autoguide of plain ``nn.Parameter``s that settles which names in Pyro's parameter store are its own.
+
+    Args:
+        model: A Pyro model.
+        init_loc_fn: See ``AutoContinuous``.
+        name: Name in Pyro's parameter store. None takes a free one. A guide with a name takes over parameters that it
+            finds under that name.
+    """
+
+    _model: tuple[Callable[..., Any], ...] | None
+
+    def __init__(self, model: Any, init_loc_fn: Any, name: str | None) -> None:
+        super().__init__(model, init_loc_fn=init_loc_fn)
+        assert self._model is not None
+        self._model = (model, *self._model)  # the second one has its latents at their start
+        self._given_name = name
+        self._registered = False
+        # Found once: looking for them takes as long as many an operation.
+        self._own: list[tuple[str, nn.Parameter]] | None = None
+        if name is not None:
+            self._pyro_name = name
+
+    @property
+    def model(self) -> Callable[..., Any]:
+        """The model; not part of a pickled guide."""
+        return self._models()[0]
+
+    @property
+    def started_model(self) -> Callable[..., Any]:
+        """The model with its latents at their start. What sets latents itself need not ask an ``init_loc_fn``."""
+        return self._models()[1]
+
+    def _models(self) -> tuple[Callable[..., Any], ...]:
+        if self._model is None:
+            raise RuntimeError(
+                "AutoFlowGuide: expected a model, but a guide that was loaded from a file has none. "
+                "Use the model itself, or load a state_dict into a fresh AutoFlowGuide(model)."
+            )
+        return self._model
+
+    def _trained(self) -> nn.Module:
+        """The module that holds the parameters."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        for param in self.parameters():
+            param.__dict__.pop("unconstrained", None)  # A weak reference that pyro.param sets at each call.
+        return {**self.__dict__, "_model": None, "master": None, "_registered": False, "_own": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StoredGuide:
+        """A copy with parameters of its own and the same model; it takes a new name in the parameter store."""
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        state = {**self.__getstate__(), "_given_name": None}
+        new.__setstate__(copy.deepcopy(state, memo))
+        new._model = self._model
+        return new
+
+    def _declare_parameters(self) -> None:
+        """Run a param statement for every trainable parameter, so that SVI finds it."""
+        if self._own is None:
+            self._own = list(self._trained().named_parameters("posterior"))
+        params = [(name, p) for name, p in self._own if p.requires_grad]
+        if _is_module_local_param_enabled():
+            for name, param in params:
+                fullname = f"{self._pyro_name}.{name}"
+                # What Pyro does for a PyroParam; for a plain nn.Parameter it omits `unconstrained`, and SVI fails.
+                value = param.detach()
+                value.unconstrained = weakref.ref(param)  # type: ignore[attr-defined]
+                statement = poutine.runtime.effectful(type="param")(lambda *_, value=value, **__: value)
+                statement(fullname, param, constraint=dist.constraints.real, event_dim=param.dim(), name=fullname)
+            return
+        if not self._registered or self._is_displaced(params):
+            self._register(params)
+        for name, param in params:
+            pyro.param(f"{self._pyro_name}.{name}", param, event_dim=param.dim())
+
+    def _is_displaced(self, params: Sequence[tuple[str, Tensor]], prefix: str | None = None) -> bool:
+        """Whether the store holds another tensor under one of our names."""
+        store = pyro.get_param_store()._params
+        prefix = self._pyro_name if prefix is None else prefix
+        return any(store.get(f"{prefix}.{name}", param) is not param for name, param in params)
+
+    def _register(self, params: Sequence[tuple[str, Tensor]]) -> None:
+        """Settle which names in the store are ours; see the constructor's ``name``."""
+        if self._is_displaced(params):
+            if self._pyro_name == self._given_name:
+                self._adopt(params)
+            else:
+                free = self._free_name(params)
+                if self._registered:
+                    warnings.warn(
+                        f"AutoFlowGuide: the parameter store holds other tensors under the name '{self._pyro_name}' "
+                        f"(another guide's, or a loaded file's), so this guide goes on with its own as '{free}'. "
+                        "To take parameters from the store, pass a name: AutoFlowGuide(model, name=...).",
+                        stacklevel=6,
+                    )
+                self._pyro_set_supermodule(free, self._pyro_context)
+        self._registered = True
+
+    def _free_name(self, params: Sequence[tuple[str, Tensor]]) -> str:
+        stem, _, suffix = self._pyro_name.rpartition("_")
+        if not (stem and suffix.isdigit()):
+            stem = self._pyro_name
+        index = 1
+        while self._is_displaced(params, f"{stem}_{index}"):
+            index += 1
+        return f"{stem}_{index}"
+
+    @torch.no_grad()
+    def _adopt(self, params: Sequence[tuple[str, Tensor]]) -> None:
+        store = pyro.get_param_store()
+        for name, param in params:
+            fullname = f"{self._pyro_name}.{name}"
+            if fullname not in store:
+                continue
+            found = store[fullname]
+            if found.shape != param.shape:
+                raise RuntimeError(
+                    f"AutoFlowGuide: expected the parameter store's '{fullname}' to have shape {tuple(param.shape)}, "
+                    f"but got {tuple(found.shape)}. Pass another name= or call pyro.clear_param_store()."
+                )
+            param.copy_(found)
+            del store[fullname]
+        look_again(self._trained())

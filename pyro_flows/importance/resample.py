@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L6. :func:`importance_resample`: draws of the posterior from a guide that is not quite there."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_flows._checks import check_int
+from pyro_flows.importance.psis import Smoothed, khat_threshold, nearly_constant, pareto_smooth
+from pyro_flows.importance.weights import Weigher
+
+__all__ = ["importance_resample"]
+
+# Draws of the guide for each one that is kept, and the fewest.
+DRAWS_PER_SAMPLE, MIN_DRAWS = 10, 10_000
+# Above this the weights have no mean.
+HOPELESS = 1.0
+
+
+def importance_resample(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    num_samples: int,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    num_draws: int | None = None,
+    progress: bool = True,
+    seed: int | None = None,
+) -> dict[str, Tensor]:
+    r"""Draw from the guide, and pick among the draws by their Pareto-smoothed importance weights.
+
+    Systematic resampling: a draw of normalised weight w is picked ``num_samples * w`` times, rounded up or down, so
+    that heavy draws repeat. Where every site is in one plate, each item is resampled on its own.
+
+    Args:
+        model: Any Pyro model.
+        guide: Any Pyro guide with a density, trained.
+        num_samples: Number of draws to keep, >= 1.
+        args: The model's arguments.
+        kwargs: The model's keyword arguments.
+        num_draws: Number of draws of the guide, all of which are held in memory, >= 100. None takes ten for each
+            that is kept, and 10,000 at least.
+        progress: Whether to show a bar, if it takes more than a second.
+        seed: As in :func:`diagnose`.
+
+    Returns:
+        Site name -> ``(num_samples, *site shape)``, in random order.
+
+    Raises:
+        RuntimeError: If k-hat is above 1: the weights have no mean, and no number of draws would help.
+        NotImplementedError: If plates are subsampled, or as :func:`diagnose`.
+
+    Warns:
+        UserWarning: If k-hat is above the limit (0.7 for 2000 draws and more).
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> from pyro.infer.autoguide import AutoNormal
+        >>> from pyro_flows import importance_resample
+        >>> def model():
+        ...     pyro.sample("z", dist.Normal(0.0, 1.0))
+        >>> guide = AutoNormal(model, init_scale=1.2)
+        >>> {name: tuple(z.shape) for name, z in importance_resample(model, guide, 500, seed=0).items()}
+        {'z': (500,)}
+    """
+    check_int("importance_resample", "num_samples", num_samples, 1)
+    if num_draws is None:
+        num_draws = max(MIN_DRAWS, DRAWS_PER_SAMPLE * num_samples)
+    check_int("importance_resample", "num_draws", num_draws, 100)
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+        weigher = Weigher("importance_resample", model, guide, args, kwargs)
+        if weigher.structure.subsampled:
+            raise NotImplementedError(
+                f"importance_resample: expected full plates, but '{weigher.structure.subsampled[0]}' is subsampled, "
+                "which makes weights noisy. Pass a model of the full plate."
+            )
+        chunks = list(weigher.chunks(num_draws, progress=progress))
+        smoothed = [pareto_smooth(column) for column in torch.cat([c.log_weights for c in chunks]).unbind(1)]
+        _check(torch.tensor([_khat(item) for item in smoothed]), num_draws)
+        picks = torch.stack([_systematic(item.log_weights.exp(), num_samples) for item in smoothed], -1)  # (S, N)
+    result = {}
+    for latent in weigher.structure.latents:
+        values = torch.cat([chunk.values[latent.name] for chunk in chunks])
+        axis = weigher.structure.item_axis(latent)
+        if axis is None:
+            result[latent.name] = values[picks[:, 0]]
+        else:
+            rows = values.movedim(1 + axis, 1)  # (num_draws, N, ...)
+            chosen = rows[picks, torch.arange(rows.shape[1], device=rows.device)]
+            result[latent.name] = chosen.movedim(1, 1 + axis)
+    return result
+
+
+def _khat(smoothed: Smoothed) -> float:
+    """k-hat; 0 where the weights are nearly constant, and it is that of noise."""
+    weights = smoothed.log_weights
+    largest, ess = float(weights.max()) + math.log(len(weights)), float((-(2.0 * weights).logsumexp(0)).exp())
+    return 0.0 if nearly_constant(largest, ess, len(weights)) else smoothed.khat
+
+
+def _check(khat: Tensor, num_draws: int) -> None:
+    # Over many items one noisy fit is no reason to refuse them all.
+    worst = khat.quantile(0.95, interpolation="higher").item()
+    if worst > HOPELESS:
+        raise RuntimeError(
+            f"importance_resample: expected weights with a mean, but k-hat is {worst:.2f}, so a few draws would be all "
+            "there is. Train longer, or use NUTS; `print(diagnose(model, guide, args))` says which."
+        )
+    if worst > khat_threshold(num_draws):
+        warnings.warn(
+            f"importance_resample: k-hat is {worst:.2f}, above {khat_threshold(num_draws):.2f}; the draws still lean "
+            "towards the guide. See `diagnose(model, guide, args)` for what else to do.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _systematic(weights: Tensor, count: int) -> Tensor:
+    """Indices of ``count`` draws; one uniform number for all of them, which adds the least noise."""
+    positions = (torch.arange(count, dtype=torch.double, device=weights.device) + torch.rand(())) / count
+    index = torch.searchsorted(weights.cumsum(0), positions).clamp_max(len(weights) - 1)
+    return index[torch.randperm(count)]

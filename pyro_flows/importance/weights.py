@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L6. Log importance weights, log p(x, z) - log q(z) with z drawn from any guide: the one place that computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_flows.models.particles import runs_in_a_plate
+from pyro_flows.models.scoring import ModelScorer, Score, concatenate
+from pyro_flows.models.structure import Structure, read_structure
+from pyro_flows.models.traces import DRAWS, mini_batches, sample_nodes
+
+__all__ = ["Draws", "Weigher", "log_weights"]
+
+# Numbers in flight at once: draws a chunk times the numbers that one draw takes.
+MAX_ELEMENTS = 2**20
+MAX_CHUNK = 4096
+# Draws by which ways of running the guide and the model are compared.
+PROBES = 3
+# Number of mini-batches that an estimate over them is made of.
+MINI_BATCHES = 100
+
+
+class Draws(NamedTuple):
+    """Draws of a guide and their log densities, these in float64 on the CPU; N is the number of items, or 1.
+
+    Attributes:
+        values: Latent site -> ``(S, *site shape)``.
+        log_likelihood: log p(x | z), ``(S, N)``.
+        log_priors: Latent site -> log p(site | those before it), ``(S, N)``.
+        log_guide: log q(z), ``(S, N)``.
+    """
+
+    values: dict[str, Tensor]
+    log_likelihood: Tensor
+    log_priors: dict[str, Tensor]
+    log_guide: Tensor
+
+    @property
+    def log_prior(self) -> Tensor:
+        """log p(z), ``(S, N)``."""
+        return sum(self.log_priors.values(), torch.zeros_like(self.log_guide))
+
+    @property
+    def log_weights(self) -> Tensor:
+        """``(S, N)``; minus infinity where the model has no density."""
+        weights = self.log_likelihood + self.log_prior - self.log_guide
+        return torch.where(weights.isnan(), -torch.inf, weights)
+
+
+class Weigher:
+    """Draws from a guide in chunks of bounded size, and weighs the draws.
+
+    The guide is run once a chunk, under an outer plate as vectorised particles are, if it scores those draws as it
+    scores single ones; else once a draw. For the model see :class:`~pyro_flows.models.scoring.ModelScorer`.
+
+    Args:
+        owner: Whom errors name.
+        model: The model.
+        guide: Any guide that has a density.
+        args: The model's arguments.
+        kwargs: Likewise.
+
+    Attributes:
+        structure: What is known of the two.
+        score: The model's log density.
+        draws_at_once: Whether many draws take one run of the guide.
+        chunk: Number of draws that are in flight at once.
+    """
+
+    def __init__(
+        self,
+        owner: str,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any] | None,
+    ) -> None:
+        self._guide = guide
+        self._args = args
+        self._kwargs = dict(kwargs or {})
+        self.structure: Structure = read_structure(owner, model, guide, args, self._kwargs)
+        singles = [self._draw_one() for _ in range(PROBES)]
+        probe = {name: torch.stack([values[name] for values, _, _ in singles]) for name in singles[0][0]}
+        self.score = ModelScorer(owner, model, args, self._kwargs, self.structure, probe)
+        call = self.score.model.call
+        self.draws_at_once = runs_in_a_plate(guide, call, self.structure.nesting, PROBES)
+        self.chunk = max(1, min(MAX_CHUNK, MAX_ELEMENTS // max(self.structure.elements, 1)))
+
+    def chunks(self, num_samples: int, *, progress: bool) -> Iterator[Draws]:
+        """So many draws; with subsampled plates in at least 100 chunks, each of which is one mini-batch."""
+        chunk = self.chunk
+        if self.structure.subsampled:
+            chunk = min(chunk, max(1, num_samples // MINI_BATCHES))
+        with tqdm(total=num_samples, desc="draws", disable=not progress, delay=1.0) as bar:
+            for start in range(0, num_samples, chunk):
+                draws = self.draw(min(chunk, num_samples - start))
+                bar.update(len(draws.log_guide))
+                yield draws
+
+    @torch.no_grad()
+    def draw(self, count: int) -> Draws:
+        """``count`` draws, in one run of the guide and of the model where they allow it."""
+        values, (likelihood, priors), log_guide = self._draw_and_score(count)
+        return Draws(values, likelihood.cpu(), {name: prior.cpu() for name, prior in priors.items()}, log_guide.cpu())
+
+    def _draw_and_score(self, count: int) -> tuple[dict[str, Tensor], Score, Tensor]:
+        if self.draws_at_once:
+            values, indices, log_guide = self._draw_many(count)
+            return values, self.score(values, indices), log_guide
+        singles = [self._draw_one() for _ in range(count)]
+        values = {name: torch.stack([single[0][name] for single in singles]) for name in singles[0][0]}
+        log_guide = torch.cat([single[2] for single in singles])
+        if not self.structure.subsampled:
+            return values, self.score(values, singles[0][1]), log_guide
+        scores = [self.score({k: v.unsqueeze(0) for k, v in one.items()}, indices) for one, indices, _ in singles]
+        return values, concatenate(scores), log_guide
+
+    def log_joint(self, packed: Tensor) -> Tensor:
+        """log p(x, z) in unconstrained space, ``(S, N, d)`` to ``(S, N)`` in float64; differentiable."""
+        values, log_det = self.structure.unpack(packed)
+        return self.score(values).log_joint + log_det
+
+    def _draw_one(self) -> tuple[dict[str, Tensor], dict[str, Any], Tensor]:
+        """Values of the latents, mini-batches, and log q ``(1, N)``."""
+        with torch.no_grad(), poutine.block():
+            trace = poutine.trace(self._guide).get_trace(*self._args, **self._kwargs)
+            trace.compute_log_prob()
+        values = {site.name: trace.nodes[site.name]["value"] for site in self.structure.latents}
+        return values, mini_batches(trace), self._log_guide(trace, 1)
+
+    def _draw_many(self, count: int) -> tuple[dict[str, Tensor], dict[str, Any], Tensor]:
+        with torch.no_grad(), poutine.block(), pyro.plate(DRAWS, count, dim=-1 - self.structure.nesting):
+            trace = poutine.trace(self._guide).get_trace(*self._args, **self._kwargs)
+            trace.compute_log_prob()
+        drawn = {site.name: trace.nodes[site.name]["value"] for site in self.structure.latents}
+        values = {name: self.score.model.rows(name, value, count) for name, value in drawn.items()}
+        return values, mini_batches(trace), self._log_guide(trace, count)
+
+    def _log_guide(self, trace: Trace, count: int) -> Tensor:
+        terms = [self.structure.per_draw(node["log_prob"], count) for node in sample_nodes(trace).values()]
+        return torch.stack(terms).sum(0)
+
+
+def log_weights(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    num_samples: int,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Log weights ``(num_samples,)`` in float64, and the draws they belong to, ``(num_samples, *site shape)`` a site.
+
+    For those who want the numbers only; :func:`~pyro_flows.diagnose` says what they mean.
+    """
+    chunks = list(Weigher("log_weights", model, guide, args, kwargs).chunks(num_samples, progress=False))
+    values = {name: torch.cat([chunk.values[name] for chunk in chunks]) for name in chunks[0].values}
+    return torch.cat([chunk.log_weights.sum(-1) for chunk in chunks]), values

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L3. The joint block: one flow over all the global latent sites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from pyro_flows.flows import Flow, FlowDistribution, FlowSpec
+from pyro_flows.flows.gradient_filter import GradientFilter
+from pyro_flows.models.layout import Layout
+from pyro_flows.models.priors import LinearPrior
+from pyro_flows.transforms import (
+    DiagonalPooling,
+    FixedAffine,
+    LowRankWhitening,
+    MatrixPooling,
+    PriorPooling,
+    Whitening,
+)
+
+__all__ = ["RANK", "JointBlock", "build_reproducibly"]
+
+# Coordinates with known priors that are pooled by matrices, at most.
+MATRIX_DIM = 64
+# Above this dimension warm starts have so many correlated directions only.
+WHITENING_DIM, RANK = 300, 20
+# Above this one none at all.
+CORRELATED_DIM = 20_000
+
+
+def build_reproducibly(build: Callable[[], Flow]) -> Flow:
+    """Build a flow whose buffers (random permutations, say) are the same each time.
+
+    Pyro's parameter store keeps no buffers, so parameters that are taken from a store must mean what they meant.
+    """
+    flow = build()
+    if any(True for _ in flow.buffers()):
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+            torch.default_generator.manual_seed(0)
+            for buffer, fixed in zip(flow.buffers(), build().buffers(), strict=True):
+                buffer.copy_(fixed)
+    return flow
+
+
+def _whitening(dim: int) -> FixedAffine | None:
+    """What a warm start can set; memory grows linearly above a few hundred dimensions."""
+    if dim > CORRELATED_DIM:
+        return None
+    if dim > WHITENING_DIM:
+        return LowRankWhitening(dim, RANK)
+    return Whitening(dim) if dim > 1 else None
+
+
+def _pooling(prior: LinearPrior, dim: int) -> PriorPooling:
+    """The head that knows a prior: the exact one for linear mixed models, if few priors are known and follow no others,
+    with matrices where it takes them."""
+    slope, bias = prior.dense(dim)
+    chained = (slope[:, prior.known] != 0).any()
+    if chained or prior.known.sum() > MATRIX_DIM:
+        return PriorPooling(prior.known, slope, bias)
+    if prior.apart:
+        return DiagonalPooling(prior.known, slope, bias)
+    return MatrixPooling(prior.known, slope, bias, prior.correlated)
+
+
+class JointBlock(nn.Module):
+    """A flow over the packed unconstrained values of several sites.
+
+    Starts at ``N(init_loc, init_scale^2)`` in unconstrained space (families with an identity start), in the dtype and
+    on the device of the model's own trace.
+
+    Args:
+        layout: The sites.
+        spec: Recipe of the flow; told the sites' sizes, in order.
+        init_scale: Standard deviation at the start, > 0.
+        prior: Priors that follow others of the sites, for families that make use of them.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        spec: FlowSpec,
+        init_scale: float,
+        *,
+        prior: LinearPrior | None = None,
+    ) -> None:
+        super().__init__()
+        self.layout = layout
+        sizes = [size for size in layout.sizes if size]
+        pooling = None if prior is None else _pooling(prior, layout.latent_dim)
+        whitening = _whitening(layout.latent_dim)
+        flow = build_reproducibly(lambda: spec.build_joint(sizes, pooling=pooling, whitening=whitening))
+        init_loc = layout.init_loc
+        self.flow = flow.to(dtype=init_loc.dtype, device=init_loc.device)
+        self.flow.head.initialize(init_loc, torch.full_like(init_loc, init_scale))
+        self.gradient_filter = GradientFilter(layout.latent_dim).to(init_loc)
+
+    def distribution(self, *, path_gradient: bool, filtered: bool = False) -> FlowDistribution:
+        """The distribution of the packed vector; ``filtered``: with the filter of the gradients of its draws."""
+        gradient_filter = self.gradient_filter if filtered else None
+        distribution: FlowDistribution = self.flow(path_gradient=path_gradient, gradient_filter=gradient_filter)
+        return distribution
+
+    def standardize(self, packed: Tensor) -> Tensor:
+        """Packed values as input for those who condition on them."""
+        return self.flow.standardize(packed)

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L3. A local block: one conditional flow for the latents of every item of a plate, with shared weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pyro_flows.flows import FlowDistribution, FlowSpec
+from pyro_flows.flows.gradient_filter import GradientFilter
+from pyro_flows.models.layout import Layout
+from pyro_flows.models.priors import LinearPrior
+from pyro_flows.posterior.joint import JointBlock, build_reproducibly
+from pyro_flows.transforms import PartialPooling
+from pyro_flows.transforms.networks import ContextParameters
+
+__all__ = ["LocalBlock"]
+
+# Length of an item's learned embedding, by which the shared flow can differ from item to item.
+EMBEDDING_DIM = 4
+# Globals beyond this many are projected, so that the cost of an item does not grow with them.
+MAX_GIVEN_DIM = 32
+
+
+class LocalBlock(nn.Module):
+    """The conditional flow q(local latents of an item | globals, parent groups), for all items of a plate.
+
+    What differs between items is their own Gaussian and a few features: from a table with a row for each item, or
+    from an encoder's output. Items of a table start at ``N(init_loc, init_scale^2)`` in unconstrained space (families
+    with an identity start); those of an encoder at a Gaussian of the prior's scale, where that is known, around a
+    location that varies with the encoder's output.
+
+    Args:
+        layout: The sites, and the plates.
+        spec: Recipe of the flow; told the sites' sizes, in order.
+        init_loc: Start of the items of the full plate, ``lead + (latent_dim,)``.
+        init_scale: Standard deviation at the start, > 0.
+        joint: The block of the globals, if there are any.
+        parents: Blocks whose latents each item is given: those of a part of its plates.
+        encoder_dim: Length of the encoders' output, or None for a table.
+        prior: The items' priors, where they were found in the model.
+        is_long: Whether a mini-batch has so many items that their flows are to be Gaussians, without networks.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        spec: FlowSpec,
+        init_loc: Tensor,
+        init_scale: float,
+        *,
+        joint: JointBlock | None,
+        parents: Sequence[LocalBlock],
+        encoder_dim: int | None,
+        prior: LinearPrior | None,
+        is_long: bool = False,
+    ) -> None:
+        super().__init__()
+        self.layout = layout
+        self.sparse = False
+        self.parent_names = tuple(parent.layout.plate_names for parent in parents)
+        self.prior = prior
+        joint_dim = joint.layout.latent_dim if joint is not None else 0
+        given_dim = min(joint_dim, MAX_GIVEN_DIM) + sum(parent.layout.latent_dim for parent in parents)
+        self.embedding_dim = 0 if is_long else EMBEDDING_DIM
+        feature_dim = self.embedding_dim if encoder_dim is None else encoder_dim
+        spec = spec.with_blocks(layout.sizes)
+        known = None if prior is None else prior.known
+        self.flow = build_reproducibly(
+            lambda: spec.build_local(layout.latent_dim, given_dim, feature_dim, known, plain=is_long)
+        )
+        self.gradient_filter = GradientFilter(layout.latent_dim)
+        self.to(dtype=init_loc.dtype, device=init_loc.device)
+        start = init_loc.reshape(-1, layout.latent_dim)
+        if encoder_dim is not None:
+            start = start.mean(0)
+        given = [] if joint is None else [joint.layout.init_loc]
+        given += [parent.head.raw.value[0] for parent in parents]
+        scale = torch.full_like(start.reshape(-1, layout.latent_dim)[0], init_scale)
+        gaussian = None if prior is None else prior(torch.cat([*given, start.new_zeros(0)]))
+        if encoder_dim is not None and prior is not None and gaussian is not None:
+            scale = torch.where(prior.known, gaussian.chunk(2)[1].exp(), scale)
+        own = self.head.start(start, scale, gaussian, in_scales=encoder_dim is not None)
+        self.project = None
+        if joint_dim > MAX_GIVEN_DIM:
+            self.project = nn.Parameter(own.new_empty(MAX_GIVEN_DIM, joint_dim).normal_(std=joint_dim**-0.5))
+        self.items: nn.Parameter | None = None
+        self.encoded: ContextParameters | None = None
+        if encoder_dim is None:
+            # The shared layers learn to tell items apart by these; from zero neither would have a gradient.
+            embedding = torch.randn_like(own[:, :1].expand(-1, self.embedding_dim))
+            self.items = nn.Parameter(torch.cat([embedding, own], -1))  # (items, embedding + own Gaussian)
+        else:
+            self.encoded = ContextParameters(own, encoder_dim, refines=False).to(own)
+            # An encoder tells items apart from the first step on. From a narrow start that is the same for all, a
+            # decoder that learns along first learns to ignore the latents.
+            head = self.encoded.head
+            assert head is not None
+            nn.init.normal_(head.weight, std=head.in_features**-0.5)
+
+    @property
+    def head(self) -> PartialPooling:
+        """The outermost transform."""
+        head = self.flow.head
+        assert isinstance(head, PartialPooling)
+        return head
+
+    @torch.no_grad()
+    def start_items(self, loc: Tensor, scale: Tensor, prior: Tensor | None) -> None:
+        """Make every item of a table start at a Gaussian of its own.
+
+        Args:
+            loc: ``(items, latent_dim)``, in the order of the full plates.
+            scale: Likewise.
+            prior: Locations and log-scales of their priors, ``(items, 2 * latent_dim)``, where they are known; these
+                have their full weight.
+        """
+        assert self.items is not None
+        self.items[:, self.embedding_dim :] = self.head.start(loc, scale, prior, max_share=math.inf, in_scales=True)
+
+    def known_prior(
+        self, latents: Mapping[tuple[str, ...], Tensor], joint: JointBlock | None, parents: Sequence[LocalBlock]
+    ) -> Tensor:
+        """Locations and log-scales of the items' priors, ``(..., 2 * latent_dim)``; see :meth:`distribution`."""
+        assert self.prior is not None
+        given = _given(latents, joint, parents)
+        return self.prior(_join(given)) if given else self.prior.bias
+
+    def item_context(self, indices: Mapping[str, Tensor], encoded: Mapping[str, Tensor]) -> Tensor:
+        """Features and own Gaussian of the items at hand, ``lead + (F,)``.
+
+        Args:
+            indices: Plate -> items at hand, for plates without an encoder.
+            encoded: Plate -> encoder's output for the items at hand, for plates with one.
+        """
+        if self.items is not None:
+            index = self.layout.flat_index(indices).to(self.items.device)
+            if self.sparse:
+                return F.embedding(index, self.items, sparse=True)
+            # As an embedding, whose gradient takes seven times as long.
+            return self.items.index_select(0, index.flatten()).reshape(*index.shape, -1)
+        assert self.encoded is not None
+        dtype = self.encoded.value.dtype
+        outputs = [
+            self.layout.place(encoded[name].to(dtype), name) for name in self.layout.plate_names if name in encoded
+        ]
+        features = _join(outputs)
+        # Plates of this block without an encoder: their items are alike given the rest.
+        return torch.cat([features, self.encoded(features)], -1)
+
+    def context(
+        self,
+        items: Tensor,
+        latents: Mapping[tuple[str, ...], Tensor],
+        joint: JointBlock | None,
+        parents: Sequence[LocalBlock],
+    ) -> Tensor:
+        """What the flow is conditioned on; see :meth:`distribution`."""
+        parts = [items]
+        if joint is not None or parents:
+            standard = [parent.head.standardize(latents[parent.layout.plate_names]) for parent in parents]
+            if joint is not None:
+                first = joint.standardize(latents[()])
+                standard.insert(0, first if self.project is None else F.linear(first, self.project))
+            parts = [*standard, items]
+        if self.prior is not None:
+            parts.append(self.known_prior(latents, joint, parents))
+        return _join(parts)
+
+    def distribution(
+        self,
+        items: Tensor,
+        latents: Mapping[tuple[str, ...], Tensor],
+        joint: JointBlock | None,
+        parents: Sequence[LocalBlock],
+        *,
+        path_gradient: bool,
+        filtered: bool = False,
+    ) -> FlowDistribution:
+        """The distribution of the items' packed vectors, batch shape ``lead``, event shape ``(latent_dim,)``.
+
+        Args:
+            items: From :meth:`item_context`.
+            latents: Packed unconstrained latents of the globals, under ``()``, and of the parents.
+            joint: As in the constructor.
+            parents: As in the constructor.
+            path_gradient: See :class:`~pyro_flows.flows.FlowDistribution`.
+            filtered: Whether the gradients of draws pass the block's filter.
+        """
+        given = _given(latents, joint, parents) if torch.is_grad_enabled() else []
+        distribution: FlowDistribution = self.flow(
+            self.context(items, latents, joint, parents),
+            path_gradient=path_gradient,
+            given=tuple(given),
+            gradient_filter=self.gradient_filter if filtered else None,
+        )
+        return distribution
+
+
+def _given(
+    latents: Mapping[tuple[str, ...], Tensor], joint: JointBlock | None, parents: Sequence[LocalBlock]
+) -> list[Tensor]:
+    """Packed latents that a block conditions on, in order."""
+    given = [] if joint is None else [latents[()]]
+    return [*given, *(latents[parent.layout.plate_names] for parent in parents)]
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate along the last dimension; the others broadcast."""
+    lead = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+    return torch.cat([part.expand(lead + part.shape[-1:]) for part in parts], -1)

@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L3. The guide's distribution as a module: a joint block, one local block per set of local plates, and encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from pyro.distributions.util import sum_rightmost
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor, nn
+
+from pyro_flows.flows import DiagonalNormal, FlowSpec, Mixture
+from pyro_flows.flows.bases import resolve_base
+from pyro_flows.flows.gradient_filter import GradientFilter
+from pyro_flows.models.layout import Layout, check_names, partition
+from pyro_flows.models.priors import read_joint_prior, read_prior
+from pyro_flows.models.sites import Site, full_size, read_sites
+from pyro_flows.posterior.encoders import Encoder, probe
+from pyro_flows.posterior.joint import JointBlock
+from pyro_flows.posterior.plate import LocalBlock
+from pyro_flows.posterior.step_limit import StepLimit
+
+__all__ = ["Posterior"]
+
+# Items of a mini-batch, beyond which each has a Gaussian in place of a flow: a network of every item would cost a
+# hundred times what AutoNormal does.
+MAX_FLOWS = 20_000
+# Draws times items that are in flight at once in summaries.
+MAX_ROWS = 2**18
+
+Latents = dict[tuple[str, ...], Tensor]
+
+
+class Posterior(nn.Module):
+    """q(globals) times, for each set of local plates, q(an item's latents | globals, its parents).
+
+    Args:
+        model: The model.
+        trace: Its latent sites, from one run.
+        spec: Recipe of every block's flow.
+        init_scale: Standard deviation at the start, > 0.
+        local: Names of the local plates.
+        varying: Names of the plates that may hold other items in other calls.
+        amortize: Plate -> encoder, for the amortized ones among them.
+        args: The model's arguments, which tell what the encoders return.
+        kwargs: Likewise.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        trace: Trace,
+        spec: FlowSpec,
+        init_scale: float,
+        *,
+        local: Collection[str],
+        varying: Collection[str],
+        amortize: Mapping[str, Callable[..., Any]],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        super().__init__()
+        sites = read_sites(trace, varying)
+        layouts = partition(sites, local)
+        joint = None if layouts[0].plates else layouts.pop(0)
+        if layouts and isinstance(resolve_base("AutoFlowGuide", spec.base), Mixture):
+            raise NotImplementedError(
+                f"AutoFlowGuide: expected a normal or Student-t base, since site '{layouts[0].names[0]}' in plate "
+                f"{_title(layouts[0])} has a flow of its own for each item, but got {spec.base!r}. Leave base out, or "
+                'run the model on its full plates and write AutoFlowGuide(model, flow=..., structure="joint").'
+            )
+        self.order = tuple(site.name for site in sites)
+        self.joint: JointBlock | None = None
+        if joint is not None:
+            # A single global under a family of two dimensions or more: as in `FlowSpec.build_local`.
+            small = bool(layouts) and joint.latent_dim < spec.min_dim
+            joint_spec = DiagonalNormal(base=spec.base) if small else spec
+            prior = read_joint_prior(model, args, kwargs, joint) if joint_spec.knows_priors else None
+            self.joint = JointBlock(joint, joint_spec, init_scale, prior=prior)
+        self.encoders = nn.ModuleDict({_key((plate,)): Encoder(plate, f) for plate, f in amortize.items()})
+        widths = {encoder.plate: probe(encoder, args, kwargs) for encoder in self._encoders()}
+        self.local = nn.ModuleDict()
+        for own in layouts:
+            encoder_dims = [widths[name] for name in own.plate_names if name in widths]
+            parents = [block for block in self.blocks() if set(block.layout.plate_names) < set(own.plate_names)]
+            given = [*([] if joint is None else [joint]), *(parent.layout for parent in parents)]
+            self.local[_key(own.plate_names)] = LocalBlock(
+                own,
+                spec,
+                _full_start(own, amortized=frozenset(widths)),
+                init_scale,
+                joint=self.joint,
+                parents=parents,
+                encoder_dim=sum(encoder_dims) if encoder_dims else None,
+                prior=read_prior(model, args, kwargs, own, given),
+                is_long=not encoder_dims and own.init_loc.shape[:-1].numel() > MAX_FLOWS,
+            )
+        # The filters of all blocks' gradients.
+        self.filters = tuple(part for part in self.modules() if isinstance(part, GradientFilter))
+        self.step_limit = StepLimit(self, self.filters)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module, after the last step was limited."""
+        self.step_limit.apply()
+        return super().state_dict(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        if hasattr(self, "step_limit"):
+            self.step_limit.forget()  # parameters have another dtype or device afterwards
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.step_limit.forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def refused_values(self) -> dict[str, Tensor] | None:
+        """Values of the first draw whose gradient was not finite, in a guide without local latents; None elsewhere."""
+        if self.joint is None or len(self.local) or self.joint.gradient_filter.refused_draw is None:
+            return None
+        split = self.joint.layout.split(self.joint.gradient_filter.refused_draw)
+        return {site.name: site.to_support(part) for site, part in split}
+
+    def _encoders(self) -> Iterator[Encoder]:
+        for encoder in self.encoders.values():
+            assert isinstance(encoder, Encoder)
+            yield encoder
+
+    def encoder(self, plate: str) -> Encoder | None:
+        """The plate's encoder, if it is amortized."""
+        return next((encoder for encoder in self._encoders() if encoder.plate == plate), None)
+
+    def blocks(self) -> Iterator[LocalBlock]:
+        """The local blocks; parents come before those who condition on them."""
+        for block in self.local.values():
+            assert isinstance(block, LocalBlock)
+            yield block
+
+    @property
+    def only_block(self) -> JointBlock:
+        """The joint block of a guide without local latents.
+
+        Raises:
+            ValueError: If there are local latents. Not a NotImplementedError, which NeuTraReparam would hide.
+        """
+        for block in self.blocks():
+            raise ValueError(
+                f"AutoFlowGuide: expected one flow over all latents, but those of plate {_title(block.layout)} are "
+                "local, with a conditional flow for each item. For NeuTraReparam and other uses of the flow's map, run "
+                'the model on its full plates and write `AutoFlowGuide(model, structure="joint")`.'
+            )
+        assert self.joint is not None
+        return self.joint
+
+    def parents(self, block: LocalBlock) -> list[LocalBlock]:
+        """The blocks whose latents a block's items are given."""
+        return [other for other in self.blocks() if other.layout.plate_names in block.parent_names]
+
+    @property
+    def latent_dim(self) -> int:
+        """Length of the joint block's vector."""
+        return self.joint.layout.latent_dim if self.joint is not None else 0
+
+    def layouts(self) -> Iterator[Layout]:
+        """Of all blocks, parents first."""
+        if self.joint is not None:
+            yield self.joint.layout
+        for block in self.blocks():
+            yield block.layout
+
+    def split(self, latents: Latents) -> Iterator[tuple[Site, Tensor]]:
+        """Each site's part of packed latents, unconstrained; see :meth:`Layout.split`."""
+        for layout in self.layouts():
+            yield from layout.split(latents[layout.plate_names])
+
+    @property
+    def _rank(self) -> int:
+        return max(layout.rank for layout in self.layouts())
+
+    def _full_items(self, block: LocalBlock, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """Context of all items that the arguments speak of."""
+        encoded, indices = {}, {}
+        for name, size in zip(block.layout.plate_names, block.layout.full_sizes, strict=True):
+            encoder = self.encoder(name)
+            if encoder is None:
+                indices[name] = torch.arange(size)
+            elif not args and not kwargs:
+                raise ValueError(
+                    f"AutoFlowGuide: expected the model's arguments, since plate '{name}' is amortized, but got none. "
+                    "Pass them to this method, after its own arguments."
+                )
+            else:
+                encoded[name] = encoder(args, kwargs)
+        context = block.item_context(indices, encoded)
+        # Items of a plate without an encoder, inside one that has one, share a context.
+        lead = [block.layout.place(index.unsqueeze(-1), name).shape[:-1] for name, index in indices.items()]
+        return context.expand(*torch.broadcast_shapes(context.shape[:-1], *lead), -1)
+
+    @torch.no_grad()
+    def draw(
+        self, num_samples: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, repeatable: bool = False
+    ) -> Latents:
+        """Packed unconstrained draws over the full plates, without gradients.
+
+        Args:
+            num_samples: Number of draws S.
+            args: The model's arguments, for encoders.
+            kwargs: Likewise.
+            repeatable: Use noise that is the same at each call and (but for a mixture) symmetric about zero, so that
+                summaries repeat, leave the global random state alone, and have an exact median where a flow is affine.
+
+        Returns:
+            Names of the plates of each block, ``()`` for the joint one, -> ``(S, *lead, D)``.
+        """
+        items = {block.layout.plate_names: self._full_items(block, args, kwargs) for block in self.blocks()}
+        rows = max((item.shape[:-1].numel() for item in items.values()), default=1)
+        step = max(2, MAX_ROWS // rows // 2 * 2)
+        generator = torch.Generator(next(self.parameters()).device).manual_seed(0) if repeatable else None
+        chunks: list[Latents] = []
+        for start in range(0, num_samples, step):
+            count = min(step, num_samples - start)
+            latents: Latents = {}
+            if self.joint is not None:
+                flow = self.joint.flow
+                like = flow.head.raw.value.new_zeros(()).expand(count, self.latent_dim)
+                joint = flow.transform.condition(None)(flow.base.sample(like, generator))
+                latents[()] = joint.reshape((count,) + (1,) * self._rank + joint.shape[-1:])
+            for block in self.blocks():
+                own = items[block.layout.plate_names]
+                axis = max(range(-own.dim(), -1), key=lambda dim: own.shape[dim])  # of the longest plate
+                length = max(1, MAX_ROWS * own.shape[axis] // (count * own.shape[:-1].numel()))
+                pieces = []
+                for first in range(0, own.shape[axis], length):
+                    given = {names: _narrow(value, axis, first, length) for names, value in latents.items()}
+                    pieces.append(self._draw_items(block, _narrow(own, axis, first, length), given, count, generator))
+                latents[block.layout.plate_names] = torch.cat(pieces, axis)
+            chunks.append(latents)
+        draws: Latents = {}
+        for layout in self.layouts():
+            value = torch.cat([chunk[layout.plate_names] for chunk in chunks])
+            draws[layout.plate_names] = value.reshape(num_samples, *value.shape[value.dim() - 1 - layout.rank :])
+        return draws
+
+    def _draw_items(
+        self, block: LocalBlock, items: Tensor, latents: Latents, count: int, generator: torch.Generator | None
+    ) -> Tensor:
+        """So many packed draws of items with these contexts, ``(count, *lead, D)``."""
+        distribution = block.distribution(items, latents, self.joint, self.parents(block), path_gradient=False)
+        lead = distribution.batch_shape
+        if len(lead) <= items.dim() - 1:  # nothing that was drawn is given: all draws share the context
+            lead = torch.Size((count,) + (1,) * (self._rank - len(lead)) + tuple(lead))
+        like = items.new_zeros(()).expand((*lead, block.layout.latent_dim))
+        value: Tensor = distribution.transforms[0](block.flow.base.sample(like, generator))
+        return value
+
+    def _values(self, draws: Latents) -> dict[str, Tensor]:
+        """Site name -> values on the supports, ``(S, *site shape)``, in the model's order."""
+        values: dict[str, Tensor] = {}
+        for layout in self.layouts():
+            values |= layout.unpack(draws[layout.plate_names])[0]
+        return {name: values[name] for name in self.order}
+
+    def sample(self, num_samples: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Site name -> draws, ``(num_samples, *site shape)`` over the full plates."""
+        return self._values(self.draw(num_samples, args, kwargs))
+
+    @torch.no_grad()
+    def quantiles(
+        self, levels: Tensor, num_samples: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """Site name -> quantiles of each coordinate, ``(len(levels), *site shape)``, taken in unconstrained space."""
+        draws = self.draw(num_samples, args, kwargs, repeatable=True)
+        for layout in self.layouts():
+            draws[layout.plate_names] = layout.quantiles(draws[layout.plate_names], levels)
+        return self._values(draws)
+
+    def log_prob(self, values: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """Log density, ``batch_shape``, of values on the supports, ``batch_shape + site shape`` for every site."""
+        check_names(self.order, values)
+        total = torch.zeros(())
+        latents, log_dets = {}, {}
+        rank = self._rank
+        for layout in self.layouts():
+            own = {site.name: values[site.name] for site in layout}
+            latents[layout.plate_names], log_dets[layout.plate_names] = layout.pack(own, rank)
+        if self.joint is not None:
+            distribution = self.joint.distribution(path_gradient=False)
+            density = distribution.log_prob(latents[()].to(self.joint.flow.head.raw.value))
+            total = sum_rightmost(density + log_dets[()], rank)
+        for block in self.blocks():
+            plates, items = block.layout.plate_names, self._full_items(block, args, kwargs)
+            latents[plates] = latents[plates].to(items)
+            lead = latents[plates].shape[-items.dim() : -1]
+            if lead != items.shape[:-1]:
+                raise ValueError(
+                    f"AutoFlowGuide: expected values for all {tuple(items.shape[:-1])} items of "
+                    f"{' and '.join(plates)}, but got {tuple(lead)}. Give every item's, in order."
+                )
+            distribution = block.distribution(items, latents, self.joint, self.parents(block), path_gradient=False)
+            total = total + sum_rightmost(distribution.log_prob(latents[plates]) + log_dets[plates], rank)
+        return total
+
+
+def _key(names: tuple[str, ...]) -> str:
+    """A module's name for a set of plates; the prefix keeps a plate named "items" apart from a dictionary's method."""
+    return "_".join(("plate", *names)).replace(".", "_")
+
+
+def _title(layout: Layout) -> str:
+    """A layout's plates as messages name them."""
+    return " and ".join(f"'{name}'" for name in layout.plate_names)
+
+
+def _full_start(layout: Layout, amortized: Collection[str]) -> Tensor:
+    """Where the items of the full plates start, ``lead + (D,)``: the mini-batch's values, repeated."""
+    start = layout.init_loc
+    for frame in layout.plates:
+        if frame.name not in amortized:
+            axis = frame.dim - 1
+            start = start.index_select(axis, torch.arange(full_size(frame), device=start.device) % start.shape[axis])
+    return start
+
+
+def _narrow(value: Tensor, axis: int, first: int, length: int) -> Tensor:
+    """A part along an axis, counted from the right; all of it where the axis is of size 1 or missing."""
+    if value.dim() < -axis or value.shape[axis] == 1:
+        return value
+    return value.narrow(axis, first, min(length, value.shape[axis] - first))

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L4. Many climbs of one log density at once: L-BFGS on a batch, and the curvature where it stands."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+__all__ = ["climb", "gradient_and_hessian", "local_factor"]
+
+# Pairs of steps that L-BFGS remembers.
+HISTORY = 10
+# Armijo's rule: a step has to bring this share of what its slope promises, or it is cut down, so many times at most.
+# After some cuts the way so far is forgotten, and the gradient tried.
+SUFFICIENT, CUT, FORGET, MAX_CUTS = 1e-4, 0.25, 6, 12
+# What is within so many nats of the highest is as high.
+AS_HIGH = 0.01
+# Longest step, in units of the unconstrained latents.
+MAX_STEP = 5.0
+# Smallest curvature of a local Gaussian: its standard deviations are at most 10.
+MIN_CURVATURE = 0.01
+# Step of differences of gradients, in the same units; these need not be exact.
+DIFFERENCE = 3e-3
+
+Target = Callable[[Tensor], Tensor]
+
+
+def climb(
+    target: Target, start: Tensor, num_steps: int, tolerance: float = 0.0, patience: float = math.inf
+) -> Iterator[Tensor]:
+    """Points of L-BFGS ascents, all of them one gradient of the target a try.
+
+    Each goes its own way: where one has to try a shorter step, the others go on.
+
+    Args:
+        target: Log density, ``(R, N, d)`` to ``(R, N)``; each entry depends on its own vector only.
+        start: Where to begin, ``(R, N, d)``.
+        num_steps: Number of tries, at most.
+        tolerance: Ends where no step promises to bring more than this.
+        patience: How many times as many tries as the highest of R climbs took the others get, before they are given up.
+            Where R are climbs of different functions, leave it out.
+
+    Yields:
+        Where they are after each try, ``(R, N, d)``.
+    """
+    z, (value, gradient) = start, _value_and_gradient(target, start)
+    steps = bends = z.new_zeros((0, *z.shape))
+    direction, slope, step = _next_step(gradient, steps, bends)
+    cuts = torch.zeros_like(value)
+    leader_went = 0
+    for number in range(num_steps):
+        goes_on = (slope > tolerance) & (cuts < MAX_CUTS)
+        arrived = torch.where(goes_on, -torch.inf, value)
+        if (arrived.amax(0) < value.amax(0) - AS_HIGH).any():
+            leader_went = number
+        if not goes_on.any() or number > patience * (leader_went + 1):
+            return
+        trial = z + step * direction
+        trial_value, trial_gradient = _value_and_gradient(target, trial)
+        # From where there is no density at all, anywhere with some is better.
+        better = (trial_value >= value + SUFFICIENT * step.squeeze(-1) * slope) & (trial_value.abs() < torch.inf)
+        better &= trial_gradient.isfinite().all(-1)
+        moved = better.unsqueeze(-1)
+        steps = _remember(steps, trial - z, moved)
+        bends = _remember(bends, gradient - trial_gradient, moved)
+        z, gradient = torch.where(moved, trial, z), torch.where(moved, trial_gradient, gradient)
+        value, cuts = torch.where(better, trial_value, value), torch.where(better, 0.0, cuts + 1.0)
+        forget = cuts == FORGET
+        steps, bends = (torch.where(forget.unsqueeze(-1), 0.0, memory) for memory in (steps, bends))
+        ahead, promised, first = _next_step(gradient, steps, bends)
+        renewed = better | forget
+        direction = torch.where(renewed.unsqueeze(-1), ahead, direction)
+        slope = torch.where(renewed, promised, slope)
+        step = torch.where(renewed.unsqueeze(-1), first, CUT * step)
+        yield z
+
+
+def _next_step(gradient: Tensor, steps: Tensor, bends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Direction, slope along it, and the share of it to try first, ``(R, N, 1)``."""
+    direction = _two_loops(gradient, steps, bends)
+    direction = torch.where((direction * gradient).sum(-1, keepdim=True) > 0, direction, gradient)
+    has_moved = (steps != 0).any(-1, keepdim=True).any(0)
+    longest = torch.where(has_moved, MAX_STEP, 1.0)
+    step = (longest / direction.norm(dim=-1, keepdim=True).clamp_min(1e-12)).clamp_max(1.0)
+    return direction, (direction * gradient).sum(-1), step
+
+
+def _remember(memory: Tensor, new: Tensor, moved: Tensor) -> Tensor:
+    """Push a vector onto the memory of those that moved, ``(HISTORY, R, N, d)``, newest last."""
+    if len(memory) < HISTORY:
+        memory = torch.cat([torch.zeros_like(new).unsqueeze(0), memory])
+    return torch.where(moved, torch.cat([memory[1:], new.unsqueeze(0)]), memory)
+
+
+def local_factor(target: Target, points: Tensor) -> Tensor:
+    """Cholesky factors of minus the inverse Hessian, made positive definite.
+
+    Args:
+        target: As above.
+        points: ``(R, N, d)``.
+
+    Returns:
+        ``(R, N, d, d)`` in float64, lower triangular; NaN where the Hessian is not finite.
+    """
+    hessian = _hessian(target, points)
+    finite = hessian.isfinite().flatten(2).all(-1)[..., None, None]
+    if not finite.all():  # log-sum-exp and its like underflow in their second derivatives, not in their first
+        hessian = torch.where(finite, hessian, _difference_hessian(target, points))
+        finite = hessian.isfinite().flatten(2).all(-1)[..., None, None]
+    safe = torch.where(finite, 0.5 * (hessian + hessian.mT), torch.eye(hessian.shape[-1]).to(hessian))
+    curvature, vectors = torch.linalg.eigh(safe)
+    covariance = (vectors / curvature.abs().clamp_min(MIN_CURVATURE).unsqueeze(-2)) @ vectors.mT
+    factor, info = torch.linalg.cholesky_ex(0.5 * (covariance + covariance.mT))
+    return torch.where(finite & (info == 0)[..., None, None], factor, torch.nan)
+
+
+def _hessian(target: Target, points: Tensor) -> Tensor:
+    """``(R, N, d, d)``; NaN if the target has no second derivative."""
+    try:
+        return gradient_and_hessian(target, points)[1]
+    except RuntimeError:
+        return torch.full((*points.shape, points.shape[-1]), torch.nan, dtype=torch.double, device=points.device)
+
+
+def gradient_and_hessian(target: Target, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Derivatives of the target in float64, ``(R, N, d)`` and ``(R, N, d, d)``, by a backward pass a dimension.
+
+    Raises:
+        RuntimeError: If the target has no second derivative.
+    """
+    with torch.enable_grad():
+        z = points.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(_total(target(z)), z, create_graph=True)
+        rows = [torch.autograd.grad(column.sum(), z, retain_graph=True)[0] for column in gradient.unbind(-1)]
+    return gradient.detach().double(), torch.stack(rows, -1).double()
+
+
+def _difference_hessian(target: Target, points: Tensor) -> Tensor:
+    """The same by central differences of gradients."""
+    rows = []
+    for step in DIFFERENCE * torch.eye(points.shape[-1], dtype=points.dtype, device=points.device):
+        above, below = (_value_and_gradient(target, points + sign * step)[1] for sign in (1.0, -1.0))
+        rows.append((above - below) / (2.0 * DIFFERENCE))
+    return torch.stack(rows, -1).double()
+
+
+def _total(value: Tensor) -> Tensor:
+    return torch.where(value.isfinite(), value, 0.0).sum()
+
+
+@torch.enable_grad()
+def _value_and_gradient(target: Target, z: Tensor) -> tuple[Tensor, Tensor]:
+    z = z.detach().requires_grad_()
+    value = target(z)
+    total = _total(value)
+    gradient = torch.autograd.grad(total, z)[0] if total.requires_grad else torch.zeros_like(z)
+    return torch.where(value.isnan(), -torch.inf, value.detach()), gradient.nan_to_num(0.0, 0.0, 0.0)
+
+
+def _two_loops(gradient: Tensor, steps: Tensor, bends: Tensor) -> Tensor:
+    """Inverse Hessian times gradient (Nocedal and Wright, Numerical Optimization, algorithm 7.4), row by row."""
+    direction = gradient
+    memory: list[tuple[Tensor, ...]] = []
+    scale: Tensor | float = 1.0
+    for step, bend in zip(steps.flip(0), bends.flip(0), strict=True):
+        curvature = (step * bend).sum(-1, keepdim=True)
+        usable = curvature > 1e-10 * bend.square().sum(-1, keepdim=True)
+        rho = torch.where(usable, 1.0 / torch.where(usable, curvature, 1.0), 0.0)
+        alpha = rho * (step * direction).sum(-1, keepdim=True)
+        direction = direction - alpha * bend
+        if not memory:
+            scale = torch.where(usable, curvature / bend.square().sum(-1, keepdim=True).clamp_min(1e-30), 1.0)
+        memory.append((step, bend, rho, alpha))
+    direction = scale * direction
+    for step, bend, rho, alpha in reversed(memory):
+        beta = rho * (bend * direction).sum(-1, keepdim=True)
+        direction = direction + step * (alpha - beta)
+    return direction

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L4. Warm starts above a few hundred dimensions: a mean-field Gaussian, stretched along a few directions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pyro_flows.models.log_joint import Target
+from pyro_flows.starts.gaussian import SCORE_DRAWS, Gaussian, antithetic, elbo_of, fit_on_fixed_draws
+
+__all__ = ["LowRankGaussian", "best_low_rank", "krylov_eigenpairs"]
+
+# Rounds of looking for directions and fitting scales to them, and the gain in nats below which one is the last.
+ROUNDS, ENOUGH = 4, 0.1
+# Draws over which curvature is averaged; and Hessian-vector products a round, so many at a time.
+CURVATURE_DRAWS, BLOCKS, BLOCK = 64, 25, 4
+# Half the variance of log weights is about the gap; below this many nats there is nothing to look for.
+NEGLIGIBLE_GAP = 0.05
+# A direction that brings less than this in nats is left out.
+NEGLIGIBLE_GAIN = 1e-3
+# Of a direction's standard deviation over that of the mean-field Gaussian.
+MIN_STRETCH, MAX_STRETCH = 1e-2, 1e3
+# Standard errors by which the ELBO has to be better.
+CLEARLY = 2.0
+# What keeps a block of vectors from losing its rank, relative to its length.
+WHIFF = 1e-9
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankGaussian:
+    r""":math:`m + d \odot (I + U \, \mathrm{diag}(s - 1) U^\top) x` for standard normal ``x``.
+
+    Attributes:
+        loc: ``m``, ``(D,)``.
+        scale: ``d``, ``(D,)``.
+        directions: ``U``, ``(D, R)``, orthonormal.
+        stretch: ``s``, ``(R,)``.
+        elbo: Estimate of its ELBO.
+    """
+
+    loc: Tensor
+    scale: Tensor
+    directions: Tensor
+    stretch: Tensor
+    elbo: float = -math.inf
+
+    def mix(self, noise: Tensor) -> Tensor:
+        """``(I + U diag(s - 1) U^T) x``, ``(..., D)``."""
+        return noise + ((noise @ self.directions) * (self.stretch - 1.0)) @ self.directions.mT
+
+    def push(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Standard normal noise, ``(S, D)``, to draws, and the log-determinant."""
+        return self.loc + self.scale * self.mix(noise), self.scale.log().sum() + self.stretch.log().sum()
+
+
+@torch.no_grad()
+def best_low_rank(log_joint: Target, begin: Gaussian, rank: int) -> LowRankGaussian | None:
+    r"""A Gaussian with a few correlated directions whose ELBO is clearly above that of a mean-field one, or None.
+
+    With ``d`` the scales of the Gaussian so far and ``H`` the Hessian of the log joint, averaged over its draws, the
+    best precision is :math:`-H` (Price's theorem). Eigenvectors of :math:`-d H d` with the eigenvalues ``l`` furthest
+    from 1, by the gain :math:`(l - 1 - \log l) / 2`, are the directions, and :math:`s = l^{-1/2}`; then location,
+    scales and ``s`` are fitted on fixed draws. Again from there, since scales given directions are others.
+
+    Args:
+        log_joint: The target.
+        begin: The mean-field Gaussian.
+        rank: Number of directions, at most.
+
+    References:
+        Opper, Archambeau. The variational Gaussian approximation revisited. Neural Computation 2009.
+        Musco, Musco. Randomized block Krylov methods. NeurIPS 2015. arXiv:1504.05477.
+    """
+    if begin.spread / 2 < NEGLIGIBLE_GAP:
+        return None
+    mean_field = LowRankGaussian(
+        begin.loc, begin.factor, begin.loc.new_zeros(len(begin.loc), 0), begin.loc.new_zeros(0)
+    )
+    noise = antithetic(SCORE_DRAWS, begin.loc)
+    best = replace(mean_field, elbo=elbo_of(log_joint, mean_field.push, noise))
+    for _ in range(ROUNDS if log_joint.is_vectorized else 1):
+        stretched = _stretch(log_joint, best, rank)
+        if stretched is None:
+            break
+        found = [replace(g, elbo=elbo_of(log_joint, g.push, noise)) for g in (stretched, _fit(log_joint, stretched))]
+        was, best = best.elbo, max([best, *found], key=lambda gaussian: gaussian.elbo)
+        if not best.elbo > was + ENOUGH:
+            break
+    if len(best.stretch) == 0:
+        return None
+    noise = antithetic(SCORE_DRAWS, begin.loc)  # afresh: what was chosen by the others was lucky with them
+    gain = _log_weights(log_joint, best, noise) - _log_weights(log_joint, mean_field, noise)
+    pairs = gain.reshape(2, -1).mean(0)
+    if not pairs.mean() > CLEARLY * pairs.std() / len(pairs) ** 0.5:
+        return None
+    return replace(best, elbo=elbo_of(log_joint, best.push, noise))
+
+
+def _log_weights(log_joint: Target, gaussian: LowRankGaussian, noise: Tensor) -> Tensor:
+    """Up to what is the same for all Gaussians, ``(S,)``."""
+    draws, ladj = gaussian.push(noise)
+    return torch.cat([log_joint(part) for part in draws.split(log_joint.chunk)]).double() + ladj.double()
+
+
+def _stretch(log_joint: Target, gaussian: LowRankGaussian, rank: int) -> LowRankGaussian | None:
+    """The directions that average curvature has in the units of a Gaussian's scales; None if it has no such."""
+    product = _scaled_precision(log_joint, gaussian)
+    if product is None:
+        return None
+    values, vectors = krylov_eigenpairs(product, len(gaussian.loc), gaussian.loc.device)
+    if not values.isfinite().all():
+        return None
+    values = values.abs().clamp(MAX_STRETCH**-2, MIN_STRETCH**-2)
+    gain = 0.5 * (values - 1.0 - values.log())
+    chosen = gain.argsort(descending=True)[:rank]
+    chosen = chosen[gain[chosen] > NEGLIGIBLE_GAIN]
+    if len(chosen) == 0:
+        return None
+    directions, stretch = vectors[:, chosen].to(gaussian.loc), values[chosen].rsqrt().to(gaussian.loc)
+    return replace(gaussian, directions=directions, stretch=stretch)
+
+
+def _scaled_precision(log_joint: Target, gaussian: LowRankGaussian) -> Callable[[Tensor], Tensor] | None:
+    """Products of ``-d H d`` with the columns of a block, ``(D, B)``, by double backward; None if there is no ``H``."""
+    draws, _ = gaussian.push(antithetic(max(2, min(CURVATURE_DRAWS, log_joint.chunk) // 2 * 2), gaussian.loc))
+    draws = draws[log_joint(draws).isfinite()]
+    if len(draws) == 0:
+        return None
+    with torch.enable_grad():
+        shift = torch.zeros_like(gaussian.loc, requires_grad=True)
+        energy = -log_joint(draws + gaussian.scale * shift).mean()
+        (gradient,) = torch.autograd.grad(energy, shift, create_graph=True)
+    if not gradient.requires_grad:
+        return None
+
+    def product(block: Tensor) -> Tensor:
+        columns = block.to(shift).mT.contiguous()
+        try:
+            rows = [torch.autograd.grad(gradient, shift, column, retain_graph=True)[0] for column in columns]
+        except RuntimeError:  # some function of the model has no second derivative
+            return torch.full_like(block, torch.nan)
+        return torch.stack(rows, -1).to(block)
+
+    return product
+
+
+def krylov_eigenpairs(
+    product: Callable[[Tensor], Tensor], dim: int, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """Approximate eigenpairs of a symmetric operator, at both ends of its spectrum, by block Lanczos.
+
+    All vectors are kept orthogonal. An eigenvalue is found as often as it occurs, up to the size of a block, and
+    beyond: where a block has lost its rank, a whiff of noise starts anew.
+
+    Args:
+        product: The operator on the columns of ``(dim, B)``, in float64.
+        dim: Its dimension.
+        device: Where.
+
+    Returns:
+        Ritz values, ``(K,)``, and vectors, ``(dim, K)``, orthonormal, in float64; NaN if a product is.
+    """
+    basis = images = torch.zeros(dim, 0, dtype=torch.float64, device=device)
+    block = torch.linalg.qr(torch.randn(dim, min(BLOCK, dim), dtype=torch.float64, device=device)).Q
+    for _ in range(min(BLOCKS, max(1, dim // BLOCK))):
+        image = product(block)
+        if not image.isfinite().all():
+            return basis.new_full((1,), torch.nan), basis.new_full((dim, 1), torch.nan)
+        basis, images = torch.cat([basis, block], -1), torch.cat([images, image], -1)
+        block = image + WHIFF * image.norm() * torch.randn_like(image) / dim**0.5
+        for _ in range(2):
+            block = torch.linalg.qr(block - basis @ (basis.mT @ block)).Q
+    inner = basis.mT @ images
+    values, vectors = torch.linalg.eigh(0.5 * (inner + inner.mT))
+    return values, basis @ vectors
+
+
+def _fit(log_joint: Target, begin: LowRankGaussian) -> LowRankGaussian:
+    """Location, scales and stretch on fixed draws, given directions; as it was if that fails."""
+    shift = torch.zeros_like(begin.loc, requires_grad=True)
+    log_scale = torch.zeros_like(begin.loc, requires_grad=True)
+    log_stretch = torch.zeros_like(begin.stretch, requires_grad=True)
+
+    def moved() -> LowRankGaussian:
+        loc = begin.loc + begin.scale * begin.mix(shift)
+        return replace(begin, loc=loc, scale=begin.scale * log_scale.exp(), stretch=begin.stretch * log_stretch.exp())
+
+    parameters = [shift, log_scale, log_stretch]
+    if not fit_on_fixed_draws(log_joint, lambda noise: moved().push(noise), parameters, begin.loc):
+        return begin
+    return moved()

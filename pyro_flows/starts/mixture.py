@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L4. Warm start of a mixture base: a component on each mode that climbs of the log joint find."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_flows.flows.bases import DiagonalNormalMixture, spread_components
+from pyro_flows.models.log_joint import LogJoint
+from pyro_flows.starts.gaussian import SCORE_DRAWS, Gaussian, antithetic, climbs, local_gaussians, scored
+
+__all__ = ["MixtureStart", "best_mixture"]
+
+# Climbs from draws of the prior, where many draws cost as much as one. A tenth of them is missed in 3 %.
+PRIOR_CLIMBS = 32
+# Two points are of one mode if each is within so many standard deviations of the other's Gaussian.
+APART = 3.0
+# Modes with less mass than this are left out.
+MIN_WEIGHT = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class MixtureStart:
+    r"""A mixture :math:`\sum_k w_k N(m + L \mu_k, L \, \mathrm{diag}(\sigma_k)^2 L^T)` in unconstrained space.
+
+    Attributes:
+        loc: ``m``, ``(D,)``; the mixture's mean.
+        factor: ``L``, lower triangular with a positive diagonal, ``(D, D)``; or its diagonal, ``(D,)``, and no more.
+            The components in its coordinates have mean 0 and variance 1 together.
+        locs: ``mu``, ``(K, D)``.
+        scales: ``sigma``, ``(K, D)``.
+        weights: ``w``, ``(K,)``.
+    """
+
+    loc: Tensor
+    factor: Tensor
+    locs: Tensor
+    scales: Tensor
+    weights: Tensor
+
+    def elbo(self, log_joint: LogJoint) -> float:
+        """Its ELBO, from as many draws of each component, the same for all up to location and scale."""
+        noise = antithetic(SCORE_DRAWS, self.loc)
+        eps = self.locs.unsqueeze(1) + self.scales.unsqueeze(1) * noise  # (K, draws, D)
+        draws = Gaussian(self.loc, self.factor).push(eps.flatten(0, 1))
+        energy = torch.cat([log_joint(part) for part in draws.split(log_joint.chunk)]).reshape(eps.shape[:-1])
+        diagonal = self.factor if self.factor.dim() == 1 else self.factor.diagonal()
+        log_q = DiagonalNormalMixture(self.locs, self.scales, self.weights.log()).log_prob(eps)
+        value = (energy - log_q).double().mean(-1) @ self.weights.double() + diagonal.double().log().sum()
+        return value.item() if value.isfinite() else -math.inf
+
+
+@torch.no_grad()
+def best_mixture(log_joint: LogJoint, start: Tensor, count: int, *, correlated: bool) -> MixtureStart | None:
+    r"""A component on each of the modes that climbs find, by their mass; None if they find one only,
+    or if there are too many dimensions for Hessians.
+
+    Each mode has the Gaussian of its local curvature, of which a component keeps what is diagonal in the coordinates in
+    which the average of all is the identity. Where modes do not overlap, the weights of highest ELBO are
+    :math:`w_k \propto \exp(\mathrm{ELBO}_k)`; with Gaussian modes these are their shares of the mass. Components that
+    are left over share the heaviest modes.
+
+    Args:
+        log_joint: The target.
+        start: Where the guide starts, ``(D,)``.
+        count: Number of components K, >= 2.
+        correlated: Whether the guide can hold a correlated ``L``.
+    """
+    points = climbs(log_joint, start, PRIOR_CLIMBS)[-1]
+    found = local_gaussians(log_joint, points, correlated=True)
+    modes = _distinct(scored(log_joint, found, SCORE_DRAWS), count) if found else []
+    if len(modes) < 2:
+        return None
+    weights = torch.tensor([mode.elbo for mode in modes], dtype=torch.float64, device=start.device).softmax(0)
+    locs = torch.stack([mode.loc for mode in modes]).double()
+    factors = torch.stack([mode.factor for mode in modes]).double()
+    precisions = torch.cholesky_inverse(factors)
+    if correlated:
+        factor = torch.linalg.cholesky(torch.einsum("k,kij->ij", weights, factors @ factors.mT))
+    else:
+        factor = (weights @ precisions.diagonal(dim1=-2, dim2=-1).reciprocal()).sqrt().diag()
+    loc = weights @ locs
+    locs = torch.linalg.solve_triangular(factor, (locs - loc).mT, upper=False).mT
+    scales = (factor.mT @ precisions @ factor).diagonal(dim1=-2, dim2=-1).rsqrt()
+    spread = (weights @ (locs.square() + scales.square())).sqrt()
+    locs, scales, factor = locs / spread, scales / spread, factor * spread
+    copies = _copies(weights.tolist(), count)
+    pieces = [spread_components(number, loc) for number in copies]
+    repeats = torch.tensor(copies, device=start.device)
+    locs, scales = (rows.repeat_interleave(repeats, 0) for rows in (locs, scales))
+    locs = locs + scales * torch.cat([piece[0] for piece in pieces])
+    scales = scales * torch.cat([piece[1] for piece in pieces])
+    weights = (weights / repeats).repeat_interleave(repeats, 0)
+    parts = (loc, factor if correlated else factor.diagonal(), locs, scales, weights)
+    return MixtureStart(*(part.to(start.dtype) for part in parts))
+
+
+def _distinct(found: list[Gaussian], count: int) -> list[Gaussian]:
+    """The highest ELBOs, one a mode."""
+    modes: list[Gaussian] = []
+    for gaussian in sorted(found, key=lambda gaussian: -gaussian.elbo):
+        if len(modes) == count or not gaussian.elbo > -math.inf:
+            break
+        if modes and gaussian.elbo < modes[0].elbo + math.log(MIN_WEIGHT):
+            break
+        if all(max(_distance(gaussian, mode), _distance(mode, gaussian)) > APART for mode in modes):
+            modes.append(gaussian)
+    return modes
+
+
+def _distance(one: Gaussian, other: Gaussian) -> float:
+    """Between two locations, in standard deviations of the first."""
+    apart = (other.loc - one.loc).unsqueeze(-1)
+    return torch.linalg.solve_triangular(one.factor, apart, upper=False).norm().item()
+
+
+def _copies(weights: list[float], count: int) -> list[int]:
+    """How many components each mode gets: one, and of the others as many as its share (d'Hondt)."""
+    copies = [1] * len(weights)
+    for _ in range(count - len(weights)):
+        heaviest = max(range(len(weights)), key=lambda mode: weights[mode] / copies[mode])
+        copies[heaviest] += 1
+    return copies

@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L4. The warm start of a guide with local latents: a Newton-like fit of every item, then a Gaussian of the globals."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_flows.models.batching import BatchedModel
+from pyro_flows.models.log_joint import LogJoint, constrain, scored_sites
+from pyro_flows.models.traces import NO_DENSITY, by_draw, sample_nodes
+from pyro_flows.posterior.mini_batches import Arguments, MakePlates, MiniBatch, Watch, mini_batches
+from pyro_flows.posterior.plate import LocalBlock
+from pyro_flows.posterior.posterior import Latents, Posterior
+from pyro_flows.starts.gaussian import antithetic, elbo_of
+from pyro_flows.starts.lbfgs import climb, local_factor
+from pyro_flows.starts.select import warm_start
+
+__all__ = ["start"]
+
+OWNER = "AutoFlowGuide.warm_start"
+
+# Steps of an item's climb, and the gain in nats below which it has arrived.
+NUM_STEPS, ARRIVED = 45, 1e-5
+# Items with more latents than this stay where they are: a Hessian has so many rows.
+MAX_ITEM_DIM = 50
+# Mini-batches that the items of one pass come from, at most.
+MAX_CALLS = 1000
+# Mini-batches by which globals are fitted: as many as give so many items, within limits.
+GLOBAL_ITEMS, MAX_GLOBAL_CALLS = 1000, 10
+SCORE_DRAWS = 32
+
+# Draws by which ways of running the model are compared, and the size of their noise.
+PROBES, NOISE = 3, 0.1
+
+
+def start(
+    model: Callable[..., Any],
+    posterior: Posterior,
+    calls: Sequence[Arguments],
+    make_plates: MakePlates,
+    init_scale: float,
+    watch: Watch,
+) -> None:
+    """Warm start of a guide; see ``AutoFlowGuide.warm_start_on``.
+
+    Args:
+        model: The model.
+        posterior: The guide's distribution, as built.
+        calls: Arguments of one or many mini-batches; the first alone if no latents are local.
+        make_plates: The guide's plates for these.
+        init_scale: Standard deviation of the globals at the start.
+        watch: Wraps a pass over the mini-batches.
+    """
+    if any(True for _ in posterior.blocks()):
+        LocalStart(model, posterior, calls, make_plates, init_scale).run(watch)
+        return
+    joint = posterior.only_block
+    warm_start(joint, LogJoint(model, joint.layout, *calls[0]), init_scale)
+
+
+class LocalStart:
+    """Fits every item to the data that it has, given where the globals are; then the globals, given that.
+
+    An item's own Gaussian is what the likelihood says about it: mode and curvature of its log density, less the prior
+    that the head pools it with. For a Gaussian likelihood that is exact at once, whatever the globals; the ELBO with
+    such items is then the marginal density of the globals, whose best Gaussian is found as in a model without plates.
+
+    Args:
+        model: The model.
+        posterior: The guide's distribution, as built.
+        calls: Arguments of one or many mini-batches.
+        make_plates: The guide's plates for these.
+        init_scale: Standard deviation of the globals at the start.
+
+    Raises:
+        NotImplementedError: If a plate is amortized, or the model has enumerated sites too.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        posterior: Posterior,
+        calls: Sequence[Arguments],
+        make_plates: MakePlates,
+        init_scale: float,
+    ) -> None:
+        for block in posterior.blocks():
+            if block.items is None:
+                plates = " and ".join(f"'{name}'" for name in block.layout.plate_names)
+                raise NotImplementedError(
+                    f"{OWNER}: expected plates without encoders, but {plates} has one. "
+                    "Train the guide as it is: its items cannot start anywhere but where the encoder puts them."
+                )
+        self.model = model
+        self.posterior = posterior
+        self.init_scale = init_scale
+        self.calls = calls
+        self.make_plates = make_plates
+        first = next(self.batches())
+        draws = [self.values(self.locations(first, NOISE)) for _ in range(PROBES)]
+        probe = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
+        self.batched = BatchedModel(OWNER, model, first.call, probe)
+        if self.batched.enumerated:
+            raise NotImplementedError(
+                f"{OWNER}: expected a model with local latents to have no enumerated sites, but "
+                f"'{self.batched.enumerated[0]}' is one. Train the guide as it is."
+            )
+
+    def batches(self) -> Iterator[MiniBatch]:
+        """All mini-batches of the arguments."""
+        parts = itertools.chain.from_iterable(mini_batches(one, self.make_plates) for one in self.calls)
+        return itertools.islice(parts, MAX_CALLS)
+
+    @torch.no_grad()
+    def run(self, watch: Watch) -> None:
+        """Set the guide's start; leaves it as it was if that has no better an ELBO.
+
+        Args:
+            watch: Wraps a pass over the mini-batches, for a progress bar.
+        """
+        posterior = self.posterior
+        before = copy.deepcopy(posterior.state_dict())
+        chosen: list[MiniBatch] = []
+        for batch in itertools.islice(self.batches(), MAX_GLOBAL_CALLS):
+            chosen.append(batch)
+            if sum(self.num_items(batch) for batch in chosen) >= GLOBAL_ITEMS:
+                break
+        marginal = MarginalLogJoint(self, chosen)
+        was = self._elbo(marginal)
+        self._start_items(watch(self.batches(), "items"))
+        if posterior.joint is not None:
+            warm_start(posterior.joint, marginal, self.init_scale)
+            self._start_items(watch(self.batches(), "items again"))
+        if not self._elbo(marginal) > was:
+            posterior.load_state_dict(before)
+
+    def num_items(self, batch: MiniBatch) -> int:
+        """Items of the largest block in a mini-batch."""
+        return max(
+            math.prod(len(batch.indices[name]) for name in block.layout.plate_names)
+            for block in self.posterior.blocks()
+        )
+
+    def _elbo(self, marginal: MarginalLogJoint) -> float:
+        """By the items' noise and its mirror image, so that no luck of a draw decides."""
+        joint, total = self.posterior.joint, 0.0
+        for _ in range(2):
+            if joint is None:
+                total += float(marginal(torch.zeros(1, 0)))
+            else:
+                push = joint.flow.transform.forward_and_ladj
+                total += elbo_of(marginal, push, antithetic(SCORE_DRAWS, joint.layout.init_loc))
+            marginal.mirror()
+        return total / 2
+
+    def locations(self, batch: MiniBatch, scale: float = 0.0) -> Latents:
+        """Packed latents at zero noise, or at noise of so small a scale."""
+        posterior, latents = self.posterior, Latents()
+        if posterior.joint is not None:
+            mean = posterior.joint.flow.base_dist.mean
+            latents[()], _ = posterior.joint.flow.transform.forward_and_ladj(mean + scale * torch.randn_like(mean))
+        for block in posterior.blocks():
+            location, _ = self.push(block, batch, latents, None)
+            latents[block.layout.plate_names] = location + scale * torch.randn_like(location)
+        return latents
+
+    def push(
+        self, block: LocalBlock, batch: MiniBatch, latents: Latents, noise: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """A block's packed latents and log-determinant, from noise, ``lead + (n,)``; None means zero.
+
+        By the head alone: the layers below are taken to be the identity, as they are at the start.
+        """
+        posterior = self.posterior
+        context = block.context(
+            block.item_context(batch.indices, {}), latents, posterior.joint, posterior.parents(block)
+        )
+        shape = (*context.shape[:-1], block.layout.latent_dim)
+        noise = context.new_zeros(shape) if noise is None else noise.expand(shape)
+        return block.head.forward_and_ladj(noise, context)
+
+    def values(self, latents: Latents) -> dict[str, Tensor]:
+        """Values of all latent sites, from packed ones."""
+        return constrain(self.posterior.split(latents))[0]
+
+    def _start_items(self, batches: Iterable[MiniBatch]) -> None:
+        """One pass over the data for all blocks that are no other's parents: those are fixed where they are."""
+        parents = {name for block in self.posterior.blocks() for name in block.parent_names}
+        fitted = [
+            _Items(self, block)
+            for block in self.posterior.blocks()
+            if block.layout.plate_names not in parents and block.layout.latent_dim <= MAX_ITEM_DIM
+        ]
+        for batch in batches:
+            latents = self.locations(batch)
+            values = self.values(latents)
+            for items in fitted:
+                items.fit(batch, latents, values)
+        for items in fitted:
+            items.set()
+
+
+class _Items:
+    """Modes and scales of a block's items, taken down batch by batch."""
+
+    def __init__(self, owner: LocalStart, block: LocalBlock) -> None:
+        assert block.items is not None
+        self.owner = owner
+        self.block = block
+        like, count, size = block.items, block.layout.num_items, block.layout.latent_dim
+        self.loc, self.scale = like.new_full((2, count, size), math.nan)
+        self.prior = None if block.prior is None else like.new_zeros(count, 2 * size)
+
+    def fit(self, batch: MiniBatch, latents: Latents, values: Mapping[str, Tensor]) -> None:
+        """Climb to the modes of the items at hand, all at once."""
+        block, posterior = self.block, self.owner.posterior
+        start = latents[block.layout.plate_names]
+        log_density = _item_log_density(self.owner.model, block, batch, values, start.shape[:-1])
+        begin = start.reshape(-1, 1, start.shape[-1])
+        with pyro.validation_enabled(False):
+            try:
+                *_, point = (begin, *climb(log_density, begin, NUM_STEPS, tolerance=ARRIVED))
+                factor = local_factor(log_density, point).squeeze(1)
+            except NO_DENSITY:
+                return
+        rows = block.layout.flat_index(batch.indices).reshape(-1).to(self.loc.device)
+        self.loc[rows] = point.squeeze(1)
+        # Given each other, for heads of independent coordinates.
+        self.scale[rows] = torch.cholesky_inverse(factor).diagonal(dim1=-2, dim2=-1).rsqrt().to(self.scale)
+        if self.prior is not None:
+            prior = block.known_prior(latents, posterior.joint, posterior.parents(block))
+            self.prior[rows] = prior.expand(*start.shape[:-1], -1).reshape(len(rows), -1)
+
+    def set(self) -> None:
+        """Write them into the block; items that were not seen take the average."""
+        seen = (self.loc.isfinite() & self.scale.isfinite()).all(-1)
+        if not seen.any():
+            return
+        loc, scale = self.loc[seen], self.scale[seen]
+        self.loc[~seen], self.scale[~seen] = loc.mean(0), scale.log().mean(0).exp()
+        if self.prior is not None:
+            self.prior[~seen] = self.prior[seen].mean(0)
+        self.block.start_items(self.loc, self.scale, self.prior)
+
+
+def _item_log_density(
+    model: Callable[..., Any], block: LocalBlock, batch: MiniBatch, values: Mapping[str, Tensor], lead: torch.Size
+) -> Callable[[Tensor], Tensor]:
+    """Each item's part of the log joint, ``(N, 1, n)`` to ``(N, 1)``, with everything else as in ``values``."""
+    layout = block.layout
+    # What a subsampled plate multiplies the terms of its items by is not theirs.
+    scale = batch.scale(layout)
+
+    def per_item(term: Tensor) -> Tensor:
+        return term.expand(torch.broadcast_shapes(term.shape, lead)).sum_to_size(lead)
+
+    def log_density(z: Tensor) -> Tensor:
+        own, ladjs = constrain(layout.split(z.reshape(*lead, z.shape[-1])))
+        total = torch.zeros(lead, dtype=z.dtype, device=z.device)
+        for ladj in ladjs:
+            total = total + per_item(ladj)
+        for node in scored_sites(model, {**values, **own}, batch.call):
+            if {frame.name for frame in node["cond_indep_stack"]}.issuperset(layout.plate_names):
+                total = total + per_item(node["log_prob"].to(z.dtype)) / scale
+        return total.reshape(-1, 1)
+
+    return log_density
+
+
+class MarginalLogJoint(LogJoint):
+    """The ELBO given the globals: log p(x, local latents | globals) less the log density of the local ones, drawn with
+    fixed noise, plus the globals' log prior. Where each item's conditional is exact, that is log p(x, globals).
+
+    Args:
+        owner: Whose items these are.
+        batches: Mini-batches over which it is an average.
+    """
+
+    def __init__(self, owner: LocalStart, batches: Sequence[MiniBatch]) -> None:
+        self.owner = owner
+        self.batches = batches
+        self.noise = [
+            {name: torch.randn_like(location) for name, location in owner.locations(batch).items()} for batch in batches
+        ]
+        self.rows = max(map(owner.num_items, batches)) * len(batches)
+        self.model = owner.batched
+        if owner.posterior.joint is not None:
+            self.table = owner.posterior.joint.layout
+
+    def mirror(self) -> None:
+        """Negate the noise."""
+        self.noise = [{name: -eps for name, eps in noise.items()} for noise in self.noise]
+
+    def __call__(self, draws: Tensor) -> Tensor:
+        """Packed globals, ``(S, D)``, to ``(S,)``; differentiable."""
+        posterior, share = self.owner.posterior, 1.0 / len(self.batches)
+        lead = draws.reshape(len(draws), *(1,) * self.model.nesting, draws.shape[-1])
+        parts = []
+        if posterior.joint is not None:
+            parts += constrain(posterior.joint.layout.split(lead))[1]
+        for batch, noise in zip(self.batches, self.noise, strict=True):
+            latents: Latents = {} if posterior.joint is None else {(): lead}
+            for block in posterior.blocks():
+                plates = block.layout.plate_names
+                eps = noise[plates]
+                latents[plates], ladj = self.owner.push(block, batch, latents, eps)
+                _, ladjs = constrain(block.layout.split(latents[plates]))
+                log_q = -0.5 * (eps.square() + math.log(2 * math.pi)).sum(-1) - ladj
+                parts += [term * (batch.scale(block.layout) * share) for term in (*ladjs, -log_q)]
+            values = self.owner.values(latents)
+            rows = {name: self.model.rows(name, value, len(draws)) for name, value in values.items()}
+            nodes = sample_nodes(self.model(rows, batch.call))
+            parts += [node["log_prob"].to(draws) * share for node in nodes.values()]
+        return torch.stack([self._by_draw(part, len(draws)) for part in parts]).sum(0)
+
+    def _by_draw(self, term: Tensor, count: int) -> Tensor:
+        """Sum over all dimensions but that of the draws, if there is one."""
+        if term.dim() > self.model.nesting:
+            return by_draw(term).expand(count)
+        return term.sum().expand(count)

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L7. :class:`VectorizedTrace_ELBO`: many particles in one run of any model."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import prune_subsample_sites
+
+from pyro_flows._checks import check_int
+from pyro_flows.models.batching import BatchedModel
+from pyro_flows.models.checks import check_guide, check_latents, first_run, warn_without_data
+from pyro_flows.models.particles import runs_in_a_plate
+from pyro_flows.models.traces import MAX_REFUSED, Call, by_draw, mini_batches, nesting_of, sample_nodes
+from pyro_flows.transforms.base import is_recording
+
+__all__ = ["VectorizedTrace_ELBO", "look_at"]
+
+OWNER = "VectorizedTrace_ELBO"
+# Runs of the guide by which ways of running the model are compared.
+PROBES = 3
+
+
+class VectorizedTrace_ELBO(Trace_ELBO):
+    """``Trace_ELBO`` whose particles take one run of the model, whether it is written for that or not.
+
+    ``Trace_ELBO(num_particles=16, vectorize_particles=True)`` needs a model that broadcasts over an outer plate. Most
+    do not: ``x @ w``, ``a[group]``, a loop over time, an ``nn.Module``. Here the guide runs in an outer plate, and the
+    model too if that gives the log densities of plain runs; if not, it runs under ``torch.vmap``. Sites that the model
+    enumerates in parallel are summed out, as by ``TraceEnum_ELBO``. Works with ``SVI`` and
+    :class:`~pyro_flows.CompiledSVI`, with Pyro's guides and ours.
+
+    Particles that the model refuses (a Cholesky factorisation that fails) are left out, up to a tenth of them.
+
+    Args:
+        num_particles: Number of particles, >= 1.
+        max_plate_nesting: Number of batch dimensions in use; infinity finds out.
+        options: As of ``Trace_ELBO``.
+
+    Raises:
+        RuntimeError: At the first step, if a model can't be run so; names the line of the model that prevents it.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> from pyro.infer import SVI
+        >>> from pyro.optim import Adam
+        >>> from pyro_flows import AutoFlowGuide, VectorizedTrace_ELBO
+        >>> def model(x, y):
+        ...     w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        ...     with pyro.plate("data", len(y)):
+        ...         pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+        >>> svi = SVI(model, AutoFlowGuide(model), Adam({"lr": 0.01}), VectorizedTrace_ELBO(num_particles=16))
+        >>> loss = svi.step(torch.randn(10, 2), torch.randn(10))
+    """
+
+    def __init__(self, num_particles: int = 1, max_plate_nesting: float = math.inf, **options: Any) -> None:
+        check_int(OWNER, "num_particles", num_particles, 1)
+        options.pop("vectorize_particles", None)
+        self._least_nesting = 0 if math.isinf(max_plate_nesting) else int(max_plate_nesting)
+        super().__init__(num_particles, max_plate_nesting, vectorize_particles=True, **options)  # type: ignore[no-untyped-call]
+        self._batched: BatchedModel | None = None
+        self._is_given = False
+
+    @classmethod
+    def of(cls, batched: BatchedModel, num_particles: int) -> VectorizedTrace_ELBO:
+        """The loss of models that differ from one that was looked at by scales only."""
+        made = cls(num_particles)
+        made._batched, made._is_given = batched, True
+        made.max_plate_nesting = batched.nesting + (num_particles > 1)
+        return made
+
+    def _get_traces(
+        self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if self._batched is None or not (self._is_given or self._batched.model == model):
+            self._batched = look_at(OWNER, model, guide, Call(args, kwargs), self._least_nesting)
+            self.max_plate_nesting = self._batched.nesting + (self.num_particles > 1)
+        if self._batched.obstacle and self.num_particles > 1:
+            raise RuntimeError(
+                f"{OWNER}: expected a model that can be run at many draws at once, but {self._batched.obstacle}. Take "
+                f"Trace_ELBO(num_particles={self.num_particles}), which runs them one by one."
+            )
+        return super()._get_traces(model, guide, args, kwargs)  # type: ignore[no-untyped-call]
+
+    def _get_vectorized_trace(
+        self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Trace, Trace]:
+        batched, count = self._batched, self.num_particles
+        assert batched is not None
+        guide_trace = poutine.trace(self._vectorized_num_particles(guide)).get_trace(*args, **kwargs)
+        values = {
+            name: batched.rows(name, node["value"], count)
+            for name, node in sample_nodes(guide_trace).items()
+            if name in batched.nodes
+        }
+        model_trace = batched(values, Call(args, kwargs, mini_batches(guide_trace)), model)
+        guide_trace = prune_subsample_sites(guide_trace)
+        guide_trace.compute_score_parts()
+        if not is_recording():
+            _leave_out_refused(model_trace, guide_trace, count)
+        return model_trace, guide_trace
+
+
+def look_at(
+    owner: str, model: Callable[..., Any], guide: Callable[..., Any], call: Call, least_nesting: int = 0
+) -> BatchedModel:
+    """How to run a model at draws of a guide.
+
+    Raises:
+        ValueError: If the two were swapped, the guide is another model's, or observed values have no density.
+        Exception: Whatever the model or the guide raises in plain runs, or Pyro about their shapes.
+    """
+    with torch.no_grad(), poutine.block():
+        traces = [poutine.trace(guide).get_trace(*call.args, **call.kwargs) for _ in range(PROBES)]
+    drawn = [sample_nodes(found) for found in traces]
+    check_guide(owner, drawn[0])
+    call = call._replace(fixed=mini_batches(traces[0]))
+    draws = [{name: node["value"] for name, node in nodes.items()} for nodes in drawn]
+    nodes = sample_nodes(first_run(owner, model, call, draws))
+    missing = check_latents(owner, nodes, drawn[0])
+    if missing:
+        warnings.warn(
+            f"{owner}: the guide does not draw {', '.join(map(repr, missing))}, which the model draws from the prior "
+            "at every step.",
+            stacklevel=3,
+        )
+    warn_without_data(owner, nodes, call)
+    latents = [name for name, node in nodes.items() if name in drawn[0] and not node["is_observed"]]
+    probe = {name: torch.stack([draw[name] for draw in draws]) for name in latents}
+    batched = BatchedModel(owner, model, call, probe, max(nesting_of(drawn[0].values()), least_nesting))
+    if not (batched.obstacle or runs_in_a_plate(guide, call, batched.nesting)):
+        batched.obstacle = "the guide does not run in an outer plate"
+    return batched
+
+
+def _leave_out_refused(model_trace: Trace, guide_trace: Trace, count: int) -> None:
+    """Take the mean over those draws that the model does not refuse."""
+    terms = [by_draw(node["log_prob"]) for node in sample_nodes(model_trace).values()]
+    usable = ~torch.stack([term.detach() for term in terms]).sum(0).isnan()
+    refused = count - int(usable.sum())
+    if not 0 < refused <= MAX_REFUSED * count:
+        return
+
+    def usable_only(value: Any) -> Any:
+        if not torch.is_tensor(value) or value.dim() == 0 or len(value) != count:
+            return value
+        keep = usable.reshape(-1, *(1,) * (value.dim() - 1))
+        return torch.where(keep, value, 0.0) * (count / (count - refused))
+
+    for node in sample_nodes(model_trace).values():
+        node["log_prob"] = usable_only(node["log_prob"])
+        node["log_prob_sum"] = node["log_prob"].sum()
+    for node in sample_nodes(guide_trace).values():
+        node["log_prob"] = usable_only(node["log_prob"])
+        node["log_prob_sum"] = node["log_prob"].sum()
+        node["score_parts"] = type(node["score_parts"])(*map(usable_only, node["score_parts"]))

@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L7. The ELBO of a model and a guide on data that may come in mini-batches: its gradient, and its value with error."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pyro_flows.compiled.graph import LossGraph, used_leaves
+from pyro_flows.compiled.parameters import FlatParameter, RecordingError, leaves_of, state_of, trial
+from pyro_flows.flows import FlowDistribution
+from pyro_flows.importance.psis import nearly_constant, pareto_smooth
+from pyro_flows.importance.weights import log_weights
+from pyro_flows.models.batching import BatchedModel
+from pyro_flows.models.checks import start_elsewhere, without_density
+from pyro_flows.models.traces import MAX_REFUSED, NO_DENSITY, Call, mini_batches, nesting_of, sample_nodes
+from pyro_flows.training.elbo import VectorizedTrace_ELBO, look_at
+
+__all__ = ["Batches", "Estimate", "Objective"]
+
+# Draws of an estimate: runs times particles a run, fewer where there are more than so many items in all; a run for each
+# mini-batch of a pass, up to so many.
+ESTIMATE_RUNS, ESTIMATE_PARTICLES, ESTIMATE_ITEMS = 20, 500, 2**18
+ESTIMATE_CALLS = 200
+# Elements of the mini-batches that are kept for estimates, at most.
+HELD_ELEMENTS = 2**25
+SEQUENTIAL_RUNS = 200
+# Draws from which the tail of weights is judged; k-hat from so many has an error of about 0.1, below 0.7.
+TAIL_DRAWS, LIGHT_TAIL = 10_000, 0.6
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Estimate(NamedTuple):
+    """A Monte Carlo estimate of an ELBO: mean, its standard error, the variance of one draw, and the values of runs.
+
+    A run whose draws the model refuses is NaN, and left out of the mean.
+    """
+
+    mean: float
+    error: float
+    variance: float
+    values: Tensor
+
+    def gain_over(self, other: Estimate) -> tuple[float, float]:
+        """Difference of the means and its standard error; runs are paired, in case that they share anything."""
+        difference = self.values - other.values
+        difference = difference[difference.isfinite()]
+        if not (math.isfinite(self.mean) and math.isfinite(other.mean) and len(difference)):
+            return self.mean - other.mean, math.inf
+        error = (difference.var() / len(difference)).sqrt().item()
+        return difference.mean().item(), error if math.isfinite(error) else math.inf
+
+
+class _QuietParticles(Messenger):
+    """Takes noise out of gradients: draws are spread evenly over the particles, and what a mini-batch does to all
+    particles alike does not count, as far as it is noise."""
+
+    def __init__(self, *, centered: bool) -> None:
+        super().__init__()
+        self.centered = centered
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if isinstance(msg["fn"], FlowDistribution):
+            msg["fn"] = msg["fn"].stratified()
+            if self.centered:
+                msg["fn"] = msg["fn"].centered()
+
+
+class Batches:
+    """The model's arguments, again and again.
+
+    Args:
+        args: A tuple of arguments; or something that can be iterated over repeatedly, whose items are tuples of
+            arguments, lists of them (as a ``DataLoader`` gives), or single arguments.
+        kwargs: Keyword arguments.
+    """
+
+    def __init__(self, args: tuple[Any, ...] | Iterable[Any], kwargs: Mapping[str, Any] | None) -> None:
+        self.kwargs = dict(kwargs or {})
+        self.many = not isinstance(args, tuple)
+        if isinstance(args, Iterator):
+            raise TypeError(
+                "fit: expected mini-batches that can be iterated over again, but got an iterator. "
+                "Pass the DataLoader itself, or a list of argument tuples."
+            )
+        if torch.is_tensor(args) or isinstance(args, (str, Mapping)):
+            raise TypeError(f"fit: expected args to be a tuple, but got a {type(args).__name__}. Write args=(x,).")
+        self._source: Iterable[Any] = args if self.many else [args]
+        self._stream = self._endless()
+        try:
+            self.first: Arguments = next(self._endless())
+        except RuntimeError:
+            raise ValueError("fit: expected at least one mini-batch, but got none.") from None
+
+    def _pass(self) -> Iterator[Arguments]:
+        for item in self._source:
+            yield (tuple(item) if isinstance(item, (tuple, list)) else (item,)), self.kwargs
+
+    def _endless(self) -> Iterator[Arguments]:
+        while True:
+            empty = True
+            for call in self._pass():
+                empty = False
+                yield call
+            if empty:
+                raise RuntimeError("no mini-batches")
+
+    def next(self) -> Arguments:
+        """The arguments of the next step."""
+        return next(self._stream)
+
+    def one_pass(self, limit: int) -> list[Arguments]:
+        """So many mini-batches, or all, or those that fit into memory, if they are fewer."""
+        calls: list[Arguments] = []
+        held = 0
+        for call in itertools.islice(self._pass(), limit):
+            calls.append(call)
+            held += sum(value.numel() for value in call[0] if torch.is_tensor(value))
+            if held > HELD_ELEMENTS:
+                break
+        return calls
+
+
+class Objective:
+    """The ELBO, by :class:`VectorizedTrace_ELBO`, and by Pyro's where draws cannot share a run of the model.
+
+    Attributes:
+        subsampled: Whether a step sees a part of the data.
+        scale: What the terms of a mini-batch are multiplied by, the largest such factor.
+        num_items: Size of the largest latent site at hand.
+        num_values: Number of latent and observed values at hand.
+        batched: How the model is run at many draws.
+        trains_model: Whether the model has parameters of its own.
+        power: What the log joint is multiplied by in gradients, an inverse temperature; 1 is the model itself.
+        leaves: Unconstrained leaves of the guide's and the model's parameters.
+        parameters: The same; or, once a step is recorded, one vector of those in use.
+        graph: The recorded step, if there is one.
+    """
+
+    def __init__(self, model: Callable[..., Any], guide: Callable[..., Any], batches: Batches) -> None:
+        self.model = model
+        self.guide = guide
+        self.batches = batches
+        args, kwargs = batches.first
+        self.batched, self._sites = self._look()
+        sites = self._sites
+        self.enumerates = any(site["infer"].get("enumerate") for site in sites)
+        frames = [frame for site in sites for frame in site["cond_indep_stack"]]
+        self.subsampled = batches.many or any(frame.full_size not in (None, frame.size) for frame in frames)
+        self.scale = max((float(torch.as_tensor(site["scale"]).max()) for site in sites), default=1.0)
+        self.num_items = max((site["value"].numel() for site in sites if not site["is_observed"]), default=1)
+        self.num_values = sum(torch.as_tensor(site["value"]).numel() for site in sites)
+        self._calls = batches.one_pass(ESTIMATE_CALLS)
+        of_guide = leaves_of(guide, args, kwargs)
+        of_model = leaves_of(_replayed(model, guide), args, kwargs)
+        self.trains_model = any(all(p is not q for q in of_guide) for p in of_model)
+        self.power = 1.0
+        self.leaves = list({id(p): p for p in (*of_guide, *of_model)}.values())
+        self.parameters = self.leaves
+        self._flat: FlatParameter | None = None
+        self.graph: LossGraph | None = None
+
+    def _look(self) -> tuple[BatchedModel | None, list[dict[str, Any]]]:
+        """How to run the model at many draws, None if sites are enumerated as Pyro alone can; and its sites."""
+        args, kwargs = self.batches.first
+        try:
+            batched = look_at("fit", self.model, self.guide, Call(args, kwargs))
+        except NotImplementedError:
+            with torch.no_grad(), pyro.validation_enabled(False):  # only the structure is looked at
+                trace = poutine.block(poutine.trace(_replayed(self.model, self.guide)).get_trace)(*args, **kwargs)
+            return None, list(sample_nodes(trace).values())
+        return batched, list(batched.nodes.values())
+
+    @property
+    def obstacle(self) -> str:
+        """What keeps draws from being run at once; empty if nothing does."""
+        return "its sites are not enumerated in parallel" if self.batched is None else self.batched.obstacle
+
+    @property
+    def vectorized(self) -> bool:
+        """Whether particles can be drawn in one run."""
+        return not self.obstacle
+
+    def elbo(self, num_particles: int) -> Trace_ELBO | TraceEnum_ELBO:
+        """The loss with so many particles."""
+        if self.batched is not None and (self.vectorized or num_particles == 1):
+            return VectorizedTrace_ELBO.of(self.batched, num_particles)
+        kind = TraceEnum_ELBO if self.enumerates else Trace_ELBO
+        nesting = nesting_of(self._sites)
+        return kind(num_particles=num_particles, max_plate_nesting=nesting, ignore_jit_warnings=True)
+
+    def _loss(self, elbo: Trace_ELBO | TraceEnum_ELBO, name: str) -> Callable[..., Any]:
+        """A method of the loss with the model and the guide filled in."""
+        model = self.model if self.power == 1.0 else poutine.scale(self.model, scale=self.power)
+        guide = self.guide
+        if elbo.vectorize_particles and elbo.num_particles > 1:
+            guide = _QuietParticles(centered=self.subsampled)(guide)
+        return partial(getattr(elbo, name), model, guide)
+
+    def gradient(self, elbo: Trace_ELBO | TraceEnum_ELBO) -> float:
+        """Loss of the next mini-batch; its gradient is left in the ``grad`` of :attr:`parameters`, which has none."""
+        args, kwargs = self.batches.next()
+        if self._flat is not None and self.graph is not None and self.graph.matches(args, kwargs):
+            try:
+                loss, gradient = self.graph(args, kwargs)
+            except RuntimeError:  # of linear algebra: there is no other code in it
+                loss = torch.tensor(math.nan)
+            if loss.isfinite():
+                self._flat.flat.grad = gradient
+                return float(loss)
+            # A draw that the model refuses voids a recorded step, and costs itself alone in an eager one.
+        with _quiet():
+            value = float(self._loss(elbo, "loss_and_grads")(*args, **kwargs))
+        if self._flat is not None:  # a mini-batch of another shape, say
+            self._flat.gather_gradients()
+        return value
+
+    def record(self, elbo: Trace_ELBO | TraceEnum_ELBO) -> LossGraph:
+        """Go on with a recorded step (see :class:`LossGraph`) and with a single parameter, until :meth:`release`.
+
+        Raises:
+            RecordingError: If that can't be done.
+        """
+        args, kwargs = self.batches.first
+        loss = self._loss(elbo, "differentiable_loss")
+        state = state_of(self.model, self.guide)
+        with trial(state):
+            leaves = used_leaves(loss, self.leaves, args, kwargs)
+            flat = FlatParameter(leaves)
+            try:
+                self.graph = LossGraph(loss, flat, args, kwargs, state)
+            except RecordingError:
+                flat.release()
+                raise
+        self._flat = flat
+        self.parameters = [flat.flat]
+        return self.graph
+
+    def compile(self) -> None:
+        """Compile the recorded step.
+
+        Raises:
+            RuntimeError: If there is no working compiler; the graph runs as it is.
+        """
+        assert self.graph is not None
+        with torch.random.fork_rng():
+            self.graph.compile(*self.batches.first)
+
+    @property
+    def recorded_leaves(self) -> list[Tensor]:
+        """What the single parameter of a recorded step is made of, in order."""
+        assert self._flat is not None
+        return self._flat.leaves
+
+    def release(self) -> None:
+        """Give parameters memory of their own again, after :meth:`record`."""
+        if self._flat is not None:
+            self._flat.release()
+
+    def estimate(self, seed: int | None = None) -> Estimate:
+        """The ELBO without gradients, on mini-batches that are the same each time.
+
+        Args:
+            seed: Of the noise; None draws it afresh.
+        """
+        with torch.random.fork_rng(devices=[], enabled=seed is not None):
+            if seed is not None:
+                torch.default_generator.manual_seed(seed)
+            if not self.vectorized:
+                return self._estimate(SEQUENTIAL_RUNS, 1)
+            runs = max(ESTIMATE_RUNS, len(self._calls))
+            return self._estimate(runs, max(2, min(ESTIMATE_PARTICLES, ESTIMATE_ITEMS // (runs * self.num_items))))
+
+    def has_light_tails(self) -> bool:
+        """Whether importance weights of the guide's draws have a k-hat well below what they can bear."""
+        args, kwargs = self.batches.first
+        weights, _ = log_weights(self.model, self.guide, TAIL_DRAWS, args, kwargs)
+        smoothed = pareto_smooth(weights)
+        ess = (-(2.0 * smoothed.log_weights).logsumexp(0)).exp().item()
+        largest = (smoothed.log_weights.max() + math.log(TAIL_DRAWS)).item()
+        return smoothed.khat < LIGHT_TAIL or nearly_constant(largest, ess, TAIL_DRAWS)
+
+    def without_density(self) -> str:
+        """What to say if no loss is finite: which sites of the model have no density at a draw of the guide.
+
+        Raises:
+            Exception: Whatever the model raises there.
+        """
+        args, kwargs = self.batches.first
+        with torch.no_grad(), poutine.block():
+            trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
+        values = {name: node["value"] for name, node in sample_nodes(trace).items()}
+        sites = without_density(self.model, values, Call(args, kwargs, mini_batches(trace)))
+        if sites:
+            return start_elsewhere("fit", sites)
+        return (
+            "fit: expected a finite loss and gradient in one of the first steps, but got none, although the model has "
+            "a finite log density. Look for what overflows in it, or in its gradient, such as the root of zero."
+        )
+
+    def prefers(self, now: Estimate, before: Estimate) -> bool:
+        """Whether an estimate is good enough to go on from: higher, or with mini-batches not significantly lower.
+
+        A part of the data prefers what was fitted to it.
+        """
+        gain, error = now.gain_over(before)
+        return gain > (-2 * error if self.subsampled else 0.0)
+
+    @torch.no_grad()
+    def _estimate(self, runs: int, particles: int) -> Estimate:
+        elbo = self.elbo(particles)
+        values = []
+        for args, kwargs in itertools.islice(itertools.cycle(self._calls), runs):
+            try:
+                # Without validation, by which a draw of no density would look like one that is refused.
+                with _quiet(), pyro.validation_enabled(False):
+                    values.append(-float(elbo.loss(self.model, self.guide, *args, **kwargs)))
+            except NO_DENSITY:
+                values.append(math.nan)
+        sample = torch.tensor(values, dtype=torch.float64)
+        kept = sample[~sample.isnan()]
+        if len(kept) < (1.0 - MAX_REFUSED) * runs or not kept.isfinite().all():
+            return Estimate(-math.inf, math.inf, math.inf, sample)
+        variance = kept.var().item()
+        return Estimate(kept.mean().item(), math.sqrt(variance / len(kept)), variance * particles, sample)
+
+
+def _replayed(model: Callable[..., Any], guide: Callable[..., Any]) -> Callable[..., Any]:
+    """The model at a draw of the guide."""
+
+    def run(*args: Any, **kwargs: Any) -> None:
+        with torch.no_grad(), poutine.block():
+            trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        poutine.replay(model, trace=trace)(*args, **kwargs)
+
+    return run
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Pyro's warnings about losses that are not finite: these are looked at and counted."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Encountered (NaN|infinite|[+-]?inf)", category=UserWarning)
+        yield

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L1. The affine head of a joint flow over a hierarchy whose data tell several coordinates only together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributions.transforms import CorrCholeskyTransform
+
+from pyro_flows.transforms.heads.diagonal_pooling import DiagonalPooling
+from pyro_flows.transforms.networks import eased
+
+__all__ = ["Correlated", "MatrixPooling"]
+
+
+class Correlated(NamedTuple):
+    """Coordinates whose priors share a matrix of correlations, itself a latent.
+
+    Attributes:
+        start: The first of ``num * size`` neighbouring coordinates: so many vectors.
+        num: Number of vectors.
+        size: Their length, K.
+        factor_start: The first of the ``K (K - 1) / 2`` coordinates of the matrix's Cholesky factor, in the order of
+            :class:`~torch.distributions.transforms.CorrCholeskyTransform`.
+    """
+
+    start: int
+    num: int
+    size: int
+    factor_start: int
+
+
+class _Given(NamedTuple):
+    """What a draw's free coordinates say of the others: location and scale of the prior, and factors of its
+    correlations; ``B = A^T W`` with ``K = W W^T``, in double precision; ``W^T (b - a)``; ``log|det A|``."""
+
+    loc: Tensor
+    scale: Tensor
+    factors: list[Tensor]
+    root: Tensor
+    pull: Tensor
+    ladj: Tensor
+
+
+class _Conditional(torch.autograd.Function):
+    r"""A draw of :math:`N(M^{-1} B r, M^{-1})` with :math:`M = I + B B^\top = C C^\top` from noise ``x``,
+    :math:`z = C^{-\top} (C^{-1} B r + x)`, and :math:`-\log|C|`; also C, without a derivative.
+
+    Torch's derivative of a Cholesky factor costs ten times the factor. The one that is needed here comes from
+    :math:`x (C^{-1} \bar z)^\top`, of rank one, whose triangles times a matrix are cumulative sums. The factor is one
+    of double precision, since M may be ill-conditioned; :math:`C^{-1}` and :math:`C^{-1} B` are at most 1 in norm, and
+    have the precision of the noise.
+
+    Shape:
+        - root: ``(..., n, n)``, double; pull, noise: ``(..., n, 1)``.
+
+    References:
+        Murray. Differentiation of the Cholesky decomposition. 2016. arXiv:1602.07527, eq. (10).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, root: Tensor, pull: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        factor, inverse, shrunk, log_det = _solved(root, noise.dtype)
+        ctx.save_for_backward(root, pull, noise, inverse, shrunk)
+        ctx.mark_non_differentiable(factor)
+        return inverse.mT @ (shrunk @ pull + noise), log_det, factor
+
+    @staticmethod
+    def backward(ctx: Any, to_draw: Tensor, to_log_det: Tensor, _: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
+        root, pull, noise, inverse, shrunk = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for second derivatives: the saved ones have no graph
+            _, inverse, shrunk, _ = _solved(root, noise.dtype)
+        to_noise = inverse @ to_draw
+        dual = inverse.mT @ to_noise  # M^-1 times the gradient
+        to_pull = shrunk.mT @ to_noise  # B^T dual
+        mean = shrunk @ pull
+        # tril(x g^T) and its transpose times C^-1 B, the diagonal once, and the log-determinant's part.
+        rows = noise * shrunk
+        above = rows.sum(-2, keepdim=True) - rows.cumsum(-2)
+        total = noise * (to_noise * shrunk).cumsum(-2) + to_noise * above + to_log_det[..., None, None] * shrunk
+        total = total + to_noise @ (shrunk.mT @ mean).mT + mean @ to_pull.mT
+        return (dual @ pull.mT - inverse.mT @ total).to(root.dtype), to_pull, to_noise
+
+
+def _solved(root: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The factor of ``M``, its inverse, that times ``B``, and minus the log-determinant of the factor."""
+    identity = torch.eye(root.shape[-2], dtype=root.dtype, device=root.device)
+    factor = _factor(root)
+    inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
+    log_det = -factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return factor.to(dtype), inverse.to(dtype), (inverse @ root).to(dtype), log_det.to(dtype)
+
+
+def _factor(root: Tensor) -> Tensor:
+    """``C`` with ``C C^T = I + B B^T``."""
+    identity = torch.eye(root.shape[-2], dtype=root.dtype, device=root.device)
+    return torch.linalg.cholesky_ex(identity + root @ root.mT).L
+
+
+class MatrixPooling(DiagonalPooling):
+    r"""Affine head in which coordinates :math:`p` with a known Gaussian prior given the others, :math:`f`, pool it with
+    a Gaussian of their own, both with correlations:
+
+    .. math::
+        y_p \,|\, y_f \sim N(P^{-1} (\Lambda a + K b), P^{-1}), \qquad P = \Lambda + K.
+
+    The prior :math:`N(a(y_f), \Lambda^{-1}(y_f))` has :math:`\Lambda^{-1} = A A^\top`, :math:`A = e^{t(y_f)} L(y_f)`,
+    for log-scales :math:`t` and factors :math:`L` of correlations. The own Gaussian has a precision
+    :math:`K = e^{-2 u^\top (y_f - f_0)} K_0` and a location :math:`b = b_0 + G (y_f - f_0)`. That is the exact
+    conditional posterior of a linear mixed model: effects that cross, slopes whose covariates are correlated, a noise
+    scale that is a latent. As long as :math:`K_0` is diagonal and :math:`G, u` are zero, as at the start, it is
+    :class:`PriorPooling`; they are set by :meth:`follow` and not trained, while scales of :math:`K`, :math:`b_0` and
+    the shares of priors are.
+
+    Computed in coordinates in which the prior is standard normal, where :math:`P` is well-conditioned however narrow
+    the prior, and in double precision. Cost a Cholesky factor of P a draw, O(D^3).
+
+    Args:
+        known: As for :class:`PriorPooling`.
+        slope: Likewise, but priors follow coordinates that are not known alone.
+        bias: Likewise.
+        correlated: Coordinates whose priors are correlated.
+
+    References:
+        Papaspiliopoulos, Stumpf-Fetizon, Zanella. Scalable Bayesian computation for crossed and nested hierarchical
+        models. Electronic Journal of Statistics 2023. arXiv:2103.10875, section 2, for the conditional posterior.
+    """
+
+    fixed: ClassVar[frozenset[str]] = frozenset({"origin", "own_slope", "own_tilt", "own_factor"})
+
+    def __init__(self, known: Tensor, slope: Tensor, bias: Tensor, correlated: Sequence[Correlated] = ()) -> None:
+        super().__init__(known, slope, bias)
+        free, pooled = self.sizes
+        self.correlated = tuple(correlated)
+        self.own_factor = nn.Parameter(torch.eye(pooled))
+        places = self.restore.tolist()
+        self._vectors = [places[group.start] - free for group in self.correlated]
+        self._factors = [places[group.factor_start] for group in self.correlated]
+
+    @torch.no_grad()
+    def initialize(self, loc: Tensor, scale: Tensor, max_share: float = 1e-3) -> None:
+        super().initialize(loc, scale, max_share)
+        self.own_factor.copy_(torch.eye(len(self.own_factor)))
+
+    @torch.no_grad()
+    def follow(self, free: tuple[Tensor, Tensor], loc: Tensor, precision: Tensor, slope: Tensor, tilt: Tensor) -> None:
+        """As :meth:`DiagonalPooling.follow`, with all of the precision, ``K`` at that location."""
+        super().follow(free, loc, precision, slope, tilt)
+        scale = precision.diagonal().rsqrt()
+        self.own_factor.copy_(torch.linalg.cholesky(scale.unsqueeze(-1) * precision * scale))
+
+    def _correlations(self, free: Tensor) -> list[Tensor]:
+        """Factors of correlations of the priors."""
+        factors = []
+        for group, start in zip(self.correlated, self._factors, strict=True):
+            entries = free[..., start : start + group.size * (group.size - 1) // 2]
+            factors.append(CorrCholeskyTransform()(entries))
+        return factors
+
+    def log_prior(self, y: Tensor) -> Tensor:
+        free, pooled = self._ordered(y).double().split(self.sizes, -1)
+        loc, log_scale = self.prior(free.to(self.bias))
+        factors = [factor.double() for factor in self._correlations(free.to(self.bias))]
+        noise = ((pooled - loc) * (-log_scale).exp()).unsqueeze(-1)
+        noise = self._uncorrelate(noise, factors, transpose=False).squeeze(-1)
+        return -log_scale.sum(-1) - self._log_det_correlations(factors) - 0.5 * noise.square().sum(-1)
+
+    def _correlate(self, rows: Tensor, factors: Sequence[Tensor], *, transpose: bool) -> Tensor:
+        """``L`` or its transpose times ``(..., P, C)``."""
+        for group, start, factor in zip(self.correlated, self._vectors, factors, strict=True):
+            here = slice(start, start + group.num * group.size)
+            inner = rows[..., here, :].unflatten(-2, (group.num, group.size))
+            mixed = (factor.mT if transpose else factor).unsqueeze(-3) @ inner
+            rows = torch.cat([rows[..., : here.start, :], mixed.flatten(-3, -2), rows[..., here.stop :, :]], -2)
+        return rows
+
+    def _uncorrelate(self, rows: Tensor, factors: Sequence[Tensor], *, transpose: bool) -> Tensor:
+        """The inverse of :meth:`_correlate`."""
+        for group, start, factor in zip(self.correlated, self._vectors, factors, strict=True):
+            here = slice(start, start + group.num * group.size)
+            inner = rows[..., here, :].unflatten(-2, (group.num, group.size))
+            matrix = (factor.mT if transpose else factor).unsqueeze(-3).expand(*inner.shape[:-1], group.size)
+            solved = torch.linalg.solve_triangular(matrix, inner, upper=transpose)
+            rows = torch.cat([rows[..., : here.start, :], solved.flatten(-3, -2), rows[..., here.stop :, :]], -2)
+        return rows
+
+    def _log_det_correlations(self, factors: Sequence[Tensor]) -> Tensor | float:
+        """``log|det L|``."""
+        total: Tensor | float = 0.0
+        for group, factor in zip(self.correlated, factors, strict=True):
+            total = total + group.num * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return total
+
+    def _conditional(self, free: Tensor, loc: Tensor, log_scale: Tensor) -> _Given:
+        """What the coordinates with known priors follow."""
+        prior_loc, prior_log_scale = self.prior(free)
+        factors = self._correlations(free)
+        prior_log_scale = prior_log_scale - 0.5 * eased(self.log_share)
+        away = self._away(free)
+        weight = (-log_scale).exp().unsqueeze(-1) * self.own_factor.detach()  # W_0 with K_0 = W_0 W_0^T
+        tilt = (away @ -self.own_tilt.detach()).exp()
+        scale = prior_log_scale.exp()
+        root = (scale * tilt.unsqueeze(-1)).double().unsqueeze(-1) * weight.double()
+        root = self._correlate(root, [factor.double() for factor in factors], transpose=True)
+        apart = loc + away @ self.own_slope.detach().mT - prior_loc
+        pull = tilt[..., None, None] * (weight.mT @ apart.unsqueeze(-1))
+        ladj = prior_log_scale.sum(-1) + self._log_det_correlations(factors)
+        return _Given(prior_loc, scale, factors, root, pull, ladj)
+
+    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """In order: values and log-determinant."""
+        pooled, free, total, ladj, *_ = self._draw(x)
+        return torch.cat([free, pooled], -1), total + ladj, ()
+
+    def _draw(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, _Given, Tensor]:
+        """Pooled and free coordinates, the free ones' summed log-scale, the pooled ones' log-determinant, and C."""
+        (loc, own_loc), (scale, _), (log_scale, own_log_scale) = (part.split(self.sizes, -1) for part in self._own())
+        noise, rest = x.split(self.sizes, -1)
+        free = torch.addcmul(loc, scale, noise)
+        given = self._conditional(free, own_loc, own_log_scale)
+        z, ladj, factor = _Conditional.apply(given.root, given.pull, rest.unsqueeze(-1))  # type: ignore[no-untyped-call]
+        pooled = given.loc + given.scale * self._correlate(z, given.factors, transpose=False).squeeze(-1)
+        return pooled, free, log_scale.sum(-1), given.ladj + ladj, given, factor
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y = self._ordered(y)
+        loc, scale, log_scale = self._own()
+        count = self.count_free
+        free = y[..., :count]
+        given = self._conditional(free, loc[count:], log_scale[count:])
+        z = ((y[..., count:] - given.loc) / given.scale).unsqueeze(-1)
+        z = self._uncorrelate(z, given.factors, transpose=False)
+        factor = _factor(given.root)
+        shrunk = torch.linalg.solve_triangular(factor, given.root, upper=False).to(y.dtype)
+        noise = factor.to(y.dtype).mT @ z - shrunk @ given.pull
+        ladj = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1).to(y.dtype) - given.ladj
+        x = torch.cat([(free - loc[:count]) / scale[:count], noise.squeeze(-1)], -1)
+        return self._restored(x), ladj - log_scale[:count].sum(-1)
+
+    def forward_with_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        pooled, free, total, ladj, given, factor = self._draw(self._ordered(x))
+        count = self.count_free
+        score = self._ordered(score)
+        with torch.no_grad():
+            # A^-T C times the score of the noise; A^-T is e^-t L^-T.
+            own = factor @ score[..., count:].unsqueeze(-1)
+            own = self._uncorrelate(own, given.factors, transpose=True).squeeze(-1) / given.scale
+            scale = self._own()[1][:count]
+        (through,) = torch.autograd.grad((pooled, ladj), free, (own, torch.ones_like(ladj)), retain_graph=True)
+        score = torch.cat([score[..., :count] / scale - through, own], -1).detach()
+        return self._restored(torch.cat([free, pooled], -1)), total + ladj, self._restored(score)

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Warm starts: what they find, and that the guide then is what they found."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO, config_enumerate
+from pyro.ops.indexing import Vindex
+from torch import Tensor
+
+from pyro_flows import AutoFlowGuide
+from pyro_flows.diagnostics import log_weights
+from pyro_flows.models.layout import Layout
+from pyro_flows.models.log_joint import LogJoint
+from pyro_flows.models.sites import read_sites
+from pyro_flows.starts.gaussian import Gaussian, refined
+from pyro_flows.starts.lbfgs import climb
+
+COVARIANCE = torch.tensor([[4.0, 1.9, 0.002], [1.9, 1.0, 0.0], [0.002, 0.0, 1e-4]])
+MEAN = torch.tensor([10.0, -3.0, 0.5])
+
+
+def correlated() -> None:
+    """A Gaussian posterior with evidence 1, in two sites and far from its start."""
+    a = pyro.sample("a", dist.Normal(0.0, 1.0).mask(False))
+    b = pyro.sample("b", dist.Normal(torch.zeros(2), 1.0).to_event(1).mask(False))
+    z = torch.cat([a.unsqueeze(-1).expand(*b.shape[:-1], 1), b], -1)
+    pyro.factor("target", dist.MultivariateNormal(MEAN, COVARIANCE).log_prob(z))
+
+
+def unvectorised(x: Tensor, y: Tensor) -> None:
+    """``x @ slope`` does not bear outer plates."""
+    slope = pyro.sample("slope", dist.Normal(torch.zeros(2), 100.0).to_event(1))
+    noise = pyro.sample("noise", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(x @ slope, noise), obs=y)
+
+
+def branching() -> None:
+    """Python control flow on a value: neither an outer plate nor vmap bears it."""
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    scale = 2.0 if a.item() > 0 else 1.0
+    pyro.sample("y", dist.Normal(a, scale), obs=torch.tensor(0.3))
+
+
+def elbo(guide: Any, *args: Any, count: int = 400) -> tuple[float, float]:
+    losses = torch.tensor([Trace_ELBO().loss(guide.model, guide, *args) for _ in range(count)])
+    return -losses.mean().item(), losses.std().item() / math.sqrt(count)
+
+
+@pytest.mark.parametrize("flow", ["auto", "site_ordered", "full_rank_normal"])
+def test_a_gaussian_posterior_is_found_exactly(flow: str) -> None:
+    """With correlation 0.95 and scales from 0.01 to 2: the ELBO is the evidence, draw by draw."""
+    guide = AutoFlowGuide(correlated, flow=flow).warm_start()
+    mean, error = elbo(guide, count=50)
+    assert mean == pytest.approx(0.0, abs=0.02)
+    assert error < 0.01
+    draws = guide.get_posterior().sample((20_000,))
+    torch.testing.assert_close(draws.mean(0), MEAN, atol=4 * 2 / 20_000**0.5, rtol=0.0)
+    assert (draws.std(0) / COVARIANCE.diagonal().sqrt()).log().abs().max() < 4 / (2 * 20_000) ** 0.5
+
+
+def test_a_family_of_independent_coordinates_gets_the_conditional_scales() -> None:
+    guide = AutoFlowGuide(correlated, flow="diagonal_normal").warm_start()
+    scale = guide.get_posterior().sample((4000,)).std(0)
+    torch.testing.assert_close(scale, COVARIANCE.inverse().diagonal().rsqrt(), rtol=0.1, atol=0.0)
+
+
+def test_of_a_funnel_an_early_iterate_or_a_mean_field_normal_is_taken() -> None:
+    """The mode is at a scale of zero. AutoNormal reaches -2.2 or so below the evidence, 0."""
+
+    def funnel() -> None:
+        v = pyro.sample("v", dist.Normal(0.0, 3.0))
+        with pyro.plate("nine", 9):
+            pyro.sample("x", dist.Normal(0.0, (v / 2).exp()))
+
+    guide = AutoFlowGuide(funnel).warm_start()
+    assert elbo(guide)[0] > -6.0
+
+
+@pytest.mark.parametrize("case", ["correlated", "unvectorised", "branching"])
+def test_log_joint_of_many_draws_is_that_of_each(case: str) -> None:
+    args: tuple[Tensor, ...] = ()
+    model: Any = {"correlated": correlated, "unvectorised": unvectorised, "branching": branching}[case]
+    if case == "unvectorised":
+        args = (torch.randn(7, 2), torch.randn(7))
+    guide = AutoFlowGuide(model).setup(*args)
+    table = Layout(read_sites(guide.prototype_trace))
+    log_joint = LogJoint(guide.model, table, args, {})
+    used = {"correlated": "_in_a_plate", "unvectorised": "_by_vmap", "branching": "_one_by_one"}[case]
+    assert log_joint.model._run.__name__ == used
+    draws = torch.randn(5, table.latent_dim)
+    for draw, found in zip(draws, log_joint(draws), strict=True):
+        values, _ = table.unpack(draw)
+        trace = poutine.trace(poutine.condition(model, data=values)).get_trace(*args)
+        jacobian = values["noise"].log() if case == "unvectorised" else 0.0
+        torch.testing.assert_close(found, trace.log_prob_sum() + jacobian)
+
+
+def test_a_regression_that_is_not_vectorised_starts_well() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(60, 2)
+    y = 100.0 * x[:, 0] - 30.0 * x[:, 1] + 0.1 * torch.randn(60)
+    guide = AutoFlowGuide(unvectorised).warm_start(x, y)
+    median = guide.median()
+    assert median["slope"][0].item() == pytest.approx(100.0, rel=0.02)
+    assert median["noise"].item() < 3.0
+
+
+def test_what_warm_start_cannot_do() -> None:
+    def plated(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(NotImplementedError, match=r"'data'.* has one"):
+        AutoFlowGuide(plated, amortize={"data": torch.nn.Linear(2, 3)}).warm_start(torch.zeros(10, 2))
+
+    @config_enumerate(default="sequential")
+    def mixture() -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        k = pyro.sample("k", dist.Bernoulli(0.5))
+        pyro.sample("y", dist.Normal(loc + k, 1.0), obs=torch.tensor(0.0))
+
+    with pytest.raises(NotImplementedError, match="'k' is enumerated one value after"):
+        AutoFlowGuide(mixture).warm_start()
+
+    def nowhere() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("never", z * 0.0 - torch.inf)
+
+    with pytest.raises(RuntimeError, match="init_loc_fn"):
+        AutoFlowGuide(nowhere).warm_start()
+
+
+def test_a_draw_that_a_model_refuses_spoils_no_others() -> None:
+    """A Cholesky factorisation fails for the whole batch if one of its matrices is not positive definite."""
+
+    def model() -> None:
+        c = pyro.sample("c", dist.Normal(0.0, 1.0))
+        one = torch.ones_like(c)
+        covariance = torch.stack([torch.stack([one, c], -1), torch.stack([c, one], -1)], -2)
+        factor = torch.linalg.cholesky(covariance)
+        pyro.sample("y", dist.MultivariateNormal(torch.zeros(2), scale_tril=factor), obs=torch.tensor([0.3, 0.5]))
+
+    guide = AutoFlowGuide(model).setup()
+    log_joint = LogJoint(guide.model, guide.posterior.joint.layout, (), {})
+    draws = torch.tensor([[0.2], [1.5], [-0.4]], requires_grad=True)
+    found = log_joint(draws)
+    assert found[1].isnan() and found[[0, 2]].isfinite().all()
+    torch.testing.assert_close(found[[0, 2]], log_joint(draws[[0, 2]]))
+    (gradient,) = torch.autograd.grad(found[[0, 2]].sum(), draws)
+    assert gradient.isfinite().all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of losses that are not finite
+        guide.warm_start()
+    assert abs(guide.median()["c"].item()) < 1.0
+
+
+class Poisson:
+    """Of a rate exp(z) with a flat prior; as much of a target as a refinement looks at."""
+
+    rows, chunk, is_vectorized = 1, 1000, True
+
+    def __call__(self, draws: Tensor) -> Tensor:
+        return (COUNTS * draws - draws.exp()).sum(-1)
+
+
+COUNTS = torch.tensor([2.0, 5.0, 40.0], dtype=torch.float64)
+
+
+def test_newton_steps_find_the_best_normal() -> None:
+    """Its variance is 1 / count, and its mean log(count) less half of that: where both mean derivatives are right."""
+    torch.manual_seed(0)
+    begin = Gaussian(torch.zeros(3).double(), torch.ones(3).double())
+    found = refined(Poisson(), begin)  # type: ignore[arg-type]
+    torch.testing.assert_close(found.factor @ found.factor.mT, COUNTS.reciprocal().diag(), rtol=0.2, atol=0.02)
+    expected = COUNTS.log() - 0.5 / COUNTS
+    assert ((found.loc - expected) * COUNTS.sqrt()).abs().max() < 0.1
+
+
+def test_newton_steps_end_where_there_are_no_second_derivatives() -> None:
+    begin = Gaussian(torch.zeros(2).double(), torch.ones(2).double())
+
+    class Linear(Poisson):
+        def __call__(self, draws: Tensor) -> Tensor:
+            return -draws.sum(-1)
+
+    found = refined(Linear(), begin)  # type: ignore[arg-type]
+    assert torch.equal(found.loc, begin.loc) and torch.equal(found.factor, torch.eye(2).double())
+
+
+def test_climbs_far_below_one_that_has_arrived_are_given_up() -> None:
+    """One that crawled through a plain, 100 nats below all others, cost most of a warm start."""
+
+    def target(z: Tensor) -> Tensor:
+        """A mode at 1, and a plain with a slope of a half."""
+        return torch.where(z > 0, -((z - 1.0) ** 2), 0.5 * z - 1.0).squeeze(-1)
+
+    start = torch.tensor([0.5, -1e4]).reshape(2, 1, 1)
+    assert len(list(climb(target, start, 100, 1e-4))) == 100
+    assert len(list(climb(target, start, 100, 1e-4, patience=1.5))) < 10
+    assert len(list(climb(target, start[1:], 100, 1e-4, patience=1.5))) == 100
+
+
+@config_enumerate
+def two_groups(y: Tensor) -> None:
+    """Each point comes from one of two groups."""
+    share = pyro.sample("share", dist.Beta(2.0, 2.0))
+    locs = pyro.sample("locs", dist.Normal(torch.tensor([-3.0, 3.0]), 1.0).to_event(1))
+    with pyro.plate("rows", len(y)):
+        group = pyro.sample("group", dist.Bernoulli(share))
+        pyro.sample("y", dist.Normal(Vindex(locs)[..., group.long()], 0.5), obs=y)
+
+
+def summed_by_hand(y: Tensor) -> None:
+    share = pyro.sample("share", dist.Beta(2.0, 2.0)).unsqueeze(-1)
+    locs = pyro.sample("locs", dist.Normal(torch.tensor([-3.0, 3.0]), 1.0).to_event(1))
+    parts = dist.Normal(locs.unsqueeze(-2), 0.5).log_prob(y.unsqueeze(-1))
+    weights = torch.stack([(1 - share).log(), share.log()], -1)
+    pyro.factor("y", (weights + parts).logsumexp(-1).sum(-1))
+
+
+def test_enumerated_sites_are_summed_out() -> None:
+    """Models with mixtures started cold: 12 nats below what the best Gaussian has here."""
+    torch.manual_seed(0)
+    y = torch.cat([torch.randn(30) * 0.5 - 2.0, torch.randn(20) * 0.5 + 2.0])
+    table = AutoFlowGuide(two_groups).setup(y).posterior.only_block.layout
+    enumerated = LogJoint(two_groups, table, (y,), {})
+    by_hand = LogJoint(summed_by_hand, table, (y,), {})
+    draws = torch.randn(7, 3)
+    assert enumerated.is_vectorized
+    torch.testing.assert_close(enumerated(draws), by_hand(draws), rtol=1e-5, atol=1e-3)
+
+    pyro.set_rng_seed(0)
+    guide = AutoFlowGuide(two_groups).warm_start(y)
+    median = guide.median(y)
+    assert (median["locs"] - torch.tensor([-2.0, 2.0])).abs().max() < 0.3
+    weights, _ = log_weights(two_groups, guide, 2000, (y,))
+    assert weights.var() / 2 < 0.02

@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""fit: what it finds, when it stops, and what it does when training goes wrong."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import config_enumerate
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from pyro_flows import AutoFlowGuide, fit
+from pyro_flows.training.objective import Batches, Objective
+from pyro_flows.training.schedule import Run
+from pyro_flows.training.trainer import Trainer
+
+Y = torch.tensor([1.0, 2.0, 3.0])
+# N(loc | 0, 10) times three N(y | loc, 1): a Gaussian in y with covariance I + 100.
+LOG_EVIDENCE = dist.MultivariateNormal(torch.zeros(3), torch.eye(3) + 100.0).log_prob(Y).item()
+
+
+def conjugate(y: Tensor) -> None:
+    loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+
+def banana() -> None:
+    """Evidence 1; no Gaussian comes closer than 0.4 nat."""
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(x**2, 0.3))
+
+
+def test_a_gaussian_posterior_needs_no_steps() -> None:
+    result = fit(conjugate, AutoFlowGuide(conjugate), (Y,), seed=0, progress=False)
+    assert result.steps == 0 and result.kept == "start" and "diagnose" in result.advice
+    assert result.elbo == pytest.approx(LOG_EVIDENCE, abs=1e-3)
+    assert "draws can tell" in result.reason
+
+
+def test_a_banana_is_fitted_in_one_call() -> None:
+    result = fit(banana, AutoFlowGuide(banana), num_steps=600, num_particles=16, seed=4, progress=False)
+    assert result.kept == "flow" and result.steps == 600
+    assert result.start_elbo < -0.3
+    assert -0.15 < result.elbo < 4 * result.elbo_se
+    assert "600 steps x 16 draws" in str(result) and "call fit again" in result.advice
+
+
+def test_auto_normal_and_functions_are_trained_too() -> None:
+    result = fit(conjugate, AutoNormal(conjugate), (Y,), num_steps=400, learning_rate=0.05, seed=0, progress=False)
+    assert result.elbo == pytest.approx(LOG_EVIDENCE, abs=0.02)
+
+    def guide(y: Tensor) -> None:
+        loc = pyro.param("loc_q", torch.tensor(0.0))
+        scale = pyro.param("scale_q", torch.tensor(1.0), constraint=dist.constraints.positive)
+        pyro.sample("loc", dist.Normal(loc, scale))
+
+    result = fit(conjugate, guide, (Y,), num_steps=400, learning_rate=0.05, seed=0, progress=False)
+    assert result.elbo == pytest.approx(LOG_EVIDENCE, abs=0.02)
+
+
+def test_the_same_seed_gives_the_same_run_and_leaves_the_global_state_alone() -> None:
+    state = torch.random.get_rng_state()
+    runs = []
+    for _ in range(2):
+        guide = AutoFlowGuide(banana)
+        fit(banana, guide, num_steps=5, seed=3, progress=False)
+        runs.append(guide.get_posterior().log_prob(torch.zeros(2)))
+    torch.testing.assert_close(runs[0], runs[1], rtol=0.0, atol=0.0)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_mini_batches_from_a_data_loader() -> None:
+    """A decoder is trained along with an amortized guide; the same data a second time go on from there."""
+
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.zeros(()))
+
+    decoder = Decoder()
+
+    def model(x: Tensor) -> None:
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z + decoder.bias, 0.5), obs=x)
+
+    torch.manual_seed(0)
+    x = 3.0 + torch.randn(60) * 1.25**0.5
+    loader = DataLoader(TensorDataset(x), batch_size=25, shuffle=True)
+    guide = AutoFlowGuide(model, amortize={"data": lambda x: x.unsqueeze(-1)})
+    result = fit(model, guide, loader, num_steps=1000, learning_rate=0.03, seed=0, progress=False)
+    assert result.kept == "flow"
+    assert decoder.bias.item() == pytest.approx(x.mean().item(), abs=0.15)  # standard error of 25 x 1000 draws and more
+
+
+def random_effects(y: Tensor, index: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+    with pyro.plate("groups", len(y), subsample=index):
+        theta = pyro.sample("theta", dist.Normal(mu, 0.7))
+        pyro.sample("y", dist.Normal(theta, 1.0), obs=y[index])
+
+
+def groups(y: Tensor, index: Tensor) -> pyro.plate:
+    return pyro.plate("groups", len(y), subsample=index)
+
+
+def test_groups_in_mini_batches() -> None:
+    """The globals' posterior N(m, s^2) is hundred times narrower than the prior, and one mini-batch knows a tenth."""
+    torch.manual_seed(0)
+    y = 2.0 + torch.randn(1000) * 1.49**0.5
+    batches = [(y, index) for index in torch.randperm(1000).split(100)]
+    guide = AutoFlowGuide(random_effects, create_plates=groups)
+    result = fit(random_effects, guide, batches, num_steps=1000, seed=0, progress=False)
+    precision = 1000 / 1.49 + 0.01
+    draws = guide.posterior.joint.distribution(path_gradient=False).sample(torch.Size((20_000,))).double()  # of mu
+    scale = precision**-0.5
+    assert abs(draws.mean().item() - y.sum().item() / 1.49 / precision) < 0.15 * scale
+    assert abs(math.log(draws.std().item() / scale)) < 0.05  # ten standard errors
+    assert result.elbo_se > 1.0  # of the data in mini-batches; yet the gain is seen
+    assert not any(block.sparse for block in guide.posterior.blocks())
+
+
+def test_what_a_mini_batch_does_to_all_particles_is_no_noise_of_scales() -> None:
+    """The control variate leaves the mean of the gradient alone, and takes most of its noise."""
+    torch.manual_seed(0)
+    y = 2.0 + torch.randn(1000) * 1.49**0.5
+    batches = [(y, index) for index in torch.randperm(1000).split(100)]
+    guide = AutoFlowGuide(random_effects, flow="diagonal_normal", create_plates=groups)
+    guide.warm_start_on([(batch, {}) for batch in batches])
+    objective = Objective(random_effects, guide, Batches(batches, None))
+    elbo = objective.elbo(4)
+    raw = guide.posterior.joint.flow.head.raw.value  # location, log-scale, shift
+    found: dict[bool, list[Tensor]] = {}
+    for objective.subsampled in (True, False):
+        gradients = found.setdefault(objective.subsampled, [])
+        for _ in range(400):
+            raw.grad = None
+            objective.gradient(elbo)
+            assert raw.grad is not None
+            gradients.append(raw.grad[:, 0].clone())
+    centered, plain = (torch.stack(found[key]) for key in (True, False))
+    error = (plain.var(0) / 400 + centered.var(0) / 400).sqrt()
+    assert ((centered.mean(0) - plain.mean(0)).abs() < 4 * error).all()
+    assert centered[:, 1].std() < plain[:, 1].std() / 5
+
+
+def test_rows_that_a_mini_batch_does_not_touch_stay_where_they_are() -> None:
+    torch.manual_seed(0)
+    y = torch.randn(40)
+    guide = AutoFlowGuide(random_effects, create_plates=groups).setup(y, torch.arange(10))
+    (block,) = guide.posterior.blocks()
+    before = block.items.detach().clone()
+    fit(random_effects, guide, [(y, torch.arange(10))], num_steps=20, seed=0, progress=False)
+    moved = (block.items != before).any(-1)
+    assert moved[:10].all() and not moved[10:].any()
+
+
+def test_enumerated_sites_are_enumerated() -> None:
+    @config_enumerate
+    def mixture(y: Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
+        with pyro.plate("data", len(y)):
+            k = pyro.sample("k", dist.Bernoulli(0.5))
+            pyro.sample("y", dist.Normal(loc + 4 * k, 1.0), obs=y)
+
+    guide = AutoFlowGuide(mixture)
+    fit(mixture, guide, (torch.tensor([0.0, 4.0, 0.1, 3.9]),), num_steps=300, num_particles=8, seed=0, progress=False)
+    assert guide.median()["loc"].item() == pytest.approx(0.0, abs=0.3)
+
+
+def test_models_that_outer_plates_break_are_run_under_vmap() -> None:
+    x = torch.randn(5, 2)
+
+    def model(x: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("rows", 5):
+            pyro.sample("y", dist.Normal(x @ w, 1.0), obs=torch.zeros(5))
+
+    def silent(x: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.factor("sum_over_all_draws", -w.square().sum())
+
+    for case in (model, silent):
+        objective = Objective(case, AutoFlowGuide(case, "diagonal_normal"), Batches((x,), None))
+        assert objective.vectorized and objective.batched is not None and objective.batched.is_mapped
+    assert fit(model, AutoFlowGuide(model), (x,), num_steps=3, seed=0, progress=False).num_particles > 2
+
+
+def test_a_start_that_training_does_not_beat_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["pyro_flows.training.schedule"], "NEGLIGIBLE_GAP", 0.0)
+    guide = AutoFlowGuide(conjugate).warm_start(Y)
+    before = {name: p.detach().clone() for name, p in guide.named_parameters()}
+    result = fit(conjugate, guide, (Y,), num_steps=3, learning_rate=1.0, seed=0, progress=False)
+    assert result.kept == "start" and "another family" in result.advice
+    for name, p in guide.named_parameters():
+        assert torch.equal(p, before[name]), name
+
+
+def test_gradients_out_of_proportion_are_skipped_and_divergence_is_rolled_back() -> None:
+    calls = 0
+
+    def rare(y: Tensor) -> None:
+        nonlocal calls
+        calls += 1
+        loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+        pyro.factor("rare", (1e6 if calls % 10 == 0 else 0.0) * loc)
+        if calls % 17 == 0:
+            pyro.factor("broken", torch.nan * loc)
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+    guide = AutoFlowGuide(conjugate).warm_start(Y)
+    objective = Objective(conjugate, guide, Batches((Y,), None))
+    objective.model = rare
+    trainer = Trainer(objective, 1, 0.01)
+    with pytest.warns(UserWarning, match="gradient of a draw was not finite"):
+        trainer.cycle(200, 0.01, lambda step: None)
+    assert trainer.skipped >= 25
+    assert objective.guide.median()["loc"].item() == pytest.approx(2.0, abs=0.2)
+
+    objective.model = conjugate
+    worse = 0
+
+    def diverge(step: int) -> None:
+        nonlocal worse
+        worse += 1
+        if worse == 150:
+            with torch.no_grad():
+                for p in guide.parameters():
+                    p.add_(3.0)
+
+    trainer = Trainer(objective, 1, 1e-4)
+    trainer.cycle(400, 1e-4, diverge)
+    assert trainer.rollbacks == 1
+    assert guide.median()["loc"].item() == pytest.approx(2.0, abs=0.2)
+
+
+def test_ctrl_c_keeps_the_best_so_far() -> None:
+    calls = 0
+
+    def model(y: Tensor) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 400:
+            raise KeyboardInterrupt
+        conjugate(y)
+
+    result = fit(model, AutoNormal(model), (Y,), num_particles=1, seed=0, progress=False)
+    assert result.reason == "interrupted" and math.isfinite(result.elbo)
+    assert result.elbo > result.start_elbo
+
+
+def test_arguments_that_do_not_make_sense() -> None:
+    guide: Any = AutoFlowGuide(conjugate)
+    with pytest.raises(TypeError, match=r"args=\(x,\)"):
+        fit(conjugate, guide, Y)
+    with pytest.raises(TypeError, match="iterator"):
+        fit(conjugate, guide, iter([(Y,)]))
+    with pytest.raises(ValueError, match="at least one mini-batch"):
+        fit(conjugate, guide, [])
+    with pytest.raises(ValueError, match="num_steps"):
+        fit(conjugate, guide, (Y,), num_steps=0)
+    with pytest.raises(ValueError, match="learning_rate"):
+        fit(conjugate, guide, (Y,), learning_rate=-1.0)
+
+    def nowhere() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("never", z * torch.inf)
+
+    with pytest.raises(ValueError, match="log_factor"):  # as Pyro says it
+        fit(nowhere, AutoNormal(nowhere), num_steps=20, progress=False)
+
+
+def test_an_annealed_start_keeps_both_modes():
+    target = dist.MixtureSameFamily(
+        dist.Categorical(torch.tensor([0.3, 0.7])), dist.Normal(torch.tensor([-4.0, 4.0]), 1.0)
+    )
+
+    def model():
+        prior = dist.Normal(0.0, 20.0)
+        z = pyro.sample("z", prior)
+        pyro.factor("two modes", target.log_prob(z) - prior.log_prob(z))
+
+    shares = {}
+    for anneal in (False, True):
+        pyro.set_rng_seed(0)
+        guide = AutoFlowGuide(model)
+        result = fit(model, guide, seed=0, progress=False, num_steps=1000 if anneal else 50, anneal=anneal)
+        shares[anneal] = (guide.sample_posterior(20_000)["z"] < 0.0).float().mean().item()
+    assert shares[False] < 0.01  # the Gaussian at the larger mode: nothing pulls it back
+    # The evidence is 1. A gap of KL(q || p) nats leaves the share within sqrt(gap / 2), by Pinsker's inequality.
+    assert result.elbo > -0.1
+    assert abs(shares[True] - 0.3) < math.sqrt(0.1 / 2)
+
+
+@pytest.mark.parametrize(("df", "light"), [(2.0, False), (1e6, True)])
+def test_tails_of_weights_are_looked_at_before_it_is_called_arrived(df: float, light: bool) -> None:
+    """A rare draw of a heavy tail hardly shows in the variance of weights."""
+
+    def model() -> None:
+        pyro.sample("z", dist.StudentT(df, 0.0, 1.0))
+
+    guide = AutoFlowGuide(model, flow="diagonal_normal", init_scale=1.0)
+    guide()
+    pyro.set_rng_seed(0)
+    assert Objective(model, guide, Batches((), {})).has_light_tails() is light
+
+
+@pytest.mark.parametrize("last_gain, gain, worth", [(0.0, 0.03, True), (0.06, 0.05, True), (0.06, 0.03, False)])
+def test_a_cycle_that_promises_little_is_not_begun(last_gain: float, gain: float, worth: bool) -> None:
+    """Gains of .066, .051, .020 were followed by 2000 steps for .009, half of the whole time."""
+    run = Run.__new__(Run)
+    run.objective = Objective(banana, AutoNormal(banana), Batches((), {}))
+    run.lengths, run.cycle, run.last_gain = [250, 250, 500, 1000, 2000], 3, last_gain
+    assert run._is_worth_more(gain, error=0.001) is worth
