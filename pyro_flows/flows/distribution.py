@@ -17,6 +17,7 @@ from torch import Tensor
 from pyro_flows.flows.bases import StandardNormal, StratifiedNormal, base_score
 from pyro_flows.flows.gradient_filter import GradientFilter
 from pyro_flows.transforms import BoundTransform, FlowTransform
+from pyro_flows.transforms.base import is_jit_tracing
 
 __all__ = ["FlowDistribution"]
 
@@ -119,10 +120,10 @@ class FlowDistribution(dist.TransformedDistribution):
         if not (self._path_gradient and torch.is_grad_enabled()):
             self._draw = None
             value = self._bound(eps)
-            if self._filter is not None and not torch._C._get_tracing_state():
+            if self._filter is not None and not is_jit_tracing():
                 self._filter.clip(value)
             return value
-        if torch._C._get_tracing_state():  # no torch.autograd.grad inside torch.jit.trace
+        if is_jit_tracing():  # no torch.autograd.grad inside torch.jit.trace
             value = self._bound(eps)
             scorable = self._bound.transform.one_pass_inverse and not self._given
             self._draw = (value, None, None) if scorable else None

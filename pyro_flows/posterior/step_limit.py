@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyro_flows.flows import Flow
 from pyro_flows.flows.gradient_filter import GradientFilter
-from pyro_flows.transforms.base import is_recording
+from pyro_flows.transforms.base import is_jit_tracing, is_recording
 
 __all__ = ["StepLimit"]
 
@@ -79,7 +79,7 @@ class StepLimit:
 
 def _is_traced() -> bool:
     """Whether operations are taken down, to be repeated without this code."""
-    return is_recording() or bool(torch._C._get_tracing_state())
+    return is_recording() or is_jit_tracing()
 
 
 def _limited(module: nn.Module) -> Iterator[nn.Parameter]:

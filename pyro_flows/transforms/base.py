@@ -18,6 +18,7 @@ __all__ = [
     "FlowTransform",
     "as_rows",
     "expand_context",
+    "is_jit_tracing",
     "is_readable",
     "is_recording",
 ]
@@ -26,6 +27,11 @@ __all__ = [
 def is_recording() -> bool:
     """Whether operations are being recorded into a graph, where Python must not look at values."""
     return proxy_tensor.get_proxy_mode() is not None
+
+
+def is_jit_tracing() -> bool:
+    """Whether ``torch.jit.trace`` takes operations down, as Pyro's ``JitTrace_ELBO`` has it do."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def is_readable(x: Tensor) -> bool:
