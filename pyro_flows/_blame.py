@@ -19,12 +19,12 @@ OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
 STEERS = ("tracing tensor", ".item() on a Tensor", "data-dependent control flow", "data-dependent guard")
 
 
-def blame(error: BaseException, last_resort: str = "") -> str:
+def blame(error: BaseException, *never: str) -> str:
     """The last line that is the user's, and what torch says of it, as ``model.py, line 12, `float(mu)`: ...``.
 
     Args:
         error: An exception with its traceback.
-        last_resort: A file of ours that is no answer, even where there is no line of the user's.
+        never: Files of ours that are no answer, even where there is no line of the user's; none means all of them.
     """
     lines = str(error).strip().splitlines()
     message = lines[0] if lines else type(error).__name__
@@ -32,7 +32,7 @@ def blame(error: BaseException, last_resort: str = "") -> str:
         message = "a value of a tensor steers Python (`.item()`, `float()`, `if`)"
     frames = traceback.extract_tb(error.__traceback__)
     # The user's lines if there are any, and else Pyro's or ours.
-    for others in ((*LIBRARIES, OURS, "<"), (LIBRARIES[0], last_resort or OURS, "<")):
+    for others in ((*LIBRARIES, OURS, "<"), (LIBRARIES[0], *(never or [OURS]), "<")):
         found = [frame for frame in frames if not frame.filename.startswith(others)]
         if found:
             name = found[-1].filename.removeprefix(SITE_PACKAGES)

@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "pyro_flows"
 LAYERS = {
     "_blame": 0,
     "_checks": 0,
+    "_recording": 0,
     "compiled": 1,
     "transforms": 1,
     "flows": 2,

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import operator
 import sys
 import types
 import warnings
@@ -14,13 +13,11 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor
-from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from pyro_flows._blame import blame
+from pyro_flows.compiled import tracer
 from pyro_flows.compiled.adam import AdamRule
 from pyro_flows.compiled.inductor import to_machine_code, without_collector
 from pyro_flows.compiled.parameters import FlatParameter, RecordingError, trial
@@ -82,40 +79,34 @@ class LossGraph:
         inputs, spec = pytree.tree_flatten((args, kwargs))
         data = _tensors(args, kwargs)
 
-        def gradient(leaves: list[Tensor], data: list[Tensor]) -> tuple[Tensor, ...]:
+        def gradient(*data: Tensor) -> tuple[Tensor, Tensor]:
             rest = iter(data)
             args, kwargs = pytree.tree_unflatten(
                 [next(rest) if torch.is_tensor(value) else value for value in inputs], spec
             )
             value = loss(*args, **kwargs)
-            return value.detach(), *torch.autograd.grad(value, leaves)
+            gradients = torch.autograd.grad(value, parameter.leaves)
+            return value.detach(), torch.cat([part.reshape(-1) for part in gradients])
 
         with _recordable():
             with trial(self._state):
-                expected = gradient(parameter.leaves, data)
+                expected = gradient(*data)
             try:
-                # One mode for all that is noted of tensors: else each tensor gets its own, with a trace of the stack.
-                fake = FakeTensorMode(allow_fallback_kernels=True)
-                with trial(self._state), tracing(TracingContext(fake)), without_collector():
-                    graph = make_fx(gradient)(parameter.leaves, data)
+                with trial(self._state), without_collector():
+                    graph, self._captured = tracer.trace_operations(
+                        lambda _, *data: gradient(*data), [parameter.vector, *data], parameter.leaves
+                    )
             except Exception as error:  # whatever torch says of code that it can't follow
-                raise RecordingError(blame(error, __file__)) from error
-        graph.graph.set_codegen(torch.fx.graph.CodeGen())
-        self._captured = _lift_constants(graph)
-        _flatten_leaves(graph, parameter)
-        graph.graph.eliminate_dead_code()
-        graph.graph.lint()
-        graph.recompile()
+                raise RecordingError(blame(error, __file__, tracer.__file__)) from error
         self._run: Callable[..., Sequence[Tensor]] = graph
         self._graph = graph
         self.num_operations = sum(node.op == "call_function" for node in graph.graph.nodes)
-        gradients = torch.cat([part.reshape(-1) for part in expected[1:]])
         try:
             with trial(self._state):
                 found = self(args, kwargs)
         except RuntimeError as error:  # a draw that the model refuses
-            raise RecordingError(blame(error, __file__)) from error
-        self._verify([expected[0], gradients], found)
+            raise RecordingError(blame(error, __file__, tracer.__file__)) from error
+        self._verify(expected, found)
 
     @property
     def is_current(self) -> bool:
@@ -210,7 +201,7 @@ def _append_step(graph: GraphModule, rule: AdamRule, vector: Tensor) -> None:
     """Have the graph move its parameter, in place, by what it gives as the gradient."""
     nodes = graph.graph
     values = [*(torch.zeros_like(vector) for _ in range(4)), rule.rates(1.0, 1.0), torch.zeros_like(vector)]
-    step = make_fx(lambda *values: rule.update(*values))(*values)
+    step, _ = tracer.trace_operations(rule.update, values)
     flat = next(iter(nodes.nodes))
     output = next(node for node in nodes.nodes if node.op == "output")
     state: list[Node] = []
@@ -251,44 +242,6 @@ def _structure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, .
         else:
             kinds.append((type(value), id(value)))
     return (spec, *kinds)
-
-
-def _lift_constants(graph: GraphModule) -> list[Tensor]:
-    """Turn tensors that the graph holds into further inputs, and return them."""
-    last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
-    lifted: dict[int, Node] = {}
-    captured: list[Tensor] = []
-    held = {node: getattr(graph, node.target) for node in graph.graph.nodes if node.op == "get_attr"}
-    for node, tensor in held.items():
-        if id(tensor) not in lifted:
-            with graph.graph.inserting_after(last):
-                last = lifted[id(tensor)] = graph.graph.placeholder(f"captured_{len(captured)}")
-            captured.append(tensor.detach())
-        node.replace_all_uses_with(lifted[id(tensor)])
-        graph.graph.erase_node(node)
-    return captured
-
-
-def _flatten_leaves(graph: GraphModule, parameter: FlatParameter) -> None:
-    """Have the graph take one vector for all leaves, and return one gradient."""
-    nodes = graph.graph
-    leaves = [node for node in nodes.nodes if node.op == "placeholder"][: len(parameter.leaves)]
-    with nodes.inserting_before(leaves[0]):
-        flat = nodes.placeholder("flat")
-    first = next(node for node in nodes.nodes if node.op != "placeholder")
-    with nodes.inserting_before(first):
-        parts = nodes.call_function(torch.ops.aten.split_with_sizes.default, (flat, parameter.sizes))
-        for index, (node, leaf) in enumerate(zip(leaves, parameter.leaves, strict=True)):
-            part = nodes.call_function(operator.getitem, (parts, index))
-            node.replace_all_uses_with(nodes.call_function(torch.ops.aten.view.default, (part, list(leaf.shape))))
-    for node in leaves:
-        nodes.erase_node(node)
-    output = next(node for node in nodes.nodes if node.op == "output")
-    loss, *gradients = output.args[0]
-    with nodes.inserting_before(output):
-        rows = [nodes.call_function(torch.ops.aten.reshape.default, (gradient, [-1])) for gradient in gradients]
-        joined = nodes.call_function(torch.ops.aten.cat.default, (rows,))
-    output.args = ((loss, joined),)
 
 
 @contextmanager

@@ -52,9 +52,6 @@ def to_machine_code(graph: GraphModule, inputs: list[Any]) -> Callable[..., Sequ
     is_cuda = inputs[0].is_cuda
     if not is_cuda:
         _unfuse(graph)
-    for node in graph.graph.nodes:  # of the recording's own fake tensors, which are not those below
-        node.meta.pop("val", None)
-        node.meta.pop("tensor_meta", None)
     options = GPU_OPTIONS if is_cuda else CPU_OPTIONS
     inductor = "torch._inductor"
     with (
@@ -99,7 +96,7 @@ def _unfuse(graph: GraphModule) -> None:
     products = {aten.addmm.default: aten.mm.default, aten.baddbmm.default: aten.bmm.default}
     for node in list(graph.graph.nodes):
         product = products.get(node.target)
-        if product is not None and not node.kwargs and node.meta["val"].numel() <= MAX_UNFUSED:
+        if product is not None and not node.kwargs and node.meta["numel"] <= MAX_UNFUSED:
             with graph.graph.inserting_before(node):
                 given, *factors = node.args
                 total = graph.graph.call_function(

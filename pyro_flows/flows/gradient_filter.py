@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_flows.transforms.base import is_recording
+from pyro_flows._recording import is_recording
 
 __all__ = ["GradientFilter"]
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributions.transforms import Transform
 
 from pyro_flows._checks import check_choice, check_positive
+from pyro_flows._recording import is_recording
 from pyro_flows.flows import FlowDistribution, FlowSpec
 from pyro_flows.flows.resolve import FlowLike, resolve
 from pyro_flows.guides.delta import DensityDelta
@@ -34,7 +35,6 @@ from pyro_flows.posterior.posterior import Latents, Posterior
 from pyro_flows.posterior.step_limit import StepLimit
 from pyro_flows.posterior.structure import STRUCTURES, check_plate, local_plates
 from pyro_flows.starts.plates import start
-from pyro_flows.transforms.base import is_recording
 
 __all__ = ["AutoFlowGuide"]
 

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from pyro_flows._recording import is_recording
 from pyro_flows.flows import Flow
 from pyro_flows.flows.gradient_filter import GradientFilter
-from pyro_flows.transforms.base import is_jit_tracing, is_recording
+from pyro_flows.transforms.base import is_jit_tracing
 
 __all__ = ["StepLimit"]
 

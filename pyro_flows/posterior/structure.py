@@ -11,8 +11,8 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_flows._recording import is_recording
 from pyro_flows.models.sites import full_size
-from pyro_flows.transforms.base import is_recording
 
 __all__ = ["STRUCTURES", "check_plate", "local_plates"]
 

@@ -52,7 +52,7 @@ SMALL_GAP, GOOD_GAP = 0.05, 0.5
 FULL_RANK_DIM = 64
 # Fixed antithetic draws and iterations of deterministic fits; a covariance takes more of them than it has rows.
 FIXED_DRAWS, DRAWS_A_ROW = 64, 16
-FIXED_ITERATIONS = (150, 150)
+FIXED_ITERATIONS, FIXED_ROUNDS = 150, 2
 # Newton's steps on an ELBO: how many at most, by so many draws, and more where a Hessian is cheap; the shares of each
 # step that are tried, and the gain in nats below which one is the last; by how much, squared, a step may change a
 # standard deviation.
@@ -344,6 +344,7 @@ def fit_on_fixed_draws(
     parameters: list[Tensor],
     like: Tensor,
     count: int = FIXED_DRAWS,
+    rounds: int = FIXED_ROUNDS,
 ) -> bool:
     """Maximise the ELBO of a transport map on a few fixed draws, in place.
 
@@ -353,6 +354,7 @@ def fit_on_fixed_draws(
         parameters: Leaves of the map.
         like: A tensor of shape ``(D,)``, dtype and device of the draws.
         count: Number of draws, even; the more a map can do, the more it takes to hold it to the posterior.
+        rounds: How often L-BFGS is run, each time afresh: a later run forgets the curvature of the way.
 
     Returns:
         Whether all parameters are finite.
@@ -363,8 +365,8 @@ def fit_on_fixed_draws(
         draws, ladj = push(noise)
         return -mean_of_kept(log_joint(draws) + ladj)
 
-    for iterations in FIXED_ITERATIONS:
-        _minimise(loss, parameters, iterations)  # afresh each time: the second run forgets the curvature of the way
+    for _ in range(rounds):
+        _minimise(loss, parameters, FIXED_ITERATIONS)
         if not all(parameter.isfinite().all() for parameter in parameters):
             return False
     return True

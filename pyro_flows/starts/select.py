@@ -14,6 +14,7 @@ from pyro_flows.models.log_joint import LogJoint, PulledBack, Target
 from pyro_flows.posterior.joint import JointBlock
 from pyro_flows.starts.base import fit_modes, fit_tails
 from pyro_flows.starts.gaussian import (
+    FIXED_ROUNDS,
     MANY_ROWS,
     SCORE_DRAWS,
     Gaussian,
@@ -89,13 +90,19 @@ def _pool(block: JointBlock, log_joint: LogJoint, head: PriorPooling, found: Gau
     best, best_state = -math.inf, None
     for loc, scale in ((found.loc, found.conditional_scale), (block.layout.init_loc, torch.ones_like(found.loc))):
         head.initialize(loc, scale, max_share=POOLED_SHARE)
-        if fit_on_fixed_draws(log_joint, push, parameters, loc, POOLED_DRAWS):
+        if fit_on_fixed_draws(log_joint, push, parameters, loc, POOLED_DRAWS, rounds=1):
             elbo = elbo_of(log_joint, push, noise)
             if elbo > best:
                 best, best_state = elbo, copy.deepcopy(head.state_dict())
     if best_state is None:
         return best
     head.load_state_dict(best_state)
+    if fit_on_fixed_draws(log_joint, push, parameters, found.loc, POOLED_DRAWS, FIXED_ROUNDS - 1):
+        elbo = elbo_of(log_joint, push, noise)
+    if elbo > best:
+        best = elbo
+    else:
+        head.load_state_dict(best_state)
     head.settle()
     return _correlate(block, PulledBack(log_joint, push), best)
 

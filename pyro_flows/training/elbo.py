@@ -15,11 +15,11 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 
 from pyro_flows._checks import check_int
+from pyro_flows._recording import is_recording
 from pyro_flows.models.batching import BatchedModel
 from pyro_flows.models.checks import check_guide, check_latents, first_run, warn_without_data
 from pyro_flows.models.particles import runs_in_a_plate
 from pyro_flows.models.traces import MAX_REFUSED, Call, by_draw, mini_batches, nesting_of, sample_nodes
-from pyro_flows.transforms.base import is_recording
 
 __all__ = ["VectorizedTrace_ELBO", "look_at"]
 

@@ -13,7 +13,8 @@ from pyro.nn.auto_reg_nn import MaskedLinear, create_mask
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyro_flows.transforms.base import FlowTransform, expand_context, is_recording
+from pyro_flows._recording import is_recording
+from pyro_flows.transforms.base import FlowTransform, expand_context
 from pyro_flows.transforms.networks import ContextParameters
 
 __all__ = ["AutoregressiveTransform", "MaskedNetwork", "pull_score"]

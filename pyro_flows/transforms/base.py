@@ -11,7 +11,8 @@ from pyro.distributions import constraints
 from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor
 from torch.distributions.transforms import Transform
-from torch.fx.experimental import proxy_tensor
+
+from pyro_flows._recording import is_recording
 
 __all__ = [
     "BoundTransform",
@@ -20,13 +21,7 @@ __all__ = [
     "expand_context",
     "is_jit_tracing",
     "is_readable",
-    "is_recording",
 ]
-
-
-def is_recording() -> bool:
-    """Whether operations are being recorded into a graph, where Python must not look at values."""
-    return proxy_tensor.get_proxy_mode() is not None
 
 
 def is_jit_tracing() -> bool:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch._inductor import codecache as typed_codecache
 from torch._inductor import sizevars
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._sympy.functions import FloorDiv
 
 from pyro_flows.compiled.inductor import MAX_UNFUSED, _replaced, _side_by_side, _unfuse, _where_needed
+from pyro_flows.compiled.tracer import trace_operations
 
 codecache: Any = typed_codecache
 PLACE = (codecache.__name__, "_worker_compile_cpp", _side_by_side)
@@ -97,7 +97,7 @@ def test_sums_are_taken_out_of_small_products_alone() -> None:
         )
 
     values = torch.randn(16, 8), torch.randn(MAX_UNFUSED, 8), torch.randn(8, 8)
-    graph = make_fx(function)(*values)
+    graph = trace_operations(function, values)[0]
     expected = function(*values)
     _unfuse(graph)
     assert all(torch.allclose(*pair) for pair in zip(graph(*values), expected, strict=True))

@@ -14,12 +14,12 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_flows import AutoFlowGuide, VectorizedTrace_ELBO, fit
 from pyro_flows.compiled.graph import LossGraph, used_leaves
 from pyro_flows.compiled.parameters import FlatParameter, state_of, trial
 from pyro_flows.compiled.script import to_script
+from pyro_flows.compiled.tracer import trace_operations
 from pyro_flows.training.objective import Objective
 
 X = torch.linspace(-1.0, 1.0, 12).reshape(6, 2)
@@ -153,7 +153,7 @@ def test_runs_a_graph_without_gradients_or_warnings() -> None:
         return (x * y).sum(), torch.where(x > 0, x, y)
 
     inputs = [torch.randn(4), torch.randn(4)]
-    run = to_script(make_fx(function)(*inputs), inputs)
+    run = to_script(trace_operations(function, inputs)[0], inputs)
     others = [torch.randn(4, requires_grad=True), torch.randn(4)]
     for one, other in zip(run(*(value.detach() for value in others)), function(*others), strict=True):
         torch.testing.assert_close(one, other.detach())

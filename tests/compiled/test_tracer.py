@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A traced function does what it did: on other inputs, with fresh noise, with what it reads or changes elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pyro_flows._recording import is_recording
+from pyro_flows.compiled.tracer import trace_operations
+
+HELD = torch.linspace(-1.0, 1.0, 12).reshape(4, 3)
+SCALE = nn.Parameter(torch.tensor(0.7))
+
+
+def gradients(loss: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    """Of a loss in its arguments, after the loss."""
+
+    def both(*inputs: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            leaves = [value.detach().requires_grad_() for value in inputs]
+            value = loss(*leaves)
+            return value.detach(), *torch.autograd.grad(value, leaves)
+
+    return both
+
+
+def products(x: Tensor, y: Tensor) -> Tensor:
+    return ((HELD @ x).tanh() * SCALE).logsumexp(0) + (y.expand(4, 3) * HELD).softmax(-1).square().sum()
+
+
+def pieces(x: Tensor, y: Tensor) -> Tensor:
+    first, *rest = torch.cat([x, y]).split([1, 2, 3])
+    chosen = torch.stack([part.sum() for part in rest]).gather(0, torch.tensor([1, 0, 1]))
+    return (
+        (first + chosen).pow(3).sum() + x[torch.tensor([0, 2])].prod() + torch.linalg.qr(torch.outer(x, y) + 1)[1].sum()
+    )
+
+
+def literals(x: Tensor, y: Tensor) -> Tensor:
+    weight = torch.tensor(2.0) * torch.full((), 3.0)
+    if weight.item() > 5.0:  # a number of the code's own, whatever the data
+        x = x * weight
+    return (torch.arange(3) * x + torch.zeros(3).fill_(0.5) * y).sum()
+
+
+def in_place(x: Tensor, y: Tensor) -> Tensor:
+    table = torch.zeros(3, 3)
+    table[0] = x
+    table[:, 1] += y
+    table.diagonal().mul_(2.0)
+    return table.square().sum()
+
+
+def mapped(x: Tensor, y: Tensor) -> Tensor:
+    return torch.func.vmap(lambda row: torch.where(row > 0, row.exp() * x, y).sum())(HELD).sum()
+
+
+def recomputed(x: Tensor, y: Tensor) -> Tensor:
+    value: Tensor = checkpoint(lambda x: (x.sin() * y).sum(), x, use_reentrant=False)
+    return value
+
+
+@pytest.mark.parametrize("loss", [products, pieces, literals, in_place, mapped, recomputed])
+def test_loss_and_gradients_on_other_inputs(loss: Callable[..., Tensor]) -> None:
+    function = gradients(loss)
+    graph, captured = trace_operations(function, [torch.randn(3), torch.randn(3)])
+    others = [torch.randn(3), torch.randn(3)]
+    for one, other in zip(graph(*others, *captured), function(*others), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_noise_is_drawn_afresh_by_the_same_functions() -> None:
+    def function(x: Tensor) -> list[Tensor]:
+        return [x + torch.randn(3), torch.rand_like(x), torch.empty(3).exponential_(), torch.bernoulli(x.sigmoid())]
+
+    x = torch.zeros(3)
+    graph, _ = trace_operations(function, [x])
+    torch.manual_seed(1)
+    expected, again = function(x), function(x)
+    torch.manual_seed(1)
+    for numbers in (expected, again):
+        for one, other in zip(graph(x), numbers, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_tensors_that_it_holds_are_read_at_each_call_and_changed_in_place() -> None:
+    norm = nn.BatchNorm1d(3)
+    graph, captured = trace_operations(lambda x: [norm(x)], [torch.randn(5, 3)])
+    x, before = torch.randn(5, 3), norm.running_mean.clone()  # type: ignore[union-attr]
+    with torch.no_grad():
+        norm.weight.mul_(3.0)
+        (found,) = graph(x, *captured)
+    assert not torch.equal(norm.running_mean, before)  # type: ignore[arg-type]
+    torch.testing.assert_close(found, norm(x))
+
+
+def test_parts_of_a_vector_are_taken_from_it() -> None:
+    vector = torch.randn(6)
+    parts = [vector[:2], vector[2:].view(2, 2)]
+    graph, captured = trace_operations(lambda _: [parts[1] @ parts[0]], [vector], parts)
+    other = torch.randn(6)
+    assert not captured
+    torch.testing.assert_close(graph(other)[0], other[2:].view(2, 2) @ other[:2])
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda x: x.sum().item(),
+        lambda x: float(x[0]),
+        lambda x: 1 if x.sum() > 0 else 2,
+        lambda x: torch.equal(x, 2 * x),
+        lambda x: (torch.zeros(()) + x.sum()).item(),
+    ],
+)
+def test_python_must_not_look_at_what_is_computed(look: Callable[[Tensor], float]) -> None:
+    with pytest.raises(RuntimeError, match="item"):
+        trace_operations(lambda x: [x * look(x * 1.0)], [torch.randn(3)])
+
+
+def test_code_knows_that_it_is_recorded() -> None:
+    seen = []
+    trace_operations(lambda x: [seen.append(is_recording()) or x], [torch.randn(3)])
+    assert seen == [True] and not is_recording()
+    with pytest.raises(ZeroDivisionError):
+        trace_operations(lambda x: [x / (1 // 0)], [torch.randn(3)])
+    assert not is_recording()
+
+
+def test_what_changes_nothing_is_left_out() -> None:
+    graph, _ = trace_operations(lambda x: [x.detach().view(3).expand(3) + 1.0], [torch.randn(3)])
+    assert sum(node.op == "call_function" for node in graph.graph.nodes) == 1
