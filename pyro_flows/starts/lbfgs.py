@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -22,6 +23,9 @@ AS_HIGH = 0.01
 MAX_STEP = 5.0
 # Smallest curvature of a local Gaussian: its standard deviations are at most 10.
 MIN_CURVATURE = 0.01
+# Rows of a Hessian that one backward pass takes, if that is for no more numbers than these: a pass costs by the
+# operation, unless there is much in each.
+ROWS_A_PASS, VALUES_A_PASS = 32, 2**19
 # Step of differences of gradients, in the same units; these need not be exact.
 DIFFERENCE = 3e-3
 
@@ -126,7 +130,7 @@ def _hessian(target: Target, points: Tensor) -> Tensor:
 
 
 def gradient_and_hessian(target: Target, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Derivatives of the target in float64, ``(R, N, d)`` and ``(R, N, d, d)``, by a backward pass a dimension.
+    """Derivatives of the target in float64, ``(R, N, d)`` and ``(R, N, d, d)``, by few backward passes.
 
     Raises:
         RuntimeError: If the target has no second derivative.
@@ -134,8 +138,23 @@ def gradient_and_hessian(target: Target, points: Tensor) -> tuple[Tensor, Tensor
     with torch.enable_grad():
         z = points.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(_total(target(z)), z, create_graph=True)
-        rows = [torch.autograd.grad(column.sum(), z, retain_graph=True)[0] for column in gradient.unbind(-1)]
-    return gradient.detach().double(), torch.stack(rows, -1).double()
+        units = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
+        rows = [
+            _backward(gradient, z, part) for part in units.split(max(1, min(ROWS_A_PASS, VALUES_A_PASS // z.numel())))
+        ]
+    return gradient.detach().double(), torch.cat(rows).movedim(0, -1).double()
+
+
+def _backward(gradient: Tensor, z: Tensor, directions: Tensor) -> Tensor:
+    """Products of directions, ``(K, d)``, with the Hessian, ``(K, R, N, d)``; at once if torch can."""
+    many = directions.reshape(-1, *(1,) * (z.dim() - 1), z.shape[-1]).expand(-1, *z.shape)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that some operation is done one by one, as below
+            (rows,) = torch.autograd.grad(gradient, z, many, retain_graph=True, is_grads_batched=True)
+    except RuntimeError:  # an operation that can't; or one without a second derivative, which then says so
+        rows = torch.stack([torch.autograd.grad(gradient, z, one, retain_graph=True)[0] for one in many])
+    return rows
 
 
 def _difference_hessian(target: Target, points: Tensor) -> Tensor:
