@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -75,6 +76,9 @@ class OperationTracer(TorchDispatchMode):
             self._check_readable((*args, *kwargs.values()))
             return func(*args, **kwargs)
         found = func(*args, **kwargs)
+        if func is aten._linalg_check_errors.default:
+            self._refuse_by_nan(args[0])
+            return found
         if func is aten.lift_fresh.default:
             node = self.graph.call_function(aten.lift_fresh_copy.default, (self.node_of(args[0]),))
             node.meta[CONSTANT] = True
@@ -100,6 +104,20 @@ class OperationTracer(TorchDispatchMode):
                     item = self.graph.call_function(operator.getitem, (node, index))
                     item.meta[CONSTANT] = node.meta[CONSTANT]
                     self._identify_all(part, item)
+
+    def _refuse_by_nan(self, info: Tensor) -> None:
+        """Have results for matrices that an algorithm fails for be NaN, where eager code raises an exception for all.
+
+        Args:
+            info: What the algorithm says of each matrix, ``batch_shape``; not zero where it failed.
+        """
+        known = self.node_of(info)
+        has_failed = self.graph.call_function(aten.ne.Scalar, (known, 0))
+        for tensor, node in list(self._nodes.items()):
+            if node.target is operator.getitem and node.args[0] is known.args[0] and tensor.is_floating_point():
+                shape = (*info.shape, *(1,) * (tensor.dim() - info.dim()))
+                refused = self.graph.call_function(aten.view.default, (has_failed, list(shape)))
+                self._nodes[tensor] = self.graph.call_function(aten.where.ScalarSelf, (refused, math.nan, node))
 
     def _check_readable(self, values: Iterable[Any]) -> None:
         """Refuse to have Python look at what was computed; see :mod:`pyro_flows._blame` for what becomes of the text.

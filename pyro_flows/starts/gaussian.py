@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from pyro_flows.compiled.replay import Replay
 from pyro_flows.models.log_joint import LogJoint, Target
 from pyro_flows.models.traces import mean_of_kept
 from pyro_flows.starts.lbfgs import climb, gradient_and_hessian, local_factor
@@ -286,23 +287,18 @@ def _newton(log_joint: Target, begin: Gaussian, moving: Tensor, count: int) -> l
     return found
 
 
-@torch.enable_grad()
-def _minimise(objective: Callable[[], Tensor], parameters: list[Tensor], count: int) -> None:
+def _minimise(loss_and_gradients: Callable[[], Sequence[Tensor]], parameters: list[Tensor], count: int) -> None:
     """So many iterations of L-BFGS, whose line search steps back from where the model has no density."""
     optimizer = torch.optim.LBFGS(
         parameters, max_iter=count, max_eval=2 * count + 5, history_size=20, line_search_fn="strong_wolfe"
     )
 
     def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = objective()
-        if not loss.isfinite():
-            loss = torch.stack([p.sum() * 0.0 for p in parameters]).sum() + FORBIDDEN
-        loss.backward()  # type: ignore[no-untyped-call]
-        for p in parameters:
-            assert p.grad is not None
-            p.grad = p.grad.nan_to_num(0.0, 0.0, 0.0).contiguous()
-        return loss
+        loss, *gradients = loss_and_gradients()
+        is_finite = bool(loss.isfinite())
+        for p, gradient in zip(parameters, gradients, strict=True):
+            p.grad = gradient.nan_to_num(0.0, 0.0, 0.0).contiguous() if is_finite else torch.zeros_like(p)
+        return loss if is_finite else loss.new_tensor(FORBIDDEN)
 
     optimizer.step(closure)  # type: ignore[arg-type]
 
@@ -361,12 +357,15 @@ def fit_on_fixed_draws(
     """
     noise = antithetic(count, like)
 
-    def loss() -> Tensor:
+    @torch.enable_grad()
+    def loss_and_gradients() -> list[Tensor]:
         draws, ladj = push(noise)
-        return -mean_of_kept(log_joint(draws) + ladj)
+        loss = -mean_of_kept(log_joint(draws) + ladj)
+        return [loss.detach(), *torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)]
 
+    evaluate = Replay(loss_and_gradients)
     for _ in range(rounds):
-        _minimise(loss, parameters, FIXED_ITERATIONS)
+        _minimise(evaluate, parameters, FIXED_ITERATIONS)
         if not all(parameter.isfinite().all() for parameter in parameters):
             return False
     return True

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from pyro_flows.compiled.replay import Replay
+
 __all__ = ["climb", "gradient_and_hessian", "local_factor"]
 
 # Pairs of steps that L-BFGS remembers.
@@ -50,7 +52,8 @@ def climb(
     Yields:
         Where they are after each try, ``(R, N, d)``.
     """
-    z, (value, gradient) = start, _value_and_gradient(target, start)
+    evaluate = Replay(lambda z: _value_and_gradient(target, z))
+    z, (value, gradient) = start, evaluate(start)
     steps = bends = z.new_zeros((0, *z.shape))
     direction, slope, step = _next_step(gradient, steps, bends)
     cuts = torch.zeros_like(value)
@@ -63,7 +66,7 @@ def climb(
         if not goes_on.any() or number > patience * (leader_went + 1):
             return
         trial = z + step * direction
-        trial_value, trial_gradient = _value_and_gradient(target, trial)
+        trial_value, trial_gradient = evaluate(trial)
         # From where there is no density at all, anywhere with some is better.
         better = (trial_value >= value + SUFFICIENT * step.squeeze(-1) * slope) & (trial_value.abs() < torch.inf)
         better &= trial_gradient.isfinite().all(-1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pyro_flows._recording import is_recording
+from pyro_flows.compiled.script import to_script
 from pyro_flows.compiled.tracer import trace_operations
 
 HELD = torch.linspace(-1.0, 1.0, 12).reshape(4, 3)
@@ -135,3 +136,30 @@ def test_code_knows_that_it_is_recorded() -> None:
 def test_what_changes_nothing_is_left_out() -> None:
     graph, _ = trace_operations(lambda x: [x.detach().view(3).expand(3) + 1.0], [torch.randn(3)])
     assert sum(node.op == "call_function" for node in graph.graph.nodes) == 1
+
+
+@pytest.mark.parametrize("scripted", [False, True])
+def test_a_matrix_that_is_refused_costs_its_own_draw(scripted: bool) -> None:
+    """The check is an operation without a result, which nobody needs: what it should have stopped was used."""
+
+    def loss(x: Tensor) -> Tensor:
+        factor = torch.linalg.cholesky(torch.diag_embed(x) + 0.1)
+        return torch.linalg.solve_triangular(factor, torch.ones(3, 1), upper=False).square().sum((-2, -1))
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        leaf = x.detach().requires_grad_()
+        value = loss(leaf)
+        return value.detach(), *torch.autograd.grad(value.sum(), leaf)
+
+    graph, captured = trace_operations(function, [torch.ones(4, 3)])
+    inputs = [torch.rand(4, 3) + 0.5, *captured]
+    run = to_script(graph, inputs) if scripted else graph
+    for one, other in zip(run(*inputs), function(inputs[0]), strict=True):
+        torch.testing.assert_close(one, other)
+    inputs[0] = inputs[0].clone()
+    inputs[0][2] = -1.0
+    value, gradient = run(*inputs)
+    refused = torch.tensor([False, False, True, False])
+    assert torch.equal(value.isnan(), refused) and torch.equal(gradient.isnan().any(-1), refused)
+    with pytest.raises(torch.linalg.LinAlgError):
+        function(inputs[0])
