@@ -4,11 +4,17 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from pyro_flows.flows.bases import Base, BaseSpec
+from pyro_flows.flows.noise import CenteredStudentT, DiagonalNormalMixture, StandardNormal
+from pyro_flows.transforms import AffineHead, FixedAffine
 
 PACKAGE = Path(__file__).resolve().parents[1] / "pyro_flows"
 # From the lowest to the highest.
@@ -43,6 +49,11 @@ def file(path: Path) -> str:
     return path.relative_to(PACKAGE).as_posix()
 
 
+def module_name(path: Path) -> str:
+    """A module's name inside the package."""
+    return file(path).removesuffix(".py").replace("/", ".")
+
+
 def imports(path: Path) -> list[str]:
     """Names of our own modules that a file imports, without the leading package name."""
     found = []
@@ -59,7 +70,7 @@ def imports(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", MODULES, ids=file)
 def test_imports_point_down(path):
-    here = str(path.relative_to(PACKAGE).with_suffix("")).replace("/", ".")
+    here = module_name(path)
     for name in imports(path):
         if layer(here) < LAYERS["__init__"]:
             assert name, f"{here} imports the package root"
@@ -87,6 +98,23 @@ def test_private_parts_of_torch_are_touched_in_one_place():
     private = re.compile(r"torch\.(\w+\.)*_(?!foreach_)")
     found = {(file(path), name) for path in MODULES for name in _dotted_names(path) if private.match(name)}
     assert {(where, name) for where, name in found if not where.startswith("compiled/")} == without_twin
+
+
+def test_only_starts_look_at_what_heads_and_bases_are():
+    """Everyone else asks them by a method or an attribute, so that a new head or base is one new class."""
+    kinds = (AffineHead, FixedAffine, Base, BaseSpec, StandardNormal, CenteredStudentT, DiagonalNormalMixture)
+    modules = [sys.modules[name] for name in sorted(sys.modules) if name.startswith("pyro_flows.")]
+    classes = {thing for module in modules for thing in vars(module).values() if inspect.isclass(thing)}
+    home = {thing.__name__: thing.__module__ for thing in classes if issubclass(thing, kinds)}
+    assert {"PriorPooling", "Whitening", "MixtureBase", "StudentT"} <= home.keys()
+    for path in MODULES:
+        here = f"pyro_flows.{module_name(path)}"
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass", "type")):
+                continue
+            asked = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)} & home.keys()
+            others = {name for name in asked if home[name] != here}  # a class's own file may tell it apart
+            assert not others or here.startswith("pyro_flows.starts."), f"{here}, line {node.lineno}: {others}"
 
 
 def _dotted_names(path: Path) -> Iterator[str]:

@@ -63,24 +63,30 @@ class Flow(nn.Module):
         self.context_dim = head.context_dim
         self.base = Base(head.input_dim) if base is None else base
         outer: list[FlowTransform] = [head] if whitening is None else [head, whitening]
-        if isinstance(head, PriorPooling):  # priors are those of the latents themselves
+        if head.is_outermost:
             outer.reverse()
         self.transform = Chain([*layers, *outer])
+        # In a tuple, since the chain has them as modules, whose parameters go by one name.
+        self._parts = tuple(layers), head, whitening
+
+    @property
+    def layers(self) -> tuple[FlowTransform, ...]:
+        """The transforms between the noise and the head, base side first."""
+        return self._parts[0]
 
     @property
     def head(self) -> AffineHead:
         """The trained affine transform behind all layers."""
-        return next(part for part in reversed(list(self.transform)) if isinstance(part, AffineHead))
+        return self._parts[1]
 
     @property
     def whitening(self) -> FixedAffine | None:
         """What a warm start may put around the head, or inside of it where it knows the latents' priors."""
-        found = [part for part in list(self.transform)[-2:] if isinstance(part, FixedAffine)]
-        return found[0] if found else None
+        return self._parts[2]
 
     def standardize(self, y: Tensor) -> Tensor:
         """Values as input for those who condition on them; see :meth:`AffineHead.standardize`."""
-        if self.whitening is None or isinstance(self.head, PriorPooling):
+        if self.whitening is None or self.head.is_outermost:
             return self.head.standardize(y)
         return self.whitening.standardize(y, *self.head.gaussian())
 
@@ -193,11 +199,10 @@ class FlowSpec:
         spec = self.with_blocks(block_sizes)
         dim = sum(block_sizes)
         flow = spec.build(dim)
-        *layers, head = flow.transform
+        head = flow.head
         if pooling is not None and self.knows_priors and self.head == "diagonal":
             head = pooling
-        assert isinstance(head, AffineHead)
-        return Flow(layers, head, whitening if self.correlates or self.head == "full_rank" else None, flow.base)
+        return Flow(flow.layers, head, whitening if self.correlates or self.head == "full_rank" else None, flow.base)
 
     def build_local(
         self, input_dim: int, given_dim: int, feature_dim: int, known: Tensor | None = None, *, plain: bool = False

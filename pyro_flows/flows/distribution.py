@@ -14,8 +14,8 @@ import torch
 from pyro.distributions.score_parts import ScoreParts
 from torch import Tensor
 
-from pyro_flows.flows.bases import StandardNormal, StratifiedNormal, base_score
 from pyro_flows.flows.gradient_filter import GradientFilter
+from pyro_flows.flows.noise import base_score
 from pyro_flows.transforms import BoundTransform, FlowTransform
 from pyro_flows.transforms.base import is_jit_tracing
 
@@ -101,19 +101,18 @@ class FlowDistribution(dist.TransformedDistribution):
         return other
 
     def stratified(self) -> FlowDistribution:
-        """The same with draws that are spread evenly along the first dimension; see :class:`StratifiedNormal`.
+        """The same with draws that are spread evenly along the first dimension; see ``StratifiedNormal``.
 
         Each by itself is distributed as before. Another base than the normal stays as it is.
         """
         other = self.expand(self.base_dist.batch_shape)
         if other._is_normal:
-            noise = other.base_dist.base_dist
-            other.base_dist = StratifiedNormal(noise.loc, noise.scale, validate_args=False).to_event(1)
+            other.base_dist = other.base_dist.base_dist.stratified().to_event(1)
         return other
 
     @property
     def _is_normal(self) -> bool:
-        return isinstance(getattr(self.base_dist, "base_dist", None), StandardNormal)
+        return getattr(getattr(self.base_dist, "base_dist", None), "is_standard_normal", False)
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         eps = self.base_dist.rsample(sample_shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -105,9 +106,7 @@ class LocalBlock(nn.Module):
     @property
     def head(self) -> PartialPooling:
         """The outermost transform."""
-        head = self.flow.head
-        assert isinstance(head, PartialPooling)
-        return head
+        return cast(PartialPooling, self.flow.head)
 
     @torch.no_grad()
     def start_items(self, loc: Tensor, scale: Tensor, prior: Tensor | None) -> None:

@@ -11,7 +11,7 @@ from pyro.distributions.util import sum_rightmost
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
-from pyro_flows.flows import DiagonalNormal, FlowSpec, Mixture
+from pyro_flows.flows import DiagonalNormal, FlowSpec
 from pyro_flows.flows.bases import resolve_base
 from pyro_flows.flows.gradient_filter import GradientFilter
 from pyro_flows.models.layout import Layout, check_names, partition
@@ -65,7 +65,7 @@ class Posterior(nn.Module):
         sites = read_sites(trace, varying)
         layouts = partition(sites, local)
         joint = None if layouts[0].plates else layouts.pop(0)
-        if layouts and isinstance(resolve_base("AutoFlowGuide", spec.base), Mixture):
+        if layouts and not resolve_base("AutoFlowGuide", spec.base).suits_items:
             raise NotImplementedError(
                 f"AutoFlowGuide: expected a normal or Student-t base, since site '{layouts[0].names[0]}' in plate "
                 f"{_title(layouts[0])} has a flow of its own for each item, but got {spec.base!r}. Leave base out, or "

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_flows.flows import Flow
-from pyro_flows.flows.bases import MixtureBase, base_score
+from pyro_flows.flows.bases import MixtureBase
+from pyro_flows.flows.noise import base_score
 from pyro_flows.models.log_joint import LogJoint
 
 __all__ = ["fit_modes", "fit_tails"]

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_flows.flows.bases import DiagonalNormalMixture, spread_components
+from pyro_flows.flows.bases import spread_components
+from pyro_flows.flows.noise import DiagonalNormalMixture
 from pyro_flows.models.log_joint import LogJoint
 from pyro_flows.starts.gaussian import SCORE_DRAWS, Gaussian, antithetic, climbs, local_gaussians, scored
 

@@ -21,7 +21,6 @@ from pyro_flows.training.checkpoint import Checkpoint
 from pyro_flows.training.objective import Batches, Objective
 from pyro_flows.training.schedule import Run
 from pyro_flows.training.trainer import Trainer
-from pyro_flows.transforms.heads.matrix_pooling import MatrixPooling
 
 __all__ = ["FitResult", "fit"]
 
@@ -230,9 +229,8 @@ def _default_particles(objective: Objective) -> int:
         return FEW_PARTICLES
     if objective.subsampled:
         return PARTICLES_MINIBATCH
-    guide = objective.guide
-    parts = guide.modules() if isinstance(guide, AutoFlowGuide) else ()
-    matrices = sum(part.own_factor.numel() for part in parts if isinstance(part, MatrixPooling))
+    joint = objective.guide.posterior.joint if isinstance(objective.guide, AutoFlowGuide) else None
+    matrices = 0 if joint is None else joint.flow.head.factored_entries
     return max(MIN_PARTICLES, min(MAX_PARTICLES, VALUES // (objective.num_values + matrices // 2)))
 
 

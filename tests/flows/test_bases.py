@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from pyro_flows import flows
-from pyro_flows.flows.bases import Base, DiagonalNormalMixture, base_score, resolve_base, spread_components
+from pyro_flows.flows.bases import Base, resolve_base, spread_components
+from pyro_flows.flows.noise import DiagonalNormalMixture, base_score
 from tests.common import randomise_parameters
 
 names = pytest.mark.parametrize("name", ["normal", "student_t", "mixture"])

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from pyro_flows import AutoFlowGuide, fit, flows
 from pyro_flows.diagnostics import log_weights, pareto_smooth
-from pyro_flows.flows.bases import DiagonalNormalMixture, MixtureBase, StudentTBase
+from pyro_flows.flows.bases import MixtureBase, StudentTBase
+from pyro_flows.flows.noise import DiagonalNormalMixture
 from tests.common import randomise_parameters, trained
 
 Model = Callable[..., None]

@@ -5,6 +5,7 @@ which is what lets any flow move and scale mass anywhere."""
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,9 @@ class AffineHead(FlowTransform):
     They follow the context where there is one.
     """
 
+    # Whether values are those of the latents themselves, so that a preconditioner has its place inside.
+    is_outermost: ClassVar[bool] = False
+
     def __init__(self, input_dim: int, context_dim: int = 0) -> None:
         super().__init__(input_dim, context_dim)
         start = encode_gaussian(torch.zeros(input_dim), torch.ones(input_dim))
@@ -47,6 +51,11 @@ class AffineHead(FlowTransform):
     def initialize(self, loc: Tensor, scale: Tensor) -> None:
         """Set the Gaussian that the head is before any training: ``N(loc, diag(scale)^2)``, each ``(input_dim,)``."""
         self.raw.set(encode_gaussian(loc, scale))
+
+    @property
+    def factored_entries(self) -> int:
+        """Entries of the matrices that have to be factored for each draw."""
+        return 0
 
     def gaussian(self) -> tuple[Tensor, Tensor]:
         """Location and scale at average context, each ``(input_dim,)``."""

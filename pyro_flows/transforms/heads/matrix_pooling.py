@@ -140,6 +140,10 @@ class MatrixPooling(DiagonalPooling):
         self._vectors = [places[group.start] - free for group in self.correlated]
         self._factors = [places[group.factor_start] for group in self.correlated]
 
+    @property
+    def factored_entries(self) -> int:
+        return self.own_factor.numel()
+
     @torch.no_grad()
     def initialize(self, loc: Tensor, scale: Tensor, max_share: float = 1e-3) -> None:
         super().initialize(loc, scale, max_share)

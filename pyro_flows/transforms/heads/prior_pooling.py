@@ -50,6 +50,7 @@ class PriorPooling(AffineHead):
     """
 
     fixed: ClassVar[frozenset[str]] = frozenset({"origin"})
+    is_outermost: ClassVar[bool] = True  # priors are those of the latents
 
     order: Tensor
     restore: Tensor

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L2. Distributions of noise, each with the score of its density: what bases make of their parameters."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from torch import Tensor
+
+__all__ = ["CenteredStudentT", "DiagonalNormalMixture", "StandardNormal", "StratifiedNormal", "base_score"]
+
+# Largest exponent in the velocities of mixture weights; float32 ends at 88.
+MAX_EXPONENT = 60.0
+
+
+class StandardNormal(dist.Normal):  # type: ignore[misc]
+    """A normal that is known to be standard, which makes its score free."""
+
+    is_standard_normal: ClassVar[bool] = True
+
+    def score(self, value: Tensor) -> Tensor:
+        """Gradient of the log density in the value, elementwise."""
+        return -value
+
+    def stratified(self) -> StratifiedNormal:
+        """The same, whose draws are spread evenly."""
+        return StratifiedNormal(self.loc, self.scale, validate_args=False)
+
+
+class StratifiedNormal(StandardNormal):
+    r"""A standard normal whose draws fill the line evenly: of n along the first dimension, each n-th has one.
+
+    A Latin hypercube: :math:`\epsilon_{ij} = \Phi^{-1}((\pi_j(i) + u_{ij}) / n)` with a random order :math:`\pi_j` for
+    each coordinate. Each draw by itself is standard normal. The mean of a function over the draws has at most
+    n / (n - 1) times the variance that it has over independent ones, and none of the part that is a sum of functions of
+    single coordinates, as n grows.
+
+    References:
+        Stein. Large Sample Properties of Simulations Using Latin Hypercube Sampling. Technometrics 1987.
+        Owen. Monte Carlo Variance of Scrambled Net Quadrature. SIAM Journal on Numerical Analysis 1997, for the bound.
+    """
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        shape = self._extended_shape(sample_shape)
+        if len(shape) < 2 or shape[0] < 2:
+            return super().rsample(sample_shape)
+        with torch.no_grad():
+            order = torch.rand(shape, dtype=self.loc.dtype, device=self.loc.device).argsort(0)
+            level = (order + torch.rand(shape, dtype=self.loc.dtype, device=self.loc.device)) / shape[0]
+            rounding = torch.finfo(level.dtype).eps
+            return torch.special.ndtri(level.clamp(rounding, 1.0 - rounding))
+
+
+class CenteredStudentT(dist.StudentT):  # type: ignore[misc]
+    """A Student-t with location 0 and scale 1."""
+
+    def score(self, value: Tensor) -> Tensor:
+        """Gradient of the log density in the value, elementwise."""
+        return -(self.df + 1.0) * value / (self.df + value.square())
+
+
+class DiagonalNormalMixture(dist.TorchDistribution):  # type: ignore[misc]
+    r"""A mixture of normals with diagonal covariances, whose draws have path derivatives.
+
+    A draw ``z`` moves with the parameters as mass does: :math:`\partial z / \partial \theta = v` for a velocity with
+    :math:`\partial_\theta q + \nabla_z \cdot (q v) = 0`. With :math:`r_k(z)` the share of component k in the density,
+    those of location and scale are :math:`r_k` and :math:`r_k (z - \mu_k) / \sigma_k`. Mass that a weight takes from
+    component k for j moves from one to the other coordinate by coordinate, in a field whose divergence telescopes:
+
+    .. math::
+        q v_{jk, i} = -\prod_{l < i} N_{kl}(z_l) \, [\Phi_{ji}(z_i) - \Phi_{ki}(z_i)] \prod_{l > i} N_{jl}(z_l).
+
+    Differs from ``pyro.distributions.MixtureOfDiagNormals`` in that it has one dimension too, components that
+    coincide, and, since all densities are logarithms, many dimensions.
+
+    Warning:
+        Where components are far apart, hardly any draw is where the mass of a weight moves: most gradients of weights
+        are next to nothing, and rare ones large. They have to be right before, as ``AutoFlowGuide.warm_start`` makes
+        them.
+
+    Shape:
+        - event shape: ``(D,)``.
+
+    Args:
+        locs: ``(K, D)``.
+        scales: ``(K, D)``, > 0.
+        logits: Logarithms of the weights up to a constant, ``(K,)``.
+        batch_shape: Shape of a batch of independent ones that are all alike.
+
+    References:
+        [1] Jankowiak, Obermeyer. Pathwise Derivatives Beyond the Reparameterization Trick. ICML 2018.
+            arXiv:1806.01851, eq. (8), for velocities.
+        [2] Jankowiak, Karaletsos. Pathwise Derivatives for Multivariate Distributions. AISTATS 2019.
+            arXiv:1806.01856, section 5, for those of mixtures.
+    """
+
+    has_rsample = True
+    support = constraints.real_vector
+    arg_constraints = {  # noqa: RUF012
+        "locs": constraints.real,
+        "scales": constraints.positive,
+        "logits": constraints.real,
+    }
+
+    def __init__(
+        self, locs: Tensor, scales: Tensor, logits: Tensor, batch_shape: tuple[int, ...] | torch.Size = ()
+    ) -> None:
+        self.locs = locs
+        self.scales = scales
+        self.logits = logits
+        super().__init__(torch.Size(batch_shape), locs.shape[-1:], validate_args=False)
+
+    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> DiagonalNormalMixture:
+        return DiagonalNormalMixture(self.locs, self.scales, self.logits, batch_shape)
+
+    @property
+    def mean(self) -> Tensor:
+        """``batch_shape + (D,)``."""
+        return (self.logits.softmax(-1) @ self.locs).expand(self.batch_shape + self.event_shape)
+
+    @property
+    def variance(self) -> Tensor:
+        """Of each coordinate, ``batch_shape + (D,)``."""
+        second = self.logits.softmax(-1) @ (self.scales.square() + self.locs.square())
+        return (second - self.mean.square()).expand(self.batch_shape + self.event_shape)
+
+    def _standard(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """A value in the coordinates of each component, and the log densities of these, both ``(..., K, D)``."""
+        standard = (value.unsqueeze(-2) - self.locs) / self.scales
+        return standard, -0.5 * standard.square() - self.scales.log() - 0.5 * math.log(2.0 * math.pi)
+
+    def _joint(self, value: Tensor) -> Tensor:
+        """Log density of value and component, ``(..., K)``."""
+        return self.logits.log_softmax(-1) + self._standard(value)[1].sum(-1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """``(...)``."""
+        return self._joint(value).logsumexp(-1).expand(torch.broadcast_shapes(value.shape[:-1], self.batch_shape))
+
+    def score(self, value: Tensor) -> Tensor:
+        """Gradient of the log density in the value, ``(..., D)``."""
+        standard, _ = self._standard(value)
+        return -(self._joint(value).softmax(-1).unsqueeze(-1) * standard / self.scales).sum(-2)
+
+    def pick(self, noise: Tensor, which: Tensor) -> Tensor:
+        """Draws of given components, ``(..., D)``, from standard normal noise and indices, ``(...)``."""
+        return self.locs[which] + self.scales[which] * noise
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        # Detached rather than under no_grad, which torch.jit.trace does not take down.
+        locs, scales, logits = (p.detach() for p in (self.locs, self.scales, self.logits))
+        fixed = DiagonalNormalMixture(locs, scales, logits, self.batch_shape)
+        shape = self._extended_shape(sample_shape)
+        rows = torch.multinomial(fixed.logits.softmax(-1), shape[:-1].numel(), replacement=True)
+        noise = torch.randn(shape, dtype=self.locs.dtype, device=self.locs.device)
+        value = fixed.pick(noise, rows.reshape(shape[:-1]))
+        if not (torch.is_grad_enabled() and any(p.requires_grad for p in (self.locs, self.scales, self.logits))):
+            return value
+        share = fixed._joint(value).softmax(-1)
+        in_scales = share.unsqueeze(-1) * fixed._standard(value)[0]
+        in_logits = fixed._weight_velocity(value)
+        # Zeros whose derivative is one: the value is the draw, and its derivatives are the velocities.
+        locs, scales, logits = self.locs - locs, self.scales - scales, self.logits - logits
+        return value + share @ locs + (in_scales * scales + in_logits * logits.unsqueeze(-1)).sum(-2)
+
+    def _weight_velocity(self, value: Tensor) -> Tensor:
+        """Derivatives of a draw in the logits, ``(..., K, D)``."""
+        standard, log_density = self._standard(value)
+        weights = self.logits.softmax(-1)
+        total = (self.logits.log_softmax(-1) + log_density.sum(-1)).logsumexp(-1)[..., None, None, None]
+        before = log_density.cumsum(-1) - log_density  # (..., K, D), over coordinates below
+        after = log_density.sum(-1, keepdim=True) - log_density - before
+        exponent = before.unsqueeze(-3) + after.unsqueeze(-2) - total  # (..., j, k, D)
+        below = torch.special.ndtr(standard)
+        passed = below.unsqueeze(-2) - below.unsqueeze(-3)
+        field = -exponent.clamp(max=MAX_EXPONENT).exp() * passed
+        return weights.unsqueeze(-1) * (weights.unsqueeze(-1) * field).sum(-2)
+
+
+def base_score(base_dist: Any, eps: Tensor) -> Tensor:
+    """Gradient of the base's log density at ``eps``, detached. Free of charge for the normal."""
+    inner = base_dist.base_dist if isinstance(base_dist, dist.Independent) else base_dist
+    eps = eps.detach()
+    if hasattr(inner, "score"):
+        score: Tensor = inner.score(eps).detach()
+        return score
+    with torch.enable_grad():
+        leaf = eps.requires_grad_()
+        return torch.autograd.grad(base_dist.log_prob(leaf).sum(), leaf)[0]
