@@ -20,7 +20,7 @@ from pyro_flows.importance.psis import pareto_smooth
 from pyro_flows.importance.weights import Draws, Weigher
 from pyro_flows.models.batching import BatchedModel
 from pyro_flows.models.structure import Structure
-from pyro_flows.models.traces import given
+from pyro_flows.models.traces import given, run_quietly
 
 __all__ = ["to_inference_data"]
 
@@ -186,10 +186,7 @@ class _Runs:
         self._model = model
         self.sites = {name: _Site.read(name, node) for name, node in model.nodes.items()}
         drawn = given({name: node["value"] for name, node in model.nodes.items() if not node["is_observed"]})
-        with poutine.block():
-            trace = poutine.trace(poutine.replay(model.model, trace=drawn)).get_trace(
-                *model.call.args, **model.call.kwargs
-            )
+        trace = run_quietly(model.model, model.call, drawn)
         self.indices = {n: _numpy(node["value"]) for n, node in trace.nodes.items() if site_is_subsample(node)}
         for plate, index in self.indices.items():
             if not np.array_equal(index, _numpy(structure.indices[plate])):

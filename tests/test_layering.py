@@ -117,6 +117,24 @@ def test_only_starts_look_at_what_heads_and_bases_are():
             assert not others or here.startswith("pyro_flows.starts."), f"{here}, line {node.lineno}: {others}"
 
 
+def test_models_run_in_few_places():
+    """How a model runs (many draws at once, in plates, without validation) is decided once, in ``models/``; guides look
+    at it when they are set up, and the compiled step runs what it records."""
+    programs = {"model", "_model", "guide", "_guide"}
+    elsewhere = {
+        "training/elbo.py",  # an ELBO: Pyro's base class has it run the guide, with gradients
+    }
+    for path in MODULES:
+        if path.relative_to(PACKAGE).parts[0] in ("models", "guides", "compiled") or file(path) in elsewhere:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            called = node.func if isinstance(node, ast.Call) else None
+            name = ast.unparse(called).rpartition(".")[2] if isinstance(called, ast.Attribute | ast.Name) else ""
+            handled = isinstance(called, ast.Call) and ast.unparse(called.func).startswith("poutine.")
+            traced = isinstance(node, ast.Attribute) and node.attr == "get_trace"
+            assert not (traced or handled or name in programs), f"{file(path)}, line {node.lineno}: {ast.unparse(node)}"
+
+
 def _dotted_names(path: Path) -> Iterator[str]:
     """Whole names with a dot in them, as they are imported or written."""
     stack: list[ast.AST] = [ast.parse(path.read_text())]

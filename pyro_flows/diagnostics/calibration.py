@@ -20,7 +20,7 @@ from pyro_flows.guides import AutoFlowGuide
 from pyro_flows.importance.weights import Weigher
 from pyro_flows.models.sites import full_size
 from pyro_flows.models.structure import common_plate
-from pyro_flows.models.traces import NO_DENSITY, sample_nodes
+from pyro_flows.models.traces import NO_DENSITY, Call, run_quietly, sample_nodes
 
 __all__ = ["Calibration", "SiteCalibration", "check_calibration"]
 
@@ -34,7 +34,7 @@ MAX_LINES = 12
 # Widths that far from 1 get a word of their own, in standard errors; so do biases.
 SIGNIFICANT = 3.0
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ class _Simulator:
         model: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        to_args: Callable[[dict[str, Tensor]], Call] | None,
+        to_args: Callable[[dict[str, Tensor]], Arguments] | None,
         *,
         amortized: bool,
     ) -> None:
@@ -249,12 +249,10 @@ class _Simulator:
             )
 
     def _run(self) -> dict[str, dict[str, Any]]:
-        args, kwargs = self._call
-        with torch.no_grad(), poutine.block():
-            try:
-                trace = poutine.trace(poutine.uncondition(self._model)).get_trace(*args, **kwargs)
-            except NotImplementedError as error:
-                raise ValueError(f"{OWNER}: expected a model that can draw its own data, but {error}.") from error
+        try:
+            trace = run_quietly(poutine.uncondition(self._model), Call(*self._call))
+        except NotImplementedError as error:
+            raise ValueError(f"{OWNER}: expected a model that can draw its own data, but {error}.") from error
         nodes = sample_nodes(trace)
         for name, node in nodes.items():
             masked = isinstance(node["fn"], dist.MaskedDistribution) and node["fn"]._mask is False
@@ -275,7 +273,7 @@ class _Simulator:
                 if torch.is_tensor(value) and "obs" in node["infer"] and _same(value, node["infer"]["obs"]):
                     yield name, place
 
-    def draw(self) -> tuple[dict[str, Tensor], Callable[..., Any], Call]:
+    def draw(self) -> tuple[dict[str, Tensor], Callable[..., Any], Arguments]:
         """True values, the model conditioned on simulated data, and its arguments with these in place."""
         nodes = self._run()
         truth = {name: nodes[name]["value"] for name in self._latents}

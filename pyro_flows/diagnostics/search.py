@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
-from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_flows.importance.weights import Weigher
-from pyro_flows.models.traces import sample_nodes
+from pyro_flows.models.traces import Call, run_quietly, sample_nodes
 from pyro_flows.starts.lbfgs import climb, local_factor
 
 __all__ = ["Regions", "Search", "why_not"]
@@ -139,8 +138,7 @@ class Search:
     def _from_prior(self) -> Iterator[Tensor]:
         for _ in range(self._starts):
             try:
-                with poutine.block():
-                    trace = poutine.trace(self._model).get_trace(*self._args, **self._kwargs)
+                trace = run_quietly(self._model, Call(self._args, self._kwargs))
             except ValueError:  # a likelihood that its own prior breaks
                 continue
             nodes = sample_nodes(trace)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -16,7 +15,7 @@ from tqdm.auto import tqdm
 from pyro_flows.models.particles import runs_in_a_plate
 from pyro_flows.models.scoring import ModelScorer, Score, concatenate
 from pyro_flows.models.structure import Structure, read_structure
-from pyro_flows.models.traces import DRAWS, mini_batches, sample_nodes
+from pyro_flows.models.traces import DRAWS, Call, mini_batches, run_quietly, sample_nodes
 
 __all__ = ["Draws", "Weigher", "log_weights"]
 
@@ -85,12 +84,11 @@ class Weigher:
         kwargs: Mapping[str, Any] | None,
     ) -> None:
         self._guide = guide
-        self._args = args
-        self._kwargs = dict(kwargs or {})
-        self.structure: Structure = read_structure(owner, model, guide, args, self._kwargs)
+        self._call = Call(args, dict(kwargs or {}))
+        self.structure: Structure = read_structure(owner, model, guide, args, self._call.kwargs)
         singles = [self._draw_one() for _ in range(PROBES)]
         probe = {name: torch.stack([values[name] for values, _, _ in singles]) for name in singles[0][0]}
-        self.score = ModelScorer(owner, model, args, self._kwargs, self.structure, probe)
+        self.score = ModelScorer(owner, model, args, self._call.kwargs, self.structure, probe)
         call = self.score.model.call
         self.draws_at_once = runs_in_a_plate(guide, call, self.structure.nesting, PROBES)
         self.chunk = max(1, min(MAX_CHUNK, MAX_ELEMENTS // max(self.structure.elements, 1)))
@@ -131,15 +129,16 @@ class Weigher:
 
     def _draw_one(self) -> tuple[dict[str, Tensor], dict[str, Any], Tensor]:
         """Values of the latents, mini-batches, and log q ``(1, N)``."""
-        with torch.no_grad(), poutine.block():
-            trace = poutine.trace(self._guide).get_trace(*self._args, **self._kwargs)
+        with torch.no_grad():
+            trace = run_quietly(self._guide, self._call)
             trace.compute_log_prob()
         values = {site.name: trace.nodes[site.name]["value"] for site in self.structure.latents}
         return values, mini_batches(trace), self._log_guide(trace, 1)
 
     def _draw_many(self, count: int) -> tuple[dict[str, Tensor], dict[str, Any], Tensor]:
-        with torch.no_grad(), poutine.block(), pyro.plate(DRAWS, count, dim=-1 - self.structure.nesting):
-            trace = poutine.trace(self._guide).get_trace(*self._args, **self._kwargs)
+        with torch.no_grad():
+            outermost = pyro.plate(DRAWS, count, dim=-1 - self.structure.nesting)
+            trace = run_quietly(outermost(self._guide), self._call)
             trace.compute_log_prob()
         drawn = {site.name: trace.nodes[site.name]["value"] for site in self.structure.latents}
         values = {name: self.score.model.rows(name, value, count) for name, value in drawn.items()}

@@ -15,7 +15,7 @@ from pyro_flows.models.batching import BatchedModel
 from pyro_flows.models.checks import start_elsewhere, without_density
 from pyro_flows.models.layout import Layout
 from pyro_flows.models.sites import Site
-from pyro_flows.models.traces import Call, by_draw, sample_nodes
+from pyro_flows.models.traces import Call, by_draw, run_quietly, sample_nodes
 
 __all__ = ["LogJoint", "PulledBack", "Target", "constrain", "scored_sites"]
 
@@ -53,9 +53,9 @@ class LogJoint:
         generator = torch.Generator(start.device).manual_seed(0)
         noise = torch.randn(PROBES, len(start), generator=generator, dtype=start.dtype, device=start.device)
         probe, _ = table.unpack(torch.cat([start.unsqueeze(0), start + DISTANCE * noise]))
-        self.model = BatchedModel(OWNER, model, Call(args, kwargs), probe)
-        for name, node in self.model.nodes.items():
-            if not (node["is_observed"] or name in probe or name in self.model.enumerated):
+        self.batched = BatchedModel(OWNER, model, Call(args, kwargs), probe)
+        for name, node in self.batched.nodes.items():
+            if not (node["is_observed"] or name in probe or name in self.batched.enumerated):
                 raise NotImplementedError(f"{OWNER}: expected a guide that draws all latents, but not '{name}'.")
 
     @property
@@ -66,15 +66,14 @@ class LogJoint:
     @property
     def is_vectorized(self) -> bool:
         """Whether many draws take one run of the model."""
-        return self.model.is_vectorized
+        return self.batched.is_vectorized
 
     def from_prior(self, count: int) -> Iterator[Tensor]:
         """Up to so many draws of the prior, ``(D,)``; none where a likelihood does not bear its own prior."""
-        call = self.model.call
+        call = self.batched.call
         for _ in range(count):
             try:
-                with torch.no_grad(), poutine.block():
-                    trace = poutine.trace(self.model.model).get_trace(*call.args, **call.kwargs)
+                trace = run_quietly(self.batched.model, call)
                 packed, _ = self.table.pack({site.name: trace.nodes[site.name]["value"] for site in self.table})
             except Exception:  # many a likelihood does not bear its own prior, each in its own way
                 continue
@@ -87,7 +86,7 @@ class LogJoint:
             Exception: Whatever the model raises there.
         """
         values, _ = self.table.unpack(start)
-        sites = without_density(self.model.model, values, self.model.call)
+        sites = without_density(self.batched.model, values, self.batched.call)
         if sites:
             return start_elsewhere(OWNER, sites)
         return (
@@ -98,7 +97,7 @@ class LogJoint:
     def __call__(self, draws: Tensor) -> Tensor:
         """``(S, D)`` to ``(S,)``; differentiable. Minus infinity or NaN where the model has no density."""
         values, log_det = self.table.unpack(draws)
-        nodes = sample_nodes(self.model(values))
+        nodes = sample_nodes(self.batched(values))
         return torch.stack([log_det, *(by_draw(node["log_prob"]).to(draws) for node in nodes.values())]).sum(0)
 
 

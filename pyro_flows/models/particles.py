@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L2. Whether a guide makes many draws in one run."""
+"""L2. How a model and a guide are run together: at one draw, and at many in one run."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +12,67 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_flows.models.traces import DRAWS, Call, by_draw, given, mini_batches, rows_of, sample_nodes
+from pyro_flows.models.batching import BatchedModel
+from pyro_flows.models.checks import check_guide, check_latents, first_run, warn_without_data
+from pyro_flows.models.traces import (
+    DRAWS,
+    Call,
+    by_draw,
+    given,
+    mini_batches,
+    nesting_of,
+    rows_of,
+    run_quietly,
+    sample_nodes,
+)
 
-__all__ = ["runs_in_a_plate"]
+__all__ = ["at_a_draw", "look_at", "runs_in_a_plate"]
 
 # How closely the densities have to agree, relative and in nats: flows are inverted for that.
 RELATIVE, NATS = 1e-3, 1e-2
+# Runs of the guide by which ways of running the model are compared.
+PROBES = 3
+
+
+def at_a_draw(model: Callable[..., Any], guide: Callable[..., Any]) -> Callable[..., Any]:
+    """The model at a draw of the guide, made anew for each run."""
+
+    def run(*args: Any, **kwargs: Any) -> None:
+        trace = run_quietly(guide, Call(args, kwargs))
+        poutine.replay(model, trace=trace)(*args, **kwargs)
+
+    return run
+
+
+def look_at(
+    owner: str, model: Callable[..., Any], guide: Callable[..., Any], call: Call, least_nesting: int = 0
+) -> BatchedModel:
+    """How to run a model at draws of a guide.
+
+    Raises:
+        ValueError: If the two were swapped, the guide is another model's, or observed values have no density.
+        Exception: Whatever the model or the guide raises in plain runs, or Pyro about their shapes.
+    """
+    traces = [run_quietly(guide, call) for _ in range(PROBES)]
+    drawn = [sample_nodes(found) for found in traces]
+    check_guide(owner, drawn[0])
+    call = call._replace(fixed=mini_batches(traces[0]))
+    draws = [{name: node["value"] for name, node in nodes.items()} for nodes in drawn]
+    nodes = sample_nodes(first_run(owner, model, call, draws))
+    missing = check_latents(owner, nodes, drawn[0])
+    if missing:
+        warnings.warn(
+            f"{owner}: the guide does not draw {', '.join(map(repr, missing))}, which the model draws from the prior "
+            "at every step.",
+            stacklevel=3,
+        )
+    warn_without_data(owner, nodes, call)
+    latents = [name for name, node in nodes.items() if name in drawn[0] and not node["is_observed"]]
+    probe = {name: torch.stack([draw[name] for draw in draws]) for name in latents}
+    batched = BatchedModel(owner, model, call, probe, max(nesting_of(drawn[0].values()), least_nesting))
+    if not (batched.obstacle or runs_in_a_plate(guide, call, batched.nesting)):
+        batched.obstacle = "the guide does not run in an outer plate"
+    return batched
 
 
 @torch.no_grad()

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -23,6 +24,7 @@ __all__ = [
     "mini_batches",
     "nesting_of",
     "rows_of",
+    "run_quietly",
     "sample_nodes",
 ]
 
@@ -55,6 +57,20 @@ def given(values: Mapping[str, Any]) -> Trace:
     for name, value in values.items():
         trace.add_node(name, name=name, type="sample", value=value, is_observed=False, infer={})
     return trace
+
+
+@torch.no_grad()
+def run_quietly(program: Callable[..., Any], call: Call, values: Trace | None = None) -> Trace:
+    """A run of a model or a guide, without gradients, that handlers around it do not see.
+
+    Args:
+        program: The model or the guide.
+        call: Its arguments.
+        values: Values to replay; its plates draw mini-batches that are not among them.
+    """
+    with poutine.block():
+        program = program if values is None else poutine.replay(program, trace=values)
+        return poutine.trace(program).get_trace(*call.args, **call.kwargs)
 
 
 def sample_nodes(trace: Trace) -> dict[str, dict[str, Any]]:

@@ -291,7 +291,7 @@ class MarginalLogJoint(LogJoint):
             {name: torch.randn_like(location) for name, location in owner.locations(batch).items()} for batch in batches
         ]
         self.rows = max(map(owner.num_items, batches)) * len(batches)
-        self.model = owner.batched
+        self.batched = owner.batched
         if owner.posterior.joint is not None:
             self.table = owner.posterior.joint.layout
 
@@ -302,7 +302,7 @@ class MarginalLogJoint(LogJoint):
     def __call__(self, draws: Tensor) -> Tensor:
         """Packed globals, ``(S, D)``, to ``(S,)``; differentiable."""
         posterior, share = self.owner.posterior, 1.0 / len(self.batches)
-        lead = draws.reshape(len(draws), *(1,) * self.model.nesting, draws.shape[-1])
+        lead = draws.reshape(len(draws), *(1,) * self.batched.nesting, draws.shape[-1])
         parts = []
         if posterior.joint is not None:
             parts += constrain(posterior.joint.layout.split(lead))[1]
@@ -316,13 +316,13 @@ class MarginalLogJoint(LogJoint):
                 log_q = -0.5 * (eps.square() + math.log(2 * math.pi)).sum(-1) - ladj
                 parts += [term * (batch.scale(block.layout) * share) for term in (*ladjs, -log_q)]
             values = self.owner.values(latents)
-            rows = {name: self.model.rows(name, value, len(draws)) for name, value in values.items()}
-            nodes = sample_nodes(self.model(rows, batch.call))
+            rows = {name: self.batched.rows(name, value, len(draws)) for name, value in values.items()}
+            nodes = sample_nodes(self.batched(rows, batch.call))
             parts += [node["log_prob"].to(draws) * share for node in nodes.values()]
         return torch.stack([self._by_draw(part, len(draws)) for part in parts]).sum(0)
 
     def _by_draw(self, term: Tensor, count: int) -> Tensor:
         """Sum over all dimensions but that of the draws, if there is one."""
-        if term.dim() > self.model.nesting:
+        if term.dim() > self.batched.nesting:
             return by_draw(term).expand(count)
         return term.sum().expand(count)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,15 +16,12 @@ from pyro.poutine.util import prune_subsample_sites
 from pyro_flows._checks import check_int
 from pyro_flows._recording import is_recording
 from pyro_flows.models.batching import BatchedModel
-from pyro_flows.models.checks import check_guide, check_latents, first_run, warn_without_data
-from pyro_flows.models.particles import runs_in_a_plate
-from pyro_flows.models.traces import MAX_REFUSED, Call, by_draw, mini_batches, nesting_of, sample_nodes
+from pyro_flows.models.particles import look_at
+from pyro_flows.models.traces import MAX_REFUSED, Call, by_draw, mini_batches, sample_nodes
 
-__all__ = ["VectorizedTrace_ELBO", "look_at"]
+__all__ = ["VectorizedTrace_ELBO"]
 
 OWNER = "VectorizedTrace_ELBO"
-# Runs of the guide by which ways of running the model are compared.
-PROBES = 3
 
 
 class VectorizedTrace_ELBO(Trace_ELBO):
@@ -106,38 +102,6 @@ class VectorizedTrace_ELBO(Trace_ELBO):
         if not is_recording():
             _leave_out_refused(model_trace, guide_trace, count)
         return model_trace, guide_trace
-
-
-def look_at(
-    owner: str, model: Callable[..., Any], guide: Callable[..., Any], call: Call, least_nesting: int = 0
-) -> BatchedModel:
-    """How to run a model at draws of a guide.
-
-    Raises:
-        ValueError: If the two were swapped, the guide is another model's, or observed values have no density.
-        Exception: Whatever the model or the guide raises in plain runs, or Pyro about their shapes.
-    """
-    with torch.no_grad(), poutine.block():
-        traces = [poutine.trace(guide).get_trace(*call.args, **call.kwargs) for _ in range(PROBES)]
-    drawn = [sample_nodes(found) for found in traces]
-    check_guide(owner, drawn[0])
-    call = call._replace(fixed=mini_batches(traces[0]))
-    draws = [{name: node["value"] for name, node in nodes.items()} for nodes in drawn]
-    nodes = sample_nodes(first_run(owner, model, call, draws))
-    missing = check_latents(owner, nodes, drawn[0])
-    if missing:
-        warnings.warn(
-            f"{owner}: the guide does not draw {', '.join(map(repr, missing))}, which the model draws from the prior "
-            "at every step.",
-            stacklevel=3,
-        )
-    warn_without_data(owner, nodes, call)
-    latents = [name for name, node in nodes.items() if name in drawn[0] and not node["is_observed"]]
-    probe = {name: torch.stack([draw[name] for draw in draws]) for name in latents}
-    batched = BatchedModel(owner, model, call, probe, max(nesting_of(drawn[0].values()), least_nesting))
-    if not (batched.obstacle or runs_in_a_plate(guide, call, batched.nesting)):
-        batched.obstacle = "the guide does not run in an outer plate"
-    return batched
 
 
 def _leave_out_refused(model_trace: Trace, guide_trace: Trace, count: int) -> None:

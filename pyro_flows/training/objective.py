@@ -25,8 +25,17 @@ from pyro_flows.importance.psis import nearly_constant, pareto_smooth
 from pyro_flows.importance.weights import log_weights
 from pyro_flows.models.batching import BatchedModel
 from pyro_flows.models.checks import start_elsewhere, without_density
-from pyro_flows.models.traces import MAX_REFUSED, NO_DENSITY, Call, mini_batches, nesting_of, sample_nodes
-from pyro_flows.training.elbo import VectorizedTrace_ELBO, look_at
+from pyro_flows.models.particles import at_a_draw, look_at
+from pyro_flows.models.traces import (
+    MAX_REFUSED,
+    NO_DENSITY,
+    Call,
+    mini_batches,
+    nesting_of,
+    run_quietly,
+    sample_nodes,
+)
+from pyro_flows.training.elbo import VectorizedTrace_ELBO
 
 __all__ = ["Batches", "Estimate", "Objective"]
 
@@ -165,7 +174,7 @@ class Objective:
         self.num_values = sum(torch.as_tensor(site["value"]).numel() for site in sites)
         self._calls = batches.one_pass(ESTIMATE_CALLS)
         of_guide = leaves_of(guide, args, kwargs)
-        of_model = leaves_of(_replayed(model, guide), args, kwargs)
+        of_model = leaves_of(at_a_draw(model, guide), args, kwargs)
         self.trains_model = any(all(p is not q for q in of_guide) for p in of_model)
         self.power = 1.0
         self.leaves = list({id(p): p for p in (*of_guide, *of_model)}.values())
@@ -179,8 +188,8 @@ class Objective:
         try:
             batched = look_at("fit", self.model, self.guide, Call(args, kwargs))
         except NotImplementedError:
-            with torch.no_grad(), pyro.validation_enabled(False):  # only the structure is looked at
-                trace = poutine.block(poutine.trace(_replayed(self.model, self.guide)).get_trace)(*args, **kwargs)
+            with pyro.validation_enabled(False):  # only the structure is looked at
+                trace = run_quietly(at_a_draw(self.model, self.guide), Call(args, kwargs))
             return None, list(sample_nodes(trace).values())
         return batched, list(batched.nodes.values())
 
@@ -299,11 +308,10 @@ class Objective:
         Raises:
             Exception: Whatever the model raises there.
         """
-        args, kwargs = self.batches.first
-        with torch.no_grad(), poutine.block():
-            trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
+        call = Call(*self.batches.first)
+        trace = run_quietly(self.guide, call)
         values = {name: node["value"] for name, node in sample_nodes(trace).items()}
-        sites = without_density(self.model, values, Call(args, kwargs, mini_batches(trace)))
+        sites = without_density(self.model, values, call._replace(fixed=mini_batches(trace)))
         if sites:
             return start_elsewhere("fit", sites)
         return (
@@ -336,17 +344,6 @@ class Objective:
             return Estimate(-math.inf, math.inf, math.inf, sample)
         variance = kept.var().item()
         return Estimate(kept.mean().item(), math.sqrt(variance / len(kept)), variance * particles, sample)
-
-
-def _replayed(model: Callable[..., Any], guide: Callable[..., Any]) -> Callable[..., Any]:
-    """The model at a draw of the guide."""
-
-    def run(*args: Any, **kwargs: Any) -> None:
-        with torch.no_grad(), poutine.block():
-            trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        poutine.replay(model, trace=trace)(*args, **kwargs)
-
-    return run
 
 
 @contextmanager

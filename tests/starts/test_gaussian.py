@@ -96,7 +96,7 @@ def test_log_joint_of_many_draws_is_that_of_each(case: str) -> None:
     table = Layout(read_sites(guide.prototype_trace))
     log_joint = LogJoint(guide.model, table, args, {})
     used = {"correlated": "_in_a_plate", "unvectorised": "_by_vmap", "branching": "_one_by_one"}[case]
-    assert log_joint.model._run.__name__ == used
+    assert log_joint.batched._run.__name__ == used
     draws = torch.randn(5, table.latent_dim)
     for draw, found in zip(draws, log_joint(draws), strict=True):
         values, _ = table.unpack(draw)
