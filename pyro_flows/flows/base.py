@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 from torch import Tensor, nn
 
-from pyro_flows._checks import check_choice, check_int
+from pyro_flows._checks import check_int
 from pyro_flows.flows.bases import Base, BaseSpec, resolve_base
 from pyro_flows.flows.distribution import FlowDistribution
+from pyro_flows.flows.fields import check_fields, choice
 from pyro_flows.flows.gradient_filter import GradientFilter
 from pyro_flows.transforms import (
     AffineHead,
@@ -30,6 +31,10 @@ from pyro_flows.transforms import (
 __all__ = ["Flow", "FlowSpec"]
 
 HEADS = ("diagonal", "low_rank", "full_rank")
+
+
+def _check_base(owner: str, name: str, value: Any) -> None:
+    resolve_base(owner, value)
 
 
 class Flow(nn.Module):
@@ -132,30 +137,47 @@ class Flow(nn.Module):
 class FlowSpec:
     """Recipe of a flow: hyper-parameters only, so it compares, prints and pickles as data.
 
-    A family is a subclass that says which layers stand between the noise and the affine head.
+    A family is a subclass that says which layers stand between the noise and the affine head. Its hyper-parameters are
+    fields of :mod:`pyro_flows.flows.fields`, which are checked when a recipe is made.
 
     Args:
         head: Outermost affine layer: ``"diagonal"``, ``"low_rank"`` or ``"full_rank"``.
         base: Where the noise comes from: ``"normal"``; ``"student_t"`` or a :class:`~pyro_flows.flows.StudentT`, for
             heavy tails; ``"mixture"`` or a :class:`~pyro_flows.flows.Mixture`, for several modes.
+
+    Attributes:
+        has_inverse: Whether values other than the flow's own draws can be scored.
+        min_dim: Smallest dimension that the family takes.
+        identity_start: Whether a fresh flow is exactly the normal of its head.
+        one_pass_sampling: Whether a draw takes one pass, not one per dimension; a guide needs it.
+        correlates: Whether layers correlate coordinates, so that a warm start with correlations is of the family.
+        knows_priors: Whether the priors of a model's sites are of use to it.
+        best_for: When to use the family, in a few words.
+        practical_dim: About the largest dimension at which parameters and steps are affordable. None is any.
+        draw_cost: What a draw takes, with the default hyper-parameters.
+        tails: Those of a coordinate in unconstrained space, from normal noise.
+        parameters: How their number grows with the dimension D.
     """
 
-    # What a family can do; documented in docs/choosing_a_flow.rst.
+    # What a family can do: the guide asks, and tests check.
     has_inverse: ClassVar[bool] = True
     min_dim: ClassVar[int] = 1
     identity_start: ClassVar[bool] = True
     one_pass_sampling: ClassVar[bool] = True
-    # Whether layers correlate coordinates, so that a warm start that does is of the family; and whether the priors of
-    # a model's sites are of use.
     correlates: ClassVar[bool] = True
     knows_priors: ClassVar[bool] = False
+    # Its row in the table of docs/choosing_a_flow.rst.
+    best_for: ClassVar[str] = ""
+    practical_dim: ClassVar[int | None] = None
+    draw_cost: ClassVar[str] = "one pass"
+    tails: ClassVar[str] = "Gaussian"
+    parameters: ClassVar[str] = "O(D)"
 
-    head: str = "diagonal"
-    base: str | BaseSpec = "normal"
+    head: str = choice("diagonal", HEADS)
+    base: str | BaseSpec = field(default="normal", metadata={"check": _check_base})
 
     def __post_init__(self) -> None:
-        check_choice(type(self).__name__, "head", self.head, HEADS)
-        resolve_base(type(self).__name__, self.base)
+        check_fields(self)
 
     def layers(self, input_dim: int, context_dim: int) -> list[FlowTransform]:
         """The transforms between the noise and the head, base side first."""

@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_flows._checks import check_int, check_positive
+from pyro_flows.flows.fields import check_fields, integer, positive
 from pyro_flows.flows.noise import CenteredStudentT, DiagonalNormalMixture, StandardNormal
 
 __all__ = [
@@ -121,6 +121,9 @@ class BaseSpec:
     # Whether items of a plate, which share a flow, can have noise of this kind.
     suits_items: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     def build(self, input_dim: int) -> Base:
         """Make the base with fresh parameters."""
         return Base(input_dim)
@@ -143,10 +146,7 @@ class StudentT(BaseSpec):
         arXiv:2205.07918, section 3.
     """
 
-    df: float = 10.0
-
-    def __post_init__(self) -> None:
-        check_positive("StudentT", "df", self.df, MIN_DF)
+    df: float = positive(10.0, low=MIN_DF)
 
     def build(self, input_dim: int) -> Base:
         return StudentTBase(input_dim, float(self.df))
@@ -166,10 +166,7 @@ class Mixture(BaseSpec):
 
     suits_items: ClassVar[bool] = False
 
-    num_components: int = 4
-
-    def __post_init__(self) -> None:
-        check_int("Mixture", "num_components", self.num_components, 2)
+    num_components: int = integer(4, low=2)
 
     def build(self, input_dim: int) -> Base:
         return MixtureBase(input_dim, self.num_components)

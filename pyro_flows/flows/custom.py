@@ -4,13 +4,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from pyro_flows.flows.base import FlowSpec
 from pyro_flows.transforms import FlowTransform, adapt
 
 __all__ = ["CustomFlow"]
+
+
+def _check_callable(owner: str, name: str, value: Any) -> None:
+    """Raise TypeError unless ``value`` is callable."""
+    if not callable(value):
+        raise TypeError(f"{owner}: expected {name} to be callable, but got {value!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +46,7 @@ class CustomFlow(FlowSpec):
     has_inverse: ClassVar[bool] = False
     identity_start: ClassVar[bool] = False
 
-    function: Callable[[int], Any]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not callable(self.function):
-            raise TypeError(f"CustomFlow: expected function to be callable, but got {self.function!r}.")
+    function: Callable[[int], Any] = field(metadata={"check": _check_callable})
 
     def layers(self, input_dim: int, context_dim: int) -> list[FlowTransform]:
         return adapt(self.function(input_dim), input_dim, context_dim)

@@ -3,16 +3,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from pyro_flows._checks import check_int
 from pyro_flows.flows.base import FlowSpec
+from pyro_flows.flows.registry import register
 from pyro_flows.transforms import DiagonalAffine, FlowTransform, Householder
 
 __all__ = ["HouseholderFlow"]
 
 
+def _check_reflections(owner: str, name: str, value: Any) -> None:
+    """Raise ValueError unless ``value`` is an even integer >= 2."""
+    check_int(owner, name, value, 2)
+    if value % 2:
+        raise ValueError(
+            f"{owner}: expected {name} to be even, but got {value}. "
+            "Pairs of equal reflections are how the flow starts at the identity."
+        )
+
+
+@register("householder")
 @dataclass(frozen=True, kw_only=True)
 class HouseholderFlow(FlowSpec):
     """Householder flow: a scaled normal, turned by learnt reflections: a Gaussian. O(D num_reflections) parameters.
@@ -25,17 +37,10 @@ class HouseholderFlow(FlowSpec):
     """
 
     min_dim: ClassVar[int] = 2
+    best_for: ClassVar[str] = "correlated Gaussians, large D"
+    draw_cost: ClassVar[str] = "one pass; a step a reflection"
 
-    num_reflections: int = 8
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_int("HouseholderFlow", "num_reflections", self.num_reflections, 2)
-        if self.num_reflections % 2:
-            raise ValueError(
-                f"HouseholderFlow: expected num_reflections to be even, but got {self.num_reflections}. "
-                "Pairs of equal reflections are how the flow starts at the identity."
-            )
+    num_reflections: int = field(default=8, metadata={"check": _check_reflections})
 
     def layers(self, input_dim: int, context_dim: int) -> list[FlowTransform]:
         # The reflections turn a standard normal into itself: without a scale before them they do nothing.

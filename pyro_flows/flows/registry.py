@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar, overload
 
 from pyro_flows._checks import check_choice
 from pyro_flows.flows.base import FlowSpec
@@ -12,25 +14,40 @@ __all__ = ["get", "names", "register"]
 
 _FAMILIES: dict[str, type[FlowSpec]] = {}
 
+SpecClass = TypeVar("SpecClass", bound=type[FlowSpec])
 
-def register(name: str, spec_class: type[FlowSpec]) -> None:
+
+@overload
+def register(name: str) -> Callable[[SpecClass], SpecClass]: ...
+@overload
+def register(name: str, spec_class: SpecClass) -> SpecClass: ...
+def register(name: str, spec_class: Any = None) -> Any:
     """Add a family, so that ``AutoFlowGuide(model, flow=name)`` finds it.
+
+    A decorator of the family's class, ``@register("name")``, or a call, ``register("name", spec_class)``.
 
     Args:
         name: New name; a Python identifier.
-        spec_class: Frozen dataclass that extends :class:`FlowSpec`, constructible without arguments.
+        spec_class: Frozen dataclass that extends :class:`FlowSpec`, constructible without arguments. Left out where
+            this decorates the class.
+
+    Returns:
+        The class, as it came.
 
     Raises:
         TypeError: If ``spec_class`` is not a subclass of :class:`FlowSpec`.
         ValueError: If the name is taken by another class or is no identifier.
     """
-    if not (isinstance(spec_class, type) and issubclass(spec_class, FlowSpec)):
-        raise TypeError(f"register: expected spec_class to be a subclass of FlowSpec, but got {spec_class!r}.")
     if not name.isidentifier():
         raise ValueError(f"register: expected name to be an identifier, but got {name!r}.")
+    if spec_class is None:
+        return partial(register, name)
+    if not (isinstance(spec_class, type) and issubclass(spec_class, FlowSpec)):
+        raise TypeError(f"register: expected spec_class to be a subclass of FlowSpec, but got {spec_class!r}.")
     if _FAMILIES.get(name, spec_class) is not spec_class:
         raise ValueError(f"register: expected a new name, but {name!r} is {_FAMILIES[name].__name__}. Choose another.")
     _FAMILIES[name] = spec_class
+    return spec_class
 
 
 def names() -> tuple[str, ...]:

@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from pyro_flows._checks import check_int
 from pyro_flows.flows.base import FlowSpec
+from pyro_flows.flows.fields import integer
+from pyro_flows.flows.registry import register
 from pyro_flows.transforms import FlowTransform, Sylvester
 
 __all__ = ["SylvesterFlow"]
 
 
+@register("sylvester")
 @dataclass(frozen=True, kw_only=True)
 class SylvesterFlow(FlowSpec):
     """Sylvester flow: each layer moves mass along several directions. O(D num_ortho) parameters.
@@ -25,13 +28,12 @@ class SylvesterFlow(FlowSpec):
         arXiv:1803.05649.
     """
 
-    num_transforms: int = 4
-    num_ortho: int = 8
+    best_for: ClassVar[str] = "a few directions of skew in many dimensions"
+    draw_cost: ClassVar[str] = "one pass; four maps"
+    tails: ClassVar[str] = "Gaussian: a draw moves by a bounded amount"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_int("SylvesterFlow", "num_transforms", self.num_transforms, 1)
-        check_int("SylvesterFlow", "num_ortho", self.num_ortho, 1)
+    num_transforms: int = integer(4, low=1)
+    num_ortho: int = integer(8, low=1)
 
     def layers(self, input_dim: int, context_dim: int) -> list[FlowTransform]:
         return [Sylvester(input_dim, context_dim, num_ortho=self.num_ortho) for _ in range(self.num_transforms)]
