@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyro_flows.transforms.autoregressive import AutoregressiveTransform, MaskedNetwork
+from pyro_flows.transforms.autoregressive import MaskedAutoregressive
 
 __all__ = ["AffineAutoregressive"]
 
 
-class AffineAutoregressive(AutoregressiveTransform):
+class AffineAutoregressive(MaskedAutoregressive):
     r"""Each coordinate affine in its own noise, steered by the noise of the coordinates before it:
 
     .. math::
@@ -47,20 +47,19 @@ class AffineAutoregressive(AutoregressiveTransform):
         log_scale_bound: float = 3.0,
         order: Sequence[int] | Tensor | None = None,
     ) -> None:
-        super().__init__(input_dim, context_dim, order)
+        super().__init__(input_dim, context_dim, torch.zeros(input_dim, 2), hidden_dims, order)
         self.log_scale_bound = log_scale_bound
-        self.network = MaskedNetwork(input_dim, context_dim, torch.zeros(input_dim, 2), hidden_dims, self.order)
 
-    def _steer(self, given: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``t`` and ``l``, of the shape of ``given``."""
-        shift, log_scale = self.network(given, context).unbind(-1)
+    def _shift_log_scale(self, params: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """``t`` and ``l``, of the shape of ``like``."""
+        shift, log_scale = params.unbind(-1)
         log_scale = self.log_scale_bound * torch.tanh(log_scale / self.log_scale_bound)
-        return shift.expand_as(given), log_scale.expand_as(given)
+        return shift.expand_as(like), log_scale.expand_as(like)
 
-    def _map(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        shift, log_scale = self._steer(x, context)
+    def _univariate(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        shift, log_scale = self._shift_log_scale(params, x)
         return torch.addcmul(shift, log_scale.exp(), x), log_scale
 
-    def _unmap(self, y: Tensor, given: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        shift, log_scale = self._steer(given, context)
+    def _univariate_inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        shift, log_scale = self._shift_log_scale(params, y)
         return (y - shift) * (-log_scale).exp(), log_scale

@@ -17,7 +17,7 @@ from pyro_flows._recording import is_recording
 from pyro_flows.transforms.base import FlowTransform, expand_context
 from pyro_flows.transforms.networks import ContextParameters
 
-__all__ = ["AutoregressiveTransform", "MaskedNetwork", "pull_score"]
+__all__ = ["AutoregressiveTransform", "MaskedAutoregressive", "MaskedNetwork", "propagate_score"]
 
 # Above this dimension the Jacobian that a recorded score takes is too large.
 MAX_RECORDED_DIM = 128
@@ -30,7 +30,8 @@ class AutoregressiveTransform(FlowTransform):
     Drawing and scoring one's own draw is one pass of the network. The log-determinant is the sum of
     :math:`\log \partial f / \partial x_i`. Scoring any other value takes up to :math:`D` passes.
 
-    A subclass gives :meth:`_map`, and :meth:`_unmap` where :math:`f` has an inverse.
+    A subclass gives :meth:`_map`, and :meth:`_unmap` where :math:`f` has an inverse; one whose :math:`h` is a masked
+    network extends :class:`MaskedAutoregressive` instead.
 
     Args:
         input_dim: Length of the transformed vector.
@@ -84,10 +85,50 @@ class AutoregressiveTransform(FlowTransform):
     ) -> tuple[Tensor, Tensor, Tensor]:
         y, log_slope = self._map(x, context)
         ladj = log_slope.sum(-1)
-        return y, ladj, pull_score(x, y, ladj, log_slope.detach().exp(), score, self.order)
+        return y, ladj, propagate_score(x, y, ladj, log_slope.detach().exp(), score, self.order)
 
 
-def pull_score(x: Tensor, y: Tensor, ladj: Tensor, slope: Tensor, score: Tensor, order: Tensor) -> Tensor:
+class MaskedAutoregressive(AutoregressiveTransform):
+    r"""Base of the maps whose parameters :math:`h_i(x_{<i}, c)` come from one :class:`MaskedNetwork`.
+
+    A subclass gives the map of one coordinate, :meth:`_univariate`, and :meth:`_univariate_inverse` where it has one.
+
+    Args:
+        input_dim: Length of the transformed vector, at least 1; one coordinate has nothing to condition on but the
+            context.
+        context_dim: Length of the context vector. 0 means unconditional.
+        init: Parameters of each coordinate at the start, ``(input_dim, P)``.
+        hidden_dims: Widths of the masked network's hidden layers; raised to ``2 * input_dim`` where below it.
+        order: Coordinates from first to last. None means 0 to ``input_dim - 1``.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        context_dim: int,
+        init: Tensor,
+        hidden_dims: Sequence[int],
+        order: Sequence[int] | Tensor | None,
+    ) -> None:
+        super().__init__(input_dim, context_dim, order)
+        self.network = MaskedNetwork(input_dim, context_dim, init, hidden_dims, self.order)
+
+    def _univariate(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """``f(x)`` and ``log df/dx``, elementwise in ``x``, for parameters that broadcast to ``x.shape + (P,)``."""
+        raise NotImplementedError(f"{type(self).__name__} must implement _univariate.")
+
+    def _univariate_inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """The ``x`` with ``f(x) = y``, and ``log df/dx`` there."""
+        raise NotImplementedError(f"{type(self).__name__} must implement _univariate_inverse.")
+
+    def _map(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self._univariate(x, self.network(x, context))
+
+    def _unmap(self, y: Tensor, given: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self._univariate_inverse(y, self.network(given, context))
+
+
+def propagate_score(x: Tensor, y: Tensor, ladj: Tensor, slope: Tensor, score: Tensor, order: Tensor) -> Tensor:
     r"""Score of ``y`` from the score of ``x`` where the Jacobian is triangular in some order of the coordinates.
 
     Solves :math:`J^\top g_y = v`, :math:`v = g_x - \nabla_x \log|\det J|`, by the Jacobi iteration
@@ -138,7 +179,7 @@ def pull_score(x: Tensor, y: Tensor, ladj: Tensor, slope: Tensor, score: Tensor,
 
 
 def _solve(x: Tensor, y: Tensor, target: Tensor, order: Tensor) -> Tensor:
-    """As :func:`pull_score`, by all rows of the Jacobian at once: how many steps are enough is not known beforehand."""
+    """The same by all rows of the Jacobian at once: how many steps are enough is not known beforehand."""
     dim = x.shape[-1]
     if dim > MAX_RECORDED_DIM:
         raise NotImplementedError(

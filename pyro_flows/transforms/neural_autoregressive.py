@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyro_flows.transforms.autoregressive import AutoregressiveTransform, MaskedNetwork
+from pyro_flows.transforms.autoregressive import MaskedAutoregressive
 
 __all__ = ["NeuralAutoregressive"]
 
@@ -23,7 +23,7 @@ STEEPNESS_OFFSET = math.log(math.expm1(1.0 - MIN_STEEPNESS))
 INIT_OFFSET = 0.1
 
 
-class NeuralAutoregressive(AutoregressiveTransform):
+class NeuralAutoregressive(MaskedAutoregressive):
     r"""Each coordinate through a small monotone network, a mixture of sigmoids, that follows the noise of the
     coordinates before it (NAF, deep sigmoidal flow):
 
@@ -60,16 +60,14 @@ class NeuralAutoregressive(AutoregressiveTransform):
         num_units: int = 8,
         order: Sequence[int] | Tensor | None = None,
     ) -> None:
-        super().__init__(input_dim, context_dim, order)
-        self.num_units = num_units
         offsets = INIT_OFFSET * torch.randn(input_dim, num_units)
         offsets = offsets - offsets.mean(-1, keepdim=True)
         zeros = torch.zeros_like(offsets)
-        init = torch.cat([zeros, offsets, zeros], -1)
-        self.network = MaskedNetwork(input_dim, context_dim, init, hidden_dims, self.order)
+        super().__init__(input_dim, context_dim, torch.cat([zeros, offsets, zeros], -1), hidden_dims, order)
+        self.num_units = num_units
 
-    def _map(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        steepness, offset, weight = self.network(x, context).split(self.num_units, -1)  # (..., D, num_units) each
+    def _univariate(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        steepness, offset, weight = params.split(self.num_units, -1)  # (..., D, num_units) each
         steepness = F.softplus(steepness + STEEPNESS_OFFSET) + MIN_STEEPNESS
         log_weight = F.log_softmax(weight, -1)
         inner = torch.addcmul(offset, steepness, x.unsqueeze(-1))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyro_flows.transforms.autoregressive import AutoregressiveTransform, MaskedNetwork
+from pyro_flows.transforms.autoregressive import MaskedAutoregressive
 from pyro_flows.transforms.spline import RationalQuadratic
 
 __all__ = ["SplineAutoregressive"]
@@ -18,7 +18,7 @@ __all__ = ["SplineAutoregressive"]
 RAW_RATE = 0.2
 
 
-class SplineAutoregressive(AutoregressiveTransform):
+class SplineAutoregressive(MaskedAutoregressive):
     r"""Each coordinate through a monotone rational-quadratic spline, whose knots and slopes follow the noise of the
     coordinates before it: :math:`y_i = \mathrm{RQS}(x_i;\, h_i(x_{<i}))`.
 
@@ -53,15 +53,13 @@ class SplineAutoregressive(AutoregressiveTransform):
         bound: float = 5.0,
         order: Sequence[int] | Tensor | None = None,
     ) -> None:
-        super().__init__(input_dim, context_dim, order)
+        super().__init__(input_dim, context_dim, torch.zeros(input_dim, 3 * count_bins - 1), hidden_dims, order)
         self.bound = bound
-        init = torch.zeros(input_dim, 3 * count_bins - 1)
-        self.network = MaskedNetwork(input_dim, context_dim, init, hidden_dims, self.order)
 
-    def _map(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        y, log_slope, _ = RationalQuadratic(RAW_RATE * self.network(x, context).mT, self.bound)(x)
+    def _univariate(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        y, log_slope, _ = RationalQuadratic(RAW_RATE * params.mT, self.bound)(x)
         return y, log_slope
 
-    def _unmap(self, y: Tensor, given: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        x, log_slope = RationalQuadratic(RAW_RATE * self.network(given, context).mT, self.bound).inverse(y)
+    def _univariate_inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        x, log_slope = RationalQuadratic(RAW_RATE * params.mT, self.bound).inverse(y)
         return x, -log_slope
