@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 from pyro_flows import diagnostics, flows, plots, transforms
+from tests.flows import test_conformance, test_specs
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -32,14 +35,40 @@ def test_code_runs(page: str, restored_registry: None) -> None:
         exec(compile(source, f"{page}.rst", "exec", dont_inherit=True), namespace)
 
 
+@pytest.mark.parametrize("context_dim", (0, 3))
+def test_the_family_of_the_docs_keeps_the_contract(context_dim: int, restored_registry: None) -> None:
+    """The file of docs/extending.rst goes through the tests that families of the library go through."""
+    block = code_blocks((DOCS / "extending.rst").read_text())[0]
+    exec(compile(block, "extending.rst", "exec", dont_inherit=True), {"__name__": "docs_example"})
+    name = "sinh_arcsinh"
+    test_specs.test_a_family_describes_itself(name)
+    test_specs.test_build_checks_sizes(name)
+    test_conformance.test_density(name, context_dim, torch.float64, 5)
+    test_conformance.test_batch_shapes(name, context_dim, (2, 3))
+    test_conformance.test_path_gradient(name, context_dim, 2)
+    test_conformance.test_every_parameter_gets_a_gradient(name, context_dim)
+    test_conformance.test_context_matters(name)
+    test_conformance.test_identity_start(name, context_dim, 5)
+
+
+def as_built(page: str) -> str:
+    """A page with what docs/families.py writes into it."""
+    spec = importlib.util.spec_from_file_location("families", DOCS / "families.py")
+    families = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(families)
+    source = [(DOCS / f"{page}.rst").read_text()]
+    families.write_families(None, page, source)
+    return source[0]
+
+
 def test_every_family_has_its_row() -> None:
-    text = (DOCS / "choosing_a_flow.rst").read_text()
+    text = as_built("choosing_a_flow")
     rows = re.findall(r"^   \* - ``(\w+)``\n     - :class:`~pyro_flows\.flows\.(\w+)`", text, re.MULTILINE)
     assert sorted(rows) == [(name, type(flows.get(name)).__name__) for name in flows.names()]
 
 
 @pytest.mark.parametrize("module", [flows, transforms, diagnostics, plots], ids=lambda m: m.__name__)
 def test_everything_public_is_in_the_reference(module) -> None:
-    text = (DOCS / "api.rst").read_text()
+    text = as_built("api")
     documented = re.findall(rf"^\.\. auto\w+:: {re.escape(module.__name__)}\.(\w+)$", text, re.MULTILINE)
     assert sorted(documented) == sorted(module.__all__)

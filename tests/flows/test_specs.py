@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError, dataclass
+import importlib
+import inspect
+import pkgutil
+from dataclasses import FrozenInstanceError, dataclass, fields
 from typing import Any
 
 import pytest
 import torch
 
 from pyro_flows import flows
+from pyro_flows.flows.fields import find_check
 
 
 @pytest.mark.parametrize(
@@ -80,6 +84,32 @@ class _TwoPlanars(flows.PlanarFlow):
     num_transforms: int = 2
 
 
+def test_another_default_keeps_the_check() -> None:
+    assert _TwoPlanars().num_transforms == 2
+    with pytest.raises(ValueError, match="_TwoPlanars: expected num_transforms to be an integer >= 1, but got 0"):
+        _TwoPlanars(num_transforms=0)
+
+
+@pytest.mark.parametrize("name", flows.names())
+def test_a_family_describes_itself(name: str) -> None:
+    """What the docs' tables take from the class is there, and every hyper-parameter has a range and a description."""
+    spec_class = type(flows.get(name))
+    assert vars(spec_class).get("best_for"), "when to use it, in a few words"
+    assert vars(spec_class).get("__doc__", "").split("\n")[0], "what it is"
+    described = "\n".join(inspect.getdoc(parent) or "" for parent in spec_class.__mro__)
+    for known in fields(spec_class):
+        assert find_check(spec_class, known.name) is not None, f"{known.name}: integer(...), positive(...), widths(...)"
+        assert f"\n    {known.name}: " in described, known.name
+
+
+def test_every_family_is_imported() -> None:
+    """A module of ``flows/`` that nobody imports would register its family too late for these tests."""
+    before = flows.names()
+    for module in pkgutil.iter_modules(flows.__path__, flows.__name__ + "."):
+        importlib.import_module(module.name)
+    assert flows.names() == before, "add a line to pyro_flows/flows/__init__.py"
+
+
 def test_registry(restored_registry: None) -> None:
     known = ("planar", "radial", "householder", "sylvester", "spline_coupling", "realnvp", "auto")
     assert set(known) <= set(flows.names())
@@ -87,14 +117,17 @@ def test_registry(restored_registry: None) -> None:
     with pytest.raises(ValueError, match=r"flows.get: expected name to be one of .*'sylvester'.*but got 'flow'"):
         flows.get("flow")
 
-    flows.register("two_planars", _TwoPlanars)
+    assert flows.register("two_planars", _TwoPlanars) is _TwoPlanars
     flows.register("two_planars", _TwoPlanars)  # again, as when a notebook cell is run twice
     assert "two_planars" in flows.names()
     assert flows.get("two_planars", head="full_rank") == _TwoPlanars(head="full_rank")
 
+    assert flows.register("as_decorator")(_TwoPlanars) is _TwoPlanars
+    assert flows.get("as_decorator") == _TwoPlanars()
+
     with pytest.raises(ValueError, match=r"'planar' is PlanarFlow\. Choose another"):
         flows.register("planar", _TwoPlanars)
     with pytest.raises(ValueError, match="expected name to be an identifier, but got 'two planars'"):
-        flows.register("two planars", _TwoPlanars)
+        flows.register("two planars")
     with pytest.raises(TypeError, match="expected spec_class to be a subclass of FlowSpec"):
         flows.register("three", torch.nn.Linear)  # type: ignore[arg-type]
