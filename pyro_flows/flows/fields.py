@@ -14,7 +14,7 @@ from typing import Any
 
 from pyro_flows._checks import check_choice, check_int, check_positive, check_sizes
 
-__all__ = ["check_fields", "choice", "find_check", "integer", "positive", "widths"]
+__all__ = ["check_fields", "choice", "integer", "positive", "widths"]
 
 Check = Callable[[str, str, Any], None]
 
@@ -49,13 +49,17 @@ def check_fields(recipe: Any) -> None:
         ValueError: If a value is out of its range; the message says which range.
     """
     owner = type(recipe)
-    for name in (known.name for known in fields(recipe)):
-        check = find_check(owner, name)
+    for known in fields(recipe):
+        check = _find_check(owner, known.name)
         if check is not None:
-            check(owner.__name__, name, getattr(recipe, name))
+            check(owner.__name__, known.name, getattr(recipe, known.name))
 
 
-def find_check(owner: type, name: str) -> Check | None:
+def _field(default: Any, check: Check) -> Any:
+    return field(default=default, metadata={"check": check})
+
+
+def _find_check(owner: type, name: str) -> Check | None:
     """The check of a field: that of the class nearest to ``owner`` which states one; None without any."""
     for parent in owner.__mro__:
         declared = vars(parent).get("__dataclass_fields__", {}).get(name)
@@ -63,10 +67,6 @@ def find_check(owner: type, name: str) -> Check | None:
             check: Check = declared.metadata["check"]
             return check
     return None
-
-
-def _field(default: Any, check: Check) -> Any:
-    return field(default=default, metadata={"check": check})
 
 
 def _check_widths(owner: str, name: str, value: Any, *, min_length: int, optional: bool) -> None:

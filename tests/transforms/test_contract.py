@@ -62,16 +62,21 @@ def low_rank_whitening(input_dim: int) -> FlowTransform:
     return transform
 
 
-# Name -> constructor (input_dim, context_dim). A new transform is one line here.
+BASES = {"AffineHead", "FixedAffine", "FlowTransform"}  # Not transforms of their own.
+# Name -> constructor (input_dim, context_dim) of every public transform.
 TRANSFORMS: dict[str, Callable[[int, int], FlowTransform]] = {
+    name: getattr(T, name)
+    for name in T.__all__
+    if isinstance(getattr(T, name), type) and issubclass(getattr(T, name), FlowTransform) and name not in BASES
+}
+# Those that take other arguments, small networks, or several forms.
+TRANSFORMS |= {
     "AffineAutoregressive": lambda d, c: T.AffineAutoregressive(d, c, hidden_dims=(16, 16)),
     "AffineAutoregressive (reversed)": lambda d, c: T.AffineAutoregressive(d, c, order=range(d - 1, -1, -1)),
     "AffineCouplings": lambda d, c: T.AffineCouplings(d, c, hidden_dims=(16,)),
     "BlockAutoregressive": lambda d, c: T.BlockAutoregressive(d, c, hidden_factors=(4, 3)),
     "BlockAutoregressive (one layer)": lambda d, c: T.BlockAutoregressive(d, c, hidden_factors=(5,)),
     "Chain": lambda d, c: T.Chain([T.Spline(d, c), T.AffineAutoregressive(d, c), T.DiagonalAffine(d, c)]),
-    "DiagonalAffine": T.DiagonalAffine,
-    "FullRankAffine": T.FullRankAffine,
     "Householder": lambda d, c: T.Householder(d, c, num_reflections=4),
     "Inverse": lambda d, c: T.Inverse(T.AffineAutoregressive(d, c)),
     "Inverse (spline)": lambda d, c: T.Inverse(T.Spline(d, c)),
@@ -82,22 +87,17 @@ TRANSFORMS: dict[str, Callable[[int, int], FlowTransform]] = {
     "PartialPooling (prior)": lambda d, c: T.PartialPooling(
         d, given_dim=c, feature_dim=2, known=torch.arange(d) % 2 == 0
     ),
-    "Permutation": T.Permutation,
-    "Planar": T.Planar,
     "PyroTransform": lambda d, c: T.PyroTransform(pyro_transforms.spline(d), d, c),
     "DiagonalPooling": lambda d, c: followed(d, T.DiagonalPooling),
     "MatrixPooling": lambda d, c: followed(d, T.MatrixPooling),
     "PriorPooling": lambda d, c: hierarchy(d),
-    "Radial": T.Radial,
     "SiteOrderedAffine": lambda d, c: T.SiteOrderedAffine(d, c, block_sizes=(1,) if d == 1 else (1, d - 1)),
     "SiteOrderedAffine (rank 1)": lambda d, c: T.SiteOrderedAffine(d, c, block_sizes=(1,) * d, rank=1),
-    "Spline": T.Spline,
     "SplineAutoregressive": lambda d, c: T.SplineAutoregressive(d, c, hidden_dims=(16,), count_bins=4),
     "SplineCouplings": lambda d, c: T.SplineCouplings(d, c, hidden_dims=(16,), count_bins=4),
     "Sylvester": lambda d, c: T.Sylvester(d, c, num_ortho=3),
     "Whitening": lambda d, c: whitening(d),
 }
-BASES = {"AffineHead", "FixedAffine", "FlowTransform"}  # Not transforms of their own.
 TWO_DIMENSIONS = {"AffineCouplings", "DiagonalPooling", "MatrixPooling", "PriorPooling", "SplineCouplings"}
 IGNORE_CONTEXT = {
     "DiagonalPooling", "LowRankWhitening", "MatrixPooling", "Permutation", "PriorPooling", "PyroTransform", "Whitening"
@@ -132,15 +132,6 @@ def batch_jacobian(y: Tensor, x: Tensor) -> Tensor:
     """``(batch, D, D)`` for a map that acts on every row by itself."""
     rows = [torch.autograd.grad(y[:, i].sum(), x, retain_graph=True)[0] for i in range(y.shape[-1])]
     return torch.stack(rows, -2)
-
-
-def test_every_public_transform_is_in_the_table() -> None:
-    public = {
-        name
-        for name in T.__all__
-        if isinstance(getattr(T, name), type) and issubclass(getattr(T, name), FlowTransform) and name not in BASES
-    }
-    assert public <= {name.split(" ")[0] for name in TRANSFORMS}
 
 
 @pytest.mark.parametrize("name, input_dim, context_dim", CASES)
