@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import sys
-import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,7 +33,7 @@ Loss = Callable[..., Tensor]
 def used_leaves(loss: Loss, leaves: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """Those leaves that the loss has a gradient in, once each, found by an eager step."""
     trained = list({id(leaf): leaf for leaf in leaves if leaf.requires_grad}.values())
-    with _recordable():
+    with _unchecked():
         gradients = torch.autograd.grad(loss(*args, **kwargs), trained, allow_unused=True)
     return [leaf for leaf, gradient in zip(trained, gradients, strict=True) if gradient is not None]
 
@@ -88,7 +86,7 @@ class LossGraph:
             gradients = torch.autograd.grad(value, parameter.leaves)
             return value.detach(), torch.cat([part.reshape(-1) for part in gradients])
 
-        with _recordable():
+        with _unchecked():
             with trial(self._state):
                 expected = gradient(*data)
             try:
@@ -245,23 +243,8 @@ def _structure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, .
 
 
 @contextmanager
-def _recordable() -> Iterator[None]:
-    """Pyro without what looks at values: validation, warnings about NaN, and losses as Python numbers."""
-    places: list[tuple[types.ModuleType, str, Any]] = []
-    replacements: dict[str, Callable[..., Any]] = {
-        "warn_if_nan": lambda value, *_, **__: value,
-        "warn_if_inf": lambda value, *_, **__: value,
-        "torch_item": lambda value: value.detach() if torch.is_tensor(value) else value,
-    }
-    for name, module in list(sys.modules.items()):
-        if name.startswith("pyro.") and isinstance(module, types.ModuleType):
-            places += [(module, key, vars(module)[key]) for key in replacements if key in vars(module)]
-    try:
-        for module, key, _ in places:
-            setattr(module, key, replacements[key])
-        with pyro.validation_enabled(False), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=UserWarning)
-            yield
-    finally:
-        for module, key, original in places:
-            setattr(module, key, original)
+def _unchecked() -> Iterator[None]:
+    """Without what looks at values only to check them."""
+    with pyro.validation_enabled(False), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning)
+        yield

@@ -20,6 +20,7 @@ from pyro_flows._checks import check_int
 from pyro_flows.compiled.adam import AdamRule
 from pyro_flows.compiled.graph import LossGraph
 from pyro_flows.compiled.parameters import FlatParameter, RecordingError, limits_of, state_of
+from pyro_flows.compiled.unread import tensor_loss
 
 __all__ = ["CompiledSVI"]
 
@@ -210,8 +211,7 @@ class CompiledSVI(SVI):
             warnings.warn(f"CompiledSVI: runs its graph without machine code, since {error}.", stacklevel=3)
 
     def _loss(self, *args: Any, **kwargs: Any) -> Tensor:
-        value: Tensor = self._elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
-        return value
+        return tensor_loss(self._elbo)(self.model, self.guide, *args, **kwargs)
 
 
 def _check_optimiser(optim: PyroOptim) -> None:

@@ -87,9 +87,9 @@ class OperationTracer(TorchDispatchMode):
         else:
             options = {name: self.node_of(value) for name, value in kwargs.items()}
             node = self.graph.call_function(func, self.node_of(tuple(args)), options)
-            given = node.all_input_nodes
             is_random = torch.Tag.nondeterministic_seeded in func.tags
-            node.meta[CONSTANT] = not is_random and all(other.meta.get(CONSTANT) for other in given)
+            is_constant = all(other.meta.get(CONSTANT) for other in node.all_input_nodes)
+            node.meta[CONSTANT] = is_constant and not is_random
         self._identify_all(found, node)
         return found
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pyro_flows.compiled.graph import LossGraph, used_leaves
 from pyro_flows.compiled.parameters import FlatParameter, RecordingError, leaves_of, state_of, trial
+from pyro_flows.compiled.unread import tensor_loss
 from pyro_flows.flows import FlowDistribution
 from pyro_flows.importance.psis import nearly_constant, pareto_smooth
 from pyro_flows.importance.weights import log_weights
@@ -211,13 +212,13 @@ class Objective:
         nesting = nesting_of(self._sites)
         return kind(num_particles=num_particles, max_plate_nesting=nesting, ignore_jit_warnings=True)
 
-    def _loss(self, elbo: Trace_ELBO | TraceEnum_ELBO, name: str) -> Callable[..., Any]:
-        """A method of the loss with the model and the guide filled in."""
+    def _programs(self, elbo: Trace_ELBO | TraceEnum_ELBO) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """The model and the guide as the loss runs them."""
         model = self.model if self.power == 1.0 else poutine.scale(self.model, scale=self.power)
         guide = self.guide
         if elbo.vectorize_particles and elbo.num_particles > 1:
             guide = _QuietParticles(centered=self.subsampled)(guide)
-        return partial(getattr(elbo, name), model, guide)
+        return model, guide
 
     def gradient(self, elbo: Trace_ELBO | TraceEnum_ELBO) -> float:
         """Loss of the next mini-batch; its gradient is left in the ``grad`` of :attr:`parameters`, which has none."""
@@ -232,7 +233,7 @@ class Objective:
                 return float(loss)
             # A draw that the model refuses voids a recorded step, and costs itself alone in an eager one.
         with _quiet():
-            value = float(self._loss(elbo, "loss_and_grads")(*args, **kwargs))
+            value = float(elbo.loss_and_grads(*self._programs(elbo), *args, **kwargs))
         if self._flat is not None:  # a mini-batch of another shape, say
             self._flat.gather_gradients()
         return value
@@ -244,7 +245,7 @@ class Objective:
             RecordingError: If that can't be done.
         """
         args, kwargs = self.batches.first
-        loss = self._loss(elbo, "differentiable_loss")
+        loss = partial(tensor_loss(elbo), *self._programs(elbo))
         state = state_of(self.model, self.guide)
         with trial(state):
             leaves = used_leaves(loss, self.leaves, args, kwargs)

@@ -20,6 +20,7 @@ from pyro_flows.compiled.graph import LossGraph, used_leaves
 from pyro_flows.compiled.parameters import FlatParameter, state_of, trial
 from pyro_flows.compiled.script import to_script
 from pyro_flows.compiled.tracer import trace_operations
+from pyro_flows.compiled.unread import tensor_loss
 from pyro_flows.training.objective import Objective
 
 X = torch.linspace(-1.0, 1.0, 12).reshape(6, 2)
@@ -38,8 +39,7 @@ def graph_of(model: Callable[..., Any], guide: nn.Module, num_particles: int = 4
     elbo = VectorizedTrace_ELBO(num_particles) if num_particles > 1 else Trace_ELBO()
 
     def loss(y: Tensor) -> Tensor:
-        value: Tensor = elbo.differentiable_loss(model, guide, y)
-        return value
+        return tensor_loss(elbo)(model, guide, y)
 
     loss(Y)
     leaves = used_leaves(loss, [p.unconstrained() for p in pyro.get_param_store().values()], (Y,), {})
