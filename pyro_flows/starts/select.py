@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L4. The start of a joint block: the best of what starters find, by ELBO, written into its flow."""
+"""L4. The start of a joint block: each starter says what it found, with its ELBO, and the best is taken."""
 
 from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyro_flows.flows import Flow
 from pyro_flows.flows.bases import MixtureBase, StudentTBase
 from pyro_flows.models.log_joint import LogJoint, PulledBack, Target
 from pyro_flows.posterior.joint import JointBlock
@@ -27,7 +30,14 @@ from pyro_flows.starts.gaussian import (
 from pyro_flows.starts.likelihood import follow_data
 from pyro_flows.starts.low_rank import LowRankGaussian, best_low_rank
 from pyro_flows.starts.mixture import best_mixture
-from pyro_flows.transforms import DiagonalPooling, LowRankAffine, LowRankWhitening, PriorPooling, Whitening
+from pyro_flows.transforms import (
+    DiagonalPooling,
+    FixedAffine,
+    LowRankAffine,
+    LowRankWhitening,
+    PriorPooling,
+    Whitening,
+)
 
 __all__ = ["warm_start"]
 
@@ -40,159 +50,194 @@ NO_SHARE = 1e-6
 FOLLOW_ROUNDS = 2
 
 
+class Start(NamedTuple):
+    """What a starter found: an estimate of its ELBO, and the flow's ``state_dict`` there."""
+
+    elbo: float
+    state: dict[str, Any]
+
+
 def warm_start(block: JointBlock, log_joint: LogJoint, init_scale: float) -> None:
     """Find a good Gaussian for a target and start there; on another base, at what that can do.
 
     See :func:`best_gaussian`, :func:`best_low_rank`, :func:`best_mixture`, :func:`fit_modes` and :func:`fit_tails`.
     """
-    cheap = log_joint.is_vectorized and log_joint.rows < MANY_ROWS
-    whitening = block.flow.whitening
-    if whitening is not None:
-        whitening.reset()
-    correlated = isinstance(whitening, Whitening)
-    found = best_gaussian(log_joint, block.layout.init_loc, init_scale, correlated=correlated)
-    head, base = block.flow.head, block.flow.base
-    pooled = -math.inf
-    if isinstance(head, DiagonalPooling) and log_joint.rows < MANY_ROWS:
-        pooled = _follow(block, log_joint, head, found)
-    if isinstance(head, PriorPooling) and log_joint.rows < MANY_ROWS and not pooled > found.elbo:
-        pooled = _pool(block, log_joint, head, found)
-    low_rank = None
-    if _rank(block) and log_joint.rows < MANY_ROWS:
-        low_rank = best_low_rank(log_joint, found, _rank(block))
-    gaussian = found.elbo if low_rank is None else low_rank.elbo
-    if isinstance(base, MixtureBase):
-        mixture = best_mixture(log_joint, block.layout.init_loc, len(base.locs), correlated=correlated)
-        if mixture is not None and mixture.elbo(log_joint) > max(pooled, gaussian):
-            _write(block, mixture.loc, mixture.factor)
-            base.set(mixture.locs, mixture.scales, mixture.weights)
-            if cheap and block.flow.transform.has_score:
-                fit_modes(log_joint, block.flow)
-            return
-    if low_rank is not None and not pooled > gaussian:
-        _write_low_rank(block, low_rank)
-    elif not pooled > gaussian:
-        _write(block, found.loc, found.factor)
-    if isinstance(base, StudentTBase) and cheap:
-        fit_tails(log_joint, block.flow)
+    flow = block.flow
+    if flow.whitening is not None:
+        flow.whitening.reset()
+    found = best_gaussian(log_joint, block.layout.init_loc, init_scale, correlated=_is_correlated(flow))
+    pooled = _from_priors(block, log_joint, found)
+    gaussian = _from_gaussian(flow, log_joint, found)
+    mixture = _from_modes(block, log_joint)
+    best = max((start for start in (gaussian, pooled, mixture) if start is not None), key=lambda start: start.elbo)
+    flow.load_state_dict(best.state)
+    if log_joint.is_vectorized and log_joint.rows < MANY_ROWS:
+        if isinstance(flow.base, StudentTBase):
+            fit_tails(log_joint, flow)
+        elif best is mixture and flow.transform.has_score:
+            fit_modes(log_joint, flow)
 
 
-def _pool(block: JointBlock, log_joint: LogJoint, head: PriorPooling, found: Gaussian) -> float:
-    """Let the head's priors have their share, on fixed draws, and correlate what is left; returns the ELBO.
-
-    A Gaussian near a funnel has to choose between its neck and its body; from there training would take long.
-    """
-    if block.flow.whitening is not None:
-        block.flow.whitening.reset()
-    push = head.forward_and_ladj
-    parameters: list[Tensor] = [*head.raw.parameters(), head.log_share]
-    noise = antithetic(SCORE_DRAWS, found.loc)
-    best, best_state = -math.inf, None
-    for loc, scale in ((found.loc, found.conditional_scale), (block.layout.init_loc, torch.ones_like(found.loc))):
-        head.initialize(loc, scale, max_share=POOLED_SHARE)
-        if fit_on_fixed_draws(log_joint, push, parameters, loc, POOLED_DRAWS, rounds=1):
-            elbo = elbo_of(log_joint, push, noise)
-            if elbo > best:
-                best, best_state = elbo, copy.deepcopy(head.state_dict())
-    if best_state is None:
-        return best
-    head.load_state_dict(best_state)
-    if fit_on_fixed_draws(log_joint, push, parameters, found.loc, POOLED_DRAWS, FIXED_ROUNDS - 1):
-        elbo = elbo_of(log_joint, push, noise)
-    if elbo > best:
-        best = elbo
-    else:
-        head.load_state_dict(best_state)
-    head.settle()
-    return _correlate(block, PulledBack(log_joint, push), best)
+def _start(elbo: float, flow: Flow) -> Start:
+    """A start where the flow is now."""
+    return Start(elbo, copy.deepcopy(flow.state_dict()))
 
 
-def _follow(block: JointBlock, log_joint: LogJoint, head: DiagonalPooling, found: Gaussian) -> float:
-    """Let the head's own Gaussians be what the data say, and fit one to the other coordinates; returns the ELBO."""
-    whitening = block.flow.whitening
+def _is_correlated(flow: Flow) -> bool:
+    """Whether a flow can start at a Gaussian of any covariance."""
+    return isinstance(flow.whitening, Whitening)
+
+
+def _rank(flow: Flow) -> int:
+    """How many correlated directions a start may have where it cannot have all; 0 for none."""
+    if isinstance(flow.whitening, LowRankWhitening):
+        return flow.whitening.rank
+    return flow.head.rank if flow.whitening is None and isinstance(flow.head, LowRankAffine) else 0
+
+
+def _from_gaussian(flow: Flow, log_joint: LogJoint, found: Gaussian) -> Start:
+    """The best Gaussian; where the flow holds few correlated directions, with those, if they clearly gain."""
+    best: Gaussian | LowRankGaussian | None = None
+    if _rank(flow) and log_joint.rows < MANY_ROWS:
+        best = best_low_rank(log_joint, found, _rank(flow))
+    best = found if best is None else best
+    _write(flow, best)
+    return _start(best.elbo, flow)
+
+
+def _from_modes(block: JointBlock, log_joint: LogJoint) -> Start | None:
+    """A component of a mixture on each mode, if there are several."""
+    flow, base = block.flow, block.flow.base
+    if not isinstance(base, MixtureBase):
+        return None
+    found = best_mixture(log_joint, block.layout.init_loc, len(base.locs), correlated=_is_correlated(flow))
+    if found is None:
+        return None
+    _write(flow, Gaussian(found.loc, found.factor))
+    base.set(found.locs, found.scales, found.weights)
+    return _start(found.elbo(log_joint), flow)
+
+
+def _from_priors(block: JointBlock, log_joint: LogJoint, found: Gaussian) -> Start | None:
+    """The priors that the head knows, pooled with what the data say; None if it knows none."""
+    head = block.flow.head
+    if not isinstance(head, PriorPooling) or log_joint.rows >= MANY_ROWS:
+        return None
+    start = _from_likelihood(block.flow, log_joint, head, found) if isinstance(head, DiagonalPooling) else None
+    return start if start is not None and start.elbo > found.elbo else _from_shares(block, log_joint, head, found)
+
+
+def _from_likelihood(flow: Flow, log_joint: LogJoint, head: DiagonalPooling, found: Gaussian) -> Start | None:
+    """Let the head's own Gaussians be what the data say, and fit one to the other coordinates."""
+    whitening = flow.whitening
     if not isinstance(whitening, Whitening):
-        return -math.inf
+        return None
     pulled = PulledBack(log_joint, head.forward_and_ladj)
     begin = Gaussian(torch.zeros_like(found.loc), torch.ones_like(found.loc))
     free = head.order[: head.count_free]
     center, scale = found.loc, found.conditional_scale
-    elbo, best = -math.inf, None
+    best: Start | None = None
     for _ in range(FOLLOW_ROUNDS):
         if not follow_data(log_joint, head, center, scale):
             break
         gaussian = refined(pulled, begin, free)
-        if not gaussian.elbo > elbo:
+        if not gaussian.elbo > (-math.inf if best is None else best.elbo):
             break
-        elbo = gaussian.elbo
         whitening.set(gaussian.loc, gaussian.factor)
-        best = copy.deepcopy(block.flow.state_dict())
+        best = _start(gaussian.elbo, flow)
         center = head.forward_and_ladj(gaussian.loc)[0]
         scale = head.gaussian()[1] * gaussian.factor.square().sum(-1).sqrt()
-    if best is not None:
-        block.flow.load_state_dict(best)
-    return elbo
+    return best
 
 
-def _correlate(block: JointBlock, pulled: Target, elbo: float) -> float:
-    """Set the whitening inside the head to the best Gaussian there, if it is better; returns the ELBO."""
-    whitening = block.flow.whitening
-    zeros, ones = torch.zeros_like(block.layout.init_loc), torch.ones_like(block.layout.init_loc)
-    if isinstance(whitening, Whitening):
-        gaussian = refined(pulled, Gaussian(zeros, ones))
-        if gaussian.elbo > elbo:
-            whitening.set(gaussian.loc, gaussian.factor)
-            return gaussian.elbo
-    elif isinstance(whitening, LowRankWhitening):
-        low_rank = best_low_rank(pulled, Gaussian(zeros, ones), _rank(block))
-        if low_rank is not None and low_rank.elbo > elbo:
-            whitening.set(low_rank.loc, low_rank.scale, low_rank.directions, low_rank.stretch)
-            return low_rank.elbo
-    return elbo
+def _from_shares(block: JointBlock, log_joint: LogJoint, head: PriorPooling, found: Gaussian) -> Start | None:
+    """Let the head's priors have their share, on fixed draws, and correlate what is left.
+
+    A Gaussian near a funnel has to choose between its neck and its body; from there training would take long.
+    """
+    flow = block.flow
+    if flow.whitening is not None:
+        flow.whitening.reset()
+    push = head.forward_and_ladj
+    parameters: list[Tensor] = [*head.raw.parameters(), head.log_share]
+    noise = antithetic(SCORE_DRAWS, found.loc)
+    best = Start(-math.inf, flow.state_dict())
+
+    def better(best: Start, rounds: int) -> Start:
+        if fit_on_fixed_draws(log_joint, push, parameters, found.loc, POOLED_DRAWS, rounds):
+            elbo = elbo_of(log_joint, push, noise)
+            return _start(elbo, flow) if elbo > best.elbo else best
+        return best
+
+    for loc, scale in ((found.loc, found.conditional_scale), (block.layout.init_loc, torch.ones_like(found.loc))):
+        head.initialize(loc, scale, max_share=POOLED_SHARE)
+        best = better(best, 1)
+    if best.elbo == -math.inf:
+        return None
+    flow.load_state_dict(best.state)
+    best = better(best, FIXED_ROUNDS - 1)
+    flow.load_state_dict(best.state)
+    head.settle()
+    inside = _inside(flow, PulledBack(log_joint, push), found.loc)
+    if inside is None or not inside.elbo > best.elbo:
+        return _start(best.elbo, flow)
+    _set(flow.whitening, inside)
+    return _start(inside.elbo, flow)
+
+
+def _inside(flow: Flow, pulled: Target, like: Tensor) -> Gaussian | LowRankGaussian | None:
+    """The best Gaussian inside of the head, of those that the preconditioner can be; None if there is no such."""
+    begin = Gaussian(torch.zeros_like(like), torch.ones_like(like))
+    if _is_correlated(flow):
+        return refined(pulled, begin)
+    return best_low_rank(pulled, begin, _rank(flow)) if _rank(flow) else None
 
 
 @torch.no_grad()
-def _write(block: JointBlock, loc: Tensor, factor: Tensor) -> None:
-    r"""Start at :math:`N(m, L L^\top)`; the layers below the head are taken to be the identity.
+def _write(flow: Flow, found: Gaussian | LowRankGaussian) -> None:
+    """Start at a Gaussian; the layers below the head are taken to be the identity.
 
-    Args:
-        loc: ``m``, ``(latent_dim,)``.
-        factor: ``L``, lower triangular with a positive diagonal; or its diagonal, if the flow holds no ``L``.
+    The preconditioner takes it all, or only what is correlated where it is inside of the head.
     """
-    head, whitening = block.flow.head, block.flow.whitening
-    if not isinstance(whitening, Whitening):
-        head.initialize(loc, factor)
-        return
-    factor = factor if factor.dim() == 2 else factor.diag()
-    if isinstance(head, PriorPooling):
-        scale = factor.square().sum(-1).sqrt()
-        whitening.set(torch.zeros_like(loc), factor / scale.unsqueeze(-1))
-        head.initialize(loc, scale, max_share=NO_SHARE)
-        head.settle()
-    else:
-        whitening.set(loc, factor)
-        head.initialize(torch.zeros_like(loc), torch.ones_like(loc))
-
-
-def _write_low_rank(block: JointBlock, found: LowRankGaussian) -> None:
-    """As :func:`_write`."""
-    head, whitening = block.flow.head, block.flow.whitening
+    head = flow.head
     zeros, ones = torch.zeros_like(found.loc), torch.ones_like(found.loc)
-    if isinstance(whitening, LowRankWhitening) and isinstance(head, PriorPooling):
-        whitening.set(zeros, ones, found.directions, found.stretch)
-        head.initialize(found.loc, found.scale, max_share=NO_SHARE)
+    if flow.whitening is None or (isinstance(found, Gaussian) and not _is_correlated(flow)):
+        _write_into_head(flow, found)
+    elif head.is_outermost:
+        assert isinstance(head, PriorPooling)
+        if isinstance(found, Gaussian):
+            scale = _matrix(found).square().sum(-1).sqrt()
+            _set(flow.whitening, Gaussian(zeros, _matrix(found) / scale.unsqueeze(-1)))
+        else:
+            scale = found.scale
+            _set(flow.whitening, replace(found, loc=zeros, scale=ones))
+        head.initialize(found.loc, scale, max_share=NO_SHARE)
         head.settle()
-    elif isinstance(whitening, LowRankWhitening):
-        whitening.set(found.loc, found.scale, found.directions, found.stretch)
-        head.initialize(zeros, ones)
     else:
-        assert isinstance(head, LowRankAffine)
-        head.initialize(found.loc, found.scale)
-        head.set_directions(found.directions, found.stretch)
+        _set(flow.whitening, found)
+        head.initialize(zeros, ones)
 
 
-def _rank(block: JointBlock) -> int:
-    """How many correlated directions a warm start may have where it cannot have all; 0 for none."""
-    whitening, head = block.flow.whitening, block.flow.head
-    if isinstance(whitening, LowRankWhitening):
-        return whitening.rank
-    return head.rank if whitening is None and isinstance(head, LowRankAffine) else 0
+def _write_into_head(flow: Flow, found: Gaussian | LowRankGaussian) -> None:
+    """Start at a Gaussian that the head can be by itself."""
+    if isinstance(found, Gaussian):
+        flow.head.initialize(found.loc, found.factor)
+    else:
+        assert isinstance(flow.head, LowRankAffine)
+        flow.head.initialize(found.loc, found.scale)
+        flow.head.set_directions(found.directions, found.stretch)
+
+
+def _set(preconditioner: FixedAffine | None, found: Gaussian | LowRankGaussian) -> None:
+    """Make a preconditioner the map of a Gaussian."""
+    if isinstance(found, Gaussian):
+        assert isinstance(preconditioner, Whitening)
+        preconditioner.set(found.loc, _matrix(found))
+    else:
+        assert isinstance(preconditioner, LowRankWhitening)
+        preconditioner.set(found.loc, found.scale, found.directions, found.stretch)
+
+
+def _matrix(found: Gaussian) -> Tensor:
+    """The factor, ``(D, D)``."""
+    return found.factor if found.factor.dim() == 2 else found.factor.diag()
