@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pyro
 import torch
@@ -21,6 +21,7 @@ class RecordingError(RuntimeError):
     """A step that is no fixed sequence of tensor operations; the message says which line makes it so."""
 
 
+@runtime_checkable
 class StepLimit(Protocol):
     """How far a step may move some parameters of a guide: what any of its modules may have, as ``self.step_limit``.
 
@@ -133,7 +134,8 @@ def limits_of(program: Any) -> list[StepLimit]:
     """The limits on steps of a guide's modules; see :class:`StepLimit`."""
     parts = [part for module in modules_of(program) for part in module.modules()]
     # What a module holds itself: a guide may show that of a part of it, once it is set up.
-    return list({id(limit): limit for part in parts if (limit := vars(part).get("step_limit")) is not None}.values())
+    held = [vars(part).get("step_limit") for part in parts]
+    return list({id(limit): limit for limit in held if isinstance(limit, StepLimit)}.values())
 
 
 @contextmanager
