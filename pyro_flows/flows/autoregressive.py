@@ -78,10 +78,13 @@ class IAF(AutoregressiveSpec):
     log_scale_bound: float = positive(3.0)
 
     def layer(self, input_dim: int, context_dim: int, order: Sequence[int]) -> list[FlowTransform]:
-        bound = self.log_scale_bound
         return [
             AffineAutoregressive(
-                input_dim, context_dim, hidden_dims=self.hidden_dims, log_scale_bound=bound, order=order
+                input_dim,
+                context_dim,
+                hidden_dims=self.hidden_dims,
+                log_scale_bound=self.log_scale_bound,
+                order=order,
             )
         ]
 
@@ -138,10 +141,14 @@ class SplineAutoregressiveFlow(AutoregressiveSpec):
     bound: float = positive(5.0)
 
     def layer(self, input_dim: int, context_dim: int, order: Sequence[int]) -> list[FlowTransform]:
-        bins, bound = self.count_bins, self.bound
         return [
             SplineAutoregressive(
-                input_dim, context_dim, hidden_dims=self.hidden_dims, count_bins=bins, bound=bound, order=order
+                input_dim,
+                context_dim,
+                hidden_dims=self.hidden_dims,
+                count_bins=self.count_bins,
+                bound=self.bound,
+                order=order,
             )
         ]
 
@@ -175,9 +182,14 @@ class NAF(AutoregressiveSpec):
     num_units: int = integer(8, low=2)
 
     def layer(self, input_dim: int, context_dim: int, order: Sequence[int]) -> list[FlowTransform]:
-        units = self.num_units
         return [
-            NeuralAutoregressive(input_dim, context_dim, hidden_dims=self.hidden_dims, num_units=units, order=order)
+            NeuralAutoregressive(
+                input_dim,
+                context_dim,
+                hidden_dims=self.hidden_dims,
+                num_units=self.num_units,
+                order=order,
+            )
         ]
 
 
