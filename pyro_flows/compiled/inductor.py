@@ -11,7 +11,8 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,14 +54,9 @@ def to_machine_code(graph: GraphModule, inputs: list[Any]) -> Callable[..., Sequ
     if not is_cuda:
         _unfuse(graph)
     options = GPU_OPTIONS if is_cuda else CPU_OPTIONS
-    inductor = "torch._inductor"
-    with (
-        ONE_AT_A_TIME,
-        _quiet(),
-        without_collector(),
-        _replaced(f"{inductor}.codecache", "_worker_compile_cpp", _side_by_side),
-        _replaced(f"{inductor}.sizevars", "simplify_index_in_vec_range", _where_needed),
-    ):
+    with ONE_AT_A_TIME, _quiet(), without_collector(), ExitStack() as patched:
+        for patch in PATCHES:
+            patched.enter_context(patch.applied())
         try:
             return _inductor(graph, inputs, options)
         except Exception:  # perhaps of a compiler that is older than the processor
@@ -133,21 +129,6 @@ def without_collector() -> Iterator[None]:
             gc.enable()
 
 
-@contextmanager
-def _replaced(module: str, name: str, replacement: Callable[[Any], Any]) -> Iterator[None]:
-    """With a function of inductor's replaced by one made of it, if this version of torch has it."""
-    place = importlib.import_module(module)
-    original = getattr(place, name, None)
-    if original is None:
-        yield
-        return
-    setattr(place, name, replacement(original))
-    try:
-        yield
-    finally:
-        setattr(place, name, original)
-
-
 def _side_by_side(build_all: Callable[..., None]) -> Callable[..., None]:
     """Builds the parts of a C++ library at the same time, and then links them; torch builds one after the other."""
 
@@ -172,3 +153,40 @@ def _where_needed(simplify: Callable[..., Any]) -> Callable[..., Any]:
         return simplify(index, *others) if index.has(functions.FloorDiv, functions.ModularIndexing) else index
 
     return simplified
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A function of inductor's that is replaced while a graph is compiled, if this version of torch has it.
+
+    docs/speed.rst has what each one saves. They are for inductor of torch 2.13 to 2.15.
+
+    Attributes:
+        module: Where the function lives, below ``torch._inductor``.
+        name: The function.
+        replacement: Makes the replacement of the original.
+    """
+
+    module: str
+    name: str
+    replacement: Callable[[Any], Any]
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """With the function replaced."""
+        place = importlib.import_module(f"torch._inductor.{self.module}")
+        original = getattr(place, self.name, None)
+        if original is None:
+            yield
+            return
+        setattr(place, self.name, self.replacement(original))
+        try:
+            yield
+        finally:
+            setattr(place, self.name, original)
+
+
+PATCHES = (
+    Patch("codecache", "_worker_compile_cpp", _side_by_side),
+    Patch("sizevars", "simplify_index_in_vec_range", _where_needed),
+)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from torch._inductor import codecache as typed_codecache
 from torch._inductor import sizevars
 from torch.utils._sympy.functions import FloorDiv
 
-from pyro_flows.compiled.inductor import MAX_UNFUSED, _replaced, _side_by_side, _unfuse, _where_needed
+from pyro_flows.compiled import inductor
+from pyro_flows.compiled.inductor import MAX_UNFUSED, PATCHES, _side_by_side, _unfuse, _where_needed
 from pyro_flows.compiled.tracer import trace_operations
 
 codecache: Any = typed_codecache
-PLACE = (codecache.__name__, "_worker_compile_cpp", _side_by_side)
+BUILD = next(patch for patch in PATCHES if patch.replacement is _side_by_side)
 
 
 class Builder:
@@ -48,7 +50,7 @@ def test_parts_of_a_library_are_compiled_at_once_and_then_linked(tmp_path: Path)
 
     library = Builder(tmp_path / "main.so", link)
     original = codecache._worker_compile_cpp
-    with _replaced(*PLACE):
+    with BUILD.applied():
         codecache._worker_compile_cpp(str(tmp_path / "lock"), (*parts, library))
     assert library.path.exists()
     assert codecache._worker_compile_cpp is original
@@ -59,7 +61,7 @@ def test_a_failing_part_is_reported(tmp_path: Path) -> None:
         raise RuntimeError("no compiler")
 
     library = Builder(tmp_path / "main.so", lambda: None)
-    with pytest.raises(RuntimeError, match="no compiler"), _replaced(*PLACE):
+    with pytest.raises(RuntimeError, match="no compiler"), BUILD.applied():
         codecache._worker_compile_cpp(str(tmp_path / "lock"), (Builder(tmp_path / "main.o", fail), library))
     assert not library.path.exists()
 
@@ -104,3 +106,22 @@ def test_sums_are_taken_out_of_small_products_alone() -> None:
     targets = [node.target for node in graph.graph.nodes]
     assert targets.count(torch.ops.aten.mm.default) == 1
     assert targets.count(torch.ops.aten.addmm.default) == 2
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
+@pytest.mark.parametrize("missing", ["patch", "function"])
+def test_each_patch_can_do_without(
+    missing: str, patch: inductor.Patch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Another version of torch may not have what is replaced, and nothing but time is lost."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    if missing == "patch":
+        monkeypatch.setattr(inductor, "PATCHES", tuple(other for other in PATCHES if other is not patch))
+    else:
+        renamed = replace(patch, name=patch.name + "_of_another_version")
+        monkeypatch.setattr(inductor, "PATCHES", tuple(renamed if other is patch else other for other in PATCHES))
+    values = [torch.randn(7, 5), torch.randn(5)]
+    graph, _ = trace_operations(lambda x, y: [(x * y).tanh().sum(-1), x @ y], values)
+    found = inductor.to_machine_code(graph, values)(*values)
+    for one, other in zip(found, graph(*values), strict=True):
+        torch.testing.assert_close(one, other)
