@@ -5,8 +5,9 @@
         [quality] [limit] [draws] [--seeds 5] [--write]
 
 Medians over ``--seeds`` repeats, in which all take turns, on one thread. All but ``compiled``, ``first``, ``patches``,
-``limit`` and ``draws`` need NumPyro (``pip install "pyro-flows[benchmarks]"``), and the first three of these scikit-learn. Run by
-hand, never by pytest. ``--write`` puts the tables in ``docs/tables`` and the figures in ``docs/figures``.
+``limit`` and ``draws`` need NumPyro (``pip install "pyro-flows[benchmarks]"``), and the first three of these
+scikit-learn. Run by hand, never by pytest. ``--write`` puts the tables in ``docs/tables`` and the figures in
+``docs/figures``.
 """
 
 from __future__ import annotations
