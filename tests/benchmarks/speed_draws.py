@@ -14,11 +14,11 @@ from guides import SCHOOLS, wide_model
 from speed_steps import milliseconds, rounds
 from tables import Rows
 from torch._inductor.utils import fresh_inductor_cache
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_flows import AutoFlowGuide
 from pyro_flows.__main__ import model as eight_schools
 from pyro_flows.compiled.inductor import to_machine_code
+from pyro_flows.compiled.tracer import trace_operations
 from pyro_flows.transforms import FlowTransform
 
 CHUNK, ROUND = 2**14, 10
@@ -47,8 +47,10 @@ def compiled(flow: FlowTransform, noise: torch.Tensor) -> Callable[[torch.Tensor
     def forward(noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return flow.forward_and_ladj(noise)
 
+    graph, captured = trace_operations(forward, [noise])
     with fresh_inductor_cache():
-        return to_machine_code(make_fx(forward)(noise), [noise])
+        run = to_machine_code(graph, [noise, *captured])
+    return lambda noise: run(noise, *captured)
 
 
 @torch.no_grad()
