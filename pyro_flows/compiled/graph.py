@@ -6,6 +6,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -23,10 +24,25 @@ from pyro_flows.compiled.script import to_script
 
 __all__ = ["LossGraph", "used_leaves"]
 
-# A graph has to give the loss and the gradient of the eager code from the same noise, up to rounding: relative to
-# their size, by precision.
-AGREEMENT = {torch.float64: 1e-8}
-ROUGH_AGREEMENT = 2e-3
+
+@dataclass(frozen=True)
+class AgreementSettings:
+    """How closely a graph has to give the loss and the gradient of the eager code from the same noise.
+
+    Attributes:
+        double: Largest norm of a difference in float64, relative to that of the result: rounding.
+        single: The same in other precisions.
+    """
+
+    double: float = 1e-8
+    single: float = 2e-3
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """Of results of a type."""
+        return self.double if dtype == torch.float64 else self.single
+
+
+AGREEMENT = AgreementSettings()
 Loss = Callable[..., Tensor]
 
 
@@ -184,7 +200,7 @@ class LossGraph:
         Raises:
             RecordingError: If not.
         """
-        tolerance = AGREEMENT.get(self._parameter.flat.dtype, ROUGH_AGREEMENT)
+        tolerance = AGREEMENT.tolerance(self._parameter.flat.dtype)
         for name, one, other in zip(("loss", "gradient", "step"), expected, found):  # the last is not always there
             if not one.isfinite().all():
                 raise RecordingError(f"its {name} is not finite")

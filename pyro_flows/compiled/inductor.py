@@ -42,8 +42,21 @@ CPU_OPTIONS: dict[str, Any] = {
     "cpp.enable_loop_tail_vec": False,
     "aot_inductor.enable_line_tables": False,
 }
-# Sums are taken out of products with results of up to so many numbers; of larger ones, they cost a pass through memory.
-MAX_UNFUSED = 4096
+
+
+@dataclass(frozen=True)
+class CompilerSettings:
+    """What is changed about a graph before it is compiled.
+
+    Attributes:
+        max_unfused: Numbers in the result of a product up to which what is added to it is a sum of its own; of larger
+            ones, that costs a pass through memory.
+    """
+
+    max_unfused: int = 4096
+
+
+COMPILER = CompilerSettings()
 # What is replaced in inductor meanwhile is so for all threads.
 ONE_AT_A_TIME = threading.RLock()
 
@@ -92,7 +105,7 @@ def _unfuse(graph: GraphModule) -> None:
     products = {aten.addmm.default: aten.mm.default, aten.baddbmm.default: aten.bmm.default}
     for node in list(graph.graph.nodes):
         product = products.get(node.target)
-        if product is not None and not node.kwargs and node.meta["numel"] <= MAX_UNFUSED:
+        if product is not None and not node.kwargs and node.meta["numel"] <= COMPILER.max_unfused:
             with graph.graph.inserting_before(node):
                 given, *factors = node.args
                 total = graph.graph.call_function(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,10 +16,23 @@ from pyro_flows.compiled.tracer import trace_operations
 __all__ = ["Replay"]
 
 Function = Callable[..., Sequence[Tensor]]
-# The call that is recorded. To record takes as long as some twenty calls, of which each later one saves most.
-RECORDED = 10
-# How far a replay may be from the function, relative to one plus its result.
-AGREEMENT = 1e-4
+
+
+@dataclass(frozen=True)
+class ReplaySettings:
+    """When a function is recorded.
+
+    Attributes:
+        recorded_call: Which call, counted from 1. To record takes as long as some twenty calls, and each later one
+            saves most of its time.
+        tolerance: How far a replay may be from the function, relative to one plus its result.
+    """
+
+    recorded_call: int = 10
+    tolerance: float = 1e-4
+
+
+SETTINGS = ReplaySettings()
 
 
 class Replay:
@@ -52,7 +66,12 @@ class Replay:
         if found is not None:
             self._is_checked = True
             self._gave_up = not _agree(found, expected)
-        elif self._calls >= RECORDED and self._replay is None and not self._gave_up and _are_finite(expected):
+        elif (
+            self._calls >= SETTINGS.recorded_call
+            and self._replay is None
+            and not self._gave_up
+            and _are_finite(expected)
+        ):
             self._record(inputs)
         return expected
 
@@ -83,4 +102,4 @@ def _are_finite(values: Sequence[Tensor]) -> bool:
 
 def _agree(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
     pairs = zip(found, expected, strict=True)
-    return all(bool(((one - other).abs() <= AGREEMENT * (1.0 + other.abs())).all()) for one, other in pairs)
+    return all(bool(((one - other).abs() <= SETTINGS.tolerance * (1.0 + other.abs())).all()) for one, other in pairs)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,8 +25,19 @@ from pyro_flows.compiled.unread import tensor_loss
 
 __all__ = ["CompiledSVI"]
 
-# Graphs for arguments of different shapes that are kept, before other shapes take eager steps.
-MAX_GRAPHS = 4
+
+@dataclass(frozen=True)
+class GraphSettings:
+    """What is kept of recorded steps.
+
+    Attributes:
+        max_graphs: Graphs for arguments of different shapes; further shapes take eager steps.
+    """
+
+    max_graphs: int = 4
+
+
+GRAPHS = GraphSettings()
 # Optimisers that treat each entry of a parameter alike, so that one vector moves as its parts would.
 ELEMENTWISE = {
     "ASGD", "Adadelta", "Adagrad", "AdagradRMSProp", "Adam", "AdamW", "Adamax", "ClippedAdam", "NAdam", "RAdam",
@@ -162,7 +174,7 @@ class CompiledSVI(SVI):
             if graph.matches(args, kwargs):
                 return graph
         self._graphs = [graph for graph in self._graphs if graph.is_current]
-        if len(self._graphs) == MAX_GRAPHS:
+        if len(self._graphs) == GRAPHS.max_graphs:
             return None
         assert self._parameter is not None
         try:

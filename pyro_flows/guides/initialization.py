@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,12 +15,29 @@ from pyro_flows.transforms.representable import unconstrained_limits
 
 __all__ = ["init_to_prior_median"]
 
-# A prior whose central half is longer than this in unconstrained space, a factor of 20,000 for a positive site, says
-# nothing about where the site is.
-VAGUE = 10.0
 PROBABILITIES = (0.25, 0.5, 0.75)
-# Draws by which quartiles are known where there is no quantile function; the quartiles' places among them, in order.
-DRAWS, PLACES = 15, (3, 7, 11)
+
+
+@dataclass(frozen=True)
+class MedianSettings:
+    """What a prior says about where a site is.
+
+    Attributes:
+        max_central_half: Distance of quartiles in unconstrained space beyond which a prior says nothing: a factor of
+            20,000 for a positive site.
+        num_draws: Draws by which quartiles are known where there is no quantile function, 4 n - 1 of them.
+    """
+
+    max_central_half: float = 10.0
+    num_draws: int = 15
+
+    @property
+    def places(self) -> list[int]:
+        """Of the quartiles among the draws in order."""
+        return [round(p * (self.num_draws + 1)) - 1 for p in PROBABILITIES]
+
+
+MEDIAN = MedianSettings()
 
 
 def init_to_prior_median(site: dict[str, Any]) -> Tensor:
@@ -51,7 +69,7 @@ def init_to_prior_median(site: dict[str, Any]) -> Tensor:
         # Quartiles that are no numbers in floating point come out as its smallest or largest, all alike.
         unconstrained = to_support.inv(median)
         is_number = unconstrained == unconstrained.clamp(*unconstrained_limits(median.dtype))
-        usable &= is_number & ((to_support.inv(high) - to_support.inv(low)).abs() < VAGUE)
+        usable &= is_number & ((to_support.inv(high) - to_support.inv(low)).abs() < MEDIAN.max_central_half)
     value = torch.where(usable, median, to_support(torch.zeros_like(median))).detach()
     value._pyro_custom_init = False  # type: ignore[attr-defined]  # as Pyro marks its own
     return value
@@ -62,5 +80,5 @@ def _quartiles(fn: Any) -> Tensor:
     try:
         return torch.stack([fn.icdf(torch.tensor(p)).expand(fn.batch_shape) for p in PROBABILITIES])
     except (NotImplementedError, ValueError, AttributeError):
-        draws = fn.sample((DRAWS,))
-        return draws.sort(0).values[list(PLACES)]
+        draws = fn.sample((MEDIAN.num_draws,))
+        return draws.sort(0).values[MEDIAN.places]

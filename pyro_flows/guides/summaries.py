@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +16,21 @@ from pyro_flows.posterior.posterior import Posterior
 
 __all__ = ["SummarizedGuide"]
 
-# Values of latents in all draws of a summary.
-VALUES = 400_000
+
+@dataclass(frozen=True)
+class SummarySettings:
+    """Draws of which a summary is made.
+
+    Attributes:
+        max_values: Values of latents in all of them, so that many latents take fewer draws.
+        min_draws: At least so many.
+    """
+
+    max_values: int = 400_000
+    min_draws: int = 100
+
+
+SUMMARY = SummarySettings()
 
 
 class SummarizedGuide(StoredGuide):
@@ -118,4 +132,4 @@ class SummarizedGuide(StoredGuide):
 def _num_draws(posterior: Posterior, most: int) -> int:
     """How many draws summaries take by default: as many as take about as long as those of few latents."""
     num_latents = posterior.latent_dim + sum(b.layout.num_items * b.layout.latent_dim for b in posterior.blocks())
-    return max(100, min(most, VALUES // num_latents))
+    return max(SUMMARY.min_draws, min(most, SUMMARY.max_values // num_latents))

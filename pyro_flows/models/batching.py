@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -43,10 +44,25 @@ __all__ = ["ENUMERATED", "BatchedModel"]
 # What a sum over enumerated sites is called among the sites.
 ENUMERATED = "_pyro_flows_enumerated"
 
-# How closely many draws at once have to agree with one run a draw: relative to the log density, and in nats.
-RELATIVE, NATS = 1e-4, 1e-3
-# Models that draw numbers of their own agree on average only: over so many draws, within so many standard errors.
-AVERAGED, ERRORS = 100, 5.0
+
+@dataclass(frozen=True)
+class AgreementSettings:
+    """How closely many draws at once have to agree with one run a draw.
+
+    Attributes:
+        relative: Largest difference relative to the log density: rounding in float32.
+        nats: And beside that, in nats.
+        num_averaged: Draws of models that draw numbers of their own, which agree on average only.
+        num_errors: Within so many standard errors of the difference of means.
+    """
+
+    relative: float = 1e-4
+    nats: float = 1e-3
+    num_averaged: int = 100
+    num_errors: float = 5.0
+
+
+AGREEMENT = AgreementSettings()
 
 Values = Mapping[str, Tensor]
 Pick = Callable[[Trace], Mapping[str, Tensor]]
@@ -276,7 +292,7 @@ class BatchedModel:
                 expected = {name: term[kept] for name, term in expected.items()}
         else:
             agree = _agree_on_average
-            probe = {name: value[:1].expand(AVERAGED, *value.shape[1:]) for name, value in probe.items()}
+            probe = {name: value[:1].expand(AGREEMENT.num_averaged, *value.shape[1:]) for name, value in probe.items()}
             expected = self._log_probs(probe, task)
         obstacle = ""
         for run in (self._in_a_plate, self._by_vmap, self._by_vmap_in_place):
@@ -347,11 +363,11 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 def _agree(found: Tensor, expected: Tensor) -> bool:
     """Whether log densities, ``(S, ...)``, have the same sums."""
     one, other = (by_draw(value) for value in (found, expected))
-    return torch.allclose(one, other, rtol=RELATIVE, atol=NATS, equal_nan=True)
+    return torch.allclose(one, other, rtol=AGREEMENT.relative, atol=AGREEMENT.nats, equal_nan=True)
 
 
 def _agree_on_average(found: Tensor, expected: Tensor) -> bool:
     """Whether log densities that are random, ``(S, ...)``, have the same mean."""
     one, other = (by_draw(value).double() for value in (found, expected))
-    error = ((one.var() + other.var()) / len(one)).sqrt() * ERRORS
-    return bool((one.mean() - other.mean()).abs() <= error + RELATIVE * other.mean().abs() + NATS)
+    error = ((one.var() + other.var()) / len(one)).sqrt() * AGREEMENT.num_errors
+    return bool((one.mean() - other.mean()).abs() <= error + AGREEMENT.relative * other.mean().abs() + AGREEMENT.nats)

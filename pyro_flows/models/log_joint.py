@@ -20,10 +20,24 @@ from pyro_flows.models.traces import Call, by_draw, run_quietly, sample_nodes
 __all__ = ["LogJoint", "PulledBack", "Target", "constrain", "scored_sites"]
 
 OWNER = "AutoFlowGuide.warm_start"
-# Draws by which ways of running a model are compared, and their distance from the start.
-PROBES, DISTANCE = 3, 0.1
-# Draws times items that are in flight at once.
-MAX_ROWS = 2**18
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How a log joint is evaluated.
+
+    Attributes:
+        num_probes: Draws by which ways of running a model are compared.
+        distance: Standard deviation of these about the start, in unconstrained space.
+        max_rows: Draws times items of a model that are in flight at once; bounds memory.
+    """
+
+    num_probes: int = 3
+    distance: float = 0.1
+    max_rows: int = 2**18
+
+
+EVALUATION = EvaluationSettings()
 
 
 class LogJoint:
@@ -51,8 +65,10 @@ class LogJoint:
         self.table = table
         start = table.init_loc
         generator = torch.Generator(start.device).manual_seed(0)
-        noise = torch.randn(PROBES, len(start), generator=generator, dtype=start.dtype, device=start.device)
-        probe, _ = table.unpack(torch.cat([start.unsqueeze(0), start + DISTANCE * noise]))
+        noise = torch.randn(
+            EVALUATION.num_probes, len(start), generator=generator, dtype=start.dtype, device=start.device
+        )
+        probe, _ = table.unpack(torch.cat([start.unsqueeze(0), start + EVALUATION.distance * noise]))
         self.batched = BatchedModel(OWNER, model, Call(args, kwargs), probe)
         for name, node in self.batched.nodes.items():
             if not (node["is_observed"] or name in probe or name in self.batched.enumerated):
@@ -61,7 +77,7 @@ class LogJoint:
     @property
     def chunk(self) -> int:
         """Draws that may be in flight at once."""
-        return max(1, MAX_ROWS // self.rows)
+        return max(1, EVALUATION.max_rows // self.rows)
 
     @property
     def is_vectorized(self) -> bool:

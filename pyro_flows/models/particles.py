@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -28,10 +29,23 @@ from pyro_flows.models.traces import (
 
 __all__ = ["at_a_draw", "look_at", "runs_in_a_plate"]
 
-# How closely the densities have to agree, relative and in nats: flows are inverted for that.
-RELATIVE, NATS = 1e-3, 1e-2
-# Runs of the guide by which ways of running the model are compared.
-PROBES = 3
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """How ways of running a guide are compared.
+
+    Attributes:
+        num_runs: Runs of the guide at whose draws the densities are compared.
+        relative: Largest difference of a log density, relative to it: flows are inverted for that.
+        nats: And beside that, in nats.
+    """
+
+    num_runs: int = 3
+    relative: float = 1e-3
+    nats: float = 1e-2
+
+
+PROBES = ProbeSettings()
 
 
 def at_a_draw(model: Callable[..., Any], guide: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,7 +67,7 @@ def look_at(
         ValueError: If the two were swapped, the guide is another model's, or observed values have no density.
         Exception: Whatever the model or the guide raises in plain runs, or Pyro about their shapes.
     """
-    traces = [run_quietly(guide, call) for _ in range(PROBES)]
+    traces = [run_quietly(guide, call) for _ in range(PROBES.num_runs)]
     drawn = [sample_nodes(found) for found in traces]
     check_guide(owner, drawn[0])
     call = call._replace(fixed=mini_batches(traces[0]))
@@ -101,7 +115,7 @@ def runs_in_a_plate(guide: Callable[..., Any], call: Call, nesting: int, count: 
                 return True
             except Exception:
                 return False
-        return torch.allclose(torch.as_tensor(found), torch.stack(expected), rtol=RELATIVE, atol=NATS)
+        return torch.allclose(torch.as_tensor(found), torch.stack(expected), rtol=PROBES.relative, atol=PROBES.nats)
 
 
 def _in_front(term: Tensor, nesting: int, count: int) -> Tensor:

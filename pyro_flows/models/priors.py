@@ -24,15 +24,27 @@ from pyro_flows.transforms import Correlated
 
 __all__ = ["LinearPrior", "read_joint_prior", "read_prior"]
 
-# With more given latents than this the model would have to be run too often.
-MAX_FEATURES = 200
-# Items of a mini-batch that are looked at; enough to see whether the prior differs between items.
-MAX_ITEMS = 16
-TOLERANCE = 1e-4
-# Distance by which coordinates are moved to see which others notice.
-SHIFT = 0.3
-# Runs beyond the number of unknowns, by which a fit can fail.
-SPARE_RUNS = 8
+
+@dataclass(frozen=True)
+class ReadingSettings:
+    """How priors are read off a model.
+
+    Attributes:
+        max_parents: Unconstrained dimension of the latents that a prior may follow: a run of the model for each.
+        num_spare_runs: Runs beyond the number of unknowns, by which a linear fit can be seen to fail.
+        max_items: Items of a mini-batch that are looked at; enough to see whether the prior differs between items.
+        tolerance: Relative error up to which a fit is exact, as rounding in float32 is.
+        shift: Standard deviation by which coordinates are moved to see which others notice, in unconstrained space.
+    """
+
+    max_parents: int = 200
+    num_spare_runs: int = 8
+    max_items: int = 16
+    tolerance: float = 1e-4
+    shift: float = 0.3
+
+
+READING = ReadingSettings()
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,12 +130,12 @@ def read_prior(
         None if no site has such a prior.
     """
     count = sum(other.latent_dim for other in given)
-    if count > MAX_FEATURES:
+    if count > READING.max_parents:
         return None
     rows: list[tuple[Tensor, Tensor]] = []
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        for _ in range(count + SPARE_RUNS):
+        for _ in range(count + READING.num_spare_runs):
             packed, values = _random_given(given)
             found = _watch(model, args, kwargs, values, layout.names)
             if found is None:
@@ -143,11 +155,11 @@ def read_joint_prior(
     """
     rows: list[tuple[Tensor, Tensor]] = []
     shared: set[tuple[str, str]] = set()
-    if layout.latent_dim > MAX_FEATURES:
+    if layout.latent_dim > READING.max_parents:
         return None
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        for _ in range(layout.latent_dim + SPARE_RUNS):
+        for _ in range(layout.latent_dim + READING.num_spare_runs):
             (packed,), values = _random_given([layout])
             found = _watch(model, args, kwargs, values, layout.names)
             if found is None:
@@ -209,13 +221,13 @@ def _are_told_apart(
     with torch.random.fork_rng(devices=[]), pyro.validation_enabled(False), torch.enable_grad():
         torch.default_generator.manual_seed(0)
         init_loc = layout.init_loc
-        center, shift = init_loc + SHIFT * torch.randn_like(init_loc), SHIFT * torch.randn(len(number))
+        center, shift = init_loc + READING.shift * torch.randn_like(init_loc), READING.shift * torch.randn(len(number))
         try:
             before = gradient(center)
             for digit in range((len(number) - 1).bit_length()):
                 moved = (number >> digit) % 2 == 1
                 after = gradient(center.index_add(0, coordinates, moved * shift.to(center)))
-                if not ((after - before).abs() <= TOLERANCE * (1.0 + before.abs()))[~moved].all():
+                if not ((after - before).abs() <= READING.tolerance * (1.0 + before.abs()))[~moved].all():
                     return False
         except Exception:  # as in _watch
             return False
@@ -233,7 +245,7 @@ def _correlations(layout: Layout, found: Mapping[str, Any], values: Mapping[str,
             correlation = fn.scale_tril / fn.stddev.unsqueeze(-1)
             for name in factors:
                 if values[name].shape == correlation.shape[-2:] and torch.allclose(
-                    correlation, values[name].expand_as(correlation), rtol=TOLERANCE, atol=TOLERANCE
+                    correlation, values[name].expand_as(correlation), rtol=READING.tolerance, atol=READING.tolerance
                 ):
                     pairs.add((site.name, name))
     return pairs
@@ -282,7 +294,7 @@ def _row(layout: Layout, given: Sequence[Tensor], found: Mapping[str, Any]) -> t
     y = [layout.pack_unconstrained({name: pair[i] for name, pair in gaussians.items()}) for i in range(2)]
     lead = y[0].shape[:-1]
     x = [part.expand(lead + part.shape[-1:]) for part in given]
-    stacked = torch.cat([part.reshape(-1, part.shape[-1])[:MAX_ITEMS] for part in (*x, *y)], -1).double()
+    stacked = torch.cat([part.reshape(-1, part.shape[-1])[: READING.max_items] for part in (*x, *y)], -1).double()
     split = stacked.shape[-1] - 2 * layout.latent_dim
     return stacked[:, :split], stacked[:, split:]
 
@@ -313,12 +325,12 @@ def _fit(x: Tensor, y: Tensor, like: Tensor) -> LinearPrior | None:
     finite = y.isfinite().all(0)
     solution = torch.linalg.lstsq(design, y.nan_to_num(0.0, 0.0, 0.0), driver="gelsd").solution  # (G + 1, 2 n)
     error = (design @ solution - y).abs().amax(0) / (1.0 + y.abs().amax(0))
-    exact = finite & (error < TOLERANCE)
+    exact = finite & (error < READING.tolerance)
     known = exact[:size] & exact[size:]
     if not known.any():
         return None
     solution = torch.where(known.repeat(2), solution, 0.0)
-    solution = torch.where(solution.abs() < TOLERANCE, 0.0, solution)
+    solution = torch.where(solution.abs() < READING.tolerance, 0.0, solution)
     active = (solution[:-1] != 0).any(-1).nonzero().squeeze(-1)
     return LinearPrior(
         known=known.to(like.device),

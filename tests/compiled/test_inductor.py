@@ -17,7 +17,7 @@ from torch._inductor import sizevars
 from torch.utils._sympy.functions import FloorDiv
 
 from pyro_flows.compiled import inductor
-from pyro_flows.compiled.inductor import MAX_UNFUSED, PATCHES, _side_by_side, _unfuse, _where_needed
+from pyro_flows.compiled.inductor import COMPILER, PATCHES, _side_by_side, _unfuse, _where_needed
 from pyro_flows.compiled.tracer import trace_operations
 
 codecache: Any = typed_codecache
@@ -98,7 +98,7 @@ def test_sums_are_taken_out_of_small_products_alone() -> None:
             torch.addmm(small, small, factor, beta=2),
         )
 
-    values = torch.randn(16, 8), torch.randn(MAX_UNFUSED, 8), torch.randn(8, 8)
+    values = torch.randn(16, 8), torch.randn(COMPILER.max_unfused, 8), torch.randn(8, 8)
     graph = trace_operations(function, values)[0]
     expected = function(*values)
     _unfuse(graph)

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_flows.compiled.replay import RECORDED, Replay
+from pyro_flows.compiled.replay import SETTINGS, Replay
+
+RECORDED = SETTINGS.recorded_call
 
 
 class Counted:
