@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyro_flows._checks import check_int
 from pyro_flows.importance.psis import pareto_smooth
-from pyro_flows.importance.weights import Draws, Weigher
+from pyro_flows.importance.weights import Draws, ImportanceSampler
 from pyro_flows.models.batching import BatchedModel
 from pyro_flows.models.structure import Structure
 from pyro_flows.models.traces import given, run_quietly
@@ -110,12 +110,12 @@ def to_inference_data(
     with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.no_grad():
         if seed is not None:
             torch.default_generator.manual_seed(seed)
-        weigher = Weigher(OWNER, model, guide, args, kwargs)
-        structure = weigher.structure
+        sampler = ImportanceSampler(OWNER, model, guide, args, kwargs)
+        structure = sampler.structure
         _check_structure(structure, log_likelihood=log_likelihood)
-        chunks = list(weigher.chunks(num_samples, progress=False))
+        chunks = list(sampler.chunks(num_samples, progress=False))
         values = {site.name: torch.cat([chunk.values[site.name] for chunk in chunks]) for site in structure.latents}
-        runs = _Runs(weigher.score.model, structure)
+        runs = _Runs(sampler.score.model, structure)
         deterministic, likelihood = runs.on_data(values)
         predictive = runs.new_data(values) if posterior_predictive else {}
     sites = runs.sites

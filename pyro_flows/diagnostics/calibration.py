@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from pyro_flows._checks import check_int
 from pyro_flows.guides import AutoFlowGuide
-from pyro_flows.importance.weights import Weigher
+from pyro_flows.importance.weights import ImportanceSampler
 from pyro_flows.models.sites import full_size
 from pyro_flows.models.structure import common_plate
 from pyro_flows.models.traces import NO_DENSITY, Call, run_quietly, sample_nodes
@@ -191,7 +191,7 @@ def check_calibration(
                 fitted = guide if refit is None else refit(conditioned, new_args, new_kwargs)
                 assert fitted is not None
                 if at_once is None:
-                    at_once = Weigher(OWNER, conditioned, fitted, new_args, new_kwargs).draws_at_once
+                    at_once = ImportanceSampler(OWNER, conditioned, fitted, new_args, new_kwargs).draws_at_once
                 draws = _draw(fitted, num_samples, new_args, new_kwargs, at_once=at_once)
             except (*NO_DENSITY, RuntimeError) as error:
                 if refit is None:

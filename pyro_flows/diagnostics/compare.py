@@ -13,7 +13,7 @@ import torch
 from pyro_flows._checks import check_int
 from pyro_flows.diagnostics.diagnose import Diagnosis, find_regions, weigh
 from pyro_flows.diagnostics.verdict import NOT_KNOWN, SEARCH_ELSEWHERE
-from pyro_flows.importance.weights import Weigher
+from pyro_flows.importance.weights import ImportanceSampler
 
 __all__ = ["Comparison", "Row", "compare"]
 
@@ -124,11 +124,11 @@ def compare(
         if seed is not None:
             torch.default_generator.manual_seed(seed)
         for name, guide in guides.items():
-            weigher = Weigher("compare", model, guide, args, kwargs)
-            layout = (weigher.structure.num_items, weigher.structure.item_dim)
+            sampler = ImportanceSampler("compare", model, guide, args, kwargs)
+            layout = (sampler.structure.num_items, sampler.structure.item_dim)
             if layout not in searched:
-                searched[layout] = find_regions(weigher, model, args, kwargs, search=search, progress=progress)
-            found[name] = weigh(weigher, guide, num_samples, *searched[layout], progress=progress)
+                searched[layout] = find_regions(sampler, model, args, kwargs, search=search, progress=progress)
+            found[name] = weigh(sampler, guide, num_samples, *searched[layout], progress=progress)
     source, reliable = _best(found)
     log_evidence, error = found[source].log_evidence, found[source].log_evidence_se
     rows = [

@@ -18,7 +18,7 @@ from pyro_flows.diagnostics.search import Regions, Search, why_not
 from pyro_flows.diagnostics.sites import SiteSummary, SiteTally
 from pyro_flows.diagnostics.verdict import NOT_KNOWN, TRUST, Facts, judge
 from pyro_flows.importance.psis import khat_threshold
-from pyro_flows.importance.weights import Weigher
+from pyro_flows.importance.weights import ImportanceSampler
 from pyro_flows.models.checks import warn_without_data
 
 __all__ = ["Diagnosis", "Items", "diagnose", "find_regions", "weigh"]
@@ -198,14 +198,14 @@ def diagnose(
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.default_generator.manual_seed(seed)
-        weigher = Weigher("diagnose", model, guide, args, kwargs)
-        warn_without_data("diagnose", weigher.score.model.nodes, weigher.score.model.call)
-        regions, not_searched = find_regions(weigher, model, args, kwargs, search=search, progress=progress)
-        return weigh(weigher, guide, num_samples, regions, not_searched, progress=progress)
+        sampler = ImportanceSampler("diagnose", model, guide, args, kwargs)
+        warn_without_data("diagnose", sampler.score.model.nodes, sampler.score.model.call)
+        regions, not_searched = find_regions(sampler, model, args, kwargs, search=search, progress=progress)
+        return weigh(sampler, guide, num_samples, regions, not_searched, progress=progress)
 
 
 def find_regions(
-    weigher: Weigher,
+    sampler: ImportanceSampler,
     model: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any] | None,
@@ -214,15 +214,15 @@ def find_regions(
     progress: bool,
 ) -> tuple[Regions | None, str]:
     """Regions with mass, or None and why there are none."""
-    reason = why_not(weigher) if search else "search is off"
+    reason = why_not(sampler) if search else "search is off"
     if reason:
         return None, reason
-    regions = Search(weigher, model, args, kwargs or {}).run(progress=progress)
+    regions = Search(sampler, model, args, kwargs or {}).run(progress=progress)
     return regions, "" if regions is not None else "the log joint cannot be followed"
 
 
 def weigh(
-    weigher: Weigher,
+    sampler: ImportanceSampler,
     guide: Callable[..., Any],
     num_samples: int,
     regions: Regions | None,
@@ -231,10 +231,10 @@ def weigh(
     progress: bool,
 ) -> Diagnosis:
     """Draw, weigh, and judge."""
-    structure = weigher.structure
+    structure = sampler.structure
     tally = SiteTally(structure)
     likelihoods, kls, weights, wheres = [], [], [], []
-    for draws in weigher.chunks(num_samples, progress=progress):
+    for draws in sampler.chunks(num_samples, progress=progress):
         log_weights = draws.log_weights
         likelihoods.append(draws.log_likelihood.sum(-1))
         kls.append((draws.log_guide - draws.log_prior).sum(-1))
@@ -257,7 +257,7 @@ def weigh(
         found = lost_mass(regions.log_mass.cpu(), regions.error.cpu(), torch.cat(wheres), log_weights)
         shares = found.share.sum(0)
         evidence = evidence._replace(log_evidence=found.log_evidence, error=found.error)
-        lost = lost_modes(weigher, regions, found.share)
+        lost = lost_modes(sampler, regions, found.share)
     log_evidence = evidence.log_evidence.sum().item()
     log_evidence_se = evidence.error.square().sum().sqrt().item()
     sites = tally.summaries()
@@ -306,7 +306,7 @@ def weigh(
         sites=sites,
         items=items,
         lost=lost,
-        obstacle=weigher.score.model.obstacle,
+        obstacle=sampler.score.model.obstacle,
     )
 
 

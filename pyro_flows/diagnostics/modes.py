@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.diagnostics.search import Regions
-from pyro_flows.importance.weights import Weigher
+from pyro_flows.importance.weights import ImportanceSampler
 
 __all__ = ["LostMode", "lost_modes"]
 
@@ -36,11 +36,11 @@ class LostMode:
 
 
 @torch.no_grad()
-def lost_modes(weigher: Weigher, regions: Regions, share: Tensor) -> tuple[LostMode, ...]:
+def lost_modes(sampler: ImportanceSampler, regions: Regions, share: Tensor) -> tuple[LostMode, ...]:
     """The lost regions of the item that lost most, largest first.
 
     Args:
-        weigher: Of the model and the guide.
+        sampler: Of the model and the guide.
         regions: K of them.
         share: What is lost in each, ``(K, N)``; 0 if nothing is.
     """
@@ -48,19 +48,19 @@ def lost_modes(weigher: Weigher, regions: Regions, share: Tensor) -> tuple[LostM
     modes = []
     for k in share[:, item].argsort(descending=True).tolist():
         if share[k, item] > 0:
-            like = weigher.structure.pack(weigher.draw(1).values)
-            values, _ = weigher.structure.unpack(regions.centres[k : k + 1].to(like))
-            separate = _dips(weigher, regions, k, item)
+            like = sampler.structure.pack(sampler.draw(1).values)
+            values, _ = sampler.structure.unpack(regions.centres[k : k + 1].to(like))
+            separate = _dips(sampler, regions, k, item)
             modes.append(LostMode(share[k, item].item(), separate, {name: value[0] for name, value in values.items()}))
     return tuple(modes)
 
 
-def _dips(weigher: Weigher, regions: Regions, k: int, item: int) -> bool:
+def _dips(sampler: ImportanceSampler, regions: Regions, k: int, item: int) -> bool:
     """Whether the log joint falls and rises again on the straight line to a region's centre."""
-    packed = weigher.structure.pack(weigher.draw(DRAWS).values)
+    packed = sampler.structure.pack(sampler.draw(DRAWS).values)
     near = regions.distance(packed, k)[:, item].argsort()[NEAR]
     steps = torch.linspace(0.0, 1.0, POINTS, dtype=packed.dtype, device=packed.device)[:, None, None]
     line = torch.lerp(packed[near], regions.centres[k].to(packed), steps)  # (POINTS, N, d)
-    heights = weigher.log_joint(line)[:, item]
+    heights = sampler.log_joint(line)[:, item]
     lower_end = torch.minimum(heights[0], heights[-1])
     return bool(heights.min() < lower_end - DIP)

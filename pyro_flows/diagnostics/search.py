@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_flows.importance.weights import Weigher
+from pyro_flows.importance.weights import ImportanceSampler
 from pyro_flows.models.traces import Call, run_quietly, sample_nodes
 from pyro_flows.starts.lbfgs import climb, local_factor
 
@@ -37,9 +37,9 @@ MIN_CHUNK, MANY_COORDINATES = 64, 2000
 MAX_DIM, MAX_COORDINATES = 200, 100_000
 
 
-def why_not(weigher: Weigher) -> str:
+def why_not(sampler: ImportanceSampler) -> str:
     """Why there is no search for a model, in words; empty if there is one."""
-    structure = weigher.structure
+    structure = sampler.structure
     if structure.subsampled:
         return "its plates are subsampled"
     if not structure.is_continuous:
@@ -92,22 +92,22 @@ class Search:
     Gaussian that the ellipsoid belongs to, and from the guide's own draws in it. They have to agree.
 
     Args:
-        weigher: Of the model and a guide.
+        sampler: Of the model and a guide.
         model: The model, for draws of its prior.
         args: Its arguments.
         kwargs: Likewise.
     """
 
     def __init__(
-        self, weigher: Weigher, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self, sampler: ImportanceSampler, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
-        self._weigher = weigher
-        self._structure = weigher.structure
+        self._sampler = sampler
+        self._structure = sampler.structure
         self._model = model
         self._args = args
         self._kwargs = kwargs
         few = self._structure.num_items * self._structure.item_dim > MANY_COORDINATES
-        few |= weigher.chunk < MIN_CHUNK or not weigher.score.is_vectorized
+        few |= sampler.chunk < MIN_CHUNK or not sampler.score.is_vectorized
         self._starts = FEW_STARTS if few else STARTS
         self._ranking = FEW_RANKING_DRAWS if few else RANKING_DRAWS
         self._mass = FEW_MASS_DRAWS if few else MASS_DRAWS
@@ -121,15 +121,15 @@ class Search:
         # A step too far is cut down anyway, where an error would stop all climbs; masses are measured with checks on.
         with pyro.validation_enabled(False):
             candidates = self._climb(start, progress=progress)
-            parts = candidates.split(self._weigher.chunk)
-            factors = torch.cat([local_factor(self._weigher.log_joint, part) for part in parts])
+            parts = candidates.split(self._sampler.chunk)
+            factors = torch.cat([local_factor(self._sampler.log_joint, part) for part in parts])
         return self._choose(candidates.double(), factors)
 
     def _climb(self, start: Tensor, *, progress: bool) -> Tensor:
         """Points on the way up, ``(R, N, d)``."""
         looks, number, points = [], 0, start
         with tqdm(total=NUM_STEPS, desc="search", disable=not progress, delay=1.0) as bar:
-            for number, points in enumerate(climb(self._weigher.log_joint, start, NUM_STEPS), 1):
+            for number, points in enumerate(climb(self._sampler.log_joint, start, NUM_STEPS), 1):
                 if number in LOOKS:
                     looks.append(points)
                 bar.update()
@@ -146,7 +146,7 @@ class Search:
             yield self._structure.pack(values)
 
     def _from_guide(self) -> Tensor:
-        packed = self._structure.pack(self._weigher.draw(self._starts).values)
+        packed = self._structure.pack(self._sampler.draw(self._starts).values)
         centre = packed.mean(0)
         return torch.cat([centre + WIDENING * (packed - centre), centre.unsqueeze(0)])
 
@@ -194,8 +194,8 @@ class Search:
         log_density = -0.5 * squared - 0.5 * shape[-1] * math.log(2 * math.pi)
         log_density -= regions.factors.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         rows = draws.flatten(0, 1).to(self._dtype)
-        parts = rows.split(self._weigher.chunk)
-        log_joint = torch.cat([self._weigher.log_joint(part) for part in parts]).reshape(log_density.shape)
+        parts = rows.split(self._sampler.chunk)
+        log_joint = torch.cat([self._sampler.log_joint(part) for part in parts]).reshape(log_density.shape)
         inside = squared <= regions.radius**2
         if exclusive:
             own = torch.arange(shape[0], device=rows.device)[:, None]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_flows._checks import check_int
 from pyro_flows.importance.psis import Smoothed, khat_threshold, nearly_constant, pareto_smooth
-from pyro_flows.importance.weights import Weigher
+from pyro_flows.importance.weights import ImportanceSampler
 
 __all__ = ["importance_resample"]
 
@@ -77,20 +77,20 @@ def importance_resample(
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.default_generator.manual_seed(seed)
-        weigher = Weigher("importance_resample", model, guide, args, kwargs)
-        if weigher.structure.subsampled:
+        sampler = ImportanceSampler("importance_resample", model, guide, args, kwargs)
+        if sampler.structure.subsampled:
             raise NotImplementedError(
-                f"importance_resample: expected full plates, but '{weigher.structure.subsampled[0]}' is subsampled, "
+                f"importance_resample: expected full plates, but '{sampler.structure.subsampled[0]}' is subsampled, "
                 "which makes weights noisy. Pass a model of the full plate."
             )
-        chunks = list(weigher.chunks(num_draws, progress=progress))
+        chunks = list(sampler.chunks(num_draws, progress=progress))
         smoothed = [pareto_smooth(column) for column in torch.cat([c.log_weights for c in chunks]).unbind(1)]
         _check(torch.tensor([_khat(item) for item in smoothed]), num_draws)
         picks = torch.stack([_systematic(item.log_weights.exp(), num_samples) for item in smoothed], -1)  # (S, N)
     result = {}
-    for latent in weigher.structure.latents:
+    for latent in sampler.structure.latents:
         values = torch.cat([chunk.values[latent.name] for chunk in chunks])
-        axis = weigher.structure.item_axis(latent)
+        axis = sampler.structure.item_axis(latent)
         if axis is None:
             result[latent.name] = values[picks[:, 0]]
         else:

@@ -17,7 +17,7 @@ from pyro_flows.models.scoring import ModelScorer, Score, concatenate
 from pyro_flows.models.structure import Structure, read_structure
 from pyro_flows.models.traces import DRAWS, Call, mini_batches, run_quietly, sample_nodes
 
-__all__ = ["Draws", "Weigher", "log_weights"]
+__all__ = ["Draws", "ImportanceSampler", "log_weights"]
 
 # Numbers in flight at once: draws a chunk times the numbers that one draw takes.
 MAX_ELEMENTS = 2**20
@@ -55,7 +55,7 @@ class Draws(NamedTuple):
         return torch.where(weights.isnan(), -torch.inf, weights)
 
 
-class Weigher:
+class ImportanceSampler:
     """Draws from a guide in chunks of bounded size, and weighs the draws.
 
     The guide is run once a chunk, under an outer plate as vectorised particles are, if it scores those draws as it
@@ -160,6 +160,6 @@ def log_weights(
 
     For those who want the numbers only; :func:`~pyro_flows.diagnose` says what they mean.
     """
-    chunks = list(Weigher("log_weights", model, guide, args, kwargs).chunks(num_samples, progress=False))
+    chunks = list(ImportanceSampler("log_weights", model, guide, args, kwargs).chunks(num_samples, progress=False))
     values = {name: torch.cat([chunk.values[name] for chunk in chunks]) for name in chunks[0].values}
     return torch.cat([chunk.log_weights.sum(-1) for chunk in chunks]), values

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_flows import AutoFlowGuide, diagnose
 from pyro_flows.diagnostics.search import Search
-from pyro_flows.importance.weights import Weigher
+from pyro_flows.importance.weights import ImportanceSampler
 from pyro_flows.starts.lbfgs import climb, local_factor
 from tests.fits import BAD, mixture, mixture_guide, one_mode
 
@@ -52,7 +52,7 @@ def test_curvature_without_second_derivatives() -> None:
 
 
 def test_masses_of_two_modes() -> None:
-    regions = Search(Weigher("test", mixture, mixture_guide, (), None), mixture, (), {}).run(progress=False)
+    regions = Search(ImportanceSampler("test", mixture, mixture_guide, (), None), mixture, (), {}).run(progress=False)
     assert regions is not None
     largest = regions.log_mass[:, 0].argsort()[-2:]
     order = largest[regions.centres[largest, 0, 0].argsort()]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyro_flows import AutoFlowGuide, diagnose
 from pyro_flows.diagnostics import log_weights
-from pyro_flows.importance.weights import Weigher
+from pyro_flows.importance.weights import ImportanceSampler
 from tests.fits import correlated_regression
 
 Y = torch.tensor([1.0, 2.0, 3.0])
@@ -83,11 +83,11 @@ def by_branch(x: Tensor, y: Tensor) -> None:
 @pytest.mark.parametrize(("model", "run"), [(by_matmul, "_by_vmap"), (by_branch, "_one_by_one")])
 def test_models_that_outer_plates_break(model: Any, run: str) -> None:
     fit = correlated_regression()
-    weigher = Weigher("test", model, fit.guide, fit.args, None)
-    assert weigher.score.model._run.__name__ == run
-    values = weigher.draw(5).values
-    expected = Weigher("test", fit.model, fit.guide, fit.args, None).score(values)
-    torch.testing.assert_close(weigher.score(values).log_joint, expected.log_joint, rtol=1e-5, atol=1e-4)
+    sampler = ImportanceSampler("test", model, fit.guide, fit.args, None)
+    assert sampler.score.model._run.__name__ == run
+    values = sampler.draw(5).values
+    expected = ImportanceSampler("test", fit.model, fit.guide, fit.args, None).score(values)
+    torch.testing.assert_close(sampler.score(values).log_joint, expected.log_joint, rtol=1e-5, atol=1e-4)
 
 
 def test_models_that_sum_over_draws_in_silence_are_run_one_by_one() -> None:
@@ -98,8 +98,8 @@ def test_models_that_sum_over_draws_in_silence_are_run_one_by_one() -> None:
     def guide() -> None:
         pyro.sample("z", dist.Normal(torch.zeros(2), 0.5).to_event(1))
 
-    weigher = Weigher("test", model, guide, (), None)
-    assert weigher.score.model._run.__name__ == "_by_vmap"
+    sampler = ImportanceSampler("test", model, guide, (), None)
+    assert sampler.score.model._run.__name__ == "_by_vmap"
     # N(0, 1) exp(-z^2) is the normal of sd 1 / sqrt 3, times 3^-1/2 a coordinate.
     weights, _ = log_weights(model, guide, 4000)
     mean = weights.exp().mean().item()
@@ -112,9 +112,9 @@ def test_guides_that_outer_plates_break_are_run_one_by_one() -> None:
         pyro.sample("w", dist.Normal(torch.full((8,), 0.1 * float(loc)), 0.1).to_event(1))
 
     fit = correlated_regression()
-    weigher = Weigher("test", fit.model, guide, fit.args, None)
-    assert not weigher.draws_at_once and weigher.score.is_vectorized
-    assert weigher.draw(7).log_weights.shape == (7, 1)
+    sampler = ImportanceSampler("test", fit.model, guide, fit.args, None)
+    assert not sampler.draws_at_once and sampler.score.is_vectorized
+    assert sampler.draw(7).log_weights.shape == (7, 1)
 
 
 def test_discrete_sites_are_summed_out() -> None:
