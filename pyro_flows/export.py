@@ -289,7 +289,7 @@ def _draws(values: Mapping[str, Tensor], names: Mapping[str, tuple[str, ...]]) -
 def _sample_stats(chunks: Sequence[Draws], structure: Structure) -> Variables:
     log_weights = torch.cat([chunk.log_weights for chunk in chunks])  # (S, N)
     log_q = torch.cat([chunk.log_guide for chunk in chunks]).sum(-1)
-    log_p = torch.cat([chunk.log_likelihood + chunk.log_prior for chunk in chunks]).sum(-1)
+    log_p = torch.cat([chunk.log_joint for chunk in chunks]).sum(-1)
     khats = torch.tensor([pareto_smooth(column).khat for column in log_weights.unbind(-1)], dtype=torch.double)
     plate = () if structure.items is None else (structure.items.name,)
     if not plate:

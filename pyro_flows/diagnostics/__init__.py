@@ -3,8 +3,9 @@
 
 from pyro_flows.diagnostics.calibration import Calibration, SiteCalibration, check_calibration
 from pyro_flows.diagnostics.compare import Comparison, Row, compare
-from pyro_flows.diagnostics.diagnose import Diagnosis, Items, diagnose
+from pyro_flows.diagnostics.diagnose import diagnose
 from pyro_flows.diagnostics.modes import LostMode
+from pyro_flows.diagnostics.report import Diagnosis, Items
 from pyro_flows.diagnostics.sites import SiteSummary
 from pyro_flows.importance import Smoothed, importance_resample, khat_threshold, log_weights, pareto_smooth
 

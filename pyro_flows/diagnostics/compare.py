@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from pyro_flows._checks import check_int
-from pyro_flows.diagnostics.diagnose import Diagnosis, find_regions, weigh
-from pyro_flows.diagnostics.verdict import NOT_KNOWN, SEARCH_ELSEWHERE
+from pyro_flows.diagnostics.diagnose import weigh
+from pyro_flows.diagnostics.report import NOT_KNOWN, SEARCH_ELSEWHERE, Diagnosis
+from pyro_flows.diagnostics.search import SearchResult, search_regions
 from pyro_flows.importance.weights import ImportanceSampler
 
 __all__ = ["Comparison", "Row", "compare"]
@@ -119,7 +120,7 @@ def compare(
     if not isinstance(guides, Mapping) or not guides:
         raise ValueError(f"compare: expected guides by name, such as {{'AutoNormal': guide}}, but got {guides!r}.")
     found: dict[str, Diagnosis] = {}
-    searched: dict[tuple[int, int], Any] = {}
+    searched: dict[tuple[int, int], SearchResult] = {}
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.default_generator.manual_seed(seed)
@@ -127,8 +128,8 @@ def compare(
             sampler = ImportanceSampler("compare", model, guide, args, kwargs)
             layout = (sampler.structure.num_items, sampler.structure.item_dim)
             if layout not in searched:
-                searched[layout] = find_regions(sampler, model, args, kwargs, search=search, progress=progress)
-            found[name] = weigh(sampler, guide, num_samples, *searched[layout], progress=progress)
+                searched[layout] = search_regions(sampler, model, args, kwargs or {}, enabled=search, progress=progress)
+            found[name] = weigh(sampler, guide, num_samples, searched[layout], progress=progress)
     source, reliable = _best(found)
     log_evidence, error = found[source].log_evidence, found[source].log_evidence_se
     rows = [

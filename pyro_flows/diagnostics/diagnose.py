@@ -3,134 +3,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_flows._checks import check_int
+from pyro_flows.diagnostics.elbo import estimate_elbo
 from pyro_flows.diagnostics.evidence import Evidence, estimate_evidence, lost_mass
 from pyro_flows.diagnostics.modes import LostMode, lost_modes
-from pyro_flows.diagnostics.search import Regions, Search, why_not
-from pyro_flows.diagnostics.sites import SiteSummary, SiteTally
-from pyro_flows.diagnostics.verdict import NOT_KNOWN, TRUST, Facts, judge
+from pyro_flows.diagnostics.report import Diagnosis, Items
+from pyro_flows.diagnostics.search import Regions, SearchResult, search_regions
+from pyro_flows.diagnostics.sites import SiteTally
+from pyro_flows.diagnostics.verdict import judge, not_known
 from pyro_flows.importance.psis import khat_threshold
 from pyro_flows.importance.weights import ImportanceSampler
 from pyro_flows.models.checks import warn_without_data
 
-__all__ = ["Diagnosis", "Items", "diagnose", "find_regions", "weigh"]
-
-MAX_LINES = 12
-
-
-@dataclass(frozen=True, eq=False)
-class Items:
-    """The same numbers item by item, where every site is in one plate; all ``(N,)``.
-
-    Attributes:
-        plate: Name of the plate.
-        elbo: ELBO of each item.
-        log_evidence: log p(x_n) by importance sampling.
-        log_evidence_se: Its standard error.
-        gap: KL(q || posterior) of each item.
-        khat: Pareto k-hat of each item's weights.
-        ess: Effective sample size.
-    """
-
-    plate: str
-    elbo: Tensor
-    log_evidence: Tensor
-    log_evidence_se: Tensor
-    gap: Tensor
-    khat: Tensor
-    ess: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Diagnosis:
-    r"""How good a guide is; prints as a person reads it. All in nats, of S draws.
-
-    ``elbo == expected_log_likelihood - kl_to_prior``, and ``gap`` estimates :math:`KL(q \| p(z | x))`.
-
-    Attributes:
-        elbo: :math:`E_q[\log p(x, z) - \log q(z)]`.
-        elbo_se: Its standard error.
-        expected_log_likelihood: :math:`E_q \log p(x | z)`, the reconstruction. Latents whose prior depends on an
-            enumerated site count here.
-        kl_to_prior: :math:`KL(q \| p(z))`.
-        log_evidence: log p(x) by importance sampling, lost modes included. NaN where plates are subsampled.
-        log_evidence_se: Its standard error; too small where k-hat is above the threshold.
-        gap: ``log_evidence - elbo``.
-        khat: Tail shape of the importance weights; over many items its 95 % quantile.
-        khat_threshold: Largest k-hat at which weights of so many draws can be relied on.
-        ess: Effective sample size of the draws; over many items its 5 % quantile.
-        verdict: In words: "trust it", "use importance_resample", "train longer", "use NUTS", "start elsewhere" or
-            "not known".
-        reason: Why.
-        advice: What to do next.
-        log_weights: ``(S,)`` in float64; ``(S, N)`` where they fall apart over N items.
-        sites: Site name -> :class:`SiteSummary`.
-        items: Item by item, where every site is in one plate; else None.
-        lost: Modes that the guide lost.
-        obstacle: What keeps draws from sharing a run of the model, with the line; empty if nothing does.
-    """
-
-    elbo: float
-    elbo_se: float
-    expected_log_likelihood: float
-    kl_to_prior: float
-    log_evidence: float
-    log_evidence_se: float
-    gap: float
-    khat: float
-    khat_threshold: float
-    ess: float
-    verdict: str
-    reason: str
-    advice: str
-    log_weights: Tensor
-    sites: Mapping[str, SiteSummary]
-    items: Items | None
-    lost: tuple[LostMode, ...]
-    obstacle: str = ""
-
-    @property
-    def trustworthy(self) -> bool:
-        """Whether draws of the guide can be taken for draws of the posterior."""
-        return self.verdict == TRUST
-
-    @property
-    def num_samples(self) -> int:
-        """Number of draws S."""
-        return len(self.log_weights)
-
-    def __repr__(self) -> str:
-        return f"Diagnosis(elbo={self.elbo:.4g}, gap={self.gap:.2g}, khat={self.khat:.2f}, verdict={self.verdict!r})"
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.verdict[0].upper()}{self.verdict[1:]}: {self.reason}",
-            f"ELBO          {self.elbo:>12.3f} +/- {self.elbo_se:.3f} nats = expected log likelihood "
-            f"{self.expected_log_likelihood:.3f} - KL to prior {self.kl_to_prior:.3f}",
-        ]
-        if self.verdict != NOT_KNOWN:
-            quantile = " (95 % of items)" if self.items is not None else ""
-            lines += [
-                f"log evidence  {self.log_evidence:>12.3f} +/- {self.log_evidence_se:.3f}",
-                f"gap           {self.gap:>12.3f}",
-                f"k-hat         {self.khat:>12.2f} (limit {self.khat_threshold:.2f}){quantile}",
-                f"ESS           {self.ess:>12.0f} of {self.num_samples} draws",
-            ]
-        if self.items is not None:
-            lines.append(_items_line(self.items, self.khat_threshold))
-        if self.verdict != NOT_KNOWN:
-            lines += _site_lines(list(self.sites.values()))
-        if self.obstacle:
-            lines.append(f"Draws were run one by one, since {self.obstacle}")
-        return "\n".join([*lines, f"Next: {self.advice}"])
+__all__ = ["diagnose", "weigh"]
 
 
 def diagnose(
@@ -200,147 +92,116 @@ def diagnose(
             torch.default_generator.manual_seed(seed)
         sampler = ImportanceSampler("diagnose", model, guide, args, kwargs)
         warn_without_data("diagnose", sampler.score.model.nodes, sampler.score.model.call)
-        regions, not_searched = find_regions(sampler, model, args, kwargs, search=search, progress=progress)
-        return weigh(sampler, guide, num_samples, regions, not_searched, progress=progress)
-
-
-def find_regions(
-    sampler: ImportanceSampler,
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any] | None,
-    *,
-    search: bool,
-    progress: bool,
-) -> tuple[Regions | None, str]:
-    """Regions with mass, or None and why there are none."""
-    reason = why_not(sampler) if search else "search is off"
-    if reason:
-        return None, reason
-    regions = Search(sampler, model, args, kwargs or {}).run(progress=progress)
-    return regions, "" if regions is not None else "the log joint cannot be followed"
+        found = search_regions(sampler, model, args, kwargs or {}, enabled=search, progress=progress)
+        return weigh(sampler, guide, num_samples, found, progress=progress)
 
 
 def weigh(
-    sampler: ImportanceSampler,
-    guide: Callable[..., Any],
-    num_samples: int,
-    regions: Regions | None,
-    not_searched: str,
-    *,
-    progress: bool,
+    sampler: ImportanceSampler, guide: Callable[..., Any], num_samples: int, search: SearchResult, *, progress: bool
 ) -> Diagnosis:
-    """Draw, weigh, and judge."""
+    """Draw from the guide, weigh the draws, and judge.
+
+    Args:
+        sampler: Of the model and the guide.
+        guide: The guide.
+        num_samples: Number of draws S.
+        search: Regions that hold mass, found without the guide; or why there are none.
+        progress: Whether to show a bar.
+    """
     structure = sampler.structure
     tally = SiteTally(structure)
-    likelihoods, kls, weights, wheres = [], [], [], []
-    for draws in sampler.chunks(num_samples, progress=progress):
-        log_weights = draws.log_weights
-        likelihoods.append(draws.log_likelihood.sum(-1))
-        kls.append((draws.log_guide - draws.log_prior).sum(-1))
-        weights.append(log_weights)
-        # Weights that are noisy are none.
-        tally.add(draws, log_weights if not structure.subsampled else torch.zeros_like(log_weights))
-        if regions is not None:
-            wheres.append(regions.locate(structure.pack(draws.values)).to("cpu", torch.int8))
-    log_weights = torch.cat(weights)
-    totals = log_weights.sum(-1)
-    expected, kl = torch.cat(likelihoods).mean().item(), torch.cat(kls).mean().item()
-    refused = (~totals.isfinite()).double().mean().item()
-    elbo = expected - kl if not refused else -math.inf
-    # The draws of one chunk share a mini-batch.
-    parts = torch.stack([part.sum(-1).mean() for part in weights]) if structure.subsampled else totals
-    evidence = _evidence(log_weights, known=not structure.subsampled)
-    lost: tuple[LostMode, ...] = ()
-    shares = torch.zeros(structure.num_items)
-    if regions is not None:
-        found = lost_mass(regions.log_mass.cpu(), regions.error.cpu(), torch.cat(wheres), log_weights)
-        shares = found.share.sum(0)
-        evidence = evidence._replace(log_evidence=found.log_evidence, error=found.error)
-        lost = lost_modes(sampler, regions, found.share)
+    sample = _draw(sampler, num_samples, tally, search.regions, progress=progress)
+    elbo = estimate_elbo(sample.log_likelihood, sample.log_ratio, sample.log_weights, sample.group_sizes)
+    evidence, lost = _evidence(sampler, sample, search.regions)
     log_evidence = evidence.log_evidence.sum().item()
-    log_evidence_se = evidence.error.square().sum().sqrt().item()
-    sites = tally.summaries()
-    facts = Facts(
-        subsampled=structure.subsampled,
-        num_items=structure.num_items,
-        refused=refused,
-        gap=(log_evidence - elbo) / structure.num_items,
-        gap_se=math.hypot(log_evidence_se, parts.std().item() / math.sqrt(len(parts))) / structure.num_items,
-        khat=evidence.khat,
-        threshold=khat_threshold(num_samples),
-        ess=evidence.ess,
-        num_samples=num_samples,
-        largest=(log_weights - evidence.log_evidence).max().item(),
-        lost=shares,
-        lost_at=_describe(lost[0].values) if lost else "",
-        separate=any(mode.separate for mode in lost),
-        not_searched=not_searched,
-        sites=sites,
-    )
     items = None
     if structure.items is not None:
-        by_item = log_weights.mean(0)
         items = Items(
             plate=structure.items.name,
-            elbo=by_item,
+            elbo=elbo.by_item,
             log_evidence=evidence.log_evidence,
             log_evidence_se=evidence.error,
-            gap=evidence.log_evidence - by_item,
+            gap=evidence.log_evidence - elbo.by_item,
             khat=evidence.khat,
             ess=evidence.ess,
         )
-    return Diagnosis(
-        elbo=elbo,
-        elbo_se=parts.std().item() / math.sqrt(len(parts)),
-        expected_log_likelihood=expected,
-        kl_to_prior=kl,
+    diagnosis = Diagnosis(  # but for the verdict
+        elbo=elbo.mean,
+        elbo_se=elbo.error,
+        expected_log_likelihood=elbo.expected_log_likelihood,
+        kl_to_prior=elbo.kl_to_prior,
         log_evidence=log_evidence,
-        log_evidence_se=log_evidence_se,
-        gap=log_evidence - elbo,
+        log_evidence_se=evidence.error.square().sum().sqrt().item(),
+        gap=log_evidence - elbo.mean,
         khat=evidence.khat.quantile(0.95, interpolation="higher").item(),
-        khat_threshold=facts.threshold,
+        khat_threshold=khat_threshold(num_samples),
         ess=evidence.ess.quantile(0.05, interpolation="lower").item(),
-        **judge(facts, guide)._asdict(),
-        log_weights=log_weights if items is not None else totals,
-        sites=sites,
+        verdict="",
+        reason="",
+        advice="",
+        log_weights=sample.log_weights.sum(-1) if items is None else sample.log_weights,
+        sites=tally.summaries(),
         items=items,
         lost=lost,
         obstacle=sampler.score.model.obstacle,
+        num_refused=elbo.num_refused,
+    )
+    plates = structure.subsampled
+    verdict = not_known(plates[0]) if plates else judge(diagnosis, evidence, search, guide)
+    return replace(diagnosis, **verdict._asdict())
+
+
+class _Sample(NamedTuple):
+    """What S draws say.
+
+    Attributes:
+        log_likelihood: log p(x | z), ``(S,)``; NaN for draws that the model refuses.
+        log_ratio: log q(z) - log p(z), ``(S,)``.
+        log_weights: ``(S, N)``.
+        where: Which region each draw is in, ``(S, N)``; None if there was no search.
+        group_sizes: Numbers of consecutive draws that share a mini-batch; None if all draws are independent.
+    """
+
+    log_likelihood: Tensor
+    log_ratio: Tensor
+    log_weights: Tensor
+    where: Tensor | None
+    group_sizes: list[int] | None
+
+
+def _draw(
+    sampler: ImportanceSampler, num_samples: int, tally: SiteTally, regions: Regions | None, *, progress: bool
+) -> _Sample:
+    """Draw in chunks; the values of the latents are summed up in the tally and not kept."""
+    structure = sampler.structure
+    likelihoods, ratios, weights, wheres = [], [], [], []
+    for draws in sampler.chunks(num_samples, progress=progress):
+        log_weights = draws.log_weights
+        likelihoods.append(draws.log_likelihood.sum(-1))
+        ratios.append((draws.log_guide - draws.log_prior).sum(-1))
+        weights.append(log_weights)
+        # Weights that carry the noise of mini-batches are of no use.
+        tally.add(draws, log_weights if not structure.subsampled else torch.zeros_like(log_weights))
+        if regions is not None:
+            wheres.append(regions.locate(structure.pack(draws.values)).to("cpu", torch.int8))
+    return _Sample(
+        log_likelihood=torch.cat(likelihoods),
+        log_ratio=torch.cat(ratios),
+        log_weights=torch.cat(weights),
+        where=torch.cat(wheres) if wheres else None,
+        group_sizes=[len(part) for part in weights] if structure.subsampled else None,
     )
 
 
-def _evidence(log_weights: Tensor, *, known: bool) -> Evidence:
-    if known:
-        return estimate_evidence(log_weights)
-    nan = torch.full(log_weights.shape[1:], math.nan, dtype=torch.double)
-    return Evidence(nan, nan, nan, nan)
-
-
-def _describe(values: Mapping[str, Tensor]) -> str:
-    """A few numbers of a few sites."""
-    parts = []
-    for name, value in list(values.items())[:4]:
-        numbers = ", ".join(f"{x:.3g}" for x in value.flatten()[:3].tolist())
-        parts.append(f"{name} = {numbers}{', ...' if value.numel() > 3 else ''}")
-    return "; ".join(parts) + ("; ..." if len(values) > 4 else "")
-
-
-def _items_line(items: Items, threshold: float) -> str:
-    gaps = items.gap.quantile(torch.tensor([0.05, 0.5, 0.95], dtype=items.gap.dtype))
-    above = int((items.khat > threshold).sum())
-    return (
-        f"by item of '{items.plate}': gap 5 % {gaps[0]:.3f}, median {gaps[1]:.3f}, 95 % {gaps[2]:.3f}; k-hat above the "
-        f"limit for {above} of {len(items.gap)}"
-    )
-
-
-def _site_lines(sites: list[SiteSummary]) -> list[str]:
-    """A line a site; the worst first where they are too many."""
-    if len(sites) > MAX_LINES:
-        sites = sorted(sites, key=lambda site: site.shift + abs(math.log(max(site.sd_ratio, 1e-30))), reverse=True)
-    width = max(len(site.name) for site in sites[:MAX_LINES]) if sites else 0
-    lines = [f"{'site':<{width}}  E log prior  shift of mean, sds  sd / weighted sd"]
-    for site in sites[:MAX_LINES]:
-        lines.append(f"{site.name:<{width}}  {site.log_prior:>11.3f}  {site.shift:>18.2f}  {site.sd_ratio:>16.2f}")
-    return lines + ([f"... and {len(sites) - MAX_LINES} more sites"] if len(sites) > MAX_LINES else [])
+def _evidence(
+    sampler: ImportanceSampler, sample: _Sample, regions: Regions | None
+) -> tuple[Evidence, tuple[LostMode, ...]]:
+    """The log evidence, with the mass that the guide lost, and where that is."""
+    if sampler.structure.subsampled:
+        return Evidence.unknown(sampler.structure.num_items), ()
+    evidence = estimate_evidence(sample.log_weights)
+    if regions is None or sample.where is None:
+        return evidence, ()
+    found = lost_mass(regions.log_mass.cpu(), regions.error.cpu(), sample.where, sample.log_weights)
+    evidence = evidence._replace(log_evidence=found.log_evidence, error=found.error, lost=found.share.sum(0))
+    return evidence, lost_modes(sampler, regions, found.share)

@@ -29,12 +29,19 @@ class Evidence(NamedTuple):
         error: Its standard error, by the delta method :math:`\mathrm{sd}(w) / (\bar w \sqrt S)`.
         ess: Effective sample size, :math:`(\sum w)^2 / \sum w^2`.
         khat: Shape of the tail of the weights.
+        lost: Share of the mass that lies outside of the guide's reach, as far as a search found it.
     """
 
     log_evidence: Tensor
     error: Tensor
     ess: Tensor
     khat: Tensor
+    lost: Tensor
+
+    @classmethod
+    def unknown(cls, num_items: int) -> Evidence:
+        """Nothing but NaN, where weights carry the noise of mini-batches."""
+        return cls(*torch.full((5, num_items), math.nan, dtype=torch.double))
 
 
 def estimate_evidence(log_weights: Tensor) -> Evidence:
@@ -45,7 +52,7 @@ def estimate_evidence(log_weights: Tensor) -> Evidence:
     error = relative.std(0) / math.sqrt(count)
     ess = count / relative.square().mean(0)
     khat = torch.tensor([pareto_smooth(column).khat for column in log_weights.unbind(1)], dtype=torch.double)
-    return Evidence(log_mean, error, ess, khat)
+    return Evidence(log_mean, error, ess, khat, torch.zeros_like(log_mean))
 
 
 class Lost(NamedTuple):

@@ -16,7 +16,7 @@ from pyro_flows.importance.weights import ImportanceSampler
 from pyro_flows.models.traces import Call, run_quietly, sample_nodes
 from pyro_flows.starts.lbfgs import climb, local_factor
 
-__all__ = ["Regions", "Search", "why_not"]
+__all__ = ["Regions", "Search", "SearchResult", "search_regions"]
 
 # Climbs start from draws of the prior and from draws of the guide, spread out this much about their mean.
 STARTS, FEW_STARTS = 12, 4
@@ -35,20 +35,6 @@ COVERAGE_QUANTILE = 2.3263
 MIN_CHUNK, MANY_COORDINATES = 64, 2000
 # One backward pass a dimension for a Hessian; and what a batch of items may have in all.
 MAX_DIM, MAX_COORDINATES = 200, 100_000
-
-
-def why_not(sampler: ImportanceSampler) -> str:
-    """Why there is no search for a model, in words; empty if there is one."""
-    structure = sampler.structure
-    if structure.subsampled:
-        return "its plates are subsampled"
-    if not structure.is_continuous:
-        return "it has latents without an unconstrained space"
-    if structure.item_dim > MAX_DIM:
-        return f"it has {structure.item_dim} dimensions, more than {MAX_DIM}"
-    if structure.num_items * structure.item_dim > MAX_COORDINATES:
-        return f"it has {structure.num_items} items of {structure.item_dim} dimensions; pass a smaller batch"
-    return ""
 
 
 class Regions(NamedTuple):
@@ -82,6 +68,35 @@ class Regions(NamedTuple):
         """Mahalanobis distance of ``(S, N, d)`` from the centre of region k, ``(S, N)``."""
         deviation = (packed.double() - self.centres[k]).unsqueeze(-1)
         return torch.linalg.solve_triangular(self.factors[k], deviation, upper=False).squeeze(-1).norm(dim=-1)
+
+
+class SearchResult(NamedTuple):
+    """What a search found.
+
+    Attributes:
+        regions: Regions that hold mass; None if there are none.
+        why_none: Why there are none; empty if there are some.
+    """
+
+    regions: Regions | None
+    why_none: str
+
+
+def search_regions(
+    sampler: ImportanceSampler,
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    enabled: bool,
+    progress: bool,
+) -> SearchResult:
+    """Search, where that is asked for and can be done; the arguments are those of :class:`Search`."""
+    why_none = _why_not(sampler) if enabled else "search is off"
+    if why_none:
+        return SearchResult(None, why_none)
+    regions = Search(sampler, model, args, kwargs).run(progress=progress)
+    return SearchResult(regions, "" if regions is not None else "the log joint cannot be followed")
 
 
 class Search:
@@ -204,3 +219,17 @@ class Search:
         log_mass = log_weights.logsumexp(0) - math.log(count)
         relative = (log_weights - log_mass).exp()
         return log_mass, relative.std(0) / math.sqrt(count)
+
+
+def _why_not(sampler: ImportanceSampler) -> str:
+    """Why there is no search for a model, in words; empty if there is one."""
+    structure = sampler.structure
+    if structure.subsampled:
+        return "its plates are subsampled"
+    if not structure.is_continuous:
+        return "it has latents without an unconstrained space"
+    if structure.item_dim > MAX_DIM:
+        return f"it has {structure.item_dim} dimensions, more than {MAX_DIM}"
+    if structure.num_items * structure.item_dim > MAX_COORDINATES:
+        return f"it has {structure.num_items} items of {structure.item_dim} dimensions; pass a smaller batch"
+    return ""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -60,8 +61,10 @@ class _One:
         self.unconstrained = Moments()
 
     def add(self, values: Tensor, log_prior: Tensor | None, log_weights: Tensor) -> None:
-        self.count += len(values)
-        self.log_prior += float("nan") if log_prior is None else log_prior.sum().item()
+        log_prior = torch.full_like(log_weights, torch.nan) if log_prior is None else log_prior
+        kept = ~log_prior.isnan().any(-1)
+        self.count += int(kept.sum())
+        self.log_prior += log_prior[kept].sum().item()
         for moments, array in ((self.values, values), (self.unconstrained, self.latent.to_support.inv(values))):
             shape = [len(values)] + [1] * (array.dim() - 1)
             if self.item_axis is not None:
@@ -75,7 +78,7 @@ class _One:
         log_ratio = (s / t).log().nan_to_num(0.0).flatten()
         return SiteSummary(
             name=self.latent.name,
-            log_prior=self.log_prior / self.count,
+            log_prior=self.log_prior / self.count if self.count else math.nan,
             mean=mean.cpu(),
             sd=sd.cpu(),
             weighted_mean=weighted_mean.cpu(),

@@ -5,50 +5,52 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 
-from pyro_flows.diagnostics.sites import SiteSummary
+from pyro_flows.diagnostics.evidence import Evidence
+from pyro_flows.diagnostics.report import NOT_KNOWN, RESAMPLE, SEARCH_ELSEWHERE, TRAIN, TRUST, USE_NUTS, Diagnosis
+from pyro_flows.diagnostics.search import SearchResult
 from pyro_flows.guides import AutoFlowGuide
 from pyro_flows.importance.psis import nearly_constant
 
-__all__ = [
-    "NEUTRA",
-    "NOT_KNOWN",
-    "RESAMPLE",
-    "SEARCH_ELSEWHERE",
-    "TRAIN",
-    "TRUST",
-    "USE_NUTS",
-    "Facts",
-    "Verdict",
-    "judge",
-]
-
-TRUST = "trust it"
-RESAMPLE = "use importance_resample"
-TRAIN = "train longer"
-USE_NUTS = "use NUTS"
-SEARCH_ELSEWHERE = "start elsewhere"
-NOT_KNOWN = "not known"
-
-# KL(q || posterior), per item, at which no marginal can be far off: half a squared shift in sds.
-SMALL_GAP = 0.1
-# Where training has more to give than reweighting.
-LARGE_GAP = 1.0
-# Differences between the guide and its reweighted self that matter: of means in sds, and of log sds.
-MAX_SHIFT, MAX_LOG_SD = 0.1, 0.1
-# Enough draws for summaries (Stan's advice).
-ENOUGH = 400.0
-# Share of items whose weights may have heavy tails; k-hat is noisy.
-BAD_ITEMS = 0.05
+__all__ = ["NEUTRA", "Thresholds", "Verdict", "judge", "not_known"]
 
 NEUTRA = """\
 neutra = NeuTraReparam(guide.requires_grad_(False))
 mcmc = MCMC(NUTS(neutra.reparam(model)), num_samples=1000, warmup_steps=500); mcmc.run(*args, **kwargs)
 draws = neutra.transform_sample(*[z.unsqueeze(-2) for z in mcmc.get_samples().values()])"""
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """How good is good enough. That of k-hat is :func:`~pyro_flows.diagnostics.khat_threshold`.
+
+    Attributes:
+        small_gap: KL(q || posterior) per item in nats at which no marginal is far off: that of a normal whose mean is
+            off by 0.45 standard deviations, since the KL is half of the squared shift.
+        large_gap: KL per item in nats above which training has more to give than weights.
+        gap_z_score: Standard errors by which a gap must exceed ``small_gap``.
+        max_shift: Change of a mean by weighting that matters, in standard deviations; that of 400 independent draws
+            has an error of half of it.
+        max_log_sd: Change of a log standard deviation by weighting that matters.
+        site_z_score: Standard errors by which such a change must exceed what matters.
+        min_ess: Effective number of draws that summaries need: Vehtari, Gelman, Simpson, Carpenter, Buerkner.
+            Rank-Normalization, Folding, and Localization. Bayesian Analysis 16(2), 2021.
+        max_bad_items: Share of items that may be bad, since k-hat is noisy; with one item there is none.
+    """
+
+    small_gap: float = 0.1
+    large_gap: float = 1.0
+    gap_z_score: float = 2.0
+    max_shift: float = 0.1
+    max_log_sd: float = 0.1
+    site_z_score: float = 4.0
+    min_ess: float = 400.0
+    max_bad_items: float = 0.05
 
 
 class Verdict(NamedTuple):
@@ -65,127 +67,152 @@ class Verdict(NamedTuple):
     advice: str
 
 
-class Facts(NamedTuple):
-    """What a verdict rests on.
-
-    Attributes:
-        subsampled: Plates with mini-batches.
-        num_items: Number of items whose weights fall apart; 1 if they do not.
-        refused: Share of draws where the model has no density.
-        gap: KL(q || posterior) per item, in nats.
-        gap_se: Its standard error.
-        khat: ``(N,)``.
-        threshold: The largest good one.
-        ess: ``(N,)``.
-        num_samples: Number of draws.
-        largest: log of the largest weight over the mean one.
-        lost: Share of the mass that lies outside of the guide's reach, item by item, ``(N,)``.
-        lost_at: Where, in words.
-        separate: Whether the log joint dips on the way there.
-        not_searched: Why there was no search; empty if there was.
-        sites: By site.
-    """
-
-    subsampled: tuple[str, ...]
-    num_items: int
-    refused: float
-    gap: float
-    gap_se: float
-    khat: Tensor
-    threshold: float
-    ess: Tensor
-    num_samples: int
-    largest: float
-    lost: Tensor
-    lost_at: str
-    separate: bool
-    not_searched: str
-    sites: Mapping[str, SiteSummary]
+def not_known(plate: str) -> Verdict:
+    """The verdict where a plate is subsampled."""
+    return Verdict(
+        NOT_KNOWN,
+        f"plate '{plate}' is subsampled, so log weights carry the noise of mini-batches and say nothing about the "
+        "evidence.",
+        "Run a model of the full plate with the same sites on the same guide, or compare ELBOs.",
+    )
 
 
-def judge(facts: Facts, guide: Any) -> Verdict:
+def judge(
+    diagnosis: Diagnosis, evidence: Evidence, search: SearchResult, guide: Any, limits: Thresholds | None = None
+) -> Verdict:
     """The verdict on a guide.
+
+    Args:
+        diagnosis: Of the guide, but for the verdict.
+        evidence: The same, item by item; one item where log weights do not fall apart.
+        search: The search for lost modes.
+        guide: The guide; the advice depends on what it is.
+        limits: How good is good enough; None takes the defaults.
 
     References:
         Yao, Vehtari, Simpson, Gelman. Yes, but Did It Work?: Evaluating Variational Inference. ICML 2018.
         Vehtari, Simpson, Gelman, Yao, Gabry. Pareto Smoothed Importance Sampling. JMLR 25(72), 2024.
     """
-    if facts.subsampled:
-        return Verdict(
-            NOT_KNOWN,
-            f"plate '{facts.subsampled[0]}' is subsampled, so log weights carry the noise of mini-batches and say "
-            "nothing about the evidence.",
-            "Run a model of the full plate with the same sites on the same guide, or compare ELBOs.",
-        )
-    if facts.refused:
-        return Verdict(
-            TRAIN,
-            f"the model has no density at {facts.refused:.2%} of the draws, so the ELBO is minus infinity.",
-            "Look at the model at guide draws with validation on; then train on: `fit(model, guide, args)`.",
-        )
-    bad = facts.khat > facts.threshold
-    lost = facts.lost > 0
-    if (facts.num_items == 1 and lost.any()) or lost.double().mean() > BAD_ITEMS:
-        reason = f"about {facts.lost.max():.0%} of the mass lies around {facts.lost_at}, where the guide does not go"
-        reason += f" ({int(lost.sum())} of {facts.num_items} items)." if facts.num_items > 1 else "."
-        if not facts.separate:
-            return Verdict(TRAIN, reason, "No ridge lies between: `fit(model, guide, args)` goes on from here.")
-        return Verdict(
-            SEARCH_ELSEWHERE,
-            reason,
-            "It is another mode, which the guide's own draws cannot show. Start a guide there, `AutoFlowGuide(model, "
-            "init_loc_fn=init_to_value(values=report.lost[0].values))`, and `compare` the two.",
-        )
-    # The fit of a tail knows no scale: weights that hardly differ have none that matters.
-    if bad.double().mean() > (BAD_ITEMS if facts.num_items > 1 else 0.0) and not nearly_constant(
-        facts.largest, float(facts.ess.min()), facts.num_samples
+    limits = limits or Thresholds()
+    for verdict in (
+        _without_density(diagnosis),
+        _lost_modes(diagnosis, evidence, limits),
+        _heavy_tails(diagnosis, evidence, guide, limits),
+        _inaccurate(diagnosis, evidence, limits),
     ):
-        return _heavy(facts, guide)
-    enough = facts.ess.double().quantile(BAD_ITEMS) >= min(ENOUGH, facts.num_samples / 2)
-    small = facts.gap - 2.0 * facts.gap_se <= SMALL_GAP
-    wrong = _wrong_site(facts)
-    if wrong or not small or not enough:
-        reason = wrong or (f"its gap is {facts.gap:.2f} nats" if not small else "few draws carry most of the weight")
-        return Verdict(
-            RESAMPLE,
-            f"{reason}, but k-hat is below {facts.threshold:.2f}, so importance weights can mend it.",
-            "`importance_resample(model, guide, 1000, args)` gives draws of the posterior.",
-        )
+        if verdict is not None:
+            return verdict
     reason = "draws of the guide are as good as the posterior's"
-    reason += f"; other modes were not looked for, since {facts.not_searched}." if facts.not_searched else "."
+    reason += f"; other modes were not looked for, since {search.why_none}." if search.why_none else "."
     return Verdict(TRUST, reason, "Use `guide.sample_posterior(1000, ...)` or `Predictive`.")
 
 
-def _wrong_site(facts: Facts) -> str:
-    """A site whose marginal changes beyond noise when it is reweighted, in words; empty if there is none."""
-    noise = 4.0 / math.sqrt(max(float(facts.ess.min()), 1.0))
-    for site in facts.sites.values():
-        if site.shift > MAX_SHIFT + noise:
-            return f"the mean of '{site.name}' is {site.shift:.2f} sds off"
-        if abs(math.log(max(site.sd_ratio, 1e-30))) > MAX_LOG_SD + noise:
-            return f"the sd of '{site.name}' is {site.sd_ratio:.2f} times what it should be"
-    return ""
+def _without_density(diagnosis: Diagnosis) -> Verdict | None:
+    """The ELBO is minus infinity."""
+    if math.isfinite(diagnosis.elbo):
+        return None
+    weights = diagnosis.log_weights.reshape(diagnosis.num_samples, -1).sum(-1)
+    share = (~weights.isfinite()).double().mean().item()
+    return Verdict(
+        TRAIN,
+        f"the model has no density at {share:.2%} of the draws, so the ELBO is minus infinity.",
+        "Look at the model at guide draws with validation on; then train on: `fit(model, guide, args)`.",
+    )
 
 
-def _heavy(facts: Facts, guide: Any) -> Verdict:
-    """The advice where importance weights have too heavy a tail."""
-    number = f"k-hat is {facts.khat.max():.2f}, above {facts.threshold:.2f}"
-    if facts.num_items > 1:
-        above = int((facts.khat > facts.threshold).sum())
-        number = f"k-hat is above {facts.threshold:.2f} for {above} of {facts.num_items} items"
-    if facts.gap > LARGE_GAP:
+def _lost_modes(diagnosis: Diagnosis, evidence: Evidence, limits: Thresholds) -> Verdict | None:
+    """The search found mass where the guide does not go."""
+    lost, num_items = evidence.lost > 0, len(evidence.lost)
+    if not _is_bad(lost, limits):
+        return None
+    where = _describe(diagnosis.lost[0].values)
+    reason = f"about {evidence.lost.max():.0%} of the mass lies around {where}, where the guide does not go"
+    reason += f" ({int(lost.sum())} of {num_items} items)." if num_items > 1 else "."
+    if not any(mode.separate for mode in diagnosis.lost):
+        return Verdict(TRAIN, reason, "No ridge lies between: `fit(model, guide, args)` goes on from here.")
+    return Verdict(
+        SEARCH_ELSEWHERE,
+        reason,
+        "It is another mode, which the guide's own draws cannot show. Start a guide there, `AutoFlowGuide(model, "
+        "init_loc_fn=init_to_value(values=report.lost[0].values))`, and `compare` the two.",
+    )
+
+
+def _heavy_tails(diagnosis: Diagnosis, evidence: Evidence, guide: Any, limits: Thresholds) -> Verdict | None:
+    """The tail of the importance weights is too heavy for them."""
+    threshold, num_items = diagnosis.khat_threshold, len(evidence.khat)
+    bad = evidence.khat > threshold
+    log_weights = diagnosis.log_weights.reshape(diagnosis.num_samples, num_items)
+    largest = (log_weights - evidence.log_evidence).max().item()
+    # The fit of a tail knows no scale: weights that hardly differ have none that matters.
+    is_noise = nearly_constant(largest, float(evidence.ess.min()), diagnosis.num_samples)
+    if not _is_bad(bad, limits) or is_noise:
+        return None
+    number = f"k-hat is {evidence.khat.max():.2f}, above {threshold:.2f}"
+    if num_items > 1:
+        number = f"k-hat is above {threshold:.2f} for {int(bad.sum())} of {num_items} items"
+    gap = diagnosis.gap / num_items
+    if gap > limits.large_gap:
         ours = isinstance(guide, AutoFlowGuide)
         more = "another family, such as flow='spline_coupling'" if ours else "`AutoFlowGuide(model)`"
         return Verdict(
             TRAIN,
-            f"{number}: the guide misses tails of the posterior, and the gap is at least {facts.gap:.1f} nats.",
+            f"{number}: the guide misses tails of the posterior, and the gap is at least {gap:.1f} nats.",
             f"`fit(model, guide, args)` goes on from here; if that gains nothing, take {more}.",
         )
     reason = f"{number}: the guide is close, but misses tails of the posterior that weights cannot bring back."
-    try:
-        straightens = isinstance(guide, AutoContinuous) and guide.get_transform() is not None
-    except (NotImplementedError, ValueError, TypeError, RuntimeError):
-        straightens = False
-    if not straightens:
+    if not _has_transform(guide):
         return Verdict(USE_NUTS, reason, "`MCMC(NUTS(model), 1000)`, or train an `AutoFlowGuide(model)` first.")
     return Verdict(USE_NUTS, reason, "NUTS with NeuTraReparam(guide), in three lines:\n" + NEUTRA)
+
+
+def _inaccurate(diagnosis: Diagnosis, evidence: Evidence, limits: Thresholds) -> Verdict | None:
+    """Something is off that importance weights can mend."""
+    num_items = len(evidence.ess)
+    gap, gap_se = diagnosis.gap / num_items, math.hypot(diagnosis.log_evidence_se, diagnosis.elbo_se) / num_items
+    min_ess = min(limits.min_ess, diagnosis.num_samples / 2)
+    reason = _wrong_site(diagnosis, evidence, limits)
+    if not reason and not gap - limits.gap_z_score * gap_se <= limits.small_gap:
+        reason = f"its gap is {gap:.2f} nats"
+    if not reason and not evidence.ess.double().quantile(limits.max_bad_items) >= min_ess:
+        reason = "few draws carry most of the weight"
+    if not reason:
+        return None
+    return Verdict(
+        RESAMPLE,
+        f"{reason}, but k-hat is below {diagnosis.khat_threshold:.2f}, so importance weights can mend it.",
+        "`importance_resample(model, guide, 1000, args)` gives draws of the posterior.",
+    )
+
+
+def _wrong_site(diagnosis: Diagnosis, evidence: Evidence, limits: Thresholds) -> str:
+    """A site whose marginal changes beyond noise when it is reweighted, in words; empty if there is none."""
+    noise = limits.site_z_score / math.sqrt(max(float(evidence.ess.min()), 1.0))
+    for site in diagnosis.sites.values():
+        if site.shift > limits.max_shift + noise:
+            return f"the mean of '{site.name}' is {site.shift:.2f} sds off"
+        if abs(math.log(max(site.sd_ratio, 1e-30))) > limits.max_log_sd + noise:
+            return f"the sd of '{site.name}' is {site.sd_ratio:.2f} times what it should be"
+    return ""
+
+
+def _is_bad(items: Tensor, limits: Thresholds) -> bool:
+    """Whether more items are bad than may be."""
+    return items.double().mean().item() > (limits.max_bad_items if len(items) > 1 else 0.0)
+
+
+def _has_transform(guide: Any) -> bool:
+    """Whether NeuTraReparam takes the guide."""
+    try:
+        return isinstance(guide, AutoContinuous) and guide.get_transform() is not None
+    except (NotImplementedError, ValueError, TypeError, RuntimeError):
+        return False
+
+
+def _describe(values: Mapping[str, Tensor]) -> str:
+    """A few numbers of a few sites."""
+    parts = []
+    for name, value in list(values.items())[:4]:
+        numbers = ", ".join(f"{x:.3g}" for x in value.flatten()[:3].tolist())
+        parts.append(f"{name} = {numbers}{', ...' if value.numel() > 3 else ''}")
+    return "; ".join(parts) + ("; ..." if len(values) > 4 else "")

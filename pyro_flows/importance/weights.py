@@ -31,6 +31,8 @@ MINI_BATCHES = 100
 class Draws(NamedTuple):
     """Draws of a guide and their log densities, these in float64 on the CPU; N is the number of items, or 1.
 
+    Those of the model are NaN for draws that it refuses: an exception (a Cholesky factorization that fails) or a NaN.
+
     Attributes:
         values: Latent site -> ``(S, *site shape)``.
         log_likelihood: log p(x | z), ``(S, N)``.
@@ -49,10 +51,14 @@ class Draws(NamedTuple):
         return sum(self.log_priors.values(), torch.zeros_like(self.log_guide))
 
     @property
+    def log_joint(self) -> Tensor:
+        """log p(x, z), ``(S, N)``; minus infinity where the model has no density or refuses the draw."""
+        return _or_none(self.log_likelihood + self.log_prior)
+
+    @property
     def log_weights(self) -> Tensor:
-        """``(S, N)``; minus infinity where the model has no density."""
-        weights = self.log_likelihood + self.log_prior - self.log_guide
-        return torch.where(weights.isnan(), -torch.inf, weights)
+        """log p(x, z) - log q(z), ``(S, N)``; minus infinity where :attr:`log_joint` is."""
+        return _or_none(self.log_likelihood + self.log_prior - self.log_guide)
 
 
 class ImportanceSampler:
@@ -123,9 +129,12 @@ class ImportanceSampler:
         return values, concatenate(scores), log_guide
 
     def log_joint(self, packed: Tensor) -> Tensor:
-        """log p(x, z) in unconstrained space, ``(S, N, d)`` to ``(S, N)`` in float64; differentiable."""
+        """log p(x, z) in unconstrained space, ``(S, N, d)`` to ``(S, N)`` in float64; differentiable.
+
+        Minus infinity where the model has no density or refuses the draw.
+        """
         values, log_det = self.structure.unpack(packed)
-        return self.score(values).log_joint + log_det
+        return _or_none(self.score(values).log_joint) + log_det
 
     def _draw_one(self) -> tuple[dict[str, Tensor], dict[str, Any], Tensor]:
         """Values of the latents, mini-batches, and log q ``(1, N)``."""
@@ -147,6 +156,11 @@ class ImportanceSampler:
     def _log_guide(self, trace: Trace, count: int) -> Tensor:
         terms = [self.structure.per_draw(node["log_prob"], count) for node in sample_nodes(trace).values()]
         return torch.stack(terms).sum(0)
+
+
+def _or_none(log_density: Tensor) -> Tensor:
+    """A refused draw has no density."""
+    return torch.where(log_density.isnan(), -torch.inf, log_density)
 
 
 def log_weights(

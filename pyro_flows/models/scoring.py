@@ -19,7 +19,7 @@ Values = Mapping[str, Tensor]
 
 
 class Score(NamedTuple):
-    """Log densities of S draws, by item; float64.
+    """Log densities of S draws, by item, in float64; NaN for draws that the model refuses.
 
     Attributes:
         log_likelihood: Of what is observed, and of all that depends on an enumerated site, ``(S, N)``.
@@ -84,7 +84,7 @@ class ModelScorer:
             indices: Plate -> mini-batch; plates that are not named draw their own.
 
         Returns:
-            Minus infinity for draws that have no density.
+            NaN for draws that the model refuses; minus infinity where its density is zero.
         """
         count = len(next(iter(values.values())))
         nodes = sample_nodes(self.model(values, self.model.call._replace(fixed=indices or {})))
@@ -93,5 +93,5 @@ class ModelScorer:
         like = next(iter((*priors.values(), *terms.values())))
         likelihood = sum(terms.values(), torch.zeros_like(like))
         refused = (likelihood + sum(priors.values())).isnan()
-        priors = {name: torch.where(refused, 0.0, prior) for name, prior in priors.items()}
-        return Score(torch.where(refused, -torch.inf, likelihood), priors)
+        priors = {name: torch.where(refused, torch.nan, prior) for name, prior in priors.items()}
+        return Score(torch.where(refused, torch.nan, likelihood), priors)
