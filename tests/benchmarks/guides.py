@@ -34,8 +34,9 @@ from pyro.optim import Adam, CosineAnnealingLR
 from tables import Measure, Rows, parser, run
 
 from pyro_flows import AutoFlowGuide, flows
-from pyro_flows.__main__ import LOG_EVIDENCE, SIGMA, Y, evaluate
+from pyro_flows.__main__ import LOG_EVIDENCE, SIGMA, Y
 from pyro_flows.__main__ import model as eight_schools
+from pyro_flows.diagnostics import log_weights
 
 SCHOOLS = (torch.tensor(SIGMA), torch.tensor(Y))
 # Pyro's guides and ours, of a model.
@@ -48,6 +49,12 @@ GUIDES: dict[str, Callable[[Callable], AutoGuide]] = {
 }
 # What sampling costs a pass per dimension for is no guide.
 FAMILIES = tuple(name for name in flows.names() if flows.get(name).one_pass_sampling)
+
+
+def evaluate(guide: Callable, num_draws: int = 20_000) -> tuple[float, float]:
+    """ELBO of a guide of eight schools, and its standard error."""
+    weights, _ = log_weights(eight_schools, guide, num_draws, SCHOOLS)
+    return weights.mean().item(), weights.std().item() / num_draws**0.5
 
 
 def fit(model: Callable, guide: AutoGuide, args: Sequence, num_steps: int, num_particles: int, lr: float) -> float:
@@ -78,7 +85,7 @@ def measure_gap(seeds: int) -> tuple[Sequence[str], Rows]:
             pyro.set_rng_seed(seed)
             guide = make(eight_schools)
             times.append(fit(eight_schools, guide, SCHOOLS, 3000, 16, 0.02))
-            elbo = statistics.mean(evaluate(guide, SCHOOLS)[0] for _ in range(5))  # 100,000 draws
+            elbo = statistics.mean(evaluate(guide)[0] for _ in range(5))  # 100,000 draws
             gaps.append(LOG_EVIDENCE - elbo)
         rows.append([name, spread(gaps), f"{statistics.median(times):.0f}"])
     return ("guide", "gap in nats, median (range over seeds)", "seconds"), rows
@@ -135,7 +142,7 @@ def measure_start(seeds: int) -> tuple[Sequence[str], Rows]:
                 pyro.set_rng_seed(seed)
                 guide = make(eight_schools, init_loc_fn=init_to_median)
                 guide(*SCHOOLS)
-                values.append(evaluate(guide, SCHOOLS, num_draws=10_000)[:2])
+                values.append(evaluate(guide, num_draws=10_000))
             (normal, normal_error), (flow, flow_error) = values
             scores.append((flow - normal) / (normal_error**2 + flow_error**2) ** 0.5)
         claims = "yes" if flows.get(name).identity_start else "no"

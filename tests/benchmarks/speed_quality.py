@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 
 import pyro
 from guides import GUIDES as PEERS
-from guides import SCHOOLS
+from guides import SCHOOLS, evaluate
 from pyro.infer import SVI
 from speed_steps import CASES, Contender, Take, alone, contenders, endless, make_svi, numpyro_side
 from tables import Rows
 
 from pyro_flows import AutoFlowGuide, fit
-from pyro_flows.__main__ import LOG_EVIDENCE, evaluate
+from pyro_flows.__main__ import LOG_EVIDENCE
 from pyro_flows.__main__ import model as eight_schools
 
 GAPS = (0.5, 0.1, 0.05)
@@ -46,7 +46,7 @@ def begin(contender: Contender, rate: float, seed: int) -> tuple[Take, Callable[
         return training.loop, training.elbo
     pyro.set_rng_seed(seed)
     svi = make_svi(contender.kind, case, contender.guide, PARTICLES, rate)
-    return endless(svi, itertools.repeat(case.args)), lambda: evaluate(svi.guide, case.args)[0]
+    return endless(svi, itertools.repeat(case.args)), lambda: evaluate(svi.guide)[0]
 
 
 def report_quality(name: str, rate: str, seed: str, budget: str) -> list[float]:
@@ -74,7 +74,7 @@ def report_fit(num_steps: str, seed: str) -> list[float]:
     guide = AutoFlowGuide(eight_schools)
     fit(eight_schools, guide, SCHOOLS, num_steps=int(num_steps) or None, seed=int(seed), progress=False)
     seconds = time.perf_counter() - start
-    gap = LOG_EVIDENCE - evaluate(guide, SCHOOLS)[0]
+    gap = LOG_EVIDENCE - evaluate(guide)[0]
     return [seconds if gap < wanted else math.inf for wanted in GAPS]
 
 
