@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +15,14 @@ from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.distributions.transforms import identity_transform
 
 from pyro_flows._checks import check_int
 from pyro_flows.importance.psis import pareto_smooth
 from pyro_flows.importance.weights import Draws, ImportanceSampler
 from pyro_flows.models.batching import BatchedModel
+from pyro_flows.models.layout import Layout
+from pyro_flows.models.sites import Site
 from pyro_flows.models.structure import Structure
 from pyro_flows.models.traces import given, run_quietly
 
@@ -118,14 +122,13 @@ def to_inference_data(
         runs = _Runs(sampler.score.model, structure)
         deterministic, likelihood = runs.on_data(values)
         predictive = runs.new_data(values) if posterior_predictive else {}
-    sites = runs.sites
-    observed = {name: site.value for name, site in sites.items() if site.is_data}
+    observed = runs.observed
     constants = {
         name: value
         for name, value in _tensor_arguments(model, args, kwargs).items()
-        if name not in sites and not any(_same(value, other) for other in observed.values())
+        if name not in runs.sites.names and not any(_same(value, other) for other in observed.values())
     }
-    names = {name: site.dims for name, site in sites.items()}
+    names = {site.name: _dims(site) for site in runs.sites}
     names |= {name: _generic(name, value.dim()) for name, value in constants.items()}
     names |= _checked_dims(dims or {}, names)
     groups: dict[str, Variables] = {
@@ -139,35 +142,31 @@ def to_inference_data(
     return _assemble(arviz, groups, runs.indices, coords or {})
 
 
-class _Site(NamedTuple):
-    """A site of the model: its value in one run, names of its dimensions, and how many of them are batch dimensions."""
+def _read_sites(nodes: Mapping[str, Mapping[str, Any]]) -> Layout:
+    """All sites of a run, those that have no unconstrained values included, with their values as they are."""
+    sites = []
+    for node in nodes.values():
+        is_deterministic = _is_deterministic(node)
+        value = node["value"] if is_deterministic else node["value"].expand(node["fn"].shape())
+        site = Site.read({**node, "value": value}, identity_transform)
+        if is_deterministic and site.event_dim == value.dim():  # Pyro's default, which says nothing of plates
+            site = replace(site, event_dim=0)
+        sites.append(site)
+    return Layout(sites)
 
-    value: Tensor
-    dims: tuple[str, ...]
-    batch_dim: int
-    is_data: bool
-    is_deterministic: bool
 
-    @classmethod
-    def read(cls, name: str, node: Mapping[str, Any]) -> _Site:
-        is_deterministic = bool(node["infer"].get("_deterministic"))
-        value, event_dim = node["value"], node["fn"].event_dim
-        if not is_deterministic:
-            value = value.expand(node["fn"].shape())
-        elif event_dim == value.dim():  # Pyro's default, which says nothing of plates
-            event_dim = 0
-        dims = list(_generic(name, value.dim()))
-        for frame in node["cond_indep_stack"]:
-            axis = value.dim() - event_dim + frame.dim if frame.vectorized else -1
-            if axis >= 0 and value.shape[axis] == frame.size and frame.name not in SAMPLE_DIMS:
-                dims[axis] = frame.name
-        has_value = value.numel() > 0  # pyro.factor observes nothing
-        is_data = node["is_observed"] and not is_deterministic and has_value
-        return cls(value, tuple(dims), value.dim() - event_dim, is_data, is_deterministic and has_value)
+def _is_deterministic(node: Mapping[str, Any]) -> bool:
+    return bool(node["infer"].get("_deterministic"))
 
-    @property
-    def batch_shape(self) -> torch.Size:
-        return self.value.shape[: self.batch_dim]
+
+def _dims(site: Site) -> tuple[str, ...]:
+    """Names of a site's dimensions: those of plates, and ArviZ's own for all others."""
+    dims = list(_generic(site.name, len(site.shape)))
+    for frame in site.frames:
+        axis = site.batch_rank + frame.dim
+        if axis >= 0 and site.shape[axis] == frame.size and frame.name not in SAMPLE_DIMS:
+            dims[axis] = frame.name
+    return tuple(dims)
 
 
 class _Runs:
@@ -178,13 +177,18 @@ class _Runs:
         structure: What is known of it.
 
     Attributes:
-        sites: The model's sites.
+        sites: All sites of the model, as they are in one run.
+        observed: Site -> data.
         indices: Plate -> its indices, as the model has them.
     """
 
     def __init__(self, model: BatchedModel, structure: Structure) -> None:
         self._model = model
-        self.sites = {name: _Site.read(name, node) for name, node in model.nodes.items()}
+        self.sites = _read_sites(model.nodes)
+        # As deterministic sites do; and pyro.factor, which has no value.
+        observing = [n for n, node in model.nodes.items() if node["is_observed"] and node["value"].numel()]
+        self._deterministic = [name for name in observing if _is_deterministic(model.nodes[name])]
+        self.observed = {n: self.sites[n].init_loc for n in observing if n not in self._deterministic}
         drawn = given({name: node["value"] for name, node in model.nodes.items() if not node["is_observed"]})
         trace = run_quietly(model.model, model.call, drawn)
         self.indices = {n: _numpy(node["value"]) for n, node in trace.nodes.items() if site_is_subsample(node)}
@@ -194,12 +198,12 @@ class _Runs:
                     f"{OWNER}: expected one order of the items of plate '{plate}', but the model has {index} and the "
                     f"guide {_numpy(structure.indices[plate])}. Give the guide the model's plate: create_plates=..."
                 )
-        self._chunk = max(1, MAX_ELEMENTS // sum(max(site.value.numel(), 1) for site in self.sites.values()))
+        self._chunk = max(1, MAX_ELEMENTS // sum(max(site.shape.numel(), 1) for site in self.sites))
 
     def on_data(self, values: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Deterministic sites, ``(S, *site shape)``, and log likelihoods of observed ones, ``(S, *batch shape)``."""
-        deterministic = {name: site.value.shape for name, site in self.sites.items() if site.is_deterministic}
-        likelihood = {name: site.batch_shape for name, site in self.sites.items() if site.is_data}
+        deterministic = {name: self.sites[name].shape for name in self._deterministic}
+        likelihood = {name: self.sites[name].shape[: self.sites[name].batch_rank] for name in self.observed}
 
         def pick(trace: Trace) -> dict[str, Tensor]:
             trace.compute_log_prob(lambda name, node: name in likelihood)
@@ -211,7 +215,7 @@ class _Runs:
 
     def new_data(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Draws of the observed sites given those of the latents, ``(S, *site shape)``."""
-        shapes = {name: site.value.shape for name, site in self.sites.items() if site.is_data}
+        shapes = {name: value.shape for name, value in self.observed.items()}
         model = poutine.uncondition(self._model.model)
         return self._read(values, lambda trace: {name: trace.nodes[name]["value"] for name in shapes}, shapes, model)
 
