@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -30,10 +30,18 @@ __all__ = ["to_inference_data"]
 
 OWNER = "to_inference_data"
 SAMPLE_DIMS = ("chain", "draw")
-# Numbers in flight at once in runs of the model.
-MAX_ELEMENTS = 2**22
-
 Variables = dict[str, tuple[tuple[str, ...], np.ndarray]]
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """How draws are split into runs of the model.
+
+    Attributes:
+        max_elements: Most numbers in flight at once: draws in a run times the numbers of all sites.
+    """
+
+    max_elements: int = 2**22
 
 
 def to_inference_data(
@@ -175,6 +183,7 @@ class _Runs:
     Args:
         model: The model.
         structure: What is known of it.
+        settings: How draws are split into runs.
 
     Attributes:
         sites: All sites of the model, as they are in one run.
@@ -182,7 +191,7 @@ class _Runs:
         indices: Plate -> its indices, as the model has them.
     """
 
-    def __init__(self, model: BatchedModel, structure: Structure) -> None:
+    def __init__(self, model: BatchedModel, structure: Structure, settings: ExportSettings = ExportSettings()) -> None:
         self._model = model
         self.sites = _read_sites(model.nodes)
         # As deterministic sites do; and pyro.factor, which has no value.
@@ -198,7 +207,7 @@ class _Runs:
                     f"{OWNER}: expected one order of the items of plate '{plate}', but the model has {index} and the "
                     f"guide {_numpy(structure.indices[plate])}. Give the guide the model's plate: create_plates=..."
                 )
-        self._chunk = max(1, MAX_ELEMENTS // sum(max(site.shape.numel(), 1) for site in self.sites))
+        self._chunk = max(1, settings.max_elements // sum(max(site.shape.numel(), 1) for site in self.sites))
 
     def on_data(self, values: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Deterministic sites, ``(S, *site shape)``, and log likelihoods of observed ones, ``(S, *batch shape)``."""

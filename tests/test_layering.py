@@ -135,6 +135,23 @@ def test_models_run_in_few_places():
             assert not (traced or handled or name in programs), f"{file(path)}, line {node.lineno}: {ast.unparse(node)}"
 
 
+def test_what_can_be_tuned_is_in_a_settings_dataclass():
+    """So that a reader finds it with its unit and reason, and a test can change it."""
+    clean = ("diagnostics/", "importance/", "plots/", "export.py")
+    for path in MODULES:
+        if not file(path).startswith(clean):
+            continue
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+                numbers = [n for n in ast.walk(node.value) if isinstance(n, ast.Constant) and _is_number(n.value)]
+                is_table = isinstance(node.value, ast.Tuple) and any(isinstance(n, ast.Call) for n in node.value.elts)
+                assert not numbers or is_table, f"{file(path)}, line {node.lineno}: {ast.unparse(node)}"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _dotted_names(path: Path) -> Iterator[str]:
     """Whole names with a dot in them, as they are imported or written."""
     stack: list[ast.AST] = [ast.parse(path.read_text())]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -25,16 +25,22 @@ from pyro_flows.models.traces import NO_DENSITY, Call, run_quietly, sample_nodes
 __all__ = ["Calibration", "SiteCalibration", "check_calibration"]
 
 OWNER = "check_calibration"
-# Data sets where each takes a fit; where it takes none, as many as make so many items.
-DATASETS, ITEMS = 100, 2000
-# Level of the test of all coordinates together.
-ALPHA = 0.01
-# Lines of a printed table.
-MAX_LINES = 12
-# Widths that far from 1 get a word of their own, in standard errors; so do biases.
-SIGNIFICANT = 3.0
-
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """How many simulations there are, and when they show that a guide is not calibrated.
+
+    Attributes:
+        num_datasets: Number of simulations where each takes a fit.
+        num_items: Number of items, of all simulations together, where none takes a fit.
+        level: Of the test of all coordinates together: how often a calibrated guide fails it.
+    """
+
+    num_datasets: int = 100
+    num_items: int = 2000
+    level: float = 0.01
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,8 @@ class SiteCalibration:
         width_se: Its standard error if the guide is calibrated.
     """
 
+    min_z_score: ClassVar[float] = 3.0  # standard errors from which a bias, or a width other than 1, has a word
+
     name: str
     p_value: float
     bias: float
@@ -62,9 +70,9 @@ class SiteCalibration:
     def reason(self) -> str:
         """What is wrong, in words."""
         words = []
-        if abs(self.bias) > SIGNIFICANT * self.bias_se:
+        if abs(self.bias) > self.min_z_score * self.bias_se:
             words.append("too low" if self.bias > 0 else "too high")
-        if abs(self.width - 1.0) > SIGNIFICANT * self.width_se:
+        if abs(self.width - 1.0) > self.min_z_score * self.width_se:
             words.append("too narrow" if self.width > 1.0 else "too wide")
         return " and ".join(words)
 
@@ -80,6 +88,8 @@ class Calibration:
         calibrated: Whether no coordinate's ranks differ from uniform ones, at level 0.01 for all together.
         failed: Number of data sets that could not be fitted, and are left out.
     """
+
+    max_lines: ClassVar[int] = 12  # of the printed table
 
     ranks: Mapping[str, Tensor]
     sites: Mapping[str, SiteCalibration]
@@ -98,13 +108,13 @@ class Calibration:
             f"{count} simulations{failed}: {verdict}",
             f"{'site':<{width}}  {'p':>7}  {'bias':>16}  {'width':>15}",
         ]
-        for site in worst[:MAX_LINES]:
+        for site in worst[: self.max_lines]:
             bias, spread = f"{site.bias:+.3f} +/- {site.bias_se:.3f}", f"{site.width:.3f} +/- {site.width_se:.3f}"
             lines.append(
                 f"{site.name:<{width}}  {site.p_value:>7.2g}  {bias:>16}  {spread:>15}  {site.reason}".rstrip()
             )
-        if len(worst) > MAX_LINES:
-            lines.append(f"and {len(worst) - MAX_LINES} more sites")
+        if len(worst) > self.max_lines:
+            lines.append(f"and {len(worst) - self.max_lines} more sites")
         return "\n".join(lines)
 
 
@@ -120,6 +130,7 @@ def check_calibration(
     num_samples: int = 200,
     progress: bool = True,
     seed: int | None = None,
+    settings: CalibrationSettings = CalibrationSettings(),
 ) -> Calibration:
     r"""Simulate values and data from the model, infer the values, and see where they lie among the guide's draws.
 
@@ -144,6 +155,7 @@ def check_calibration(
         num_samples: Number of draws of each guide, >= 20.
         progress: Whether to show a bar.
         seed: Makes it repeatable and leaves torch's global random state alone.
+        settings: Default numbers of simulations, and the level of the test.
 
     Raises:
         ValueError: If neither or both of ``guide`` and ``refit`` are given; if the model cannot draw its own data; if
@@ -181,7 +193,8 @@ def check_calibration(
             torch.default_generator.manual_seed(seed)
         simulator = _Simulator(model, args, dict(kwargs or {}), to_args, amortized=refit is None)
         if num_datasets is None:
-            num_datasets = DATASETS if refit is not None else max(2, math.ceil(ITEMS / simulator.num_items))
+            many = math.ceil(settings.num_items / simulator.num_items)
+            num_datasets = settings.num_datasets if refit is not None else max(2, many)
         found: list[dict[str, Tensor]] = []
         failure: Exception | None = None
         at_once: bool | None = None
@@ -207,7 +220,7 @@ def check_calibration(
     total = sum(part.shape[-1] for part in ranks.values())
     sites = {name: _judge(name, part) for name, part in ranks.items()}
     worst = min(site.p_value * total / ranks[site.name].shape[-1] for site in sites.values())
-    return Calibration(ranks, sites, calibrated=worst >= ALPHA, failed=num_datasets - len(found))
+    return Calibration(ranks, sites, calibrated=worst >= settings.level, failed=num_datasets - len(found))
 
 
 class _Simulator:

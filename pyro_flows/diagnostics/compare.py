@@ -14,12 +14,10 @@ from pyro_flows._checks import check_int
 from pyro_flows.diagnostics.diagnose import weigh
 from pyro_flows.diagnostics.report import NOT_KNOWN, SEARCH_ELSEWHERE, Diagnosis
 from pyro_flows.diagnostics.search import SearchResult, search_regions
+from pyro_flows.diagnostics.verdict import Thresholds
 from pyro_flows.importance.weights import ImportanceSampler
 
 __all__ = ["Comparison", "Row", "compare"]
-
-# Standard errors by which an estimate of the evidence has to lie below another to be called too low.
-SIGNIFICANT = 4.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,14 +128,15 @@ def compare(
             if layout not in searched:
                 searched[layout] = search_regions(sampler, model, args, kwargs or {}, enabled=search, progress=progress)
             found[name] = weigh(sampler, guide, num_samples, searched[layout], progress=progress)
-    source, reliable = _best(found)
+    limits = Thresholds()
+    source, reliable = _best(found, limits)
     log_evidence, error = found[source].log_evidence, found[source].log_evidence_se
     rows = [
         Row(
             name=name,
             gap=log_evidence - diagnosis.elbo,
             gap_se=math.hypot(error, diagnosis.elbo_se),
-            diagnosis=_against(diagnosis, log_evidence, error),
+            diagnosis=_against(diagnosis, log_evidence, error, limits),
         )
         for name, diagnosis in found.items()
     ]
@@ -145,25 +144,25 @@ def compare(
     return Comparison(log_evidence, error, source, reliable, tuple(rows))
 
 
-def _best(found: Mapping[str, Diagnosis]) -> tuple[str, bool]:
+def _best(found: Mapping[str, Diagnosis], limits: Thresholds) -> tuple[str, bool]:
     """Whose estimate of the evidence to take, and whether its weights can be relied on."""
     good = {name: d for name, d in found.items() if d.khat <= d.khat_threshold and math.isfinite(d.log_evidence)}
     good = {name: d for name, d in good.items() if not d.lost} or good
     if not good:  # too heavy a tail makes an estimate too low, as a rule
         return max(found, key=lambda name: found[name].log_evidence), False
     top = max(good.values(), key=lambda d: d.log_evidence)
-    level = {
-        name: d
-        for name, d in good.items()
-        if top.log_evidence - d.log_evidence <= SIGNIFICANT * math.hypot(top.log_evidence_se, d.log_evidence_se)
-    }
+    level = {}
+    for name, diagnosis in good.items():
+        noise = limits.evidence_z_score * math.hypot(top.log_evidence_se, diagnosis.log_evidence_se)
+        if top.log_evidence - diagnosis.log_evidence <= noise:
+            level[name] = diagnosis
     return min(level, key=lambda name: level[name].log_evidence_se), True
 
 
-def _against(diagnosis: Diagnosis, log_evidence: float, error: float) -> Diagnosis:
+def _against(diagnosis: Diagnosis, log_evidence: float, error: float, limits: Thresholds) -> Diagnosis:
     """A diagnosis in the light of what other guides found."""
     missing = log_evidence - diagnosis.log_evidence
-    noise = SIGNIFICANT * math.hypot(error, diagnosis.log_evidence_se)
+    noise = limits.evidence_z_score * math.hypot(error, diagnosis.log_evidence_se)
     if diagnosis.verdict in (NOT_KNOWN, SEARCH_ELSEWHERE) or diagnosis.khat > diagnosis.khat_threshold:
         return diagnosis
     if not missing > noise:

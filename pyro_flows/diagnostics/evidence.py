@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,14 +12,24 @@ from torch import Tensor
 
 from pyro_flows.importance.psis import pareto_smooth
 
-__all__ = ["Evidence", "Lost", "estimate_evidence", "lost_mass"]
+__all__ = ["Evidence", "Lost", "LostMassSettings", "estimate_evidence", "lost_mass"]
 
-# A region with less than this share of all mass that was found is not worth a word.
-MIN_SHARE = 0.05
-# A mode is lost, rather than too thin, where the guide puts less than this part of what belongs there.
-NEGLIGIBLE = 0.2
-# Standard errors by which the two estimates of a region's mass have to differ.
-SIGNIFICANT = 4.0
+
+@dataclass(frozen=True)
+class LostMassSettings:
+    """When mass that the guide does not account for is lost.
+
+    Attributes:
+        min_share: Share of all mass that was found below which a region is not reported.
+        max_drawn: A mode is lost, rather than too thin, where the guide draws less than this part of what belongs
+            there.
+        min_z_score: Standard errors by which the two estimates of a region's mass must differ; there are up to six
+            regions for each item, and a good guide must not be accused.
+    """
+
+    min_share: float = 0.05
+    max_drawn: float = 0.2
+    min_z_score: float = 4.0
 
 
 class Evidence(NamedTuple):
@@ -69,7 +80,13 @@ class Lost(NamedTuple):
     error: Tensor
 
 
-def lost_mass(log_mass: Tensor, error: Tensor, where: Tensor, log_weights: Tensor) -> Lost:
+def lost_mass(
+    log_mass: Tensor,
+    error: Tensor,
+    where: Tensor,
+    log_weights: Tensor,
+    settings: LostMassSettings = LostMassSettings(),
+) -> Lost:
     """Compare each region's mass with what the guide's own draws say of it.
 
     Args:
@@ -77,6 +94,7 @@ def lost_mass(log_mass: Tensor, error: Tensor, where: Tensor, log_weights: Tenso
         error: Its standard error, ``(K, N)``.
         where: Which of them each draw is in, ``(S, N)``; K for none.
         log_weights: The draws' weights, ``(S, N)``.
+        settings: When mass is lost.
     """
     count = len(log_weights)
     top = torch.maximum(log_weights.max(0).values, log_mass.max(0).values)
@@ -88,10 +106,10 @@ def lost_mass(log_mass: Tensor, error: Tensor, where: Tensor, log_weights: Tenso
     # Where the guide has no draws its estimate has no spread either; a right guide's weights would all be the evidence.
     variance = torch.maximum((weights * inside).var(1), (weights.mean(0) + mass) * mass) / count
     excess = mass - by_guide
-    significant = excess > SIGNIFICANT * (own_error.square() + variance).sqrt()
+    significant = excess > settings.min_z_score * (own_error.square() + variance).sqrt()
     found = weights.mean(0) + (excess * significant).sum(0)
     share = excess / found
     drawn = inside.double().mean(1)
-    lost = significant & (share > MIN_SHARE) & (drawn < NEGLIGIBLE * share)
+    lost = significant & (share > settings.min_share) & (drawn < settings.max_drawn * share)
     spread = (weights.var(0) / count + (own_error * significant).square().sum(0)).sqrt()
     return Lost(share * lost, top + found.log(), spread / found)

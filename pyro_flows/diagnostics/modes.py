@@ -12,12 +12,24 @@ from torch import Tensor
 from pyro_flows.diagnostics.search import Regions
 from pyro_flows.importance.weights import ImportanceSampler
 
-__all__ = ["LostMode", "lost_modes"]
+__all__ = ["LostMode", "RidgeSettings", "lost_modes"]
 
-# Points on the way from a near draw of the guide, out of so many, and how deep a dip divides two modes, in nats.
-POINTS, DRAWS, DIP = 25, 200, 2.0
-# Rank of that draw: the very nearest may be a stray one that is over the ridge already.
-NEAR = DRAWS // 5
+
+@dataclass(frozen=True)
+class RidgeSettings:
+    """When a lost mode is another mode: the log joint dips on the straight line to it from a near draw of the guide.
+
+    Attributes:
+        num_draws: Draws of the guide that the near one is taken from.
+        rank: Rank of that draw by distance; the very nearest may be a stray one that is over the ridge already.
+        num_points: Points on the line.
+        min_dip: Depth in nats, below the lower end, that divides two modes: a seventh of the density.
+    """
+
+    num_draws: int = 200
+    rank: int = 40
+    num_points: int = 25
+    min_dip: float = 2.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,13 +48,16 @@ class LostMode:
 
 
 @torch.no_grad()
-def lost_modes(sampler: ImportanceSampler, regions: Regions, share: Tensor) -> tuple[LostMode, ...]:
+def lost_modes(
+    sampler: ImportanceSampler, regions: Regions, share: Tensor, settings: RidgeSettings = RidgeSettings()
+) -> tuple[LostMode, ...]:
     """The lost regions of the item that lost most, largest first.
 
     Args:
         sampler: Of the model and the guide.
         regions: K of them.
         share: What is lost in each, ``(K, N)``; 0 if nothing is.
+        settings: When a lost mode is another mode.
     """
     item = int(share.sum(0).argmax())
     modes = []
@@ -50,17 +65,17 @@ def lost_modes(sampler: ImportanceSampler, regions: Regions, share: Tensor) -> t
         if share[k, item] > 0:
             like = sampler.structure.pack(sampler.draw(1).values)
             values, _ = sampler.structure.unpack(regions.centres[k : k + 1].to(like))
-            separate = _dips(sampler, regions, k, item)
+            separate = _dips(sampler, regions, k, item, settings)
             modes.append(LostMode(share[k, item].item(), separate, {name: value[0] for name, value in values.items()}))
     return tuple(modes)
 
 
-def _dips(sampler: ImportanceSampler, regions: Regions, k: int, item: int) -> bool:
+def _dips(sampler: ImportanceSampler, regions: Regions, k: int, item: int, settings: RidgeSettings) -> bool:
     """Whether the log joint falls and rises again on the straight line to a region's centre."""
-    packed = sampler.structure.pack(sampler.draw(DRAWS).values)
-    near = regions.distance(packed, k)[:, item].argsort()[NEAR]
-    steps = torch.linspace(0.0, 1.0, POINTS, dtype=packed.dtype, device=packed.device)[:, None, None]
-    line = torch.lerp(packed[near], regions.centres[k].to(packed), steps)  # (POINTS, N, d)
+    packed = sampler.structure.pack(sampler.draw(settings.num_draws).values)
+    near = regions.distance(packed, k)[:, item].argsort()[settings.rank]
+    steps = torch.linspace(0.0, 1.0, settings.num_points, dtype=packed.dtype, device=packed.device)[:, None, None]
+    line = torch.lerp(packed[near], regions.centres[k].to(packed), steps)  # (points, N, d)
     heights = sampler.log_joint(line)[:, item]
     lower_end = torch.minimum(heights[0], heights[-1])
-    return bool(heights.min() < lower_end - DIP)
+    return bool(heights.min() < lower_end - settings.min_dip)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import pyro
@@ -16,25 +17,51 @@ from pyro_flows.importance.weights import ImportanceSampler
 from pyro_flows.models.traces import Call, run_quietly, sample_nodes
 from pyro_flows.starts.lbfgs import climb, local_factor
 
-__all__ = ["Regions", "Search", "SearchResult", "search_regions"]
+__all__ = ["Regions", "Search", "SearchResult", "SearchSettings", "search_regions"]
 
-# Climbs start from draws of the prior and from draws of the guide, spread out this much about their mean.
-STARTS, FEW_STARTS = 12, 4
-WIDENING = 3.0
-# Steps of each climb, and after how many its point is a candidate: the mode of a centred hierarchy is at a scale of
-# zero, where there is no mass, but an early point of the way there is fine.
-NUM_STEPS = 90
-LOOKS = (6, 15, 30, 60)
-# Draws from the Gaussian at a candidate: to rank it, and to say how much mass there is.
-RANKING_DRAWS, FEW_RANKING_DRAWS = 32, 8
-MASS_DRAWS, FEW_MASS_DRAWS = 1000, 200
-MAX_REGIONS = 6
-# An ellipsoid holds 99 % of its Gaussian; the normal quantile of that.
-COVERAGE_QUANTILE = 2.3263
-# Fewer of each where the model runs draw by draw, a draw takes more than a megabyte, or there are many items.
-MIN_CHUNK, MANY_COORDINATES = 64, 2000
-# One backward pass a dimension for a Hessian; and what a batch of items may have in all.
-MAX_DIM, MAX_COORDINATES = 200, 100_000
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How far and how finely to search.
+
+    Attributes:
+        num_starts: Paths of ascent from draws of the prior, and as many from draws of the guide.
+        widening: How far the draws of the guide are spread out about their mean, in their own standard deviations.
+        num_steps: Steps of L-BFGS on each path.
+        candidate_steps: After how many steps a point is a candidate, besides the last one: the mode of a centered
+            hierarchy is at a scale of zero, where there is no mass, but early points of the way there are fine.
+        num_ranking_draws: Draws from the Gaussian at a candidate by which candidates are ranked.
+        num_mass_draws: Draws by which the mass of a region is measured; its relative error is at most a few percent
+            where the Gaussian fits.
+        max_regions: Most regions for each item.
+        coverage_quantile: Standard normal quantile of the share of its Gaussian that an ellipsoid holds, 99 %.
+        min_chunk: A model that takes fewer draws at once than this is expensive, since a draw takes a megabyte.
+        max_cheap_coordinates: Unconstrained dimensions of all items together above which a search is expensive.
+        max_dim: Most dimensions of an item: a Hessian takes a backward pass for each.
+        max_coordinates: Most dimensions of all items together.
+    """
+
+    num_starts: int = 12
+    widening: float = 3.0
+    num_steps: int = 90
+    candidate_steps: tuple[int, ...] = (6, 15, 30, 60)
+    num_ranking_draws: int = 32
+    num_mass_draws: int = 1000
+    max_regions: int = 6
+    coverage_quantile: float = 2.3263
+    min_chunk: int = 64
+    max_cheap_coordinates: int = 2000
+    max_dim: int = 200
+    max_coordinates: int = 100_000
+
+    def reduced(self) -> SearchSettings:
+        """Fewer starts and draws, for expensive models."""
+        return replace(
+            self,
+            num_starts=self.num_starts // 3,
+            num_ranking_draws=self.num_ranking_draws // 4,
+            num_mass_draws=self.num_mass_draws // 5,
+        )
 
 
 class Regions(NamedTuple):
@@ -90,12 +117,13 @@ def search_regions(
     *,
     enabled: bool,
     progress: bool,
+    settings: SearchSettings = SearchSettings(),
 ) -> SearchResult:
     """Search, where that is asked for and can be done; the arguments are those of :class:`Search`."""
-    why_none = _why_not(sampler) if enabled else "search is off"
+    why_none = _why_not(sampler, settings) if enabled else "search is off"
     if why_none:
         return SearchResult(None, why_none)
-    regions = Search(sampler, model, args, kwargs).run(progress=progress)
+    regions = Search(sampler, model, args, kwargs, settings).run(progress=progress)
     return SearchResult(regions, "" if regions is not None else "the log joint cannot be followed")
 
 
@@ -110,26 +138,33 @@ class Search:
         sampler: Of the model and a guide.
         model: The model, for draws of its prior.
         args: Its arguments.
-        kwargs: Likewise.
+        kwargs: Its keyword arguments.
+        settings: How far and how finely to search.
     """
 
     def __init__(
-        self, sampler: ImportanceSampler, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        sampler: ImportanceSampler,
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        settings: SearchSettings = SearchSettings(),
     ) -> None:
         self._sampler = sampler
         self._structure = sampler.structure
         self._model = model
         self._args = args
         self._kwargs = kwargs
-        few = self._structure.num_items * self._structure.item_dim > MANY_COORDINATES
-        few |= sampler.chunk < MIN_CHUNK or not sampler.score.is_vectorized
-        self._starts = FEW_STARTS if few else STARTS
-        self._ranking = FEW_RANKING_DRAWS if few else RANKING_DRAWS
-        self._mass = FEW_MASS_DRAWS if few else MASS_DRAWS
+        is_expensive = (
+            self._structure.num_items * self._structure.item_dim > settings.max_cheap_coordinates
+            or sampler.chunk < settings.min_chunk
+            or not sampler.score.is_vectorized
+        )
+        self._settings = settings.reduced() if is_expensive else settings
 
     @torch.no_grad()
     def run(self, *, progress: bool) -> Regions | None:
-        """Find up to six regions per item; None if the log joint cannot be followed or there are none."""
+        """Find a few regions for each item; None if the log joint cannot be followed or there are none."""
         start = torch.cat([*self._from_prior(), self._from_guide()])
         start = torch.where(start.isfinite(), start, 0.0)
         self._dtype = start.dtype
@@ -142,16 +177,17 @@ class Search:
 
     def _climb(self, start: Tensor, *, progress: bool) -> Tensor:
         """Points on the way up, ``(R, N, d)``."""
-        looks, number, points = [], 0, start
-        with tqdm(total=NUM_STEPS, desc="search", disable=not progress, delay=1.0) as bar:
-            for number, points in enumerate(climb(self._sampler.log_joint, start, NUM_STEPS), 1):
-                if number in LOOKS:
-                    looks.append(points)
+        num_steps, candidate_steps = self._settings.num_steps, self._settings.candidate_steps
+        candidates, number, points = [], 0, start
+        with tqdm(total=num_steps, desc="search", disable=not progress, delay=1.0) as bar:
+            for number, points in enumerate(climb(self._sampler.log_joint, start, num_steps), 1):
+                if number in candidate_steps:
+                    candidates.append(points)
                 bar.update()
-        return torch.cat(looks if number in LOOKS else [*looks, points])
+        return torch.cat(candidates if number in candidate_steps else [*candidates, points])
 
     def _from_prior(self) -> Iterator[Tensor]:
-        for _ in range(self._starts):
+        for _ in range(self._settings.num_starts):
             try:
                 trace = run_quietly(self._model, Call(self._args, self._kwargs))
             except ValueError:  # a likelihood that its own prior breaks
@@ -161,15 +197,15 @@ class Search:
             yield self._structure.pack(values)
 
     def _from_guide(self) -> Tensor:
-        packed = self._structure.pack(self._sampler.draw(self._starts).values)
+        packed = self._structure.pack(self._sampler.draw(self._settings.num_starts).values)
         centre = packed.mean(0)
-        return torch.cat([centre + WIDENING * (packed - centre), centre.unsqueeze(0)])
+        return torch.cat([centre + self._settings.widening * (packed - centre), centre.unsqueeze(0)])
 
     def _radius(self) -> float:
         """Of the ball that holds 99 % of a standard normal, by Wilson and Hilferty."""
         dim = self._structure.item_dim
-        spread = 2.0 / (9.0 * dim)
-        return math.sqrt(dim) * (1.0 - spread + COVERAGE_QUANTILE * math.sqrt(spread)) ** 1.5
+        variance = 2.0 / (9.0 * dim)
+        return math.sqrt(dim) * (1.0 - variance + self._settings.coverage_quantile * math.sqrt(variance)) ** 1.5
 
     def _choose(self, centres: Tensor, factors: Tensor) -> Regions | None:
         """The candidates with most mass, none of which has its centre in another."""
@@ -178,13 +214,14 @@ class Search:
         radius = self._radius()
         none = torch.zeros_like(centres[:0, :, 0])
         every = Regions(centres, factors, radius, none, none)
-        log_mass, error = self._measure(every, self._ranking, exclusive=False)
+        num_draws = self._settings.num_ranking_draws
+        log_mass, error = self._measure(every, num_draws, exclusive=False)
         # Of two Gaussians around the same mass the one whose weights vary less tells more, and ranks less by luck.
-        log_mass = torch.where(usable, log_mass - torch.log1p(self._ranking * error.square()), -torch.inf)
+        log_mass = torch.where(usable, log_mass - torch.log1p(num_draws * error.square()), -torch.inf)
         log_mass = log_mass.nan_to_num(-torch.inf, neginf=-torch.inf)
         chosen: list[Tensor] = []
         items = torch.arange(centres.shape[1], device=centres.device)
-        for _ in range(MAX_REGIONS):
+        for _ in range(self._settings.max_regions):
             best = log_mass.argmax(0)  # (N,)
             chosen.append(best)
             own = Regions(centres[best, items][None], factors[best, items][None], radius, none, none)
@@ -195,7 +232,7 @@ class Search:
                 break
         index = torch.stack(chosen)  # (K, N)
         regions = every._replace(centres=centres[index, items], factors=factors[index, items])
-        log_mass, error = self._measure(regions, self._mass, exclusive=True)
+        log_mass, error = self._measure(regions, self._settings.num_mass_draws, exclusive=True)
         if not log_mass.isfinite().any():
             return None
         return regions._replace(log_mass=log_mass, error=error)
@@ -221,15 +258,15 @@ class Search:
         return log_mass, relative.std(0) / math.sqrt(count)
 
 
-def _why_not(sampler: ImportanceSampler) -> str:
+def _why_not(sampler: ImportanceSampler, settings: SearchSettings) -> str:
     """Why there is no search for a model, in words; empty if there is one."""
     structure = sampler.structure
     if structure.subsampled:
         return "its plates are subsampled"
     if not structure.is_continuous:
         return "it has latents without an unconstrained space"
-    if structure.item_dim > MAX_DIM:
-        return f"it has {structure.item_dim} dimensions, more than {MAX_DIM}"
-    if structure.num_items * structure.item_dim > MAX_COORDINATES:
+    if structure.item_dim > settings.max_dim:
+        return f"it has {structure.item_dim} dimensions, more than {settings.max_dim}"
+    if structure.num_items * structure.item_dim > settings.max_coordinates:
         return f"it has {structure.num_items} items of {structure.item_dim} dimensions; pass a smaller batch"
     return ""

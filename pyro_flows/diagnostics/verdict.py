@@ -38,6 +38,8 @@ class Thresholds:
             has an error of half of it.
         max_log_sd: Change of a log standard deviation by weighting that matters.
         site_z_score: Standard errors by which such a change must exceed what matters.
+        evidence_z_score: Standard errors by which one guide's estimate of the evidence must lie below another's to be
+            called too low.
         min_ess: Effective number of draws that summaries need: Vehtari, Gelman, Simpson, Carpenter, Buerkner.
             Rank-Normalization, Folding, and Localization. Bayesian Analysis 16(2), 2021.
         max_bad_items: Share of items that may be bad, since k-hat is noisy; with one item there is none.
@@ -49,6 +51,7 @@ class Thresholds:
     max_shift: float = 0.1
     max_log_sd: float = 0.1
     site_z_score: float = 4.0
+    evidence_z_score: float = 4.0
     min_ess: float = 400.0
     max_bad_items: float = 0.05
 
@@ -78,7 +81,7 @@ def not_known(plate: str) -> Verdict:
 
 
 def judge(
-    diagnosis: Diagnosis, evidence: Evidence, search: SearchResult, guide: Any, limits: Thresholds | None = None
+    diagnosis: Diagnosis, evidence: Evidence, search: SearchResult, guide: Any, limits: Thresholds = Thresholds()
 ) -> Verdict:
     """The verdict on a guide.
 
@@ -87,13 +90,12 @@ def judge(
         evidence: The same, item by item; one item where log weights do not fall apart.
         search: The search for lost modes.
         guide: The guide; the advice depends on what it is.
-        limits: How good is good enough; None takes the defaults.
+        limits: How good is good enough.
 
     References:
         Yao, Vehtari, Simpson, Gelman. Yes, but Did It Work?: Evaluating Variational Inference. ICML 2018.
         Vehtari, Simpson, Gelman, Yao, Gabry. Pareto Smoothed Importance Sampling. JMLR 25(72), 2024.
     """
-    limits = limits or Thresholds()
     for verdict in (
         _without_density(diagnosis),
         _lost_modes(diagnosis, evidence, limits),

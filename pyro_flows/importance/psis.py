@@ -4,18 +4,28 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
-__all__ = ["Smoothed", "khat_threshold", "nearly_constant", "pareto_smooth"]
+__all__ = ["PsisSettings", "Smoothed", "khat_threshold", "nearly_constant", "pareto_smooth"]
 
-# A tail of this many weights or fewer has no fit.
-MIN_TAIL = 4
-# Rounding of log densities in float32: weights closer together than this have no tail to speak of.
-CONSTANT = 1e-4
+
+@dataclass(frozen=True)
+class PsisSettings:
+    """Weights whose tail is not fitted.
+
+    Attributes:
+        max_short_tail: Number of weights in a tail that is too short to fit, or fewer; as in ArviZ.
+        rounding: Difference of log weights in nats that is rounding of log densities in float32: if the largest weights
+            differ by less from the rest, they are no tail.
+    """
+
+    max_short_tail: int = 4
+    rounding: float = 1e-4
 
 
 class Smoothed(NamedTuple):
@@ -50,14 +60,15 @@ def khat_threshold(num_samples: int) -> float:
     return min(1.0 - 1.0 / math.log10(max(num_samples, 2)), 0.7)
 
 
-def pareto_smooth(log_weights: Tensor) -> Smoothed:
+def pareto_smooth(log_weights: Tensor, settings: PsisSettings = PsisSettings()) -> Smoothed:
     """Fit a generalized Pareto distribution to the largest :math:`M = min(S / 5, 3 sqrt(S))` weights, and put its
     quantiles in their place, none above the largest raw weight.
 
     The fit is that of Zhang and Stephens with a weak prior, as in ArviZ and in R's loo.
 
     Args:
-        log_weights: ``(S,)``, not normalised.
+        log_weights: ``(S,)``, not normalized.
+        settings: When there is no tail to fit.
 
     References:
         Vehtari, Simpson, Gelman, Yao, Gabry. Pareto Smoothed Importance Sampling. JMLR 25(72), 2024.
@@ -68,12 +79,12 @@ def pareto_smooth(log_weights: Tensor) -> Smoothed:
     shifted = log_weights.double() - log_weights.double().max()
     ordered, order = shifted.sort()
     tail_length = min(math.ceil(min(count / 5, 3 * math.sqrt(count))), count - 1)
-    if not ordered[-tail_length - 1] < -CONSTANT:
+    if not ordered[-tail_length - 1] < -settings.rounding:
         return Smoothed(shifted - shifted.logsumexp(0), 0.0)
     cutoff = max(ordered[-tail_length - 1].item(), math.log(torch.finfo(torch.double).tiny))
     tail = ordered[ordered > cutoff]
     khat = math.inf
-    if len(tail) > MIN_TAIL:
+    if len(tail) > settings.max_short_tail:
         khat, sigma = fit_generalized_pareto(tail.exp() - math.exp(cutoff))
         if math.isfinite(khat):
             levels = (torch.arange(len(tail), dtype=torch.double, device=tail.device) + 0.5) / len(tail)

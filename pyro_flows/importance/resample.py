@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +18,23 @@ from pyro_flows.importance.weights import ImportanceSampler
 
 __all__ = ["importance_resample"]
 
-# Draws of the guide for each one that is kept, and the fewest.
-DRAWS_PER_SAMPLE, MIN_DRAWS = 10, 10_000
-# Above this the weights have no mean.
-HOPELESS = 1.0
+
+@dataclass(frozen=True)
+class ResampleSettings:
+    """How many draws of the guide are taken, and how heavy a tail of their weights may be.
+
+    Attributes:
+        draws_per_sample: Draws of the guide for each one that is kept.
+        min_draws: The fewest draws of the guide.
+        max_khat: Largest k-hat that is not refused; above 1 weights have no mean.
+        max_bad_items: Share of items whose k-hat may be above that, since one noisy fit of many is no reason to
+            refuse them all.
+    """
+
+    draws_per_sample: int = 10
+    min_draws: int = 10_000
+    max_khat: float = 1.0
+    max_bad_items: float = 0.05
 
 
 def importance_resample(
@@ -33,6 +47,7 @@ def importance_resample(
     num_draws: int | None = None,
     progress: bool = True,
     seed: int | None = None,
+    settings: ResampleSettings = ResampleSettings(),
 ) -> dict[str, Tensor]:
     r"""Draw from the guide, and pick among the draws by their Pareto-smoothed importance weights.
 
@@ -49,6 +64,7 @@ def importance_resample(
             that is kept, and 10,000 at least.
         progress: Whether to show a bar, if it takes more than a second.
         seed: As in :func:`diagnose`.
+        settings: The default of ``num_draws``, and what is refused.
 
     Returns:
         Site name -> ``(num_samples, *site shape)``, in random order.
@@ -72,7 +88,7 @@ def importance_resample(
     """
     check_int("importance_resample", "num_samples", num_samples, 1)
     if num_draws is None:
-        num_draws = max(MIN_DRAWS, DRAWS_PER_SAMPLE * num_samples)
+        num_draws = max(settings.min_draws, settings.draws_per_sample * num_samples)
     check_int("importance_resample", "num_draws", num_draws, 100)
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
@@ -85,7 +101,7 @@ def importance_resample(
             )
         chunks = list(sampler.chunks(num_draws, progress=progress))
         smoothed = [pareto_smooth(column) for column in torch.cat([c.log_weights for c in chunks]).unbind(1)]
-        _check(torch.tensor([_khat(item) for item in smoothed]), num_draws)
+        _check(torch.tensor([_khat(item) for item in smoothed]), num_draws, settings)
         picks = torch.stack([_systematic(item.log_weights.exp(), num_samples) for item in smoothed], -1)  # (S, N)
     result = {}
     for latent in sampler.structure.latents:
@@ -107,10 +123,9 @@ def _khat(smoothed: Smoothed) -> float:
     return 0.0 if nearly_constant(largest, ess, len(weights)) else smoothed.khat
 
 
-def _check(khat: Tensor, num_draws: int) -> None:
-    # Over many items one noisy fit is no reason to refuse them all.
-    worst = khat.quantile(0.95, interpolation="higher").item()
-    if worst > HOPELESS:
+def _check(khat: Tensor, num_draws: int, settings: ResampleSettings) -> None:
+    worst = khat.quantile(1.0 - settings.max_bad_items, interpolation="higher").item()
+    if worst > settings.max_khat:
         raise RuntimeError(
             f"importance_resample: expected weights with a mean, but k-hat is {worst:.2f}, so a few draws would be all "
             "there is. Train longer, or use NUTS; `print(diagnose(model, guide, args))` says which."

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pyro
@@ -17,15 +18,24 @@ from pyro_flows.models.scoring import ModelScorer, Score, concatenate
 from pyro_flows.models.structure import Structure, read_structure
 from pyro_flows.models.traces import DRAWS, Call, mini_batches, run_quietly, sample_nodes
 
-__all__ = ["Draws", "ImportanceSampler", "log_weights"]
+__all__ = ["Draws", "ImportanceSampler", "SamplerSettings", "log_weights"]
 
-# Numbers in flight at once: draws a chunk times the numbers that one draw takes.
-MAX_ELEMENTS = 2**20
-MAX_CHUNK = 4096
-# Draws by which ways of running the guide and the model are compared.
-PROBES = 3
-# Number of mini-batches that an estimate over them is made of.
-MINI_BATCHES = 100
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How draws are split into runs of the guide and the model.
+
+    Attributes:
+        max_elements: Most numbers in flight at once: draws in a chunk times the numbers that one draw takes.
+        max_chunk: Most draws in a chunk.
+        num_probes: Draws by which ways of running the guide and the model are compared.
+        num_mini_batches: Number of mini-batches that an estimate over them is made of.
+    """
+
+    max_elements: int = 2**20
+    max_chunk: int = 4096
+    num_probes: int = 3
+    num_mini_batches: int = 100
 
 
 class Draws(NamedTuple):
@@ -72,7 +82,8 @@ class ImportanceSampler:
         model: The model.
         guide: Any guide that has a density.
         args: The model's arguments.
-        kwargs: Likewise.
+        kwargs: The model's keyword arguments.
+        settings: How draws are split into runs.
 
     Attributes:
         structure: What is known of the two.
@@ -88,22 +99,24 @@ class ImportanceSampler:
         guide: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any] | None,
+        settings: SamplerSettings = SamplerSettings(),
     ) -> None:
         self._guide = guide
+        self._settings = settings
         self._call = Call(args, dict(kwargs or {}))
         self.structure: Structure = read_structure(owner, model, guide, args, self._call.kwargs)
-        singles = [self._draw_one() for _ in range(PROBES)]
+        singles = [self._draw_one() for _ in range(settings.num_probes)]
         probe = {name: torch.stack([values[name] for values, _, _ in singles]) for name in singles[0][0]}
         self.score = ModelScorer(owner, model, args, self._call.kwargs, self.structure, probe)
         call = self.score.model.call
-        self.draws_at_once = runs_in_a_plate(guide, call, self.structure.nesting, PROBES)
-        self.chunk = max(1, min(MAX_CHUNK, MAX_ELEMENTS // max(self.structure.elements, 1)))
+        self.draws_at_once = runs_in_a_plate(guide, call, self.structure.nesting, settings.num_probes)
+        self.chunk = max(1, min(settings.max_chunk, settings.max_elements // max(self.structure.elements, 1)))
 
     def chunks(self, num_samples: int, *, progress: bool) -> Iterator[Draws]:
-        """So many draws; with subsampled plates in at least 100 chunks, each of which is one mini-batch."""
+        """Draws by chunks; with subsampled plates in at least 100, each of which is one mini-batch."""
         chunk = self.chunk
         if self.structure.subsampled:
-            chunk = min(chunk, max(1, num_samples // MINI_BATCHES))
+            chunk = min(chunk, max(1, num_samples // self._settings.num_mini_batches))
         with tqdm(total=num_samples, desc="draws", disable=not progress, delay=1.0) as bar:
             for start in range(0, num_samples, chunk):
                 draws = self.draw(min(chunk, num_samples - start))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,11 +28,20 @@ if TYPE_CHECKING:
 
 __all__ = ["marginals", "pairs", "posterior_predictive"]
 
-BINS = 40
-# Shares of the draws that contours enclose.
-SHARES = (0.5, 0.9)
-# Standard deviation of the kernel that contours are smoothed by, in bins.
-SMOOTHING = 1.5
+
+@dataclass(frozen=True)
+class HistogramSettings:
+    """How histograms and contours are drawn.
+
+    Attributes:
+        num_bins: Bins along each axis.
+        shares: Shares of the draws that contours enclose.
+        smoothing: Standard deviation of the normal kernel that contours are smoothed by, in bins.
+    """
+
+    num_bins: int = 40
+    shares: tuple[float, ...] = (0.5, 0.9)
+    smoothing: float = 1.5
 
 
 def pairs(
@@ -183,11 +193,11 @@ def posterior_predictive(
     return ax
 
 
-def _histograms(ax: Axes, columns: Columns, index: int) -> None:
+def _histograms(ax: Axes, columns: Columns, index: int, settings: HistogramSettings = HistogramSettings()) -> None:
     """One coordinate of every set, as densities over all of its draws, those outside of the range included."""
     for number, ((label, table), style) in enumerate(zip(columns.sets.items(), STYLES)):
         values = table[:, index]
-        edges = np.linspace(*bulk(values), BINS + 1)
+        edges = np.linspace(*bulk(values), settings.num_bins + 1)
         density = np.histogram(values, edges)[0] / (len(values) * np.diff(edges))
         if number == 0:
             ax.stairs(density, edges, fill=True, color="0.75", label=label)
@@ -197,7 +207,14 @@ def _histograms(ax: Axes, columns: Columns, index: int) -> None:
     ax.spines[["left", "top", "right"]].set_visible(False)
 
 
-def _cloud(ax: Axes, columns: Columns, column: int, row: int, max_points: int) -> None:
+def _cloud(
+    ax: Axes,
+    columns: Columns,
+    column: int,
+    row: int,
+    max_points: int,
+    settings: HistogramSettings = HistogramSettings(),
+) -> None:
     """Two coordinates: points of the first set, contours of the others."""
     for number, (table, style) in enumerate(zip(columns.sets.values(), STYLES)):
         x, y = table[:, column], table[:, row]
@@ -205,27 +222,27 @@ def _cloud(ax: Axes, columns: Columns, column: int, row: int, max_points: int) -
             step = math.ceil(len(x) / max_points)
             ax.plot(x[::step], y[::step], ".", color=style.color, markersize=2.5, rasterized=True, zorder=1)
             continue
-        centres, density = _smooth_histogram(x, y)
-        levels = _levels(density)
+        centers, density = _smooth_histogram(x, y, settings)
+        levels = _levels(density, settings.shares)
         if levels:
-            ax.contour(*centres, density.T, levels, colors=style.color, linestyles=[style.linestyle], linewidths=1.2)
+            ax.contour(*centers, density.T, levels, colors=style.color, linestyles=[style.linestyle], linewidths=1.2)
     ax.set(xlim=columns.ranges[column], ylim=columns.ranges[row])
 
 
-def _smooth_histogram(x: np.ndarray, y: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-    """Centres of the bins along each axis, and shares of the draws, ``(BINS, BINS)``."""
-    density, *edges = np.histogram2d(x, y, BINS, [bulk(x), bulk(y)])
+def _smooth_histogram(x: np.ndarray, y: np.ndarray, settings: HistogramSettings) -> tuple[list[np.ndarray], np.ndarray]:
+    """Centers of the bins along each axis, and shares of the draws, ``(num_bins, num_bins)``."""
+    density, *edges = np.histogram2d(x, y, settings.num_bins, [bulk(x), bulk(y)])
     offsets = np.arange(-4, 5)
-    kernel = np.exp(-0.5 * (offsets / SMOOTHING) ** 2)
+    kernel = np.exp(-0.5 * (offsets / settings.smoothing) ** 2)
     for axis in (0, 1):
         density = np.apply_along_axis(np.convolve, axis, density, kernel / kernel.sum(), mode="same")
     return [(edge[1:] + edge[:-1]) / 2 for edge in edges], density / len(x)
 
 
-def _levels(density: np.ndarray) -> list[float]:
-    """Densities that enclose :data:`SHARES`, ascending and distinct, as contours want them."""
+def _levels(density: np.ndarray, shares: Sequence[float]) -> list[float]:
+    """Densities that enclose these shares of the draws, ascending and distinct, as contours want them."""
     ordered = np.sort(density, axis=None)[::-1]
-    places = np.searchsorted(ordered.cumsum(), SHARES).clip(max=len(ordered) - 1)
+    places = np.searchsorted(ordered.cumsum(), shares).clip(max=len(ordered) - 1)
     return sorted({level for level in ordered[places].tolist() if level > 0})
 
 

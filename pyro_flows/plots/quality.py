@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,12 +24,19 @@ if TYPE_CHECKING:
 
 __all__ = ["calibration", "flow_grid", "training", "weights"]
 
-# Log weights that far below the largest are drawn there: draws that count for nothing, at minus infinity perhaps.
-SHOWN_NATS = 30.0
-# Half-width of the histogram at least: rounding is not drawn large.
-LEAST_NATS = 0.01
-# Largest distance of the distribution function of N uniform numbers from a line, times the root of N, in 95 % of cases.
-KOLMOGOROV_95 = 1.358
+
+@dataclass(frozen=True)
+class WeightRanges:
+    """Ranges of the axes in a figure of importance weights.
+
+    Attributes:
+        max_nats: Log weights further below the largest than this are drawn there: draws that count for nothing, at
+            minus infinity perhaps.
+        min_half_width: Least half-width of an axis, in nats or in mean weights: rounding is not drawn large.
+    """
+
+    max_nats: float = 30.0
+    min_half_width: float = 0.01
 
 
 def training(
@@ -122,6 +130,7 @@ def weights(log_weights: Any, *, axes: Any = None) -> np.ndarray:
         >>> plots.weights(torch.randn(1000)).shape
         (2,)
     """
+    ranges = WeightRanges()
     raw = as_numpy(getattr(log_weights, "log_weights", log_weights))
     if raw.ndim != 1 or len(raw) < 20 or np.isnan(raw).any() or not np.isfinite(raw).any():
         raise ValueError(
@@ -136,12 +145,12 @@ def weights(log_weights: Any, *, axes: Any = None) -> np.ndarray:
     ess = count / np.square(np.exp(relative)).mean()
     grid = new_grid("weights", axes, 1, 2, (8.5, 3.4))[0]
     left, right = grid
-    left.hist(relative.clip(min=relative.max() - SHOWN_NATS), bins=50, color="0.75")
+    left.hist(relative.clip(min=relative.max() - ranges.max_nats), bins=50, color="0.75")
     left.axvline(0.0, color="black", linestyle="--", linewidth=1, label="log mean: evidence")
     left.set(xlabel="log weight - log mean weight (nats)", ylabel="draws", title=f"ESS {ess:.0f} of {count}")
     left.legend(frameon=False, fontsize="small")
     low, high = left.get_xlim()
-    left.set_xlim(min(low, -LEAST_NATS), max(high, LEAST_NATS))
+    left.set_xlim(min(low, -ranges.min_half_width), max(high, ranges.min_half_width))
 
     tail = min(count // 2, max(20, 10 * math.isqrt(count)))
     share = np.arange(1, tail + 1) / count
@@ -154,7 +163,7 @@ def weights(log_weights: Any, *, axes: Any = None) -> np.ndarray:
         right.set_xscale("log")
     else:
         low, high = right.get_xlim()
-        right.set_xlim(min(low, 1 - LEAST_NATS), max(high, 1 + LEAST_NATS))
+        right.set_xlim(min(low, 1 - ranges.min_half_width), max(high, 1 + ranges.min_half_width))
     verdict = "below" if khat < threshold else "not below"
     right.set(
         xlabel="weight / mean weight",
@@ -191,7 +200,7 @@ def calibration(report: Calibration, *, sites: Sequence[str] | None = None, ax: 
         )
     ax = new_axes(ax)
     count = len(report.ranks[names[0]])
-    band = KOLMOGOROV_95 / math.sqrt(count)
+    band = 1.358 / math.sqrt(count)  # Kolmogorov's 95 % quantile of the largest distance from a line, times sqrt(N)
     ax.axhspan(-band, band, color="0.9", label="95 % of a calibrated guide's")
     ax.axhline(0.0, color="0.5", linewidth=0.8)
     levels = np.linspace(0.0, 1.0, 201)

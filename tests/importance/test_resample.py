@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_flows import importance_resample
 from pyro_flows.importance.psis import pareto_smooth
-from pyro_flows.importance.resample import _check, _khat
+from pyro_flows.importance.resample import ResampleSettings, _check, _khat
 from tests.fits import BAD, correlated_regression, items_fit, regression_posterior
 
 
@@ -68,7 +68,7 @@ def test_weights_that_are_nearly_constant_have_no_tail_to_speak_of() -> None:
     log_weights[:20] += 0.02 * torch.rand(20, generator=generator, dtype=torch.double) ** -0.8
     smoothed = pareto_smooth(log_weights)
     assert smoothed.khat > 1.0
-    _check(torch.tensor([_khat(smoothed)]), 10_000)
+    _check(torch.tensor([_khat(smoothed)]), 10_000, ResampleSettings())
     heavy = pareto_smooth(log_weights * 300.0)
     with pytest.raises(RuntimeError, match="weights with a mean"):
-        _check(torch.tensor([_khat(heavy)]), 10_000)
+        _check(torch.tensor([_khat(heavy)]), 10_000, ResampleSettings())
