@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L8. A fitted guide as ArviZ's data, so that its summaries, plots and model comparison work as on MCMC."""
+"""L8. Draws of a guide as ArviZ data, for its summaries, plots and model comparison."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def _dims(site: Site) -> tuple[str, ...]:
 
 
 class _Runs:
-    """What runs of the model at given values of its latents say beside log densities.
+    """Runs the model at given values of its latents, for all that is exported beside log densities.
 
     Args:
         model: The model.

@@ -225,7 +225,7 @@ SCHOOLS = (torch.tensor(SIGMA), torch.tensor(Y))
 
 
 def schools_given_tau(tau: Tensor, sigma: Tensor, y: Tensor) -> None:
-    """The exact posterior of the other latents of eight schools, centred."""
+    """The exact posterior of the other latents of eight schools, centered."""
     variance = tau.unsqueeze(-1).square() + sigma.square()
     precision = variance.reciprocal().sum(-1) + 1.0 / 25.0
     mu = pyro.sample("mu", dist.Normal((y / variance).sum(-1) / precision, precision.rsqrt()))

@@ -94,7 +94,7 @@ def test_several_panels(name):
         plot(axes=plt.subplots(1, 5)[1])
 
 
-def test_lines_differ_without_colour():
+def test_lines_differ_without_color():
     assert len({str(style.linestyle) for style in STYLES[1:]}) == len(STYLES) - 1
 
 
@@ -281,7 +281,7 @@ def test_reconstructions():
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 4), (5, 4, 3)])
-def test_images_in_colour(shape):
+def test_images_in_color(shape):
     images = torch.rand(2, *shape)
     ax = plots.reconstructions(images, images)
     expected = images[1].movedim(0, -1) if shape[0] == 3 else images[1]

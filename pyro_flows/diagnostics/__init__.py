@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L7. How good a guide is, what it lost, and how to mend it; all from log p(x, z) - log q(z) and a few climbs."""
+"""L7. How good a guide is, which modes it lost, and what to do about it, from importance weights and a search."""
 
 from pyro_flows.diagnostics.calibration import Calibration, SiteCalibration, check_calibration
 from pyro_flows.diagnostics.compare import Comparison, Row, compare

@@ -45,15 +45,16 @@ class CalibrationSettings:
 
 @dataclass(frozen=True)
 class SiteCalibration:
-    """One site: its worst coordinate.
+    """Calibration of one site, by its worst coordinate.
 
     Attributes:
-        name: The site's.
-        p_value: Of the Kolmogorov-Smirnov test that its ranks are uniform, times the number of its coordinates.
-        bias: How far, on average, a true value's rank is from the middle, as a share of all draws: above 0, the
-            guide's values are too low; at most 0.5.
+        name: Name of the site.
+        p_value: Of the Kolmogorov-Smirnov test that the ranks are uniform, times the number of coordinates.
+        bias: Mean rank of the true value as a share of all draws, less 0.5; in [-0.5, 0.5]. Above 0 the guide's values
+            are too low.
         bias_se: Its standard error if the guide is calibrated.
-        width: Mean distance of ranks from the middle over what it should be: above 1, the guide is too narrow.
+        width: Mean distance of ranks from the middle, divided by its expectation under calibration. Above 1 the guide
+            is too narrow.
         width_se: Its standard error if the guide is calibrated.
     """
 
@@ -79,13 +80,14 @@ class SiteCalibration:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Whether posteriors of simulated data hold the values that the data were simulated from; prints as a table.
+    """Whether guides of simulated data cover the values that the data were simulated from; prints as a table.
 
     Attributes:
-        ranks: Site -> ranks of true values among draws as shares, randomised so as to be uniform on [0, 1] if the
+        ranks: Site -> ranks of true values among draws as shares, randomized so as to be uniform on [0, 1] if the
             guide is calibrated, ``(N, coordinates)``; N counts data sets, or items where the sites are in one plate.
-        sites: By site.
-        calibrated: Whether no coordinate's ranks differ from uniform ones, at level 0.01 for all together.
+        sites: Site -> its worst coordinate.
+        calibrated: Whether no coordinate's ranks differ significantly from uniform ones, at level 0.01 for all
+            together.
         failed: Number of data sets that could not be fitted, and are left out.
     """
 
@@ -132,21 +134,21 @@ def check_calibration(
     seed: int | None = None,
     settings: CalibrationSettings = CalibrationSettings(),
 ) -> Calibration:
-    r"""Simulate values and data from the model, infer the values, and see where they lie among the guide's draws.
+    r"""Simulation-based calibration: ranks of simulated latent values among the guide's draws given their data.
 
-    If q(z | x) is the posterior, the rank of the value that x was simulated from is uniform. This finds what no draw of
-    the guide can show, averaged over the model's own data rather than for those at hand: biases, wrong widths, lost
-    modes. An amortized guide is used as it is. For others, pass ``refit``, which is called for each data set: that is
-    variational simulation-based calibration, and takes as many fits.
+    If q(z | x) is the posterior, the rank of the value that x was simulated from is uniform. This finds biases, wrong
+    widths and lost modes that no draw of the guide can show, on average over data that the model simulates rather than
+    for those at hand. An amortized guide is used as it is. For others, pass ``refit``, which is called for each data
+    set (variational simulation-based calibration).
 
-    Where every site is in one plate, as in a variational autoencoder, each item counts as a simulation.
+    Where every site is in one plate, as in a variational autoencoder, each item counts as one simulation.
 
     Args:
         model: A Pyro model that can draw its own data: proper priors, and no ``pyro.factor``.
         guide: An amortized guide, trained; or None with ``refit``.
-        args: The model's arguments; those that are observed, by identity or as a view, are replaced by simulated ones,
-            and all others stay. Their values do not matter.
-        kwargs: The model's keyword arguments, likewise.
+        args: The model's arguments; those that a site observes, by identity or as a view, are replaced by simulated
+            data, so that their values do not matter.
+        kwargs: The model's keyword arguments; data among them are replaced too.
         refit: ``refit(model, args, kwargs)`` trains a guide for the model, conditioned on simulated data, and returns
             it.
         to_args: From simulated values of observed sites to the arguments, if the model observes something that it
@@ -224,7 +226,7 @@ def check_calibration(
 
 
 class _Simulator:
-    """Draws values of all sites from the model, and puts those of the observed ones where its data were.
+    """Draws values of all sites from the model, and puts those of observed sites in place of its data.
 
     Attributes:
         num_items: Number of items in the plate that every site is in; 1 if there is none.
@@ -326,7 +328,7 @@ def _draw(
 
 
 def _rank(draws: Tensor, truth: Tensor) -> Tensor:
-    """Ranks as shares, spread evenly between one and the next, and over ties."""
+    """Ranks as shares, uniform between one rank and the next, and over ties."""
     below, equal = (draws < truth).sum(0), (draws == truth).sum(0)
     return (below + torch.rand(truth.shape, device=truth.device) * (equal + 1)) / (len(draws) + 1)
 
@@ -339,19 +341,19 @@ def _judge(name: str, ranks: Tensor) -> SiteCalibration:
     steps = torch.arange(count + 1, dtype=torch.double, device=ranks.device).unsqueeze(-1) / count
     distance = torch.maximum((steps[1:] - order).amax(0), (order - steps[:-1]).amax(0))
     worst = int(distance.argmax())
-    apart = ranks[:, worst] - 0.5
+    deviation = ranks[:, worst] - 0.5
     return SiteCalibration(
         name=name,
         p_value=min(1.0, dim * _kolmogorov(float(distance[worst]), count)),
-        bias=float(apart.mean()),
+        bias=float(deviation.mean()),
         bias_se=math.sqrt(1 / (12 * count)),
-        width=float(apart.abs().mean()) / 0.25,
+        width=float(deviation.abs().mean()) / 0.25,
         width_se=math.sqrt(1 / (48 * count)) / 0.25,
     )
 
 
 def _kolmogorov(distance: float, count: int) -> float:
-    """P-value of a largest distance between a distribution function and that of so many draws, for 5 and more.
+    """P-value of the largest distance between the distribution function of 5 draws or more and the true one.
 
     References:
         Stephens. EDF statistics for goodness of fit and some comparisons. JASA 1974, section 4.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L7. :func:`compare`: several guides of one model, measured against the best evidence that any of them gives."""
+"""L7. :func:`compare`: several guides of one model, measured against one estimate of its evidence."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Row:
         name: The guide's.
         gap: The common log evidence less the guide's ELBO, in nats.
         gap_se: Its standard error.
-        diagnosis: All else that is known of it.
+        diagnosis: Its :class:`~pyro_flows.Diagnosis`.
     """
 
     name: str
@@ -93,12 +93,12 @@ def compare(
     progress: bool = True,
     seed: int | None = None,
 ) -> Comparison:
-    """Measure several guides of one model against the best estimate of its evidence.
+    """Measure several guides of one model against one estimate of its evidence.
 
-    Each guide by itself would flatter itself: one that lost a mode underestimates the evidence by what it lost. All
-    gaps are therefore taken from one estimate, lost modes included: the most precise one among those whose k-hat is
-    good and that no other such estimate exceeds beyond noise. A guide whose own estimate is lower beyond noise
-    misses mass, whatever its weights say.
+    A poor guide underestimates its own gap: one that lost a mode underestimates the evidence by what it lost. So all
+    gaps are taken from one estimate, lost modes included: the most precise one among those whose k-hat is good and that
+    no other such estimate exceeds significantly. A guide whose own estimate is significantly lower misses mass,
+    whatever its k-hat.
 
     Args:
         model: Any Pyro model.
@@ -160,7 +160,7 @@ def _best(found: Mapping[str, Diagnosis], limits: Thresholds) -> tuple[str, bool
 
 
 def _against(diagnosis: Diagnosis, log_evidence: float, error: float, limits: Thresholds) -> Diagnosis:
-    """A diagnosis in the light of what other guides found."""
+    """A diagnosis, given the evidence that other guides found."""
     missing = log_evidence - diagnosis.log_evidence
     noise = limits.evidence_z_score * math.hypot(error, diagnosis.log_evidence_se)
     if diagnosis.verdict in (NOT_KNOWN, SEARCH_ELSEWHERE) or diagnosis.khat > diagnosis.khat_threshold:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L7. :func:`diagnose`: how good a guide is, in numbers with errors, and in words."""
+"""L7. :func:`diagnose`: how good a guide is, in numbers with standard errors, and in words."""
 
 from __future__ import annotations
 
@@ -36,15 +36,17 @@ def diagnose(
     progress: bool = True,
     seed: int | None = None,
 ) -> Diagnosis:
-    r"""Say how good a guide is.
+    r"""Estimate how far a guide is from the posterior, and say what to do about it.
 
     Log weights :math:`\log p(x, z) - \log q(z)` of fresh draws give the ELBO and its two terms, the log evidence by
-    importance sampling, and thus the gap; their tail (k-hat) says whether that estimate can be relied on. Since a
-    guide's own draws cannot show what it lost, the log joint is also climbed from draws of the prior and from widened
-    draws of the guide, and the mass around the points that are reached is compared with what the guide says of it.
+    importance sampling, and the gap between them; the tail of the weights (k-hat) says whether that estimate is
+    reliable. A guide's own draws cannot show a mode that it lost. So the log joint is also maximized from draws of the
+    prior and from widened draws of the guide, and the probability mass around the points on the way is compared with
+    the guide's own estimate of it.
 
     Enumerated discrete sites are summed out. Where every site of model and guide is in one plate (a variational
-    autoencoder), everything is done item by item. Where plates are subsampled, only the ELBO and its terms are known.
+    autoencoder), all numbers are given item by item. Where plates are subsampled, only the ELBO and its terms are
+    known.
 
     Args:
         model: Any Pyro model.
@@ -52,8 +54,8 @@ def diagnose(
         args: The model's arguments; one mini-batch of them for an amortized guide.
         kwargs: The model's keyword arguments.
         num_samples: Number of draws S, >= 100.
-        search: Whether to look for lost modes. It costs some 80 runs of the model and its gradient, vectorised over 25
-            starts, and, at the end, a backward pass per dimension; up to 200 dimensions.
+        search: Whether to look for lost modes, in models of up to 200 dimensions. It costs up to 90 runs of the model
+            and its gradient, vectorized over 25 starts, and a backward pass for each dimension at the end.
         progress: Whether to show a bar, if it takes more than a second.
         seed: Makes the result repeatable and leaves torch's global random state alone.
 
@@ -65,8 +67,7 @@ def diagnose(
         Exception: Whatever the model raises in plain runs, and Pyro about the shapes of its sites.
 
     Warning:
-        What neither the guide's draws nor the search come across remains unseen: a narrow mode far from prior and
-        guide.
+        A narrow mode far from both prior and guide remains unseen.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist
@@ -172,7 +173,7 @@ class _Sample(NamedTuple):
 def _draw(
     sampler: ImportanceSampler, num_samples: int, tally: SiteTally, regions: Regions | None, *, progress: bool
 ) -> _Sample:
-    """Draw in chunks; the values of the latents are summed up in the tally and not kept."""
+    """Draw in chunks; values of latents are added to the tally and not kept."""
     structure = sampler.structure
     likelihoods, ratios, weights, wheres = [], [], [], []
     for draws in sampler.chunks(num_samples, progress=progress):

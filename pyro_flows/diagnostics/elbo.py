@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L7. The ELBO and its two terms from draws of a guide, without those that the model refuses."""
+"""L7. The ELBO and its two terms, from those draws of a guide that the model does not refuse."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L7. From log weights to the log evidence, its error, and what the weights say about themselves."""
+"""L7. The log evidence from importance weights, its error and reliability, and the mass that the guide lost."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class LostMassSettings:
 
 
 class Evidence(NamedTuple):
-    r"""What importance weights say, by item; all ``(N,)``.
+    r"""What importance weights say of N items, each ``(N,)``.
 
     Attributes:
         log_evidence: log of the mean weight.
         error: Its standard error, by the delta method :math:`\mathrm{sd}(w) / (\bar w \sqrt S)`.
         ess: Effective sample size, :math:`(\sum w)^2 / \sum w^2`.
         khat: Shape of the tail of the weights.
-        lost: Share of the mass that lies outside of the guide's reach, as far as a search found it.
+        lost: Share of the posterior mass in regions where the guide hardly draws, as far as a search found them.
     """
 
     log_evidence: Tensor
@@ -67,11 +67,11 @@ def estimate_evidence(log_weights: Tensor) -> Evidence:
 
 
 class Lost(NamedTuple):
-    """What regions hold that the guide does not know of.
+    """Posterior mass of K regions that the guide's weights do not account for.
 
     Attributes:
         share: Of all mass that was found, ``(K, N)``; 0 where the guide draws enough, though its weights may be off.
-        log_evidence: With all that the guide's weights lack, ``(N,)``.
+        log_evidence: Log evidence with that mass, ``(N,)``.
         error: Its standard error, ``(N,)``.
     """
 
@@ -103,7 +103,7 @@ def lost_mass(
     mass = (log_mass - top).exp()
     by_guide = (weights * inside).mean(1)
     own_error = mass * error.nan_to_num(0.0)
-    # Where the guide has no draws its estimate has no spread either; a right guide's weights would all be the evidence.
+    # Where the guide has no draws its estimate has no variance either; weights of the posterior are all the evidence.
     variance = torch.maximum((weights * inside).var(1), (weights.mean(0) + mass) * mass) / count
     excess = mass - by_guide
     significant = excess > settings.min_z_score * (own_error.square() + variance).sqrt()
@@ -111,5 +111,5 @@ def lost_mass(
     share = excess / found
     drawn = inside.double().mean(1)
     lost = significant & (share > settings.min_share) & (drawn < settings.max_drawn * share)
-    spread = (weights.var(0) / count + (own_error * significant).square().sum(0)).sqrt()
-    return Lost(share * lost, top + found.log(), spread / found)
+    error_found = (weights.var(0) / count + (own_error * significant).square().sum(0)).sqrt()
+    return Lost(share * lost, top + found.log(), error_found / found)

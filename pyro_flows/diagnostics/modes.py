@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L7. The modes that a guide lost: where they are, and whether the guide could get there uphill."""
+"""L7. The modes that a guide lost: where they are, and whether training could reach them without crossing a ridge."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class RidgeSettings:
 
 @dataclass(frozen=True, eq=False)
 class LostMode:
-    """A place where the posterior has mass and the guide does not go.
+    """A region that has posterior mass and hardly any draws of the guide.
 
     Attributes:
-        share: Of all mass that was found.
-        separate: Whether the log joint dips between there and the guide: another mode.
-        values: Site name -> value there.
+        share: Its share of all mass that was found, in [0, 1].
+        separate: Whether the log joint dips between the guide and the region, which is another mode then.
+        values: Site name -> value at its center.
     """
 
     share: float
@@ -51,7 +51,7 @@ class LostMode:
 def lost_modes(
     sampler: ImportanceSampler, regions: Regions, share: Tensor, settings: RidgeSettings = RidgeSettings()
 ) -> tuple[LostMode, ...]:
-    """The lost regions of the item that lost most, largest first.
+    """The lost regions of the item that lost most, in order of their mass.
 
     Args:
         sampler: Of the model and the guide.
@@ -64,18 +64,18 @@ def lost_modes(
     for k in share[:, item].argsort(descending=True).tolist():
         if share[k, item] > 0:
             like = sampler.structure.pack(sampler.draw(1).values)
-            values, _ = sampler.structure.unpack(regions.centres[k : k + 1].to(like))
+            values, _ = sampler.structure.unpack(regions.centers[k : k + 1].to(like))
             separate = _dips(sampler, regions, k, item, settings)
             modes.append(LostMode(share[k, item].item(), separate, {name: value[0] for name, value in values.items()}))
     return tuple(modes)
 
 
 def _dips(sampler: ImportanceSampler, regions: Regions, k: int, item: int, settings: RidgeSettings) -> bool:
-    """Whether the log joint falls and rises again on the straight line to a region's centre."""
+    """Whether the log joint has a dip on the straight line to a region's center."""
     packed = sampler.structure.pack(sampler.draw(settings.num_draws).values)
     near = regions.distance(packed, k)[:, item].argsort()[settings.rank]
     steps = torch.linspace(0.0, 1.0, settings.num_points, dtype=packed.dtype, device=packed.device)[:, None, None]
-    line = torch.lerp(packed[near], regions.centres[k].to(packed), steps)  # (points, N, d)
+    line = torch.lerp(packed[near], regions.centers[k].to(packed), steps)  # (points, N, d)
     heights = sampler.log_joint(line)[:, item]
     lower_end = torch.minimum(heights[0], heights[-1])
     return bool(heights.min() < lower_end - settings.min_dip)

@@ -17,7 +17,7 @@ class Moments:
 
     def __init__(self) -> None:
         self._count = 0
-        self._parts: list[Tensor] = []  # sum of z, of z^2, of w, of w z, of w z^2, all about the centre
+        self._parts: list[Tensor] = []  # sum of z, of z^2, of w, of w z, of w z^2, all about the center
 
     def add(self, values: Tensor, log_weights: Tensor) -> None:
         """Take in draws.
@@ -29,14 +29,14 @@ class Moments:
         values, log_weights = values.double(), log_weights.to(values.device)
         top = log_weights.max(0).values
         if not self._count:
-            self._centre, self._top = values.mean(0), top
-            self._parts = [torch.zeros_like(self._centre) for _ in range(5)]
+            self._center, self._top = values.mean(0), top
+            self._parts = [torch.zeros_like(self._center) for _ in range(5)]
         new_top = torch.maximum(self._top, top)
         rescale = _exp(self._top - new_top)
         weights = _exp(log_weights - new_top)
-        centred = values - self._centre
-        plain = (centred.sum(0), centred.square().sum(0))
-        weighted = (weights.sum(0), (weights * centred).sum(0), (weights * centred.square()).sum(0))
+        centered = values - self._center
+        plain = (centered.sum(0), centered.square().sum(0))
+        weighted = (weights.sum(0), (weights * centered).sum(0), (weights * centered.square()).sum(0))
         self._parts = [
             *(old + new for old, new in zip(self._parts[:2], plain, strict=True)),
             *(old * rescale + new for old, new in zip(self._parts[2:], weighted, strict=True)),
@@ -48,14 +48,14 @@ class Moments:
     def plain(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the draws as they are."""
         first, second = (part / self._count for part in self._parts[:2])
-        return self._centre + first, (second - first.square()).clamp_min(0.0).sqrt()
+        return self._center + first, (second - first.square()).clamp_min(0.0).sqrt()
 
     @property
     def weighted(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation by self-normalised importance weights."""
+        """Mean and standard deviation by self-normalized importance weights."""
         total = self._parts[2]
         first, second = (part / total for part in self._parts[3:])
-        return self._centre + first, (second - first.square()).clamp_min(0.0).sqrt()
+        return self._center + first, (second - first.square()).clamp_min(0.0).sqrt()
 
 
 def _exp(log_ratio: Tensor) -> Tensor:

@@ -35,16 +35,16 @@ NOT_KNOWN = "not known"
 
 @dataclass(frozen=True, eq=False)
 class Items:
-    """The same numbers item by item, where every site is in one plate; all ``(N,)``.
+    """The same numbers item by item, where every site is in one plate; each ``(N,)``.
 
     Attributes:
         plate: Name of the plate.
-        elbo: ELBO of each item.
-        log_evidence: log p(x_n) by importance sampling.
+        elbo: ELBO of each item, in nats.
+        log_evidence: log p(x_n) by importance sampling, in nats.
         log_evidence_se: Its standard error.
-        gap: KL(q || posterior) of each item.
-        khat: Pareto k-hat of each item's weights.
-        ess: Effective sample size.
+        gap: KL(q || posterior) of each item, in nats.
+        khat: Tail shape of each item's weights.
+        ess: Effective sample size, in [1, S].
     """
 
     plate: str
@@ -58,7 +58,7 @@ class Items:
 
 @dataclass(frozen=True, eq=False)
 class Diagnosis:
-    r"""How good a guide is; prints as a person reads it. All in nats, of S draws.
+    r"""How good a guide is, from S draws; prints as a report. Log densities are in nats.
 
     ``elbo == expected_log_likelihood - kl_to_prior``, and ``gap`` estimates :math:`KL(q \| p(z | x))`.
 
@@ -72,16 +72,16 @@ class Diagnosis:
         log_evidence_se: Its standard error; too small where k-hat is above the threshold.
         gap: ``log_evidence - elbo``.
         khat: Tail shape of the importance weights; over many items its 95 % quantile.
-        khat_threshold: Largest k-hat at which weights of so many draws can be relied on.
+        khat_threshold: Largest k-hat at which weights of S draws are reliable.
         ess: Effective sample size of the draws; over many items its 5 % quantile.
         verdict: In words: "trust it", "use importance_resample", "train longer", "use NUTS", "start elsewhere" or
             "not known".
         reason: Why.
         advice: What to do next.
-        log_weights: ``(S,)`` in float64; ``(S, N)`` where they fall apart over N items.
+        log_weights: ``(S,)`` in float64; ``(S, N)`` where they factorize over N items.
         sites: Site name -> :class:`SiteSummary`.
         items: Item by item, where every site is in one plate; else None.
-        lost: Modes that the guide lost.
+        lost: Modes that the guide lost, largest first; of the item that lost most, where there are items.
         obstacle: What keeps draws from sharing a run of the model, with the line; empty if nothing does.
         num_refused: Number of draws that the model refuses: it raises (a Cholesky factorization that fails) or its
             log density is NaN. Up to a tenth of all draws are left out of the ELBO and its terms, which are then those
@@ -112,7 +112,7 @@ class Diagnosis:
 
     @property
     def trustworthy(self) -> bool:
-        """Whether draws of the guide can be taken for draws of the posterior."""
+        """Whether draws of the guide can stand for draws of the posterior."""
         return self.verdict == TRUST
 
     @property
@@ -161,7 +161,7 @@ def _items_line(items: Items, threshold: float) -> str:
 
 
 def _site_lines(sites: list[SiteSummary], max_lines: int) -> list[str]:
-    """A line a site; the worst first where they are too many."""
+    """One line for each site; the worst ones first if there are too many."""
     if len(sites) > max_lines:
         sites = sorted(sites, key=lambda site: site.shift + abs(math.log(max(site.sd_ratio, 1e-30))), reverse=True)
     width = max(len(site.name) for site in sites[:max_lines]) if sites else 0

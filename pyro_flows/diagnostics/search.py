@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L7. What a guide's own draws cannot show: places in which the posterior has mass, found without the guide."""
+"""L7. Regions with posterior mass, found without the guide: what its own draws cannot show."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ class Regions(NamedTuple):
     A point belongs to the first ellipsoid that it is in, so that masses add up.
 
     Attributes:
-        centres: ``(K, N, d)``, unconstrained.
+        centers: ``(K, N, d)``, unconstrained.
         factors: Cholesky factors of the covariances, ``(K, N, d, d)``.
         radius: In units of these.
         log_mass: log :math:`A_k`, ``(K, N)``.
         error: Its standard error relative to :math:`A_k`, ``(K, N)``.
     """
 
-    centres: Tensor
+    centers: Tensor
     factors: Tensor
     radius: float
     log_mass: Tensor
@@ -85,15 +85,15 @@ class Regions(NamedTuple):
 
     def locate(self, packed: Tensor) -> Tensor:
         """Which region each of ``(S, N, d)`` is in, ``(S, N)``; ``K`` for none."""
-        count = len(self.centres)
+        count = len(self.centers)
         where = torch.full(packed.shape[:2], count, device=packed.device)
         for k in reversed(range(count)):
             where = torch.where(self.distance(packed, k) <= self.radius, k, where)
         return where
 
     def distance(self, packed: Tensor, k: int) -> Tensor:
-        """Mahalanobis distance of ``(S, N, d)`` from the centre of region k, ``(S, N)``."""
-        deviation = (packed.double() - self.centres[k]).unsqueeze(-1)
+        """Mahalanobis distance of ``(S, N, d)`` from the center of region k, ``(S, N)``."""
+        deviation = (packed.double() - self.centers[k]).unsqueeze(-1)
         return torch.linalg.solve_triangular(self.factors[k], deviation, upper=False).squeeze(-1).norm(dim=-1)
 
 
@@ -128,11 +128,11 @@ def search_regions(
 
 
 class Search:
-    """Climbs the log joint from places that the guide did not choose, and measures the mass around where it gets.
+    """Maximizes the log joint from points that the guide did not choose, and measures the mass around the paths.
 
-    A high mode is no evidence of mass (that of a centred hierarchy is infinite), and a guide's weights know nothing of
-    where it never draws. The integral of p(x, z) over an ellipsoid, though, has two unbiased estimates: from the
-    Gaussian that the ellipsoid belongs to, and from the guide's own draws in it. They have to agree.
+    Modes are compared by probability mass, not density: the density of a centered hierarchy is unbounded. The integral
+    of p(x, z) over an ellipsoid has two unbiased estimates, by importance sampling from the Gaussian that the ellipsoid
+    belongs to and by the guide's own draws in it, and the two must agree.
 
     Args:
         sampler: Of the model and a guide.
@@ -168,7 +168,7 @@ class Search:
         start = torch.cat([*self._from_prior(), self._from_guide()])
         start = torch.where(start.isfinite(), start, 0.0)
         self._dtype = start.dtype
-        # A step too far is cut down anyway, where an error would stop all climbs; masses are measured with checks on.
+        # Too long a step is shortened, where an exception would end all paths; masses are measured with validation.
         with pyro.validation_enabled(False):
             candidates = self._climb(start, progress=progress)
             parts = candidates.split(self._sampler.chunk)
@@ -176,7 +176,7 @@ class Search:
         return self._choose(candidates.double(), factors)
 
     def _climb(self, start: Tensor, *, progress: bool) -> Tensor:
-        """Points on the way up, ``(R, N, d)``."""
+        """Candidates on the paths of ascent, ``(R, N, d)``."""
         num_steps, candidate_steps = self._settings.num_steps, self._settings.candidate_steps
         candidates, number, points = [], 0, start
         with tqdm(total=num_steps, desc="search", disable=not progress, delay=1.0) as bar:
@@ -190,7 +190,7 @@ class Search:
         for _ in range(self._settings.num_starts):
             try:
                 trace = run_quietly(self._model, Call(self._args, self._kwargs))
-            except ValueError:  # a likelihood that its own prior breaks
+            except ValueError:  # a likelihood that refuses a draw of the prior
                 continue
             nodes = sample_nodes(trace)
             values = {site.name: nodes[site.name]["value"].unsqueeze(0) for site in self._structure.latents}
@@ -198,40 +198,40 @@ class Search:
 
     def _from_guide(self) -> Tensor:
         packed = self._structure.pack(self._sampler.draw(self._settings.num_starts).values)
-        centre = packed.mean(0)
-        return torch.cat([centre + self._settings.widening * (packed - centre), centre.unsqueeze(0)])
+        center = packed.mean(0)
+        return torch.cat([center + self._settings.widening * (packed - center), center.unsqueeze(0)])
 
     def _radius(self) -> float:
-        """Of the ball that holds 99 % of a standard normal, by Wilson and Hilferty."""
+        """Radius of the ball that holds 99 % of a standard normal, by Wilson and Hilferty's approximation."""
         dim = self._structure.item_dim
         variance = 2.0 / (9.0 * dim)
         return math.sqrt(dim) * (1.0 - variance + self._settings.coverage_quantile * math.sqrt(variance)) ** 1.5
 
-    def _choose(self, centres: Tensor, factors: Tensor) -> Regions | None:
-        """The candidates with most mass, none of which has its centre in another."""
-        usable = factors.isfinite().flatten(2).all(-1) & centres.isfinite().all(-1)
-        factors = torch.where(usable[..., None, None], factors, torch.eye(centres.shape[-1]).to(factors))
+    def _choose(self, centers: Tensor, factors: Tensor) -> Regions | None:
+        """The candidates with the most mass, none of which has its center in another."""
+        usable = factors.isfinite().flatten(2).all(-1) & centers.isfinite().all(-1)
+        factors = torch.where(usable[..., None, None], factors, torch.eye(centers.shape[-1]).to(factors))
         radius = self._radius()
-        none = torch.zeros_like(centres[:0, :, 0])
-        every = Regions(centres, factors, radius, none, none)
+        none = torch.zeros_like(centers[:0, :, 0])
+        every = Regions(centers, factors, radius, none, none)
         num_draws = self._settings.num_ranking_draws
         log_mass, error = self._measure(every, num_draws, exclusive=False)
-        # Of two Gaussians around the same mass the one whose weights vary less tells more, and ranks less by luck.
+        # Of two Gaussians around the same mass, prefer the one whose weights vary less: its estimate is less noisy.
         log_mass = torch.where(usable, log_mass - torch.log1p(num_draws * error.square()), -torch.inf)
         log_mass = log_mass.nan_to_num(-torch.inf, neginf=-torch.inf)
         chosen: list[Tensor] = []
-        items = torch.arange(centres.shape[1], device=centres.device)
+        items = torch.arange(centers.shape[1], device=centers.device)
         for _ in range(self._settings.max_regions):
             best = log_mass.argmax(0)  # (N,)
             chosen.append(best)
-            own = Regions(centres[best, items][None], factors[best, items][None], radius, none, none)
-            inside = own.locate(centres) == 0
+            own = Regions(centers[best, items][None], factors[best, items][None], radius, none, none)
+            inside = own.locate(centers) == 0
             inside[best, items] = True
             log_mass = torch.where(inside, -torch.inf, log_mass)
             if log_mass.max() == -torch.inf:
                 break
         index = torch.stack(chosen)  # (K, N)
-        regions = every._replace(centres=centres[index, items], factors=factors[index, items])
+        regions = every._replace(centers=centers[index, items], factors=factors[index, items])
         log_mass, error = self._measure(regions, self._settings.num_mass_draws, exclusive=True)
         if not log_mass.isfinite().any():
             return None
@@ -239,9 +239,9 @@ class Search:
 
     def _measure(self, regions: Regions, count: int, *, exclusive: bool) -> tuple[Tensor, Tensor]:
         """log mass and relative error of each region by draws of its Gaussian, ``(K, N)``."""
-        shape = regions.centres.shape
-        noise = torch.randn(count, *shape, dtype=torch.double, device=regions.centres.device)
-        draws = regions.centres + (regions.factors @ noise.unsqueeze(-1)).squeeze(-1)  # (count, K, N, d)
+        shape = regions.centers.shape
+        noise = torch.randn(count, *shape, dtype=torch.double, device=regions.centers.device)
+        draws = regions.centers + (regions.factors @ noise.unsqueeze(-1)).squeeze(-1)  # (count, K, N, d)
         squared = noise.square().sum(-1)
         log_density = -0.5 * squared - 0.5 * shape[-1] * math.log(2 * math.pi)
         log_density -= regions.factors.diagonal(dim1=-2, dim2=-1).log().sum(-1)
@@ -259,7 +259,7 @@ class Search:
 
 
 def _why_not(sampler: ImportanceSampler, settings: SearchSettings) -> str:
-    """Why there is no search for a model, in words; empty if there is one."""
+    """Why a model cannot be searched, in words; empty if it can."""
     structure = sampler.structure
     if structure.subsampled:
         return "its plates are subsampled"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L7. The breakdown by site: which latents a guide has right, and which not."""
+"""L7. Summaries of single sites: which latents the guide has right, and which not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["SiteSummary", "SiteTally"]
 
 @dataclass(frozen=True, eq=False)
 class SiteSummary:
-    r"""What the guide and its importance weights say about one latent site.
+    r"""Moments of one latent site under the guide and under its importance weights.
 
     Attributes:
         name: Its name in the model.
@@ -28,10 +28,11 @@ class SiteSummary:
             enumerated site.
         mean: Mean of the guide's draws, of the site's shape.
         sd: Their standard deviation.
-        weighted_mean: Mean by importance weights: the posterior's, as far as k-hat allows.
-        weighted_sd: Standard deviation likewise.
+        weighted_mean: Mean by importance weights, an estimate of the posterior's if k-hat is good.
+        weighted_sd: Standard deviation by importance weights.
         shift: Largest difference of means over coordinates, in weighted standard deviations and in unconstrained space.
-        sd_ratio: The guide's standard deviation over the weighted one, of the coordinate where it is farthest from 1.
+        sd_ratio: Ratio of the guide's standard deviation to the weighted one, of the coordinate where it is farthest
+            from 1, in unconstrained space.
     """
 
     name: str
@@ -89,7 +90,7 @@ class _One:
 
 
 class SiteTally:
-    """Takes in draws, gives a summary of each site."""
+    """Accumulates draws chunk by chunk, for a summary of each site."""
 
     def __init__(self, structure: Structure) -> None:
         self._sites = [
@@ -97,7 +98,7 @@ class SiteTally:
         ]
 
     def add(self, draws: Draws, log_weights: Tensor) -> None:
-        """Take in one chunk; ``log_weights`` are ``(S, N)``."""
+        """Add one chunk; ``log_weights`` are ``(S, N)``."""
         for site in self._sites:
             name = site.latent.name
             site.add(draws.values[name], draws.log_priors.get(name), log_weights)

@@ -87,7 +87,7 @@ def judge(
 
     Args:
         diagnosis: Of the guide, but for the verdict.
-        evidence: The same, item by item; one item where log weights do not fall apart.
+        evidence: The same, item by item; a single item where log weights do not factorize.
         search: The search for lost modes.
         guide: The guide; the advice depends on what it is.
         limits: How good is good enough.
@@ -169,7 +169,7 @@ def _heavy_tails(diagnosis: Diagnosis, evidence: Evidence, guide: Any, limits: T
 
 
 def _inaccurate(diagnosis: Diagnosis, evidence: Evidence, limits: Thresholds) -> Verdict | None:
-    """Something is off that importance weights can mend."""
+    """Something is off that importance weights can correct."""
     num_items = len(evidence.ess)
     gap, gap_se = diagnosis.gap / num_items, math.hypot(diagnosis.log_evidence_se, diagnosis.elbo_se) / num_items
     min_ess = min(limits.min_ess, diagnosis.num_samples / 2)
@@ -182,7 +182,7 @@ def _inaccurate(diagnosis: Diagnosis, evidence: Evidence, limits: Thresholds) ->
         return None
     return Verdict(
         RESAMPLE,
-        f"{reason}, but k-hat is below {diagnosis.khat_threshold:.2f}, so importance weights can mend it.",
+        f"{reason}, but k-hat is below {diagnosis.khat_threshold:.2f}, so importance weights can correct it.",
         "`importance_resample(model, guide, 1000, args)` gives draws of the posterior.",
     )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L6. Pareto-smoothed importance sampling (PSIS): the tail of importance weights, and weights with that tail tamed."""
+"""L6. Pareto-smoothed importance sampling (PSIS): the tail of importance weights, its shape and smoothing."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class PsisSettings:
 
 
 class Smoothed(NamedTuple):
-    """Smoothed weights.
+    """Pareto-smoothed weights.
 
     Attributes:
-        log_weights: Normalised to ``logsumexp = 0``, in the order of the draws, ``(S,)``, float64.
+        log_weights: Normalized to ``logsumexp = 0``, in the order of the draws, ``(S,)``, float64.
         khat: Tail shape; infinite if the tail is too short to fit, 0 if its weights are equal up to rounding.
     """
 
@@ -41,7 +41,7 @@ class Smoothed(NamedTuple):
 
 
 def nearly_constant(largest: float, ess: float, num_samples: int) -> bool:
-    """Whether no draw weighs twice the mean and nearly all count fully: then k-hat is that of noise.
+    """Whether weights differ so little that k-hat describes noise: none is twice the mean, and the ESS is nearly S.
 
     Args:
         largest: log of the largest weight over the mean one.
@@ -52,7 +52,7 @@ def nearly_constant(largest: float, ess: float, num_samples: int) -> bool:
 
 
 def khat_threshold(num_samples: int) -> float:
-    r"""Largest k-hat at which estimates from so many draws can be relied on, :math:`\min(1 - 1/\log_{10} S, 0.7)`.
+    r"""Largest k-hat at which estimates from S draws are reliable, :math:`\min(1 - 1/\log_{10} S, 0.7)`.
 
     References:
         Vehtari, Simpson, Gelman, Yao, Gabry. Pareto Smoothed Importance Sampling. JMLR 25(72), 2024, section 3.2.4.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L6. :func:`importance_resample`: draws of the posterior from a guide that is not quite there."""
+"""L6. :func:`importance_resample`: approximate posterior draws from a guide that is close."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def importance_resample(
     seed: int | None = None,
     settings: ResampleSettings = ResampleSettings(),
 ) -> dict[str, Tensor]:
-    r"""Draw from the guide, and pick among the draws by their Pareto-smoothed importance weights.
+    r"""Draw from the guide, and resample the draws by their Pareto-smoothed importance weights.
 
-    Systematic resampling: a draw of normalised weight w is picked ``num_samples * w`` times, rounded up or down, so
-    that heavy draws repeat. Where every site is in one plate, each item is resampled on its own.
+    Resampling is systematic: a draw of normalized weight w is taken ``num_samples * w`` times, rounded up or down, so
+    that draws with large weights repeat. Where every site is in one plate, each item is resampled on its own.
 
     Args:
         model: Any Pyro model.
@@ -117,7 +117,7 @@ def importance_resample(
 
 
 def _khat(smoothed: Smoothed) -> float:
-    """k-hat; 0 where the weights are nearly constant, and it is that of noise."""
+    """k-hat; 0 where the weights are nearly constant, and it would describe noise."""
     weights = smoothed.log_weights
     largest, ess = float(weights.max()) + math.log(len(weights)), float((-(2.0 * weights).logsumexp(0)).exp())
     return 0.0 if nearly_constant(largest, ess, len(weights)) else smoothed.khat
@@ -133,7 +133,7 @@ def _check(khat: Tensor, num_draws: int, settings: ResampleSettings) -> None:
     if worst > khat_threshold(num_draws):
         warnings.warn(
             f"importance_resample: k-hat is {worst:.2f}, above {khat_threshold(num_draws):.2f}; the draws still lean "
-            "towards the guide. See `diagnose(model, guide, args)` for what else to do.",
+            "toward the guide. See `diagnose(model, guide, args)` for what else to do.",
             UserWarning,
             stacklevel=3,
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L6. Log importance weights, log p(x, z) - log q(z) with z drawn from any guide: the one place that computes them."""
+"""L6. Log importance weights, log p(x, z) - log q(z) of draws z of any guide."""
 
 from __future__ import annotations
 
@@ -72,13 +72,13 @@ class Draws(NamedTuple):
 
 
 class ImportanceSampler:
-    """Draws from a guide in chunks of bounded size, and weighs the draws.
+    """Draws from a guide in chunks of bounded size, with log densities of guide and model.
 
-    The guide is run once a chunk, under an outer plate as vectorised particles are, if it scores those draws as it
-    scores single ones; else once a draw. For the model see :class:`~pyro_flows.models.scoring.ModelScorer`.
+    The guide is run once for each chunk, in an outer plate as for vectorized particles, if that gives the densities of
+    single runs; else once for each draw. For the model see :class:`~pyro_flows.models.scoring.ModelScorer`.
 
     Args:
-        owner: Whom errors name.
+        owner: Name of the public function, for errors.
         model: The model.
         guide: Any guide that has a density.
         args: The model's arguments.
@@ -183,9 +183,21 @@ def log_weights(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Log weights ``(num_samples,)`` in float64, and the draws they belong to, ``(num_samples, *site shape)`` a site.
+    """Log importance weights of fresh draws of a guide; :func:`~pyro_flows.diagnose` says what they mean.
 
-    For those who want the numbers only; :func:`~pyro_flows.diagnose` says what they mean.
+    Args:
+        model: Any Pyro model.
+        guide: Any Pyro guide with a density.
+        num_samples: Number of draws, >= 1.
+        args: The model's arguments.
+        kwargs: The model's keyword arguments.
+
+    Returns:
+        Log weights ``(num_samples,)`` in float64, minus infinity where the model has no density; and the draws, site
+        name -> ``(num_samples, *site shape)``.
+
+    Raises:
+        NotImplementedError: As :func:`~pyro_flows.diagnose`.
     """
     chunks = list(ImportanceSampler("log_weights", model, guide, args, kwargs).chunks(num_samples, progress=False))
     values = {name: torch.cat([chunk.values[name] for chunk in chunks]) for name in chunks[0].values}

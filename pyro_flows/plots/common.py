@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L8. What all figures share: their axes, line styles that differ in print too, and draws as columns of numbers."""
+"""L8. Axes, line styles that differ in print too, and draws as columns, for all figures."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Samples = Mapping[str, Mapping[str, Any]]
 
 
 class Style(NamedTuple):
-    """How one set of draws is drawn; any two differ without their colours."""
+    """Color and line style of one set of draws; any two differ in more than color."""
 
     color: str
     linestyle: Any
 
 
-# The first is the reference, a grey cloud or area; colours are Okabe and Ito's, dark ones first.
+# The first is the reference, a gray cloud or area; colors are Okabe and Ito's, dark ones first.
 STYLES = (
     Style("0.6", "-"),
     Style("black", "-"),

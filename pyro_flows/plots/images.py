@@ -30,7 +30,7 @@ def reconstructions(
     limits: tuple[float, float] = (0.0, 1.0),
     ax: Axes | None = None,
 ) -> Axes:
-    """Images above what the model makes of them, one column an image.
+    """Images above their reconstructions, one column for each image.
 
     Args:
         images: ``(N, *image)``.
@@ -38,7 +38,7 @@ def reconstructions(
             of either.
         image_shape: ``(height, width)`` or ``(height, width, 3)``; None reads ``image`` as that, as
             ``(channels, height, width)``, or as a square written in one dimension.
-        limits: Values of white and of black, or of dark and bright with three colours.
+        limits: Values of white and of black, or of dark and bright with three colors.
         ax: Axes to draw on; None makes a figure.
 
     Returns:
@@ -82,14 +82,14 @@ def prior_samples(
     limits: tuple[float, float] = (0.0, 1.0),
     ax: Axes | None = None,
 ) -> Axes:
-    """Images of draws from the prior, a model's own idea of the data.
+    """Mean images of draws from the prior.
 
     Args:
         decode: Latents ``(N, latent_dim)`` -> mean images ``(N, *image)``.
         z: Draws from the prior, ``(N, latent_dim)``, such as ``torch.randn(48, latent_dim)``.
         num_columns: Number of images side by side, >= 1.
         image_shape: As in :func:`reconstructions`.
-        limits: Likewise.
+        limits: As in :func:`reconstructions`.
         ax: Axes to draw on; None makes a figure.
 
     Returns:
@@ -124,7 +124,7 @@ def latent_traversal(
     limits: tuple[float, float] = (0.0, 1.0),
     ax: Axes | None = None,
 ) -> Axes:
-    """Images along a line through one latent, a row a dimension, which the others stay fixed for.
+    """Decoded images along one latent dimension at a time, one row for each.
 
     Args:
         decode: Latents ``(N, latent_dim)`` -> mean images ``(N, *image)``.
@@ -132,7 +132,7 @@ def latent_traversal(
         dims: Which dimensions vary; None takes the first ten.
         values: Values that they take; None takes eleven from -2.5 to 2.5.
         image_shape: As in :func:`reconstructions`.
-        limits: Likewise.
+        limits: As in :func:`reconstructions`.
         ax: Axes to draw on; None makes a figure.
 
     Returns:

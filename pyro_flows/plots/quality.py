@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L8. Figures of a fit: how training went, what the importance weights say, and what the flow does to space."""
+"""L8. Figures of a fit: training, importance weights, calibration, and the map of a flow in two dimensions."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def training(
     window: int | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """ELBO over the steps, each step faintly and their running mean, below the evidence.
+    """ELBO over the steps: single steps faintly, their running mean, and the log evidence.
 
     The vertical range is that of the running mean without its first tenth, and of the two lines.
 
@@ -55,7 +55,7 @@ def training(
         losses: A :class:`~pyro_flows.FitResult`, or negative ELBOs, one a step, as ``svi.step`` returns them; or a
             mapping from labels to several of either, 5 at most.
         gaussian: ELBO of the Gaussian to beat, in nats, as a dashed line.
-        log_evidence: What no ELBO exceeds, in nats, as a solid line.
+        log_evidence: Upper bound of every ELBO, in nats, as a solid line.
         window: Number of steps that are averaged, >= 1; None takes a hundredth of them.
         ax: Axes to draw on; None makes a figure.
 
@@ -111,8 +111,8 @@ def weights(log_weights: Any, *, axes: Any = None) -> np.ndarray:
     weights need :math:`\hat k` below a threshold that depends on the number of draws.
 
     Args:
-        log_weights: A :class:`~pyro_flows.Diagnosis`, or log p(x, z) - log q(z), ``(S,)``, at least 20. Where they fall
-            apart over items, one item's: ``report.log_weights[:, 0]``.
+        log_weights: A :class:`~pyro_flows.Diagnosis`, or log p(x, z) - log q(z), ``(S,)``, at least 20. Where they
+            factorize over items, one item's: ``report.log_weights[:, 0]``.
         axes: Two Axes; None makes a figure.
 
     Returns:
@@ -177,8 +177,8 @@ def weights(log_weights: Any, *, axes: Any = None) -> np.ndarray:
 def calibration(report: Calibration, *, sites: Sequence[str] | None = None, ax: Axes | None = None) -> Axes:
     """Where true values lie among the guide's draws: distribution functions of their ranks, less a uniform one's.
 
-    A line that stays in the grey band is calibrated (each line does with probability 95 %). Above zero, true values are
-    lower than the guide's draws; a wave that rises first and falls then below zero is a guide that is too narrow.
+    A calibrated guide's line stays in the gray band with probability 95 %. Above zero, true values are lower than the
+    guide's draws; a wave that first rises and then falls below zero shows a guide that is too narrow.
 
     Args:
         report: What :func:`~pyro_flows.check_calibration` returned.
@@ -206,9 +206,9 @@ def calibration(report: Calibration, *, sites: Sequence[str] | None = None, ax: 
     levels = np.linspace(0.0, 1.0, 201)
     for name, style in zip(names, STYLES[1:]):
         for index, column in enumerate(as_numpy(report.ranks[name]).T):
-            apart = np.searchsorted(np.sort(column), levels, side="right") / count - levels
+            deviation = np.searchsorted(np.sort(column), levels, side="right") / count - levels
             label = name if index == 0 else None
-            ax.plot(levels, apart, color=style.color, linestyle=style.linestyle, linewidth=1.3, label=label)
+            ax.plot(levels, deviation, color=style.color, linestyle=style.linestyle, linewidth=1.3, label=label)
     low, high = ax.get_ylim()
     reach = 1.1 * max(-low, high)
     ax.set(xlim=(0, 1), ylim=(-reach, reach), xlabel="rank of the true value", ylabel="share below it, less its rank")
@@ -225,7 +225,7 @@ def flow_grid(
     num_lines: int = 25,
     ax: Axes | None = None,
 ) -> Axes:
-    """What a flow in two dimensions does to a square grid of noise.
+    """The image of a square grid of noise under a flow in two dimensions.
 
     Circles of radius 1, 2 and so on in noise, which hold 39 %, 86 % and 99 % of normal noise, are drawn over it.
 

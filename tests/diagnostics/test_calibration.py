@@ -88,9 +88,9 @@ def test_p_values_of_a_calibrated_guide_are_uniform() -> None:
 
 
 def test_other_guides_are_fitted_to_each_data_set() -> None:
-    """Data that the model standardises are not among its arguments: the model that is fitted is conditioned on them."""
+    """Data that the model standardizes are not among its arguments: the model that is fitted is conditioned on them."""
 
-    def standardised(raw: Tensor) -> None:
+    def standardized(raw: Tensor) -> None:
         y = (raw - 3.0) / 2.0
         loc = pyro.sample("loc", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
         with pyro.plate("rows", len(y)):
@@ -109,7 +109,7 @@ def test_other_guides_are_fitted_to_each_data_set() -> None:
         return guide
 
     report = check_calibration(
-        standardised, args=(torch.zeros(4),), refit=refit, num_datasets=30, num_samples=20, progress=False, seed=0
+        standardized, args=(torch.zeros(4),), refit=refit, num_datasets=30, num_samples=20, progress=False, seed=0
     )
     assert report.failed == 1
     assert report.ranks["loc"].shape == (29, 2)
@@ -201,7 +201,7 @@ def test_what_it_cannot_do_it_refuses() -> None:
 
 
 def test_arguments_by_hand() -> None:
-    def standardised(raw: Tensor) -> None:
+    def standardized(raw: Tensor) -> None:
         loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
         pyro.sample("y", dist.Normal(loc, 1.0), obs=(raw - 3.0) / 2.0)
 
@@ -209,7 +209,7 @@ def test_arguments_by_hand() -> None:
         pyro.sample("loc", dist.Normal((raw - 3.0) / 4.0, math.sqrt(0.5)))
 
     report = check_calibration(
-        standardised,
+        standardized,
         guide,
         (torch.tensor(0.0),),
         to_args=lambda data: ((3.0 + 2.0 * data["y"],), {}),

@@ -22,10 +22,10 @@ from tests.fits import BAD, mixture, mixture_guide, one_mode
 
 def test_climbs_arrive_at_the_maximum_of_an_ill_conditioned_target() -> None:
     curvature = torch.logspace(-2, 4, 6, dtype=torch.double)
-    centre = torch.arange(6.0, dtype=torch.double)
+    center = torch.arange(6.0, dtype=torch.double)
 
     def target(z: Tensor) -> Tensor:
-        return -0.5 * (curvature * (z - centre).square()).sum(-1)
+        return -0.5 * (curvature * (z - center).square()).sum(-1)
 
     start = 3.0 * torch.randn(5, 2, 6, dtype=torch.double)
     *_, end = climb(target, start, 90)
@@ -55,8 +55,8 @@ def test_masses_of_two_modes() -> None:
     regions = Search(ImportanceSampler("test", mixture, mixture_guide, (), None), mixture, (), {}).run(progress=False)
     assert regions is not None
     largest = regions.log_mass[:, 0].argsort()[-2:]
-    order = largest[regions.centres[largest, 0, 0].argsort()]
-    assert regions.centres[order, 0, 0].tolist() == pytest.approx([-5.0, 5.0], abs=0.01)
+    order = largest[regions.centers[largest, 0, 0].argsort()]
+    assert regions.centers[order, 0, 0].tolist() == pytest.approx([-5.0, 5.0], abs=0.01)
     inside = math.log(math.erf(regions.radius / math.sqrt(2)))
     errors = (regions.log_mass[order, 0] - torch.tensor([0.3, 0.7]).log() - inside) / regions.error[order, 0]
     assert errors.abs().max() < 4

@@ -43,7 +43,7 @@ def test_k_hat_and_weights_are_those_of_arviz(scale: float, count: int) -> None:
     torch.testing.assert_close(found.log_weights, torch.as_tensor(expected), rtol=1e-6, atol=1e-6)
 
 
-def test_smoothed_weights_are_normalised_and_keep_their_order() -> None:
+def test_smoothed_weights_are_normalized_and_keep_their_order() -> None:
     weights = 2.0 * torch.randn(4000, dtype=torch.double, generator=torch.Generator().manual_seed(2))
     smooth = pareto_smooth(weights).log_weights
     assert smooth.logsumexp(0).item() == pytest.approx(0.0, abs=1e-12)
