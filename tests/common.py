@@ -16,7 +16,7 @@ __all__ = ["assert_no_graph", "jacobian", "randomise_parameters", "trained"]
 
 
 # Parts of heads that a warm start sets and training leaves as they are.
-FIXED = {"origin", "own_factor", "own_slope", "own_tilt", "unit"}
+FIXED = {"log_scale_bound", "origin", "own_factor", "own_slope", "own_tilt", "unit"}
 
 
 def trained(module: nn.Module) -> list[nn.Parameter]:

@@ -101,7 +101,8 @@ def test_private_parts_of_torch_are_touched_in_one_place():
 
 
 def test_only_starts_look_at_what_heads_and_bases_are():
-    """Everyone else asks them by a method or an attribute, so that a new head or base is one new class."""
+    """Everyone else asks them by a method or an attribute, so that a new head or base is one new class. What reads
+    files of 0.1.0 knows the classes of that time."""
     kinds = (AffineHead, FixedAffine, Base, BaseSpec, StandardNormal, CenteredStudentT, DiagonalNormalMixture)
     modules = [sys.modules[name] for name in sorted(sys.modules) if name.startswith("pyro_flows.")]
     classes = {thing for module in modules for thing in vars(module).values() if inspect.isclass(thing)}
@@ -114,7 +115,8 @@ def test_only_starts_look_at_what_heads_and_bases_are():
                 continue
             asked = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)} & home.keys()
             others = {name for name in asked if home[name] != here}  # a class's own file may tell it apart
-            assert not others or here.startswith("pyro_flows.starts."), f"{here}, line {node.lineno}: {others}"
+            allowed = here.startswith("pyro_flows.starts.") or here == "pyro_flows.flows.version_0_1_0"
+            assert not others or allowed, f"{here}, line {node.lineno}: {others}"
 
 
 def test_models_run_in_few_places():

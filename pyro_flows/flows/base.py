@@ -16,6 +16,7 @@ from pyro_flows.flows.bases import Base, BaseSpec, resolve_base
 from pyro_flows.flows.distribution import FlowDistribution
 from pyro_flows.flows.fields import check_fields, choice
 from pyro_flows.flows.gradient_filter import GradientFilter
+from pyro_flows.flows.version_0_1_0 import from_0_1_0, is_from_0_1_0
 from pyro_flows.transforms import (
     AffineHead,
     Chain,
@@ -73,6 +74,15 @@ class Flow(nn.Module):
         self.transform = Chain([*layers, *outer])
         # In a tuple, since the chain has them as modules, whose parameters go by one name.
         self._parts = tuple(layers), head, whitening
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """As of any module; what version 0.1.0 stored is converted, before the layers look at it."""
+        own = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+        if is_from_0_1_0(own, self):
+            for name in own:
+                del state_dict[prefix + name]
+            state_dict.update({prefix + name: value for name, value in from_0_1_0(own, self).items()})
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[no-untyped-call]
 
     @property
     def layers(self) -> tuple[FlowTransform, ...]:

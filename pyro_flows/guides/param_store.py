@@ -17,6 +17,7 @@ from pyro.infer.autoguide import AutoContinuous
 from pyro.nn.module import _is_module_local_param_enabled
 from torch import Tensor, nn
 
+from pyro_flows.flows.version_0_1_0 import from_0_1_0, is_from_0_1_0
 from pyro_flows.transforms.preconditioner import look_again
 
 __all__ = ["StoredGuide"]
@@ -135,6 +136,7 @@ class StoredGuide(AutoContinuous):
     @torch.no_grad()
     def _adopt(self, params: Sequence[tuple[str, Tensor]]) -> None:
         store = pyro.get_param_store()
+        self._convert_stored()
         for name, param in params:
             fullname = f"{self._pyro_name}.{name}"
             if fullname not in store:
@@ -148,3 +150,15 @@ class StoredGuide(AutoContinuous):
             param.copy_(found)
             del store[fullname]
         look_again(self._trained())
+
+    def _convert_stored(self) -> None:
+        """Have this version's parameters in the store, where version 0.1.0's are."""
+        store = pyro.get_param_store()
+        prefix = f"{self._pyro_name}.posterior."
+        stored = {name.removeprefix(prefix): store[name].detach() for name in store if name.startswith(prefix)}
+        if is_from_0_1_0(stored, self._trained()):
+            converted = from_0_1_0(stored, self._trained())
+            for name in stored:
+                del store[prefix + name]
+            for name, value in converted.items():
+                pyro.param(prefix + name, value)

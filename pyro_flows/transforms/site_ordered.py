@@ -7,10 +7,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyro_flows.transforms.base import FlowTransform, as_rows
@@ -35,6 +35,7 @@ class _Conditioners(NamedTuple):
         outer: In the latter case the other factors, each ``(3 size, rank)``.
         bias: What centres the networks, ``(3 D,)``.
         shift: Free parts of the shifts, ``(D,)``.
+        log_scale_bound: ``c``.
     """
 
     hidden: Tensor
@@ -45,6 +46,7 @@ class _Conditioners(NamedTuple):
     outer: tuple[Tensor, ...]
     bias: Tensor
     shift: Tensor
+    log_scale_bound: Tensor
 
 
 class _Weights(NamedTuple):
@@ -87,12 +89,15 @@ class SiteOrderedAffine(FlowTransform):
         rank: Rank of the linear parts; None means full rank, as where no block follows more numbers than that. With a
             rank, parameters are linear in ``input_dim``.
         log_scale_bound: Bound :math:`c` on the absolute conditional log-scale, > 0. A funnel of Neal's needs about 5,
-            but what may scale a draw by :math:`e^5` can throw it as far while it is untrained.
+            but what may scale a draw by :math:`e^5` can throw it as far while it is untrained. It is stored with the
+            weights, which mean something else under another one.
 
     References:
         Ko, Domke. Model-Informed Flows for Bayesian Inference. NeurIPS 2025. arXiv:2505.24243, for the order and
         the affine conditionals on earlier latents with a translation inside the scale.
     """
+
+    fixed: ClassVar[frozenset[str]] = frozenset({"log_scale_bound"})
 
     reference: Tensor
     follows: Tensor
@@ -115,7 +120,7 @@ class SiteOrderedAffine(FlowTransform):
         assert sum(block_sizes) == input_dim, (block_sizes, input_dim)
         self.block_sizes = tuple(block_sizes)
         self.rank = rank
-        self.log_scale_bound = log_scale_bound
+        self.log_scale_bound = nn.Parameter(torch.tensor(float(log_scale_bound)))
         dense = [torch.ones(size, size).tril(-1).bool().flatten() for size in self.block_sizes if _is_dense(size)]
         is_below = torch.cat([torch.zeros(0).bool(), *dense])
         self.register_buffer("is_below", is_below, persistent=False)
@@ -175,7 +180,8 @@ class SiteOrderedAffine(FlowTransform):
         centering = (heads @ center.mT).gather(-1, self.block_of_head).squeeze(-1)
         centering = F.pad(-centering, (1, 0)).index_select(0, self.bias_of_row)
         by_block = heads.split([2 * size for size in self.sizes])
-        return _Conditioners(hidden, bias.flatten(), inner, by_block, linear, outer, centering, shift)
+        bound = self.log_scale_bound.detach()
+        return _Conditioners(hidden, bias.flatten(), inner, by_block, linear, outer, centering, shift, bound)
 
     def _networks(self, given: Tensor, hidden: Tensor, bias: Tensor, inner: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Last hidden layers of all networks, ``(S, N, H')``."""
@@ -183,9 +189,6 @@ class SiteOrderedAffine(FlowTransform):
         for inner_weight, inner_bias in inner:
             found = F.silu(torch.baddbmm(inner_bias.unsqueeze(1), found, inner_weight.mT))
         return found
-
-    def _bounded(self, log_scale: Tensor) -> Tensor:
-        return self.log_scale_bound * torch.tanh(log_scale / self.log_scale_bound)
 
     def _steer(self, given: Tensor, use: _Conditioners) -> tuple[Tensor, Tensor]:
         """Locations and log-scales of all steered blocks from what they follow, in one pass."""
@@ -202,7 +205,7 @@ class SiteOrderedAffine(FlowTransform):
             loc, bent = rows.split([size, 2 * size], -1)
             found.append((loc, *torch.addmm(bent, hidden, head.mT).chunk(2, -1)))
         loc, shift, log_scale = (torch.cat(parts, -1) for parts in zip(*found, strict=True))
-        log_scale = self._bounded(log_scale)
+        log_scale = _bounded(log_scale, use.log_scale_bound)
         return torch.addcmul(loc, log_scale.exp(), shift + use.shift), log_scale
 
     def _draw(self, noise: Tensor, context: Tensor | None, use: _Conditioners) -> tuple[Tensor, Tensor]:
@@ -247,7 +250,7 @@ class SiteOrderedAffine(FlowTransform):
                 own = F.silu(F.linear(own, weights[index], bias[index]))
             loc, bent = steer.split([size, 2 * size], -1)
             shift, log_scale = torch.addmm(bent, own, head.mT).chunk(2, -1)
-            log_scales.append(self._bounded(log_scale))
+            log_scales.append(_bounded(log_scale, use.log_scale_bound))
             values.append(torch.addcmul(loc, log_scales[-1].exp(), shift + part))
             if hidden.shape[-1]:
                 follow(values[-1])
@@ -314,6 +317,10 @@ class SiteOrderedAffine(FlowTransform):
             rows, log_scale = rows - self._padded(loc), log_scale + self._padded(steered)
         x = self._by_block(_times_transposed_inverse, rows * (-log_scale).exp(), below)
         return x.reshape(y.shape), -log_scale.sum(-1).reshape(y.shape[:-1])
+
+
+def _bounded(log_scale: Tensor, bound: Tensor) -> Tensor:
+    return bound * torch.tanh(log_scale / bound)
 
 
 def _is_dense(size: int) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_flows import flows
 from pyro_flows.flows import Flow, FlowSpec
-from tests.common import assert_no_graph, jacobian, randomise_parameters
+from tests.common import assert_no_graph, jacobian, randomise_parameters, trained
 
 DTYPES = (torch.float32, torch.float64)
 # For log densities of a few coordinates; float32 sums over 50 coordinates get proportionally more.
@@ -164,7 +164,8 @@ def test_every_parameter_gets_a_gradient(name: str, context_dim: int) -> None:
     _, flow = _build(name, max(3, _spec(name).min_dim), context_dim)
     z, log_prob = flow(_context(flow, 4), path_gradient=False).rsample_and_log_prob((16,))
     (log_prob + z.sin().sum(-1)).mean().backward()
-    for key, parameter in flow.named_parameters():
+    for parameter in trained(flow):
+        key = next(name for name, p in flow.named_parameters() if p is parameter)
         assert parameter.grad is not None, key
         assert parameter.grad.isfinite().all(), key
         assert parameter.grad.abs().sum() > 0, key

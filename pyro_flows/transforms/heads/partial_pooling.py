@@ -76,7 +76,7 @@ class PartialPooling(AffineHead):
         Gelman, Hill. Data Analysis Using Regression and Multilevel Models. 2007, eq. (12.1), for partial pooling.
     """
 
-    fixed: ClassVar[frozenset[str]] = frozenset({"unit"})
+    fixed: ClassVar[frozenset[str]] = frozenset({"log_scale_bound", "unit"})
 
     known: Tensor
 
@@ -93,7 +93,7 @@ class PartialPooling(AffineHead):
         super().__init__(input_dim)
         self.given_dim = given_dim
         self.feature_dim = feature_dim
-        self.log_scale_bound = log_scale_bound
+        self.log_scale_bound = nn.Parameter(torch.tensor(float(log_scale_bound)))
         self.has_prior = known is not None and bool(known.any())
         self.context_dim = given_dim + feature_dim + (4 if self.has_prior else 2) * input_dim
         self.register_buffer("known", known if known is not None else torch.zeros(input_dim, dtype=torch.bool))
@@ -184,4 +184,5 @@ class PartialPooling(AffineHead):
         return mean, pooled.exp(), pooled.sum(-1)
 
     def _bounded(self, log_scale: Tensor) -> Tensor:
-        return self.log_scale_bound * torch.tanh(log_scale / self.log_scale_bound)
+        bound = self.log_scale_bound.detach()
+        return bound * torch.tanh(log_scale / bound)
