@@ -72,7 +72,7 @@ def to_inference_data(
     ``constant_data``          the model's other arguments that are tensors, by name
     =========================  ========================================================================================
 
-    These are draws of the guide, not of the posterior: look at ``khat`` first. Means under the posterior weigh them::
+    These are draws of the guide, not of the posterior: check ``khat`` first. Posterior means are weighted means::
 
         log_weight = idata["sample_stats"]["log_weight"]
         idata["posterior"]["mu"].weighted(np.exp(log_weight - log_weight.max())).mean()
@@ -244,8 +244,8 @@ class _Runs:
 def _check_structure(structure: Structure, *, log_likelihood: bool) -> None:
     for plate in structure.subsampled:
         raise NotImplementedError(
-            f"{OWNER}: expected the model to run on its full plates, but plate '{plate}' is subsampled, and each draw "
-            "would speak of other items. Pass arguments, or a model and a guide, that take all items, such as "
+            f"{OWNER}: expected the model to run on its full plates, but plate '{plate}' is subsampled, so that "
+            "each draw would be of other items. Pass arguments, or a model and a guide, that take all items, such as "
             "subsample_size=None."
         )
     if structure.enumerates and log_likelihood:
@@ -318,7 +318,7 @@ def _assemble(
     indices: Mapping[str, np.ndarray],
     coords: Mapping[str, Sequence[Any]],
 ) -> Any:
-    """The container of the installed line of ArviZ."""
+    """The container of the installed version of ArviZ."""
     import xarray
 
     sizes = {

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_flows.importance.psis import pareto_smooth
 
-__all__ = ["Evidence", "Lost", "LostMassSettings", "estimate_evidence", "lost_mass"]
+__all__ = ["Evidence", "LostMass", "LostMassSettings", "estimate_evidence", "lost_mass"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def estimate_evidence(log_weights: Tensor) -> Evidence:
     return Evidence(log_mean, error, ess, khat, torch.zeros_like(log_mean))
 
 
-class Lost(NamedTuple):
+class LostMass(NamedTuple):
     """Posterior mass of K regions that the guide's weights do not account for.
 
     Attributes:
@@ -86,7 +86,7 @@ def lost_mass(
     where: Tensor,
     log_weights: Tensor,
     settings: LostMassSettings = LostMassSettings(),
-) -> Lost:
+) -> LostMass:
     """Compare each region's mass with what the guide's own draws say of it.
 
     Args:
@@ -112,4 +112,4 @@ def lost_mass(
     drawn = inside.double().mean(1)
     lost = significant & (share > settings.min_share) & (drawn < settings.max_drawn * share)
     error_found = (weights.var(0) / count + (own_error * significant).square().sum(0)).sqrt()
-    return Lost(share * lost, top + found.log(), error_found / found)
+    return LostMass(share * lost, top + found.log(), error_found / found)

@@ -50,7 +50,7 @@ class SiteSummary:
         return self.mean.shape
 
 
-class _One:
+class _SiteSums:
     """Running sums of one site."""
 
     def __init__(self, latent: Site, item_axis: int | None) -> None:
@@ -94,7 +94,7 @@ class SiteTally:
 
     def __init__(self, structure: Structure) -> None:
         self._sites = [
-            _One(latent, structure.item_axis(latent)) for latent in structure.latents if latent.shape.numel()
+            _SiteSums(latent, structure.item_axis(latent)) for latent in structure.latents if latent.shape.numel()
         ]
 
     def add(self, draws: Draws, log_weights: Tensor) -> None:

@@ -127,8 +127,8 @@ def _check(khat: Tensor, num_draws: int, settings: ResampleSettings) -> None:
     worst = khat.quantile(1.0 - settings.max_bad_items, interpolation="higher").item()
     if worst > settings.max_khat:
         raise RuntimeError(
-            f"importance_resample: expected weights with a mean, but k-hat is {worst:.2f}, so a few draws would be all "
-            "there is. Train longer, or use NUTS; `print(diagnose(model, guide, args))` says which."
+            f"importance_resample: expected weights with a mean, but k-hat is {worst:.2f}, and a few draws carry all "
+            "of the weight. Train longer, or use NUTS; `print(diagnose(model, guide, args))` says which."
         )
     if worst > khat_threshold(num_draws):
         warnings.warn(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L8. Figures of draws: guides over reference draws or over each other, and new data over the data."""
+"""L8. Figures of draws: pairs and marginals of several guides, and posterior predictive intervals."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def pairs(
     max_points: int = 2000,
     axes: Any = None,
 ) -> np.ndarray:
-    """Each coordinate against each other one: the first set as points, the others as contours over them.
+    """Scatter plots of all pairs of coordinates: the first set as points, the others as contours.
 
     Contours enclose 50 % and 90 % of a set's draws, from smoothed histograms. Ranges leave out the outermost half
     percent on each side.
@@ -145,7 +145,7 @@ def marginals(
 def posterior_predictive(
     draws: Any, observed: Any, *, x: Any = None, interval: float = 0.9, ax: Axes | None = None
 ) -> Axes:
-    """Intervals of new data around each datum: thick for half of the draws, thin for ``interval`` of them.
+    """Posterior predictive intervals beside each datum: thick ones of 50 %, thin ones of ``interval``.
 
     Args:
         draws: New data given draws of the latents, ``(S, *data shape)``.
