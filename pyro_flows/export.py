@@ -24,7 +24,7 @@ from pyro_flows.models.batching import BatchedModel
 from pyro_flows.models.layout import Layout
 from pyro_flows.models.sites import Site
 from pyro_flows.models.structure import Structure
-from pyro_flows.models.traces import given, run_quietly
+from pyro_flows.models.traces import replay_trace, run_quietly
 
 __all__ = ["to_inference_data"]
 
@@ -198,7 +198,7 @@ class _Runs:
         observing = [n for n, node in model.nodes.items() if node["is_observed"] and node["value"].numel()]
         self._deterministic = [name for name in observing if _is_deterministic(model.nodes[name])]
         self.observed = {n: self.sites[n].init_loc for n in observing if n not in self._deterministic}
-        drawn = given({name: node["value"] for name, node in model.nodes.items() if not node["is_observed"]})
+        drawn = replay_trace({name: node["value"] for name, node in model.nodes.items() if not node["is_observed"]})
         trace = run_quietly(model.model, model.call, drawn)
         self.indices = {n: _numpy(node["value"]) for n, node in trace.nodes.items() if site_is_subsample(node)}
         for plate, index in self.indices.items():

@@ -8,11 +8,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from pyro_flows.transforms import FixedAffine, FlowTransform
+from pyro_flows.transforms import FlowTransform, Preconditioner
 from pyro_flows.transforms.networks import Packed
 from pyro_flows.transforms.preconditioner import look_again
 
-__all__ = ["assert_no_graph", "jacobian", "randomise_parameters", "trained"]
+__all__ = ["assert_no_graph", "jacobian", "randomize_parameters", "trained"]
 
 
 # Parts of heads that a warm start sets and training leaves as they are.
@@ -21,12 +21,12 @@ FIXED = {"log_scale_bound", "origin", "own_factor", "own_slope", "own_tilt", "un
 
 def trained(module: nn.Module) -> list[nn.Parameter]:
     """All parameters but those that a warm start sets and training leaves as they are."""
-    fixed = {p for part in module.modules() if isinstance(part, FixedAffine) for p in part.parameters()}
+    fixed = {p for part in module.modules() if isinstance(part, Preconditioner) for p in part.parameters()}
     return [p for name, p in module.named_parameters() if p not in fixed and name.rpartition(".")[2] not in FIXED]
 
 
 @torch.no_grad()
-def randomise_parameters(module: nn.Module, scale: float = 0.3) -> None:
+def randomize_parameters(module: nn.Module, scale: float = 0.3) -> None:
     """Add normal noise of sd ``scale`` to vectors and ``scale / sqrt(fan_in)`` to matrices; starts hide mistakes."""
     for part in module.modules():
         for tensor in part() if isinstance(part, Packed) else part.parameters(recurse=False):

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from pyro_flows.importance.weights import ImportanceSampler
 from pyro_flows.models.traces import Call, run_quietly, sample_nodes
-from pyro_flows.starts.lbfgs import climb, local_factor
+from pyro_flows.starts.lbfgs import lbfgs_paths, local_factor
 
 __all__ = ["Regions", "Search", "SearchResult", "SearchSettings", "search_regions"]
 
@@ -180,7 +180,7 @@ class Search:
         num_steps, candidate_steps = self._settings.num_steps, self._settings.candidate_steps
         candidates, number, points = [], 0, start
         with tqdm(total=num_steps, desc="search", disable=not progress, delay=1.0) as bar:
-            for number, points in enumerate(climb(self._sampler.log_joint, start, num_steps), 1):
+            for number, points in enumerate(lbfgs_paths(self._sampler.log_joint, start, num_steps), 1):
                 if number in candidate_steps:
                     candidates.append(points)
                 bar.update()

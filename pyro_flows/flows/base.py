@@ -20,13 +20,13 @@ from pyro_flows.flows.version_0_1_0 import from_0_1_0, is_from_0_1_0
 from pyro_flows.transforms import (
     AffineHead,
     Chain,
+    ConditionalGaussianHead,
     DiagonalAffine,
-    FixedAffine,
     FlowTransform,
     FullRankAffine,
     LowRankAffine,
-    PartialPooling,
-    PriorPooling,
+    PlateHead,
+    Preconditioner,
 )
 
 __all__ = ["Flow", "FlowSpec"]
@@ -46,7 +46,7 @@ class Flow(nn.Module):
     Args:
         layers: Transforms from the base outwards; may be empty.
         head: The outermost trained transform, which is affine.
-        whitening: What a warm start may put around it, or inside of a head that knows priors.
+        preconditioner: What a warm start may put around it, or inside of a head that knows priors.
         base: Where the noise comes from; None is a standard normal.
 
     Example:
@@ -61,19 +61,19 @@ class Flow(nn.Module):
         self,
         layers: Sequence[FlowTransform],
         head: AffineHead,
-        whitening: FixedAffine | None = None,
+        preconditioner: Preconditioner | None = None,
         base: Base | None = None,
     ) -> None:
         super().__init__()
         self.input_dim = head.input_dim
         self.context_dim = head.context_dim
         self.base = Base(head.input_dim) if base is None else base
-        outer: list[FlowTransform] = [head] if whitening is None else [head, whitening]
+        outer: list[FlowTransform] = [head] if preconditioner is None else [head, preconditioner]
         if head.is_outermost:
             outer.reverse()
         self.transform = Chain([*layers, *outer])
         # In a tuple, since the chain has them as modules, whose parameters go by one name.
-        self._parts = tuple(layers), head, whitening
+        self._parts = tuple(layers), head, preconditioner
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """As of any module; what version 0.1.0 stored is converted, before the layers look at it."""
@@ -95,15 +95,15 @@ class Flow(nn.Module):
         return self._parts[1]
 
     @property
-    def whitening(self) -> FixedAffine | None:
+    def preconditioner(self) -> Preconditioner | None:
         """What a warm start may put around the head, or inside of it where it knows the latents' priors."""
         return self._parts[2]
 
     def standardize(self, y: Tensor) -> Tensor:
         """Values as input for those who condition on them; see :meth:`AffineHead.standardize`."""
-        if self.whitening is None or self.head.is_outermost:
+        if self.preconditioner is None or self.head.is_outermost:
             return self.head.standardize(y)
-        return self.whitening.standardize(y, *self.head.gaussian())
+        return self.preconditioner.standardize(y, *self.head.gaussian())
 
     @property
     def base_dist(self) -> dist.TorchDistribution:
@@ -116,7 +116,7 @@ class Flow(nn.Module):
         context: Tensor | None = None,
         *,
         path_gradient: bool = True,
-        given: tuple[Tensor, ...] = (),
+        parents: tuple[Tensor, ...] = (),
         gradient_filter: GradientFilter | None = None,
     ) -> FlowDistribution:
         """The distribution given a context.
@@ -124,7 +124,7 @@ class Flow(nn.Module):
         Args:
             context: ``batch_shape + (context_dim,)``, or None for an unconditional flow.
             path_gradient: See :class:`FlowDistribution`.
-            given: Likewise.
+            parents: Likewise.
             gradient_filter: Likewise.
 
         Raises:
@@ -140,7 +140,7 @@ class Flow(nn.Module):
         base_dist = self.base_dist
         if context is not None:
             base_dist = base_dist.expand(context.shape[:-1])
-        return FlowDistribution(base_dist, self.transform, context, path_gradient, given, gradient_filter)
+        return FlowDistribution(base_dist, self.transform, context, path_gradient, parents, gradient_filter)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,14 +219,18 @@ class FlowSpec:
         return Flow(self.layers(input_dim, context_dim), head, base=self._make_base(input_dim))
 
     def build_joint(
-        self, block_sizes: Sequence[int], *, pooling: PriorPooling | None = None, whitening: FixedAffine | None = None
+        self,
+        block_sizes: Sequence[int],
+        *,
+        pooling: ConditionalGaussianHead | None = None,
+        preconditioner: Preconditioner | None = None,
     ) -> Flow:
         """Make a flow over a model's sites.
 
         Args:
             block_sizes: The sites' sizes, in order; they add up to the flow's ``input_dim``.
             pooling: A head that knows the priors of a hierarchy. Families that do not follow the model leave it out.
-            whitening: What a warm start with correlations sets. Families without any leave it out.
+            preconditioner: What a warm start with correlations sets. Families without any leave it out.
         """
         spec = self.with_blocks(block_sizes)
         dim = sum(block_sizes)
@@ -234,10 +238,12 @@ class FlowSpec:
         head = flow.head
         if pooling is not None and self.knows_priors and self.head == "diagonal":
             head = pooling
-        return Flow(flow.layers, head, whitening if self.correlates or self.head == "full_rank" else None, flow.base)
+        return Flow(
+            flow.layers, head, preconditioner if self.correlates or self.head == "full_rank" else None, flow.base
+        )
 
     def build_local(
-        self, input_dim: int, given_dim: int, feature_dim: int, known: Tensor | None = None, *, plain: bool = False
+        self, input_dim: int, parent_dim: int, feature_dim: int, known: Tensor | None = None, *, plain: bool = False
     ) -> Flow:
         """Make a flow for one item of a plate, with weights that all items share and a partially pooled head.
 
@@ -246,18 +252,18 @@ class FlowSpec:
 
         Args:
             input_dim: Length of an item's vector.
-            given_dim: See :class:`~pyro_flows.transforms.PartialPooling`.
+            parent_dim: See :class:`~pyro_flows.transforms.PlateHead`.
             feature_dim: Likewise.
             known: Likewise.
             plain: Whether items are so many that the head has to do, without networks.
         """
         if plain:
-            head = PartialPooling(input_dim, given_dim=given_dim, feature_dim=feature_dim, known=known, hidden_dims=())
+            head = PlateHead(input_dim, parent_dim=parent_dim, feature_dim=feature_dim, known=known, hidden_dims=())
             return Flow([], head, base=self._make_base(input_dim))
-        layers = self.layers(input_dim, given_dim + feature_dim) if input_dim >= self.min_dim else []
+        layers = self.layers(input_dim, parent_dim + feature_dim) if input_dim >= self.min_dim else []
         if self.head != "diagonal" and input_dim > 1:
             layers.append(self._make_head(input_dim, 0))
-        head = PartialPooling(input_dim, given_dim=given_dim, feature_dim=feature_dim, known=known)
+        head = PlateHead(input_dim, parent_dim=parent_dim, feature_dim=feature_dim, known=known)
         return Flow(layers, head, base=self._make_base(input_dim))
 
     def _make_base(self, input_dim: int) -> Base:

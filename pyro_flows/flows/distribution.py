@@ -21,7 +21,7 @@ from pyro_flows.transforms.base import is_jit_tracing
 
 __all__ = ["FlowDistribution"]
 
-# Draws by which the mean of a flow is known, where gradients are centred.
+# Draws by which the mean of a flow is known, where gradients are centered.
 MEAN_DRAWS = 128
 
 
@@ -45,8 +45,8 @@ class FlowDistribution(dist.TransformedDistribution):
         context: Optional context, ``batch_shape + (context_dim,)``.
         path_gradient: Whether draws carry the path gradient. Needs grad mode; skipped under ``torch.no_grad()``
             and where ``transform.has_score`` is false.
-        given: Latents drawn before, of which the context is a function. The path gradient then counts how they steer
-            this density, and leaves out how parameters steer it by way of the context.
+        parents: Latents drawn before, of which the context is a function. The path gradient then counts how they act on
+            this density, and leaves out how parameters act on it by way of the context.
         gradient_filter: What the gradients that come back to draws pass through.
 
     References:
@@ -59,17 +59,17 @@ class FlowDistribution(dist.TransformedDistribution):
         transform: FlowTransform,
         context: Tensor | None = None,
         path_gradient: bool = True,
-        given: tuple[Tensor, ...] = (),
+        parents: tuple[Tensor, ...] = (),
         gradient_filter: GradientFilter | None = None,
     ) -> None:
         self._filter = gradient_filter
-        if given and context is not None:
+        if parents and context is not None:
             context = context.expand(base_dist.batch_shape + context.shape[-1:])  # a score for every element
         self._bound = BoundTransform(transform, context)
-        self._given = given
+        self._parents = parents
         self._path_gradient = path_gradient and transform.has_score
         self._centered = False
-        # (value, its score if known, the context and the score in it if latents before it steer it)
+        # (value, its score if known, the context and the score in it if it has parents)
         self._draw: tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None] | None = None
         super().__init__(base_dist, [self._bound])
 
@@ -77,7 +77,7 @@ class FlowDistribution(dist.TransformedDistribution):
         base_dist = self.base_dist.expand(batch_shape)
         bound = self._bound
         other = FlowDistribution(
-            base_dist, bound.transform, bound.context, self._path_gradient, self._given, self._filter
+            base_dist, bound.transform, bound.context, self._path_gradient, self._parents, self._filter
         )
         other._centered = self._centered
         return other
@@ -124,28 +124,28 @@ class FlowDistribution(dist.TransformedDistribution):
             return value
         if is_jit_tracing():  # no torch.autograd.grad inside torch.jit.trace
             value = self._bound(eps)
-            scorable = self._bound.transform.one_pass_inverse and not self._given
+            scorable = self._bound.transform.one_pass_inverse and not self._parents
             self._draw = (value, None, None) if scorable else None
             return value
         value, score = self._bound.call_with_score(eps.requires_grad_(), base_score(self.base_dist, eps))
         if self._centered and self._bound.context is None and value.dim() > 1 and len(value) > 1:
             value = self._bound.replace_last(self._recentered(value))
-        steered = None
-        if not (self._given and sample_shape):  # else one context for several draws: no score for each
-            steered = self._steered(eps, value, score)
+        conditioned = None
+        if not (self._parents and sample_shape):  # else one context for several draws: no score for each
+            conditioned = self._conditioned(eps, value, score)
         if self._filter is not None:
-            value = self._bound.replace_last(self._filtered(eps, value, score, steered))
-        self._draw = None if self._given and sample_shape else (value, score, steered)
+            value = self._bound.replace_last(self._filtered(eps, value, score, conditioned))
+        self._draw = None if self._parents and sample_shape else (value, score, conditioned)
         return value
 
-    def _filtered(self, eps: Tensor, value: Tensor, score: Tensor, steered: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _filtered(self, eps: Tensor, value: Tensor, score: Tensor, conditioned: tuple[Tensor, Tensor] | None) -> Tensor:
         """See :class:`GradientFilter`."""
         assert self._filter is not None
         log_q = -self._bound.log_abs_det_jacobian(eps, value)
         if not self._is_normal:  # whose density has no parameters
             log_q = log_q + self.base_dist.log_prob(eps)
         nothing = value.new_zeros(0)
-        through, by_context = (nothing, nothing) if steered is None else steered
+        through, by_context = (nothing, nothing) if conditioned is None else conditioned
         return self._filter.watch(value, score, log_q, through, by_context)
 
     def _recentered(self, value: Tensor) -> Tensor:
@@ -160,20 +160,20 @@ class FlowDistribution(dist.TransformedDistribution):
         mean = self._bound.transform.forward_and_ladj(eps)[0].mean(0)
         return value + (mean - mean.detach())
 
-    def _steered(self, eps: Tensor, value: Tensor, score: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _conditioned(self, eps: Tensor, value: Tensor, score: Tensor) -> tuple[Tensor, Tensor] | None:
         r"""The context, with a gradient in the latents that it is given alone; and :math:`\nabla_c \log q(z | c)` at
         fixed z: the derivative at fixed noise, less what comes through z."""
         context = self._bound.context
-        if not self._given or context is None or not context.requires_grad:
+        if not self._parents or context is None or not context.requires_grad:
             return None
         ladj = self._bound.log_abs_det_jacobian(eps, value)
         less = -score, -torch.ones_like(ladj)
         (by_context,) = torch.autograd.grad((value, ladj), context, less, retain_graph=True)
-        through: Tensor = _Through.apply(context, *self._given)  # type: ignore[no-untyped-call]
+        through: Tensor = _Through.apply(context, *self._parents)  # type: ignore[no-untyped-call]
         return through, by_context
 
     def rsample_and_log_prob(self, sample_shape: torch.Size = torch.Size()) -> tuple[Tensor, Tensor]:
-        """A reparameterised draw and its log density, from one pass."""
+        """A reparameterized draw and its log density, from one pass."""
         value = self.rsample(sample_shape)
         return value, self.log_prob(value)
 
@@ -182,11 +182,11 @@ class FlowDistribution(dist.TransformedDistribution):
         log_prob = self.log_prob(value)
         entropy_term = log_prob
         if self._draw is not None and self._draw[0] is value:
-            _, score, steered = self._draw
+            _, score, conditioned = self._draw
             if score is None:
                 entropy_term = self._frozen_log_prob(value)
             else:
-                scores = (value, score, *(steered or ()))
+                scores = (value, score, *(conditioned or ()))
                 entropy_term = _WithScores.apply(log_prob.detach(), *scores)  # type: ignore[no-untyped-call]
         return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=entropy_term)
 

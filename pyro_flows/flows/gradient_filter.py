@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L2. What a flow learns from the gradients that come back to its own draws, whatever the optimiser makes of them."""
+"""L2. What a flow learns from the gradients that come back to its own draws, whatever the optimizer makes of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class GradientFilter(nn.Module):
     r"""Looks at the gradient :math:`u` of a loss in draws :math:`z`, and passes it on with less noise.
 
     *Clipping.* Entries that are not finite become zero, and those out of all proportion are clipped, draw by draw: an
-    optimiser with moments remembers one absurd gradient for thousands of steps, and NaN for ever. The proportion is
+    optimizer with moments remembers one absurd gradient for thousands of steps, and NaN for ever. The proportion is
     that of the gradients before, so that units, a scale of the loss and the distance to the posterior do not matter.
 
     *A control variate.* The path gradient of :math:`\log q` and the ordinary one, of :math:`\log q_\theta(z(\theta))`,

@@ -17,7 +17,7 @@ __all__ = ["RadialFlow"]
 @register("radial")
 @dataclass(frozen=True, kw_only=True)
 class RadialFlow(FlowSpec):
-    """Radial flow: each layer moves mass towards a centre or away. O(D) parameters; weak in many dimensions.
+    """Radial flow: each layer moves mass towards a center or away. O(D) parameters; weak in many dimensions.
 
     Args:
         num_transforms: Number of radial maps, >= 1.
@@ -26,7 +26,7 @@ class RadialFlow(FlowSpec):
         Rezende, Mohamed. Variational Inference with Normalizing Flows. ICML 2015. arXiv:1505.05770.
     """
 
-    best_for: ClassVar[str] = "teaching; mass around centres"
+    best_for: ClassVar[str] = "teaching; mass around centers"
     practical_dim: ClassVar[int | None] = 20
     draw_cost: ClassVar[str] = "one pass; eight maps"
     tails: ClassVar[str] = "Gaussian: a draw moves by a bounded amount"

@@ -14,7 +14,7 @@ from pyro_flows.transforms import AffineCouplings, FlowTransform, SiteOrderedAff
 
 __all__ = ["Auto", "SiteOrdered"]
 
-# More blocks than this are merged with their neighbours: drawing takes a step a block.
+# More blocks than this are merged with their neighbors: drawing takes a step a block.
 MAX_BLOCKS = 16
 # Above this dimension the linear parts have this rank, so that parameters grow linearly.
 FULL_RANK_DIM = 300
@@ -31,13 +31,13 @@ NARROW_DIMS, LOW_RANK = (8,), 4
 class SiteOrdered(FlowSpec):
     """Model-ordered flow: each site is affine in its noise given the sites before it, after an elementwise spline.
 
-    The family for hierarchies: contains every Gaussian, every non-centring and funnels. In a guide, sites whose prior
-    is Gaussian given others have a head that knows it; see :class:`~pyro_flows.transforms.PriorPooling`,
-    :class:`~pyro_flows.transforms.DiagonalPooling` and :class:`~pyro_flows.transforms.MatrixPooling`.
+    The family for hierarchies: contains every Gaussian, every non-centering and funnels. In a guide, sites whose prior
+    is Gaussian given others have a head that knows it; see :class:`~pyro_flows.transforms.ConditionalGaussianHead`,
+    :class:`~pyro_flows.transforms.DiagonalPrecisionHead` and :class:`~pyro_flows.transforms.FullPrecisionHead`.
 
     Args:
         block_sizes: Sizes of the blocks in order; the guide fills in the model's sites. None makes every coordinate a
-            block. More than 16 are merged with their neighbours.
+            block. More than 16 are merged with their neighbors.
         hidden_dims: Widths of each block's network.
         count_bins: Bins per spline, in [2, 128].
         log_scale_bound: Largest absolute log-scale that a block takes from those before it, > 0, beside what known
@@ -138,7 +138,7 @@ class Auto(SiteOrdered):
 
 
 def _merge(sizes: Sequence[int], count: int) -> tuple[int, ...]:
-    """At most ``count`` blocks of neighbours, by repeatedly joining the smallest adjacent pair."""
+    """At most ``count`` blocks of neighbors, by repeatedly joining the smallest adjacent pair."""
     merged = list(sizes)
     while len(merged) > count:
         index = min(range(len(merged) - 1), key=lambda i: merged[i] + merged[i + 1])

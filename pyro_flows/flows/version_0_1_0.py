@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from pyro_flows.transforms import AffineHead, PartialPooling, SiteOrderedAffine
+from pyro_flows.transforms import AffineHead, PlateHead, SiteOrderedAffine
 from pyro_flows.transforms.coupling import Couplings
 from pyro_flows.transforms.heads.affine import encode_gaussian
 from pyro_flows.transforms.networks import Packed
@@ -102,7 +102,7 @@ def _renamed(part: nn.Module) -> dict[str, list[str]]:
             names += ["heads", "shift", "linear", *([] if part.rank is None else ["project"])]
             names += _networks((len(steering) - 4) // 2)
         return {"log_scale_bound": [], "packed.flat": names}
-    new: dict[str, list[str]] = {"unit": [], "log_scale_bound": []} if isinstance(part, PartialPooling) else {}
+    new: dict[str, list[str]] = {"unit": [], "log_scale_bound": []} if isinstance(part, PlateHead) else {}
     return {**new, "raw.value": ["raw.value"]}
 
 
@@ -120,7 +120,7 @@ def _converted(part: nn.Module, before: Mapping[str, Tensor], prefix: str) -> di
         loc, log_scale, shift = value.double()
         scale = (LOG_SCALE_UNIT * log_scale).exp()
         after = {"raw.value": encode_gaussian(torch.addcmul(loc, scale, shift, value=SHIFT_UNIT), scale).to(value)}
-        if isinstance(part, PartialPooling):
+        if isinstance(part, PlateHead):
             # Items' locations were told in the scales of the Gaussian that they share.
             after |= {"unit": scale.to(value), "log_scale_bound": value.new_tensor(LOG_SCALE_BOUND)}
         return after

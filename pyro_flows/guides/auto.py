@@ -34,7 +34,7 @@ from pyro_flows.posterior.plate import LocalBlock
 from pyro_flows.posterior.posterior import Latents, Posterior
 from pyro_flows.posterior.step_limit import StepLimit
 from pyro_flows.posterior.structure import STRUCTURES, check_plate, local_plates
-from pyro_flows.starts.plates import start
+from pyro_flows.starts.plates import warm_start
 
 __all__ = ["AutoFlowGuide"]
 
@@ -53,7 +53,7 @@ class AutoFlowGuide(SummarizedGuide):
     Latents inside a subsampled or amortized plate are *local*: each item gets a conditional flow given the globals and
     its parent groups, with weights that all items share. What differs between items is a Gaussian of their own, which
     with an unrestrained shared part is ``AutoNormal``'s, and a small embedding; or, in an amortized plate, what the
-    encoder says. See :class:`~pyro_flows.transforms.PartialPooling`.
+    encoder says. See :class:`~pyro_flows.transforms.PlateHead`.
 
     The structure of the model (sites, shapes, supports) must not change between calls, except for the sizes of
     mini-batches and of amortized plates. Supports that depend on other latents are taken as they were at the first
@@ -177,7 +177,7 @@ class AutoFlowGuide(SummarizedGuide):
         """
         args, kwargs = calls[0]
         posterior = self.setup(*args, **kwargs)._posterior
-        start(model or self.model, posterior, calls, partial(self._make_plates, {}), self.init_scale, watch)
+        warm_start(model or self.model, posterior, calls, partial(self._make_plates, {}), self.init_scale, watch)
         return self
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:

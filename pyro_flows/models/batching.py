@@ -32,9 +32,9 @@ from pyro_flows.models.traces import (
     NO_DENSITY,
     Call,
     by_draw,
-    given,
     mini_batches,
     nesting_of,
+    replay_trace,
     rows_of,
     sample_nodes,
 )
@@ -273,7 +273,7 @@ class BatchedModel:
         model = task.model
         if self.enumerated and task.shapes is None:
             model = EnumerateSites(-2 - self.nesting)(model)
-        replayed = poutine.replay(model, trace=given({**values, **task.call.fixed}))
+        replayed = poutine.replay(model, trace=replay_trace({**values, **task.call.fixed}))
         return poutine.trace(replayed).get_trace(*task.call.args, **task.call.kwargs)
 
     # Which of them

@@ -20,7 +20,7 @@ from pyro.poutine.util import site_is_subsample
 from pyro.util import check_site_shape
 from torch import Tensor
 
-from pyro_flows.models.traces import NO_DENSITY, Call, given, sample_nodes
+from pyro_flows.models.traces import NO_DENSITY, Call, replay_trace, sample_nodes
 
 __all__ = [
     "check_data",
@@ -93,7 +93,7 @@ def first_run(
     refused: Exception | None = None
     for values in draws:
         whole = {**values, **call.fixed}
-        replayed = poutine.replay(_SameShapes(owner, whole)(model), trace=given(whole))
+        replayed = poutine.replay(_SameShapes(owner, whole)(model), trace=replay_trace(whole))
         try:
             with torch.no_grad(), poutine.block():
                 trace = poutine.trace(replayed).get_trace(*call.args, **call.kwargs)
@@ -237,7 +237,7 @@ def without_density(model: Callable[..., Any], values: Mapping[str, Any], call: 
     """
     found: dict[str, float] = {}
     with pyro.validation_enabled(False), poutine.block():
-        replayed = poutine.replay(model, trace=given({**values, **call.fixed}))
+        replayed = poutine.replay(model, trace=replay_trace({**values, **call.fixed}))
         trace = poutine.trace(replayed).get_trace(*call.args, **call.kwargs)
         trace.compute_log_prob()
         for name, node in sample_nodes(trace).items():

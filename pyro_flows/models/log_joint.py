@@ -57,7 +57,7 @@ class LogJoint:
     """
 
     # Items of plates that a draw runs over, beyond the model's own cost.
-    rows = 1
+    cost_per_draw = 1
 
     def __init__(
         self, model: Callable[..., Any], table: Layout, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -77,7 +77,7 @@ class LogJoint:
     @property
     def chunk(self) -> int:
         """Draws that may be in flight at once."""
-        return max(1, EVALUATION.max_rows // self.rows)
+        return max(1, EVALUATION.max_rows // self.cost_per_draw)
 
     @property
     def is_vectorized(self) -> bool:
@@ -130,9 +130,9 @@ class PulledBack:
     push: Callable[[Tensor], tuple[Tensor, Tensor]]
 
     @property
-    def rows(self) -> int:
+    def cost_per_draw(self) -> int:
         """As of the log joint."""
-        return self.log_joint.rows
+        return self.log_joint.cost_per_draw
 
     @property
     def chunk(self) -> int:

@@ -19,9 +19,9 @@ from pyro_flows.models.traces import (
     DRAWS,
     Call,
     by_draw,
-    given,
     mini_batches,
     nesting_of,
+    replay_trace,
     rows_of,
     run_quietly,
     sample_nodes,
@@ -107,7 +107,7 @@ def runs_in_a_plate(guide: Callable[..., Any], call: Call, nesting: int, count: 
             return False
         expected = []
         for row in range(count):
-            replayed = given({**{name: value[row] for name, value in rows.items()}, **mini_batches(together)})
+            replayed = replay_trace({**{name: value[row] for name, value in rows.items()}, **mini_batches(together)})
             try:
                 single = poutine.trace(poutine.replay(guide, trace=replayed)).get_trace(*call.args, **call.kwargs)
                 expected.append(torch.as_tensor(single.log_prob_sum()))

@@ -57,7 +57,7 @@ class LinearPrior:
         slope: Of locations, then of log-scales, ``(2 n, A)``.
         bias: Likewise, ``(2 n,)``.
         correlated: Those that are marginals of multivariate normals whose correlations are a latent.
-        apart: Whether those with a known prior are independent of each other given all others and the data.
+        conditionally_independent: Whether those with a known prior are, given all others and the data.
     """
 
     known: Tensor
@@ -65,7 +65,7 @@ class LinearPrior:
     slope: Tensor
     bias: Tensor
     correlated: tuple[Correlated, ...] = ()
-    apart: bool = False
+    conditionally_independent: bool = False
 
     def __call__(self, given: Tensor) -> Tensor:
         """Locations and log-scales, ``(..., 2 n)``, from packed given latents, ``(..., G)``."""
@@ -184,11 +184,13 @@ def read_joint_prior(
             correlated.append(Correlated(vectors.start, count, size, slices[factor].start))
     if not known.any():
         return None
-    apart = not correlated and _are_told_apart(model, args, kwargs, layout, known.nonzero().squeeze(-1))
-    return replace(prior, known=known, correlated=tuple(correlated), apart=apart)
+    independent = not correlated and _conditionally_independent(
+        model, args, kwargs, layout, known.nonzero().squeeze(-1)
+    )
+    return replace(prior, known=known, correlated=tuple(correlated), conditionally_independent=independent)
 
 
-def _are_told_apart(
+def _conditionally_independent(
     model: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],

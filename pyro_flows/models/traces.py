@@ -19,10 +19,10 @@ __all__ = [
     "NO_DENSITY",
     "Call",
     "by_draw",
-    "given",
     "mean_of_kept",
     "mini_batches",
     "nesting_of",
+    "replay_trace",
     "rows_of",
     "run_quietly",
     "sample_nodes",
@@ -51,7 +51,7 @@ class Call(NamedTuple):
     fixed: Mapping[str, Any] = {}
 
 
-def given(values: Mapping[str, Any]) -> Trace:
+def replay_trace(values: Mapping[str, Any]) -> Trace:
     """A trace to replay: these values, still as latents."""
     trace = Trace()
     for name, value in values.items():

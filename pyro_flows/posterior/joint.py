@@ -13,12 +13,12 @@ from pyro_flows.flows.gradient_filter import GradientFilter
 from pyro_flows.models.layout import Layout
 from pyro_flows.models.priors import LinearPrior
 from pyro_flows.transforms import (
-    DiagonalPooling,
-    FixedAffine,
-    LowRankWhitening,
-    MatrixPooling,
-    PriorPooling,
-    Whitening,
+    ConditionalGaussianHead,
+    DiagonalPrecisionHead,
+    FullPrecisionHead,
+    FullRankPreconditioner,
+    LowRankPreconditioner,
+    Preconditioner,
 )
 
 __all__ = ["RANK", "JointBlock", "build_reproducibly"]
@@ -26,7 +26,7 @@ __all__ = ["RANK", "JointBlock", "build_reproducibly"]
 # Coordinates with known priors that are pooled by matrices, at most.
 MATRIX_DIM = 64
 # Above this dimension warm starts have so many correlated directions only.
-WHITENING_DIM, RANK = 300, 20
+FULL_RANK_DIM, RANK = 300, 20
 # Above this one none at all.
 CORRELATED_DIM = 20_000
 
@@ -45,25 +45,25 @@ def build_reproducibly(build: Callable[[], Flow]) -> Flow:
     return flow
 
 
-def _whitening(dim: int) -> FixedAffine | None:
+def _preconditioner(dim: int) -> Preconditioner | None:
     """What a warm start can set; memory grows linearly above a few hundred dimensions."""
     if dim > CORRELATED_DIM:
         return None
-    if dim > WHITENING_DIM:
-        return LowRankWhitening(dim, RANK)
-    return Whitening(dim) if dim > 1 else None
+    if dim > FULL_RANK_DIM:
+        return LowRankPreconditioner(dim, RANK)
+    return FullRankPreconditioner(dim) if dim > 1 else None
 
 
-def _pooling(prior: LinearPrior, dim: int) -> PriorPooling:
+def _pooling(prior: LinearPrior, dim: int) -> ConditionalGaussianHead:
     """The head that knows a prior: the exact one for linear mixed models, if few priors are known and follow no others,
     with matrices where it takes them."""
     slope, bias = prior.dense(dim)
     chained = (slope[:, prior.known] != 0).any()
     if chained or prior.known.sum() > MATRIX_DIM:
-        return PriorPooling(prior.known, slope, bias)
-    if prior.apart:
-        return DiagonalPooling(prior.known, slope, bias)
-    return MatrixPooling(prior.known, slope, bias, prior.correlated)
+        return ConditionalGaussianHead(prior.known, slope, bias)
+    if prior.conditionally_independent:
+        return DiagonalPrecisionHead(prior.known, slope, bias)
+    return FullPrecisionHead(prior.known, slope, bias, prior.correlated)
 
 
 class JointBlock(nn.Module):
@@ -91,8 +91,8 @@ class JointBlock(nn.Module):
         self.layout = layout
         sizes = [size for size in layout.sizes if size]
         pooling = None if prior is None else _pooling(prior, layout.latent_dim)
-        whitening = _whitening(layout.latent_dim)
-        flow = build_reproducibly(lambda: spec.build_joint(sizes, pooling=pooling, whitening=whitening))
+        preconditioner = _preconditioner(layout.latent_dim)
+        flow = build_reproducibly(lambda: spec.build_joint(sizes, pooling=pooling, preconditioner=preconditioner))
         init_loc = layout.init_loc
         self.flow = flow.to(dtype=init_loc.dtype, device=init_loc.device)
         self.flow.head.initialize(init_loc, torch.full_like(init_loc, init_scale))

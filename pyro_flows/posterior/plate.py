@@ -16,7 +16,7 @@ from pyro_flows.flows.gradient_filter import GradientFilter
 from pyro_flows.models.layout import Layout
 from pyro_flows.models.priors import LinearPrior
 from pyro_flows.posterior.joint import JointBlock, build_reproducibly
-from pyro_flows.transforms import PartialPooling
+from pyro_flows.transforms import PlateHead
 from pyro_flows.transforms.networks import ContextParameters
 
 __all__ = ["LocalBlock"]
@@ -24,7 +24,7 @@ __all__ = ["LocalBlock"]
 # Length of an item's learned embedding, by which the shared flow can differ from item to item.
 EMBEDDING_DIM = 4
 # Globals beyond this many are projected, so that the cost of an item does not grow with them.
-MAX_GIVEN_DIM = 32
+MAX_PARENT_DIM = 32
 
 
 class LocalBlock(nn.Module):
@@ -66,13 +66,13 @@ class LocalBlock(nn.Module):
         self.parent_names = tuple(parent.layout.plate_names for parent in parents)
         self.prior = prior
         joint_dim = joint.layout.latent_dim if joint is not None else 0
-        given_dim = min(joint_dim, MAX_GIVEN_DIM) + sum(parent.layout.latent_dim for parent in parents)
+        parent_dim = min(joint_dim, MAX_PARENT_DIM) + sum(parent.layout.latent_dim for parent in parents)
         self.embedding_dim = 0 if is_long else EMBEDDING_DIM
         feature_dim = self.embedding_dim if encoder_dim is None else encoder_dim
         spec = spec.with_blocks(layout.sizes)
         known = None if prior is None else prior.known
         self.flow = build_reproducibly(
-            lambda: spec.build_local(layout.latent_dim, given_dim, feature_dim, known, plain=is_long)
+            lambda: spec.build_local(layout.latent_dim, parent_dim, feature_dim, known, plain=is_long)
         )
         self.gradient_filter = GradientFilter(layout.latent_dim)
         self.to(dtype=init_loc.dtype, device=init_loc.device)
@@ -85,10 +85,10 @@ class LocalBlock(nn.Module):
         gaussian = None if prior is None else prior(torch.cat([*given, start.new_zeros(0)]))
         if encoder_dim is not None and prior is not None and gaussian is not None:
             scale = torch.where(prior.known, gaussian.chunk(2)[1].exp(), scale)
-        own = self.head.start(start, scale, gaussian, in_scales=encoder_dim is not None)
+        own = self.head.initialize_items(start, scale, gaussian, in_scales=encoder_dim is not None)
         self.project = None
-        if joint_dim > MAX_GIVEN_DIM:
-            self.project = nn.Parameter(own.new_empty(MAX_GIVEN_DIM, joint_dim).normal_(std=joint_dim**-0.5))
+        if joint_dim > MAX_PARENT_DIM:
+            self.project = nn.Parameter(own.new_empty(MAX_PARENT_DIM, joint_dim).normal_(std=joint_dim**-0.5))
         self.items: nn.Parameter | None = None
         self.encoded: ContextParameters | None = None
         if encoder_dim is None:
@@ -104,12 +104,12 @@ class LocalBlock(nn.Module):
             nn.init.normal_(head.weight, std=head.in_features**-0.5)
 
     @property
-    def head(self) -> PartialPooling:
+    def head(self) -> PlateHead:
         """The outermost transform."""
-        return cast(PartialPooling, self.flow.head)
+        return cast(PlateHead, self.flow.head)
 
     @torch.no_grad()
-    def start_items(self, loc: Tensor, scale: Tensor, prior: Tensor | None) -> None:
+    def initialize_items(self, loc: Tensor, scale: Tensor, prior: Tensor | None) -> None:
         """Make every item of a table start at a Gaussian of its own.
 
         Args:
@@ -119,7 +119,9 @@ class LocalBlock(nn.Module):
                 have their full weight.
         """
         assert self.items is not None
-        self.items[:, self.embedding_dim :] = self.head.start(loc, scale, prior, max_share=math.inf, in_scales=True)
+        self.items[:, self.embedding_dim :] = self.head.initialize_items(
+            loc, scale, prior, max_share=math.inf, in_scales=True
+        )
 
     def known_prior(
         self, latents: Mapping[tuple[str, ...], Tensor], joint: JointBlock | None, parents: Sequence[LocalBlock]
@@ -194,7 +196,7 @@ class LocalBlock(nn.Module):
         distribution: FlowDistribution = self.flow(
             self.context(items, latents, joint, parents),
             path_gradient=path_gradient,
-            given=tuple(given),
+            parents=tuple(given),
             gradient_filter=self.gradient_filter if filtered else None,
         )
         return distribution

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L3. The pace of a guide's nonlinear layers, whatever the user's optimiser and rate."""
+"""L3. The pace of a guide's nonlinear layers, whatever the user's optimizer and rate."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class StepLimit:
     ``AutoNormal`` trains at rates of 0.01 to 0.1. A flow does not: thousands of weights that all follow the noise of
     one draw bend its tails until a rare draw ends the run. Steps of what ``AutoNormal`` has too, location and scale of
     the head, are the user's. Steps of everything else are shortened, all by one factor, so that no entry moves by more
-    than 0.002: their directions remain the optimiser's, and a low rate is not touched.
+    than 0.002: their directions remain the optimizer's, and a low rate is not touched.
 
-    A guide sees no optimiser. What moved between two of its draws, the first of which got a gradient, was a step.
+    A guide sees no optimizer. What moved between two of its draws, the first of which got a gradient, was a step.
 
     Args:
         module: Holds the flows, each with a trained head.

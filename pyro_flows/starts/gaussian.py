@@ -13,15 +13,15 @@ from torch import Tensor
 from pyro_flows.compiled.replay import Replay
 from pyro_flows.models.log_joint import LogJoint, Target
 from pyro_flows.models.traces import mean_of_kept
-from pyro_flows.starts.lbfgs import climb, gradient_and_hessian, local_factor
+from pyro_flows.starts.lbfgs import gradient_and_hessian, lbfgs_paths, local_factor
 
 __all__ = [
-    "MANY_ROWS",
+    "EXPENSIVE",
     "SCORE_DRAWS",
     "Gaussian",
     "antithetic",
+    "ascents",
     "best_gaussian",
-    "climbs",
     "elbo_of",
     "fit_on_fixed_draws",
     "local_gaussians",
@@ -39,14 +39,14 @@ LOOKS = (2, 5, 12, 35, 150)
 # Once the highest has arrived, the others get half as many steps again.
 PATIENCE = 1.5
 ISOTROPIC_SCALES = (0.1, 0.5)
-# Points of climbs that are nearer to each other than this, in units of the unconstrained latents, are one.
+# Points of ascents that are nearer to each other than this, in units of the unconstrained latents, are one.
 SAME = 1e-3
 # Above this dimension Hessians cost more than they give: one backward pass a coordinate.
 HESSIAN_DIM = 200
 # Draws by which the better candidates are ranked (all, by a quarter of them), and by which the first few are compared.
 RANK_DRAWS, SCORE_DRAWS, SHORT_LIST = 32, 128, 12
 # A draw of a model with more items than this is too dear for deterministic fits.
-MANY_ROWS = 2000
+EXPENSIVE = 2000
 # Half the variance of log weights is about the gap, in nats: a Gaussian with less needs no refinement, and no full-rank
 # fit.
 SMALL_GAP, GOOD_GAP = 0.05, 0.5
@@ -71,13 +71,13 @@ class Gaussian:
         loc: ``m``, ``(D,)``.
         factor: ``L``, lower triangular with a positive diagonal, ``(D, D)``; or its diagonal, ``(D,)``, and no more.
         elbo: Estimate of its ELBO.
-        spread: Variance of its log weights.
+        log_weight_variance: Variance of its log weights.
     """
 
     loc: Tensor
     factor: Tensor
     elbo: float = -math.inf
-    spread: float = math.inf
+    log_weight_variance: float = math.inf
 
     def push(self, noise: Tensor) -> Tensor:
         """Standard normal noise, ``(S, D)``, to draws."""
@@ -96,8 +96,8 @@ def best_gaussian(log_joint: LogJoint, start: Tensor, init_scale: float, *, corr
     r"""The best of many Gaussians by ELBO.
 
     - the guide's own start, :math:`N(z_0, s^2 I)`;
-    - along climbs of the log joint from there, from around it and from draws of the prior, Gaussians with the local
-      Hessian, and isotropic ones: the mode of a centred hierarchy is at a scale of zero, where a Laplace approximation
+    - along ascents of the log joint from there, from around it and from draws of the prior, Gaussians with the local
+      Hessian, and isotropic ones: the mode of a centered hierarchy is at a scale of zero, where a Laplace approximation
       is worthless, but an early point of the climb is fine. Of several modes, the ELBO prefers that with most mass;
     - where no local Hessian is any good, the best mean-field normal on fixed draws, and a Hessian there;
     - where the best so far has a gap, Newton's steps on its ELBO (see :func:`refined`);
@@ -120,20 +120,20 @@ def best_gaussian(log_joint: LogJoint, start: Tensor, init_scale: float, *, corr
     ones = torch.ones_like(start)
     own = Gaussian(start, init_scale * ones)
     found = [own]
-    for points in map(_apart, climbs(log_joint, start)):
+    for points in map(_distinct_points, ascents(log_joint, start)):
         found += [Gaussian(loc, scale * ones) for loc in points for scale in ISOTROPIC_SCALES]
         found += local_gaussians(log_joint, points, correlated=correlated)
     best = _best(log_joint, found)
-    if best.factor.dim() == 1 and log_joint.rows < MANY_ROWS:
+    if best.factor.dim() == 1 and log_joint.cost_per_draw < EXPENSIVE:
         fitted = [_mean_field(log_joint, begin) for begin in (own, best)]
         found = [best, *(gaussian for gaussian in fitted if gaussian is not None)]
         for gaussian in found[1:]:
             found += local_gaussians(log_joint, gaussian.loc.unsqueeze(0), correlated=correlated)
         best = _best(log_joint, found)
-    if correlated and log_joint.rows < MANY_ROWS and not best.spread / 2 < SMALL_GAP:
+    if correlated and log_joint.cost_per_draw < EXPENSIVE and not best.log_weight_variance / 2 < SMALL_GAP:
         best = refined(log_joint, best)
-    small = len(start) <= FULL_RANK_DIM and log_joint.rows < MANY_ROWS
-    if correlated and small and not best.spread / 2 < GOOD_GAP:
+    small = len(start) <= FULL_RANK_DIM and log_joint.cost_per_draw < EXPENSIVE
+    if correlated and small and not best.log_weight_variance / 2 < GOOD_GAP:
         full = _full_rank(log_joint, best)
         best = best if full is None else _best(log_joint, [best, full])
     if best.elbo == -math.inf:
@@ -141,33 +141,33 @@ def best_gaussian(log_joint: LogJoint, start: Tensor, init_scale: float, *, corr
     return best
 
 
-def climbs(log_joint: LogJoint, start: Tensor, prior: int = PRIOR) -> list[Tensor]:
-    """Points on the way up, ``(number of climbs, D)`` at each look. From ``prior`` draws of the prior, if cheap.
+def ascents(log_joint: LogJoint, start: Tensor, prior: int = PRIOR) -> list[Tensor]:
+    """Points on the way up, ``(number of ascents, D)`` at each look. From ``prior`` draws of the prior, if cheap.
 
     The last look is at where they have arrived.
     """
-    many = log_joint.is_vectorized and log_joint.rows == 1
+    many = log_joint.is_vectorized and log_joint.cost_per_draw == 1
     near, prior = (NEAR, prior) if many else (FEW_NEAR, FEW_PRIOR)
     around = start + SPREAD * torch.randn(near, len(start), dtype=start.dtype, device=start.device)
     begins = torch.stack([start, *around, *(draw.to(start) for draw in log_joint.from_prior(prior))])
     begins = begins[begins.isfinite().all(-1)]
     looks, points = [], begins
-    steps = climb(_batched(log_joint), begins.unsqueeze(1), NUM_STEPS, ARRIVED, PATIENCE)
-    for number, climbed in enumerate(steps, 1):
-        points = climbed.squeeze(1)
+    steps = lbfgs_paths(_batched(log_joint), begins.unsqueeze(1), NUM_STEPS, ARRIVED, PATIENCE)
+    for number, ascended in enumerate(steps, 1):
+        points = ascended.squeeze(1)
         if number in LOOKS:
             looks.append(points)
     return looks if looks and looks[-1] is points else [*looks, points]
 
 
-def _apart(points: Tensor) -> Tensor:
-    """Those of ``(R, D)`` that are not where an earlier one is: climbs meet at a mode."""
+def _distinct_points(points: Tensor) -> Tensor:
+    """Those of ``(R, D)`` that are not where an earlier one is: ascents meet at a mode."""
     near = torch.cdist(points, points, p=torch.inf) < SAME
     return points[~near.tril(-1).any(-1)]
 
 
 def _batched(log_joint: Target) -> Callable[[Tensor], Tensor]:
-    """As :func:`climb` wants it: ``(R, 1, D)`` to ``(R, 1)``."""
+    """As :func:`lbfgs_paths` wants it: ``(R, 1, D)`` to ``(R, 1)``."""
     return lambda z: log_joint(z.squeeze(1)).unsqueeze(1)
 
 
@@ -189,18 +189,18 @@ def _best(log_joint: LogJoint, found: list[Gaussian]) -> Gaussian:
 
 
 def scored(log_joint: Target, found: list[Gaussian], count: int) -> list[Gaussian]:
-    """Candidates with their ELBO and spread, from as many draws of each."""
+    """Candidates with their ELBO and variance of log weights, from as many draws of each."""
     noise = antithetic(count, found[0].loc)
     draws = torch.cat([gaussian.push(noise) for gaussian in found])  # (candidates * count, D)
     energy = torch.cat([log_joint(part) for part in draws.split(log_joint.chunk)]).double().reshape(len(found), count)
     diagonals = torch.stack([g.factor if g.factor.dim() == 1 else g.factor.diagonal() for g in found])
     elbos = mean_of_kept(energy) + diagonals.double().log().sum(-1) + _entropy(noise)
     weights = energy + 0.5 * noise.double().square().sum(-1)
-    spreads = mean_of_kept((weights - mean_of_kept(weights).unsqueeze(-1)).square())
+    variances = mean_of_kept((weights - mean_of_kept(weights).unsqueeze(-1)).square())
     elbos = torch.where(elbos.isfinite(), elbos, -torch.inf)
     return [
-        replace(gaussian, elbo=elbo, spread=spread)
-        for gaussian, elbo, spread in zip(found, elbos.tolist(), spreads.tolist(), strict=True)
+        replace(gaussian, elbo=elbo, log_weight_variance=variance)
+        for gaussian, elbo, variance in zip(found, elbos.tolist(), variances.tolist(), strict=True)
     ]
 
 
@@ -287,7 +287,7 @@ def _newton(log_joint: Target, begin: Gaussian, moving: Tensor, count: int) -> l
     return found
 
 
-def _minimise(loss_and_gradients: Callable[[], Sequence[Tensor]], parameters: list[Tensor], count: int) -> None:
+def _minimize(loss_and_gradients: Callable[[], Sequence[Tensor]], parameters: list[Tensor], count: int) -> None:
     """So many iterations of L-BFGS, whose line search steps back from where the model has no density."""
     optimizer = torch.optim.LBFGS(
         parameters, max_iter=count, max_eval=2 * count + 5, history_size=20, line_search_fn="strong_wolfe"
@@ -304,7 +304,7 @@ def _minimise(loss_and_gradients: Callable[[], Sequence[Tensor]], parameters: li
 
 
 def _mean_field(log_joint: LogJoint, begin: Gaussian) -> Gaussian | None:
-    """The mean-field normal that maximises the ELBO on fixed draws; None if that fails."""
+    """The mean-field normal that maximizes the ELBO on fixed draws; None if that fails."""
     loc = begin.loc.clone().requires_grad_()
     log_scale = begin.conditional_scale.log().requires_grad_()
     parameters = [loc, log_scale]
@@ -316,7 +316,7 @@ def _mean_field(log_joint: LogJoint, begin: Gaussian) -> Gaussian | None:
 
 
 def _full_rank(log_joint: LogJoint, begin: Gaussian) -> Gaussian | None:
-    """The normal of any covariance that maximises the ELBO on fixed draws, sought in the coordinates of another."""
+    """The normal of any covariance that maximizes the ELBO on fixed draws, sought in the coordinates of another."""
     factor = begin.factor if begin.factor.dim() == 2 else begin.factor.diag()
     dim = len(begin.loc)
     shift = torch.zeros_like(begin.loc, requires_grad=True)
@@ -342,7 +342,7 @@ def fit_on_fixed_draws(
     count: int = FIXED_DRAWS,
     rounds: int = FIXED_ROUNDS,
 ) -> bool:
-    """Maximise the ELBO of a transport map on a few fixed draws, in place.
+    """Maximize the ELBO of a transport map on a few fixed draws, in place.
 
     Args:
         log_joint: The target.
@@ -365,7 +365,7 @@ def fit_on_fixed_draws(
 
     evaluate = Replay(loss_and_gradients)
     for _ in range(rounds):
-        _minimise(evaluate, parameters, FIXED_ITERATIONS)
+        _minimize(evaluate, parameters, FIXED_ITERATIONS)
         if not all(parameter.isfinite().all() for parameter in parameters):
             return False
     return True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L4. Many climbs of one log density at once: L-BFGS on a batch, and the curvature where it stands."""
+"""L4. Many ascents of one log density at once: L-BFGS on a batch, and the curvature where it stands."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_flows.compiled.replay import Replay
 
-__all__ = ["climb", "gradient_and_hessian", "local_factor"]
+__all__ = ["gradient_and_hessian", "lbfgs_paths", "local_factor"]
 
 # Pairs of steps that L-BFGS remembers.
 HISTORY = 10
@@ -34,7 +34,7 @@ DIFFERENCE = 3e-3
 Target = Callable[[Tensor], Tensor]
 
 
-def climb(
+def lbfgs_paths(
     target: Target, start: Tensor, num_steps: int, tolerance: float = 0.0, patience: float = math.inf
 ) -> Iterator[Tensor]:
     """Points of L-BFGS ascents, all of them one gradient of the target a try.
@@ -46,16 +46,16 @@ def climb(
         start: Where to begin, ``(R, N, d)``.
         num_steps: Number of tries, at most.
         tolerance: Ends where no step promises to bring more than this.
-        patience: How many times as many tries as the highest of R climbs took the others get, before they are given up.
-            Where R are climbs of different functions, leave it out.
+        patience: How many times as many tries as the highest of R ascents took the others get, before they are given
+            up. Where R are ascents of different functions, leave it out.
 
     Yields:
         Where they are after each try, ``(R, N, d)``.
     """
     evaluate = Replay(lambda z: _value_and_gradient(target, z))
     z, (value, gradient) = start, evaluate(start)
-    steps = bends = z.new_zeros((0, *z.shape))
-    direction, slope, step = _next_step(gradient, steps, bends)
+    steps = gradient_differences = z.new_zeros((0, *z.shape))
+    direction, slope, step = _next_step(gradient, steps, gradient_differences)
     cuts = torch.zeros_like(value)
     leader_went = 0
     for number in range(num_steps):
@@ -72,12 +72,14 @@ def climb(
         better &= trial_gradient.isfinite().all(-1)
         moved = better.unsqueeze(-1)
         steps = _remember(steps, trial - z, moved)
-        bends = _remember(bends, gradient - trial_gradient, moved)
+        gradient_differences = _remember(gradient_differences, gradient - trial_gradient, moved)
         z, gradient = torch.where(moved, trial, z), torch.where(moved, trial_gradient, gradient)
         value, cuts = torch.where(better, trial_value, value), torch.where(better, 0.0, cuts + 1.0)
         forget = cuts == FORGET
-        steps, bends = (torch.where(forget.unsqueeze(-1), 0.0, memory) for memory in (steps, bends))
-        ahead, promised, first = _next_step(gradient, steps, bends)
+        steps, gradient_differences = (
+            torch.where(forget.unsqueeze(-1), 0.0, memory) for memory in (steps, gradient_differences)
+        )
+        ahead, promised, first = _next_step(gradient, steps, gradient_differences)
         renewed = better | forget
         direction = torch.where(renewed.unsqueeze(-1), ahead, direction)
         slope = torch.where(renewed, promised, slope)
@@ -85,9 +87,9 @@ def climb(
         yield z
 
 
-def _next_step(gradient: Tensor, steps: Tensor, bends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _next_step(gradient: Tensor, steps: Tensor, gradient_differences: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Direction, slope along it, and the share of it to try first, ``(R, N, 1)``."""
-    direction = _two_loops(gradient, steps, bends)
+    direction = _two_loops(gradient, steps, gradient_differences)
     direction = torch.where((direction * gradient).sum(-1, keepdim=True) > 0, direction, gradient)
     has_moved = (steps != 0).any(-1, keepdim=True).any(0)
     longest = torch.where(has_moved, MAX_STEP, 1.0)
@@ -182,22 +184,22 @@ def _value_and_gradient(target: Target, z: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(value.isnan(), -torch.inf, value.detach()), gradient.nan_to_num(0.0, 0.0, 0.0)
 
 
-def _two_loops(gradient: Tensor, steps: Tensor, bends: Tensor) -> Tensor:
+def _two_loops(gradient: Tensor, steps: Tensor, gradient_differences: Tensor) -> Tensor:
     """Inverse Hessian times gradient (Nocedal and Wright, Numerical Optimization, algorithm 7.4), row by row."""
     direction = gradient
     memory: list[tuple[Tensor, ...]] = []
     scale: Tensor | float = 1.0
-    for step, bend in zip(steps.flip(0), bends.flip(0), strict=True):
-        curvature = (step * bend).sum(-1, keepdim=True)
-        usable = curvature > 1e-10 * bend.square().sum(-1, keepdim=True)
+    for step, difference in zip(steps.flip(0), gradient_differences.flip(0), strict=True):
+        curvature = (step * difference).sum(-1, keepdim=True)
+        usable = curvature > 1e-10 * difference.square().sum(-1, keepdim=True)
         rho = torch.where(usable, 1.0 / torch.where(usable, curvature, 1.0), 0.0)
         alpha = rho * (step * direction).sum(-1, keepdim=True)
-        direction = direction - alpha * bend
+        direction = direction - alpha * difference
         if not memory:
-            scale = torch.where(usable, curvature / bend.square().sum(-1, keepdim=True).clamp_min(1e-30), 1.0)
-        memory.append((step, bend, rho, alpha))
+            scale = torch.where(usable, curvature / difference.square().sum(-1, keepdim=True).clamp_min(1e-30), 1.0)
+        memory.append((step, difference, rho, alpha))
     direction = scale * direction
-    for step, bend, rho, alpha in reversed(memory):
-        beta = rho * (bend * direction).sum(-1, keepdim=True)
+    for step, difference, rho, alpha in reversed(memory):
+        beta = rho * (difference * direction).sum(-1, keepdim=True)
         direction = direction + step * (alpha - beta)
     return direction

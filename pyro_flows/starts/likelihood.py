@@ -8,26 +8,26 @@ from torch import Tensor
 
 from pyro_flows.models.log_joint import LogJoint
 from pyro_flows.starts.lbfgs import gradient_and_hessian
-from pyro_flows.transforms import DiagonalPooling
+from pyro_flows.transforms import DiagonalPrecisionHead
 
-__all__ = ["follow_data"]
+__all__ = ["fit_likelihood"]
 
 # Steps by which it is seen how the data's precision changes with the other coordinates, in scales of these.
-TILT_STEP = 0.3
-# Smallest precision of an own Gaussian, relative to the prior's.
-MIN_OWN_SHARE = 1e-4
+PRECISION_STEP = 0.3
+# Smallest precision of a likelihood factor, relative to the prior's.
+MIN_LIKELIHOOD_SHARE = 1e-4
 
 
 @torch.no_grad()
-def follow_data(log_joint: LogJoint, head: DiagonalPooling, center: Tensor, scale: Tensor) -> bool:
-    """Set a head's own Gaussians to what the likelihood is near a point, by its second derivatives there.
+def fit_likelihood(log_joint: LogJoint, head: DiagonalPrecisionHead, center: Tensor, scale: Tensor) -> bool:
+    """Set a head's likelihood factor to what the likelihood is near a point, by its second derivatives there.
 
     That is exact where the likelihood is Gaussian in the coordinates with known priors, with a precision of which
     another latent is the scale.
 
     Args:
         log_joint: The target.
-        head: The head; its own Gaussians for the other coordinates are put at the point.
+        head: The head; its likelihood factor for the other coordinates are put at the point.
         center: The point, ``(D,)``.
         scale: Scales of the other coordinates, ``(D,)``.
 
@@ -35,7 +35,7 @@ def follow_data(log_joint: LogJoint, head: DiagonalPooling, center: Tensor, scal
         Whether the target has what it takes.
     """
     free, pooled = head.order.tensor_split([head.count_free])
-    step = TILT_STEP * scale[free]
+    step = PRECISION_STEP * scale[free]
     shifts = torch.zeros(2 * len(free) + 1, len(center), dtype=center.dtype, device=center.device)
     shifts[1:, free] = torch.cat([step.diag(), -step.diag()])
     points = center + shifts
@@ -54,15 +54,15 @@ def follow_data(log_joint: LogJoint, head: DiagonalPooling, center: Tensor, scal
     unit = log_scale.double().exp()
     precisions = -hessian[:, pooled][:, :, pooled] * unit.unsqueeze(-1) * unit
     curvature, vectors = torch.linalg.eigh(0.5 * (precisions[0] + precisions[0].mT))
-    scaled = (vectors * curvature.clamp_min(MIN_OWN_SHARE)) @ vectors.mT
+    scaled = (vectors * curvature.clamp_min(MIN_LIKELIHOOD_SHARE)) @ vectors.mT
     precision = scaled / unit.unsqueeze(-1) / unit
-    trace = precisions.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(MIN_OWN_SHARE * len(pooled))
+    trace = precisions.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(MIN_LIKELIHOOD_SHARE * len(pooled))
     above, below = trace[1:].log().chunk(2)
     factor = torch.linalg.cholesky(precision)
     loc = center[pooled] + torch.cholesky_solve(gradient[0, pooled].unsqueeze(-1), factor).squeeze(-1)
     slope = torch.cholesky_solve(hessian[0][pooled][:, free], factor)
     like = center
-    head.follow(
+    head.set_likelihood(
         (center[free], scale[free]),
         loc.to(like),
         precision,

@@ -76,7 +76,7 @@ def best_low_rank(log_joint: Target, begin: Gaussian, rank: int) -> LowRankGauss
         Opper, Archambeau. The variational Gaussian approximation revisited. Neural Computation 2009.
         Musco, Musco. Randomized block Krylov methods. NeurIPS 2015. arXiv:1504.05477.
     """
-    if begin.spread / 2 < NEGLIGIBLE_GAP:
+    if begin.log_weight_variance / 2 < NEGLIGIBLE_GAP:
         return None
     mean_field = LowRankGaussian(
         begin.loc, begin.factor, begin.loc.new_zeros(len(begin.loc), 0), begin.loc.new_zeros(0)

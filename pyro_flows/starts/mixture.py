@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L4. Warm start of a mixture base: a component on each mode that climbs of the log joint find."""
+"""L4. Warm start of a mixture base: a component on each mode that ascents of the log joint find."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 from pyro_flows.flows.bases import spread_components
 from pyro_flows.flows.noise import DiagonalNormalMixture
 from pyro_flows.models.log_joint import LogJoint
-from pyro_flows.starts.gaussian import SCORE_DRAWS, Gaussian, antithetic, climbs, local_gaussians, scored
+from pyro_flows.starts.gaussian import SCORE_DRAWS, Gaussian, antithetic, ascents, local_gaussians, scored
 
 __all__ = ["MixtureStart", "best_mixture"]
 
 # Climbs from draws of the prior, where many draws cost as much as one. A tenth of them is missed in 3 %.
 PRIOR_CLIMBS = 32
 # Two points are of one mode if each is within so many standard deviations of the other's Gaussian.
-APART = 3.0
+MODE_DISTANCE = 3.0
 # Modes with less mass than this are left out.
 MIN_WEIGHT = 1e-3
 
@@ -57,7 +57,7 @@ class MixtureStart:
 
 @torch.no_grad()
 def best_mixture(log_joint: LogJoint, start: Tensor, count: int, *, correlated: bool) -> MixtureStart | None:
-    r"""A component on each of the modes that climbs find, by their mass; None if they find one only,
+    r"""A component on each of the modes that ascents find, by their mass; None if they find one only,
     or if there are too many dimensions for Hessians.
 
     Each mode has the Gaussian of its local curvature, of which a component keeps what is diagonal in the coordinates in
@@ -71,7 +71,7 @@ def best_mixture(log_joint: LogJoint, start: Tensor, count: int, *, correlated: 
         count: Number of components K, >= 2.
         correlated: Whether the guide can hold a correlated ``L``.
     """
-    points = climbs(log_joint, start, PRIOR_CLIMBS)[-1]
+    points = ascents(log_joint, start, PRIOR_CLIMBS)[-1]
     found = local_gaussians(log_joint, points, correlated=True)
     modes = _distinct(scored(log_joint, found, SCORE_DRAWS), count) if found else []
     if len(modes) < 2:
@@ -108,15 +108,15 @@ def _distinct(found: list[Gaussian], count: int) -> list[Gaussian]:
             break
         if modes and gaussian.elbo < modes[0].elbo + math.log(MIN_WEIGHT):
             break
-        if all(max(_distance(gaussian, mode), _distance(mode, gaussian)) > APART for mode in modes):
+        if all(max(_distance(gaussian, mode), _distance(mode, gaussian)) > MODE_DISTANCE for mode in modes):
             modes.append(gaussian)
     return modes
 
 
 def _distance(one: Gaussian, other: Gaussian) -> float:
     """Between two locations, in standard deviations of the first."""
-    apart = (other.loc - one.loc).unsqueeze(-1)
-    return torch.linalg.solve_triangular(one.factor, apart, upper=False).norm().item()
+    difference = (other.loc - one.loc).unsqueeze(-1)
+    return torch.linalg.solve_triangular(one.factor, difference, upper=False).norm().item()
 
 
 def _copies(weights: list[float], count: int) -> list[int]:

@@ -20,10 +20,10 @@ from pyro_flows.posterior.mini_batches import Arguments, MakePlates, MiniBatch, 
 from pyro_flows.posterior.plate import LocalBlock
 from pyro_flows.posterior.posterior import Latents, Posterior
 from pyro_flows.starts.gaussian import antithetic, elbo_of
-from pyro_flows.starts.lbfgs import climb, local_factor
-from pyro_flows.starts.select import warm_start
+from pyro_flows.starts.lbfgs import lbfgs_paths, local_factor
+from pyro_flows.starts.select import warm_start_joint
 
-__all__ = ["start"]
+__all__ = ["warm_start"]
 
 OWNER = "AutoFlowGuide.warm_start"
 
@@ -41,7 +41,7 @@ SCORE_DRAWS = 32
 PROBES, NOISE = 3, 0.1
 
 
-def start(
+def warm_start(
     model: Callable[..., Any],
     posterior: Posterior,
     calls: Sequence[Arguments],
@@ -63,7 +63,7 @@ def start(
         LocalStart(model, posterior, calls, make_plates, init_scale).run(watch)
         return
     joint = posterior.only_block
-    warm_start(joint, LogJoint(model, joint.layout, *calls[0]), init_scale)
+    warm_start_joint(joint, LogJoint(model, joint.layout, *calls[0]), init_scale)
 
 
 class LocalStart:
@@ -135,10 +135,10 @@ class LocalStart:
                 break
         marginal = MarginalLogJoint(self, chosen)
         was = self._elbo(marginal)
-        self._start_items(watch(self.batches(), "items"))
+        self._fit_items(watch(self.batches(), "items"))
         if posterior.joint is not None:
-            warm_start(posterior.joint, marginal, self.init_scale)
-            self._start_items(watch(self.batches(), "items again"))
+            warm_start_joint(posterior.joint, marginal, self.init_scale)
+            self._fit_items(watch(self.batches(), "items again"))
         if not self._elbo(marginal) > was:
             posterior.load_state_dict(before)
 
@@ -191,7 +191,7 @@ class LocalStart:
         """Values of all latent sites, from packed ones."""
         return constrain(self.posterior.split(latents))[0]
 
-    def _start_items(self, batches: Iterable[MiniBatch]) -> None:
+    def _fit_items(self, batches: Iterable[MiniBatch]) -> None:
         """One pass over the data for all blocks that are no other's parents: those are fixed where they are."""
         parents = {name for block in self.posterior.blocks() for name in block.parent_names}
         fitted = [
@@ -227,7 +227,7 @@ class _Items:
         begin = start.reshape(-1, 1, start.shape[-1])
         with pyro.validation_enabled(False):
             try:
-                *_, point = (begin, *climb(log_density, begin, NUM_STEPS, tolerance=ARRIVED))
+                *_, point = (begin, *lbfgs_paths(log_density, begin, NUM_STEPS, tolerance=ARRIVED))
                 factor = local_factor(log_density, point).squeeze(1)
             except NO_DENSITY:
                 return
@@ -248,7 +248,7 @@ class _Items:
         self.loc[~seen], self.scale[~seen] = loc.mean(0), scale.log().mean(0).exp()
         if self.prior is not None:
             self.prior[~seen] = self.prior[seen].mean(0)
-        self.block.start_items(self.loc, self.scale, self.prior)
+        self.block.initialize_items(self.loc, self.scale, self.prior)
 
 
 def _item_log_density(
@@ -290,7 +290,7 @@ class MarginalLogJoint(LogJoint):
         self.noise = [
             {name: torch.randn_like(location) for name, location in owner.locations(batch).items()} for batch in batches
         ]
-        self.rows = max(map(owner.num_items, batches)) * len(batches)
+        self.cost_per_draw = max(map(owner.num_items, batches)) * len(batches)
         self.batched = owner.batched
         if owner.posterior.joint is not None:
             self.table = owner.posterior.joint.layout

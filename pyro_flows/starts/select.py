@@ -17,8 +17,8 @@ from pyro_flows.models.log_joint import LogJoint, PulledBack, Target
 from pyro_flows.posterior.joint import JointBlock
 from pyro_flows.starts.base import fit_modes, fit_tails
 from pyro_flows.starts.gaussian import (
+    EXPENSIVE,
     FIXED_ROUNDS,
-    MANY_ROWS,
     SCORE_DRAWS,
     Gaussian,
     antithetic,
@@ -27,19 +27,19 @@ from pyro_flows.starts.gaussian import (
     fit_on_fixed_draws,
     refined,
 )
-from pyro_flows.starts.likelihood import follow_data
+from pyro_flows.starts.likelihood import fit_likelihood
 from pyro_flows.starts.low_rank import LowRankGaussian, best_low_rank
 from pyro_flows.starts.mixture import best_mixture
 from pyro_flows.transforms import (
-    DiagonalPooling,
-    FixedAffine,
+    ConditionalGaussianHead,
+    DiagonalPrecisionHead,
+    FullRankPreconditioner,
     LowRankAffine,
-    LowRankWhitening,
-    PriorPooling,
-    Whitening,
+    LowRankPreconditioner,
+    Preconditioner,
 )
 
-__all__ = ["warm_start"]
+__all__ = ["warm_start_joint"]
 
 # Largest share of the precision that known priors have where a deterministic fit begins.
 POOLED_SHARE = 0.9
@@ -57,21 +57,21 @@ class Start(NamedTuple):
     state: dict[str, Any]
 
 
-def warm_start(block: JointBlock, log_joint: LogJoint, init_scale: float) -> None:
+def warm_start_joint(block: JointBlock, log_joint: LogJoint, init_scale: float) -> None:
     """Find a good Gaussian for a target and start there; on another base, at what that can do.
 
     See :func:`best_gaussian`, :func:`best_low_rank`, :func:`best_mixture`, :func:`fit_modes` and :func:`fit_tails`.
     """
     flow = block.flow
-    if flow.whitening is not None:
-        flow.whitening.reset()
+    if flow.preconditioner is not None:
+        flow.preconditioner.reset()
     found = best_gaussian(log_joint, block.layout.init_loc, init_scale, correlated=_is_correlated(flow))
     pooled = _from_priors(block, log_joint, found)
     gaussian = _from_gaussian(flow, log_joint, found)
     mixture = _from_modes(block, log_joint)
     best = max((start for start in (gaussian, pooled, mixture) if start is not None), key=lambda start: start.elbo)
     flow.load_state_dict(best.state)
-    if log_joint.is_vectorized and log_joint.rows < MANY_ROWS:
+    if log_joint.is_vectorized and log_joint.cost_per_draw < EXPENSIVE:
         if isinstance(flow.base, StudentTBase):
             fit_tails(log_joint, flow)
         elif best is mixture and flow.transform.has_score:
@@ -85,20 +85,20 @@ def _start(elbo: float, flow: Flow) -> Start:
 
 def _is_correlated(flow: Flow) -> bool:
     """Whether a flow can start at a Gaussian of any covariance."""
-    return isinstance(flow.whitening, Whitening)
+    return isinstance(flow.preconditioner, FullRankPreconditioner)
 
 
 def _rank(flow: Flow) -> int:
     """How many correlated directions a start may have where it cannot have all; 0 for none."""
-    if isinstance(flow.whitening, LowRankWhitening):
-        return flow.whitening.rank
-    return flow.head.rank if flow.whitening is None and isinstance(flow.head, LowRankAffine) else 0
+    if isinstance(flow.preconditioner, LowRankPreconditioner):
+        return flow.preconditioner.rank
+    return flow.head.rank if flow.preconditioner is None and isinstance(flow.head, LowRankAffine) else 0
 
 
 def _from_gaussian(flow: Flow, log_joint: LogJoint, found: Gaussian) -> Start:
     """The best Gaussian; where the flow holds few correlated directions, with those, if they clearly gain."""
     best: Gaussian | LowRankGaussian | None = None
-    if _rank(flow) and log_joint.rows < MANY_ROWS:
+    if _rank(flow) and log_joint.cost_per_draw < EXPENSIVE:
         best = best_low_rank(log_joint, found, _rank(flow))
     best = found if best is None else best
     _write(flow, best)
@@ -121,16 +121,16 @@ def _from_modes(block: JointBlock, log_joint: LogJoint) -> Start | None:
 def _from_priors(block: JointBlock, log_joint: LogJoint, found: Gaussian) -> Start | None:
     """The priors that the head knows, pooled with what the data say; None if it knows none."""
     head = block.flow.head
-    if not isinstance(head, PriorPooling) or log_joint.rows >= MANY_ROWS:
+    if not isinstance(head, ConditionalGaussianHead) or log_joint.cost_per_draw >= EXPENSIVE:
         return None
-    start = _from_likelihood(block.flow, log_joint, head, found) if isinstance(head, DiagonalPooling) else None
+    start = _from_likelihood(block.flow, log_joint, head, found) if isinstance(head, DiagonalPrecisionHead) else None
     return start if start is not None and start.elbo > found.elbo else _from_shares(block, log_joint, head, found)
 
 
-def _from_likelihood(flow: Flow, log_joint: LogJoint, head: DiagonalPooling, found: Gaussian) -> Start | None:
+def _from_likelihood(flow: Flow, log_joint: LogJoint, head: DiagonalPrecisionHead, found: Gaussian) -> Start | None:
     """Let the head's own Gaussians be what the data say, and fit one to the other coordinates."""
-    whitening = flow.whitening
-    if not isinstance(whitening, Whitening):
+    preconditioner = flow.preconditioner
+    if not isinstance(preconditioner, FullRankPreconditioner):
         return None
     pulled = PulledBack(log_joint, head.forward_and_ladj)
     begin = Gaussian(torch.zeros_like(found.loc), torch.ones_like(found.loc))
@@ -138,26 +138,28 @@ def _from_likelihood(flow: Flow, log_joint: LogJoint, head: DiagonalPooling, fou
     center, scale = found.loc, found.conditional_scale
     best: Start | None = None
     for _ in range(FOLLOW_ROUNDS):
-        if not follow_data(log_joint, head, center, scale):
+        if not fit_likelihood(log_joint, head, center, scale):
             break
         gaussian = refined(pulled, begin, free)
         if not gaussian.elbo > (-math.inf if best is None else best.elbo):
             break
-        whitening.set(gaussian.loc, gaussian.factor)
+        preconditioner.set(gaussian.loc, gaussian.factor)
         best = _start(gaussian.elbo, flow)
         center = head.forward_and_ladj(gaussian.loc)[0]
         scale = head.gaussian()[1] * gaussian.factor.square().sum(-1).sqrt()
     return best
 
 
-def _from_shares(block: JointBlock, log_joint: LogJoint, head: PriorPooling, found: Gaussian) -> Start | None:
+def _from_shares(
+    block: JointBlock, log_joint: LogJoint, head: ConditionalGaussianHead, found: Gaussian
+) -> Start | None:
     """Let the head's priors have their share, on fixed draws, and correlate what is left.
 
     A Gaussian near a funnel has to choose between its neck and its body; from there training would take long.
     """
     flow = block.flow
-    if flow.whitening is not None:
-        flow.whitening.reset()
+    if flow.preconditioner is not None:
+        flow.preconditioner.reset()
     push = head.forward_and_ladj
     parameters: list[Tensor] = [*head.raw.parameters(), head.log_share]
     noise = antithetic(SCORE_DRAWS, found.loc)
@@ -177,11 +179,11 @@ def _from_shares(block: JointBlock, log_joint: LogJoint, head: PriorPooling, fou
     flow.load_state_dict(best.state)
     best = better(best, FIXED_ROUNDS - 1)
     flow.load_state_dict(best.state)
-    head.settle()
+    head.set_origin()
     inside = _inside(flow, PulledBack(log_joint, push), found.loc)
     if inside is None or not inside.elbo > best.elbo:
         return _start(best.elbo, flow)
-    _set(flow.whitening, inside)
+    _set(flow.preconditioner, inside)
     return _start(inside.elbo, flow)
 
 
@@ -201,20 +203,20 @@ def _write(flow: Flow, found: Gaussian | LowRankGaussian) -> None:
     """
     head = flow.head
     zeros, ones = torch.zeros_like(found.loc), torch.ones_like(found.loc)
-    if flow.whitening is None or (isinstance(found, Gaussian) and not _is_correlated(flow)):
+    if flow.preconditioner is None or (isinstance(found, Gaussian) and not _is_correlated(flow)):
         _write_into_head(flow, found)
     elif head.is_outermost:
-        assert isinstance(head, PriorPooling)
+        assert isinstance(head, ConditionalGaussianHead)
         if isinstance(found, Gaussian):
             scale = _matrix(found).square().sum(-1).sqrt()
-            _set(flow.whitening, Gaussian(zeros, _matrix(found) / scale.unsqueeze(-1)))
+            _set(flow.preconditioner, Gaussian(zeros, _matrix(found) / scale.unsqueeze(-1)))
         else:
             scale = found.scale
-            _set(flow.whitening, replace(found, loc=zeros, scale=ones))
+            _set(flow.preconditioner, replace(found, loc=zeros, scale=ones))
         head.initialize(found.loc, scale, max_share=NO_SHARE)
-        head.settle()
+        head.set_origin()
     else:
-        _set(flow.whitening, found)
+        _set(flow.preconditioner, found)
         head.initialize(zeros, ones)
 
 
@@ -228,13 +230,13 @@ def _write_into_head(flow: Flow, found: Gaussian | LowRankGaussian) -> None:
         flow.head.set_directions(found.directions, found.stretch)
 
 
-def _set(preconditioner: FixedAffine | None, found: Gaussian | LowRankGaussian) -> None:
+def _set(preconditioner: Preconditioner | None, found: Gaussian | LowRankGaussian) -> None:
     """Make a preconditioner the map of a Gaussian."""
     if isinstance(found, Gaussian):
-        assert isinstance(preconditioner, Whitening)
+        assert isinstance(preconditioner, FullRankPreconditioner)
         preconditioner.set(found.loc, _matrix(found))
     else:
-        assert isinstance(preconditioner, LowRankWhitening)
+        assert isinstance(preconditioner, LowRankPreconditioner)
         preconditioner.set(found.loc, found.scale, found.directions, found.stretch)
 
 

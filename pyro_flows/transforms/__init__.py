@@ -9,21 +9,21 @@ from pyro_flows.transforms.block_autoregressive import BlockAutoregressive
 from pyro_flows.transforms.chain import Chain
 from pyro_flows.transforms.heads import (
     AffineHead,
+    ConditionalGaussianHead,
     Correlated,
     DiagonalAffine,
-    DiagonalPooling,
+    DiagonalPrecisionHead,
+    FullPrecisionHead,
     FullRankAffine,
     LowRankAffine,
-    MatrixPooling,
-    PartialPooling,
-    PriorPooling,
+    PlateHead,
 )
 from pyro_flows.transforms.householder import Householder
 from pyro_flows.transforms.inverse import Inverse
 from pyro_flows.transforms.neural_autoregressive import NeuralAutoregressive
 from pyro_flows.transforms.permutation import Permutation
 from pyro_flows.transforms.planar import Planar
-from pyro_flows.transforms.preconditioner import FixedAffine, LowRankWhitening, Whitening
+from pyro_flows.transforms.preconditioner import FullRankPreconditioner, LowRankPreconditioner, Preconditioner
 from pyro_flows.transforms.radial import Radial
 from pyro_flows.transforms.site_ordered import SiteOrderedAffine
 from pyro_flows.transforms.spline import Spline
@@ -38,22 +38,23 @@ __all__ = [
     "BlockAutoregressive",
     "BoundTransform",
     "Chain",
+    "ConditionalGaussianHead",
     "Correlated",
     "DiagonalAffine",
-    "DiagonalPooling",
-    "FixedAffine",
+    "DiagonalPrecisionHead",
     "FlowTransform",
+    "FullPrecisionHead",
     "FullRankAffine",
+    "FullRankPreconditioner",
     "Householder",
     "Inverse",
     "LowRankAffine",
-    "LowRankWhitening",
-    "MatrixPooling",
+    "LowRankPreconditioner",
     "NeuralAutoregressive",
-    "PartialPooling",
     "Permutation",
     "Planar",
-    "PriorPooling",
+    "PlateHead",
+    "Preconditioner",
     "PyroTransform",
     "Radial",
     "SiteOrderedAffine",
@@ -61,7 +62,6 @@ __all__ = [
     "SplineAutoregressive",
     "SplineCouplings",
     "Sylvester",
-    "Whitening",
     "adapt",
     "expand_context",
 ]

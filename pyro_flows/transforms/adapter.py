@@ -220,7 +220,7 @@ def _check_hidden_modules(transform: Transform) -> None:
             if isinstance(member, nn.Module):
                 raise ValueError(
                     f"{_name(transform)}: expected a transform that registers its parameters, but it holds a "
-                    f"{_name(member)} that no optimiser would see. Return the {_name(member)} itself, or a list."
+                    f"{_name(member)} that no optimizer would see. Return the {_name(member)} itself, or a list."
                 )
 
 

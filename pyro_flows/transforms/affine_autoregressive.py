@@ -14,7 +14,7 @@ __all__ = ["AffineAutoregressive"]
 
 
 class AffineAutoregressive(MaskedAutoregressive):
-    r"""Each coordinate affine in its own noise, steered by the noise of the coordinates before it:
+    r"""Each coordinate affine in its own noise given the noise of the coordinates before it:
 
     .. math::
         y_i = t_i(x_{<i}) + e^{l_i(x_{<i})} x_i, \qquad l = c \tanh(\tilde l / c).

@@ -35,7 +35,7 @@ def is_readable(x: Tensor) -> bool:
 
 
 class FlowTransform(TransformModule):
-    r"""A learnable bijection of :math:`\mathbb{R}^D`, optionally steered by a context vector.
+    r"""A learnable bijection of :math:`\mathbb{R}^D`, optionally conditional on a context vector.
 
     This is Pyro's ``TransformModule`` with two additions that variational inference needs: the map and its
     log-determinant come from one pass and nothing is cached on the module (Pyro's transforms keep the last graph

@@ -25,7 +25,7 @@ GATE_RATE = 3.0
 class _BlockLinear(nn.Module):
     r"""Affine map of ``dim`` groups of units, lower triangular in the groups, with positive diagonal blocks.
 
-    Rows are weight-normalised: a row is :math:`e^{g} w / \|w\|`.
+    Rows are weight-normalized: a row is :math:`e^{g} w / \|w\|`.
     """
 
     on_diagonal: Tensor
@@ -68,7 +68,7 @@ class _BlockLinear(nn.Module):
         if log_slope is None:
             return out, log_diagonal.squeeze(-1).expand(x.shape[:-1] + log_diagonal.shape[:-1])
         # Product in log space. The largest term is taken out, so the sum holds one term that is no smaller than a
-        # normalised weight.
+        # normalized weight.
         largest = log_slope.detach().amax(-1, keepdim=True)
         product = torch.einsum("dij,...dj->...di", log_diagonal.exp(), (log_slope - largest).exp())
         return out, product.log() + largest

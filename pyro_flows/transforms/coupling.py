@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyro_flows.transforms.base import FlowTransform, as_rows
-from pyro_flows.transforms.networks import HEAD_SLOPE, Packed, eased, reference_noise
+from pyro_flows.transforms.networks import HEAD_SLOPE, Packed, powerprop, reference_noise
 
 __all__ = ["Couplings"]
 
@@ -20,12 +20,12 @@ __all__ = ["Couplings"]
 class Couplings(FlowTransform):
     r"""A stack of couplings: :math:`y_a = x_a`, and :math:`y_b = f(x_b;\, \phi(x_a))` elementwise.
 
-    Pyro's couplings always steer the same half and leave the other to a ``Permute`` whose permutation is lost on
+    Pyro's couplings always condition on the same half and leave the other to a ``Permute`` whose permutation is lost on
     save. Here parts of one random order take turns: each coupling moves the last part given all before it, and then
     puts it first; when every part had its turn there is a new order. The orders are buffers. Coordinates of one part
     are not bent together, so that a round of three leaves out a ninth of all triples, and one of two a quarter.
 
-    All weights of all couplings are one parameter, ``packed``. The networks are centred over standard normal inputs
+    All weights of all couplings are one parameter, ``packed``. The networks are centered over standard normal inputs
     (see :class:`~pyro_flows.transforms.networks.CenteredNetwork`), and their last hidden layer is scaled by
     :math:`1/H`: Adam moves each weight by the learning rate, so a sum over H of them would move H times as fast, and
     couplings are to refine what the other layers have found.
@@ -98,13 +98,13 @@ class Couplings(FlowTransform):
         return x.split([self.split_dim, x.shape[-1] - self.split_dim], -1)
 
     def _layers(self) -> Iterator[tuple[Tensor | None, tuple[Tensor, ...]]]:
-        """The order that a coupling starts, and [weight, bias, weight, bias, ...], whose last bias centres."""
+        """The order that a coupling starts, and [weight, bias, weight, bias, ...], whose last bias centers."""
         *inner, weight, bias = self.packed()
         hidden = self.reference.expand(len(bias), *self.reference.shape)
         for w, b in zip(inner[::2], inner[1::2], strict=True):
             hidden = F.silu(torch.baddbmm(b.unsqueeze(1), hidden, w.mT))
-        weight = eased(weight, HEAD_SLOPE) / hidden.shape[-1]
-        bias = eased(bias, HEAD_SLOPE) - (weight * hidden.mean(1, keepdim=True)).sum(-1)
+        weight = powerprop(weight, HEAD_SLOPE) / hidden.shape[-1]
+        bias = powerprop(bias, HEAD_SLOPE) - (weight * hidden.mean(1, keepdim=True)).sum(-1)
         columns = [column.unbind(0) for column in (*inner, weight, bias)]
         orders: list[Tensor | None] = [None] * len(columns[0])
         orders[:: self.num_parts] = self.orders.unbind(0)

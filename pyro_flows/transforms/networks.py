@@ -18,24 +18,24 @@ __all__ = [
     "ContextParameters",
     "Packed",
     "centered",
-    "eased",
+    "inverse_powerprop",
+    "powerprop",
     "reference_noise",
-    "uneased",
     "with_reference",
 ]
 
 
-# Inputs of steering networks are in scales of their own marginal; beyond this many a draw is an outlier, whose
+# Inputs of conditioners are in scales of their own marginal; beyond this many a draw is an outlier, whose
 # descendants should not be thrown further still.
 INPUT_BOUND = 5.0
-# Draws of N(0, I) over which a network is centred; half of them mirror the other half.
+# Draws of N(0, I) over which a network is centered; half of them mirror the other half.
 COUNT_REFERENCE = 16
 # Pace at zero of last layers whose inputs are scaled down by their number already.
 HEAD_SLOPE = 0.3
 
 
-def eased(weight: Tensor, slope: float = 0.1) -> Tensor:
-    r"""Weights that leave zero slowly: :math:`w (|w| + s)`, for how coordinates steer each other.
+def powerprop(weight: Tensor, slope: float = 0.1) -> Tensor:
+    r"""Weights that leave zero slowly: :math:`w (|w| + s)`, for how coordinates act on each other.
 
     Adam moves each weight by the learning rate from the first step on, so a thousand useless weights jitter as much
     as ten that matter, and while a posterior is still far away they all join in moving there, overshoot, and one rare
@@ -53,8 +53,8 @@ def eased(weight: Tensor, slope: float = 0.1) -> Tensor:
     return weight * (weight.abs() + slope)
 
 
-def uneased(value: Tensor, slope: float = 0.1) -> Tensor:
-    """The inverse of :func:`eased`."""
+def inverse_powerprop(value: Tensor, slope: float = 0.1) -> Tensor:
+    """The inverse of :func:`powerprop`."""
     return 2.0 * value / (slope + torch.sqrt(slope**2 + 4.0 * value.abs()))
 
 
@@ -78,7 +78,7 @@ def centered(hidden: Tensor, batch_shape: torch.Size) -> Tensor:
 class Packed(nn.Module):
     """Trained tensors that are kept in one parameter, end to end.
 
-    An optimiser's step costs by the parameter: Pyro's has an optimiser of torch's for each.
+    An optimizer's step costs by the parameter: Pyro's has an optimizer of torch's for each.
 
     Shape:
         - output: Views of the parameter, one for each of ``parts`` and of its shape.
@@ -100,10 +100,10 @@ class Packed(nn.Module):
 class CenteredNetwork(nn.Module):
     r"""A SiLU multilayer perceptron less its mean over standard normal inputs; zero at the start.
 
-    Location and scale that do not depend on the input are the affine head's business. Without the centring every
+    Location and scale that do not depend on the input are the affine head's business. Without the centering every
     network in a flow learns them too, at once and in the same direction, and the first steps overshoot together: far
     from the posterior all gradients ask for the same thing, and Adam moves each weight by the learning rate.
-    For that reason too the last layer is scaled by :math:`1/\sqrt{H}`, and its weights are :func:`eased`.
+    For that reason too the last layer is scaled by :math:`1/\sqrt{H}`, and its weights go through :func:`powerprop`.
 
     Args:
         input_dim: Length of the input.
@@ -123,7 +123,7 @@ class CenteredNetwork(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = with_reference(x.clamp(-INPUT_BOUND, INPUT_BOUND), self.reference)
         hidden = centered(self.trunk(rows), x.shape[:-1])
-        return F.linear(hidden / math.sqrt(hidden.shape[-1]), eased(self.head.weight))
+        return F.linear(hidden / math.sqrt(hidden.shape[-1]), powerprop(self.head.weight))
 
 
 def _hidden_layers(input_dim: int, hidden_dims: Sequence[int]) -> Iterator[nn.Module]:
@@ -137,8 +137,9 @@ class ContextParameters(nn.Module):
 
     This is what makes a conditional transform the same class as an unconditional one. The network's output is zero at
     the start. In layers that refine what an affine head has found, its last hidden layer is scaled by :math:`1/H` and
-    its last weights are :func:`eased`, as in couplings: Adam moves each weight by the learning rate, so a sum over H
-    of them moves H times as fast, and knots of a spline that jump by 1 in a step throw the tails of a posterior.
+    its last weights go through :func:`powerprop`, as in couplings: Adam moves each weight by the learning rate, so a
+    sum over H of them moves H times as fast, and knots of a spline that jump by 1 in a step throw the tails of a
+    posterior.
 
     Shape:
         - context: ``(..., context_dim)`` or None.
@@ -171,11 +172,11 @@ class ContextParameters(nn.Module):
         assert context is not None
         hidden = self.trunk(context)
         if self.refines:
-            weight, bias = (eased(p, HEAD_SLOPE) for p in (self.head.weight, self.head.bias))
-            steered = F.linear(hidden / hidden.shape[-1], weight, bias)
+            weight, bias = (powerprop(p, HEAD_SLOPE) for p in (self.head.weight, self.head.bias))
+            by_context = F.linear(hidden / hidden.shape[-1], weight, bias)
         else:
-            steered = self.head(hidden)
-        return self.value + steered.reshape(context.shape[:-1] + self.value.shape)
+            by_context = self.head(hidden)
+        return self.value + by_context.reshape(context.shape[:-1] + self.value.shape)
 
     @torch.no_grad()
     def set(self, value: Tensor) -> None:

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from pyro_flows.transforms.base import FlowTransform
 
-__all__ = ["FixedAffine", "LowRankWhitening", "Whitening", "look_again"]
+__all__ = ["FullRankPreconditioner", "LowRankPreconditioner", "Preconditioner", "look_again"]
 
 
-# Vectors by which a map is recognised as the identity.
+# Vectors by which a map is recognized as the identity.
 PROBES = 512
 
 
-class FixedAffine(FlowTransform):
+class Preconditioner(FlowTransform):
     r"""Base of :math:`y = m + A x`, the identity until ``A`` and ``m`` are set, and not trained.
 
     A step of Adam moves every parameter by the learning rate. In a posterior whose narrowest direction is a thousandth
@@ -93,14 +93,14 @@ class FixedAffine(FlowTransform):
 def look_again(module: nn.Module) -> None:
     """Have all fixed maps of a module see whether they are the identity, after parameters were copied into them."""
     for part in module.modules():
-        if isinstance(part, FixedAffine):
+        if isinstance(part, Preconditioner):
             part.look()
 
 
-class Whitening(FixedAffine):
+class FullRankPreconditioner(Preconditioner):
     r""":math:`y = m + L x` with :math:`L` lower triangular, the identity until :meth:`set` is called. Not trained.
 
-    See :class:`FixedAffine`.
+    See :class:`Preconditioner`.
 
     Args:
         input_dim: Length of the transformed vector. Cost and size O(D^2).
@@ -146,10 +146,10 @@ class Whitening(FixedAffine):
         return (self._tril()[0] * scale).square().sum(-1)
 
 
-class LowRankWhitening(FixedAffine):
+class LowRankPreconditioner(Preconditioner):
     r""":math:`y = m + d \odot (I + U \, \mathrm{diag}(s - 1) U^\top) x` with orthonormal columns in :math:`U`: scales,
     and a few directions that are wider or narrower than these say. The identity until :meth:`set` is called. Not
-    trained; see :class:`FixedAffine`.
+    trained; see :class:`Preconditioner`.
 
     Args:
         input_dim: Length of the transformed vector.

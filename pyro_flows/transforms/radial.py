@@ -17,13 +17,13 @@ __all__ = ["Radial"]
 
 
 class Radial(FlowTransform):
-    r"""Moves every point towards a centre or away: :math:`y = x + \beta\,(x - x_0) / (\alpha + \|x - x_0\|)`.
+    r"""Moves every point towards a center or away: :math:`y = x + \beta\,(x - x_0) / (\alpha + \|x - x_0\|)`.
 
     Pyro's map and constraints, :math:`\alpha = \mathrm{softplus}(\alpha') > 0` and
     :math:`\beta = \mathrm{softplus}(\beta') - \alpha > -\alpha`. Pyro's has no inverse; the radius solves a quadratic
     equation, so this one has. Parameters O(D).
 
-    Starts at the identity: :math:`\beta' = \alpha'`; the centre is a draw of the base.
+    Starts at the identity: :math:`\beta' = \alpha'`; the center is a draw of the base.
 
     Shape:
         As in :class:`FlowTransform`.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L1. The model-ordered affine map: each block of coordinates is an affine map of its own noise, steered by the
+"""L1. The model-ordered affine map: each block of coordinates is an affine map of its own noise, conditional by the
 blocks before it."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyro_flows.transforms.base import FlowTransform, as_rows
-from pyro_flows.transforms.networks import INPUT_BOUND, Packed, eased, reference_noise
+from pyro_flows.transforms.networks import INPUT_BOUND, Packed, powerprop, reference_noise
 
 __all__ = ["SiteOrderedAffine"]
 
@@ -33,7 +33,7 @@ class _Conditioners(NamedTuple):
         linear: The linear parts, for locations, shifts and log-scales of each block in turn, ``(3 D, G)``; or one
             factor of them if they are of low rank, ``(S rank, G)``.
         outer: In the latter case the other factors, each ``(3 size, rank)``.
-        bias: What centres the networks, ``(3 D,)``.
+        bias: What centers the networks, ``(3 D,)``.
         shift: Free parts of the shifts, ``(D,)``.
         log_scale_bound: ``c``.
     """
@@ -55,7 +55,7 @@ class _Weights(NamedTuple):
     Attributes:
         log_scale: ``a``, ``(input_dim,)``.
         below: ``C_s - I`` of each block, or None for zero.
-        conditioners: None where no block is steered.
+        conditioners: None where no block is conditional.
     """
 
     log_scale: Tensor
@@ -71,15 +71,15 @@ class SiteOrderedAffine(FlowTransform):
         l_s = c \tanh(\tilde l_s / c),
 
     with :math:`C_s` unit lower triangular, :math:`a_s` free, and :math:`r_s, \tilde l_s` a linear map plus a small
-    network, all zero at the start. It contains every full-rank Gaussian (the linear part), every non-centred hierarchy
+    network, all zero at the start. It contains every full-rank Gaussian (the linear part), every non-centered hierarchy
     and Neal's funnel exactly. What is nonlinear in the location is scaled by the conditional scale, so that an error of
     the network shrinks with the neck of a funnel. Drawing takes one short step a block; scoring a value is one parallel
     pass.
 
-    A draw costs by the operation, and a step of an optimiser by the parameter: blocks keep their weights in one tensor
+    A draw costs by the operation, and a step of an optimizer by the parameter: blocks keep their weights in one tensor
     per layer, and all layers in one parameter, ``packed``; what a block does to those after it is added to the inputs
-    of all at once. Networks are centred over standard normal inputs, and their last layers are scaled and eased, as in
-    :class:`~pyro_flows.transforms.networks.CenteredNetwork`.
+    of all at once. Networks are centered over standard normal inputs, and their last layers are scaled and
+    powerpropagated, as in :class:`~pyro_flows.transforms.networks.CenteredNetwork`.
 
     Args:
         input_dim: Length of the transformed vector.
@@ -126,11 +126,11 @@ class SiteOrderedAffine(FlowTransform):
         self.register_buffer("is_below", is_below, persistent=False)
         # The first block has nothing to follow but a context.
         self.sizes = self.block_sizes if context_dim else self.block_sizes[1:]
-        steering = self._add_conditioners(hidden_dims) if self.sizes else []
-        self.packed = Packed([torch.zeros(input_dim), torch.zeros(len(is_below)), *steering])
+        conditioners = self._add_conditioners(hidden_dims) if self.sizes else []
+        self.packed = Packed([torch.zeros(input_dim), torch.zeros(len(is_below)), *conditioners])
 
     def _add_conditioners(self, hidden_dims: Sequence[int]) -> list[Tensor]:
-        """Add the buffers that steering takes; returns what :meth:`_conditioners` takes, as it is at the start."""
+        """Add the buffers that conditioners takes; returns what :meth:`_conditioners` takes, as it is at the start."""
         count, dim = len(self.sizes), sum(self.sizes)
         given = self.context_dim + self.input_dim - self.block_sizes[-1]
         if self.rank is not None and given <= self.rank:
@@ -160,8 +160,10 @@ class SiteOrderedAffine(FlowTransform):
         return [heads, shift, linear, project, *layers]
 
     def _weights(self) -> _Weights:
-        log_scale, below, *steering = self.packed()
-        return _Weights(eased(log_scale), self._below(below), self._conditioners(*steering) if steering else None)
+        log_scale, below, *conditioners = self.packed()
+        return _Weights(
+            powerprop(log_scale), self._below(below), self._conditioners(*conditioners) if conditioners else None
+        )
 
     def _conditioners(
         self, heads: Tensor, shift: Tensor, linear: Tensor, project: Tensor, weight: Tensor, bias: Tensor, *rest: Tensor
@@ -170,8 +172,8 @@ class SiteOrderedAffine(FlowTransform):
         last ones are weights and biases of the networks in turn."""
         hidden = (weight * self.follows).flatten(0, 1)
         inner = list(zip(rest[::2], rest[1::2], strict=True))
-        heads = eased(heads) / math.sqrt(heads.shape[-1])
-        linear = eased(linear)
+        heads = powerprop(heads) / math.sqrt(heads.shape[-1])
+        linear = powerprop(linear)
         outer: tuple[Tensor, ...] = ()
         if self.rank is not None:
             linear, outer = project, linear.split([3 * size for size in self.sizes])
@@ -190,8 +192,8 @@ class SiteOrderedAffine(FlowTransform):
             found = F.silu(torch.baddbmm(inner_bias.unsqueeze(1), found, inner_weight.mT))
         return found
 
-    def _steer(self, given: Tensor, use: _Conditioners) -> tuple[Tensor, Tensor]:
-        """Locations and log-scales of all steered blocks from what they follow, in one pass."""
+    def _condition(self, given: Tensor, use: _Conditioners) -> tuple[Tensor, Tensor]:
+        """Locations and log-scales of all conditional blocks from what they follow, in one pass."""
         networks = self._networks(given.clamp(-INPUT_BOUND, INPUT_BOUND), use.hidden, use.hidden_bias, use.inner)
         if self.rank is None:
             linear = F.linear(given, use.linear, use.bias)
@@ -209,7 +211,7 @@ class SiteOrderedAffine(FlowTransform):
         return torch.addcmul(loc, log_scale.exp(), shift + use.shift), log_scale
 
     def _draw(self, noise: Tensor, context: Tensor | None, use: _Conditioners) -> tuple[Tensor, Tensor]:
-        """Values, block by block, and conditional log-scales of the steered ones.
+        """Values, block by block, and conditional log-scales of the conditional ones.
 
         Args:
             noise: ``e^a C x`` and the free part of the shift.
@@ -222,7 +224,7 @@ class SiteOrderedAffine(FlowTransform):
         hidden = use.hidden_bias
         linear = use.bias if self.rank is None else torch.zeros_like(use.linear[:, 0])
 
-        def follow(value: Tensor) -> None:
+        def condition_on(value: Tensor) -> None:
             nonlocal hidden, linear
             to_hidden, to_linear = next(effects)
             clamped = value.clamp(-INPUT_BOUND, INPUT_BOUND)
@@ -233,33 +235,33 @@ class SiteOrderedAffine(FlowTransform):
         values: list[Tensor] = []
         log_scales: list[Tensor] = []
         if context is not None:
-            follow(context)
+            condition_on(context)
         else:
             values.append(parts.pop(0))
-            follow(values[0])
+            condition_on(values[0])
         layers = [(weight.unbind(0), bias.unbind(0)) for weight, bias in use.inner]
         biases = use.bias.split([3 * size for size in self.sizes])
         for index, (size, part, head) in enumerate(zip(self.sizes, parts, use.heads, strict=True)):
             width, rows = len(use.hidden_bias) // len(self.sizes), self.rank or 3 * size
             own, hidden = hidden.split([width, hidden.shape[-1] - width], -1)
-            steer, linear = linear.split([rows, linear.shape[-1] - rows], -1)
+            effect, linear = linear.split([rows, linear.shape[-1] - rows], -1)
             if self.rank is not None:
-                steer = torch.addmm(biases[index], steer, use.outer[index].mT)
+                effect = torch.addmm(biases[index], effect, use.outer[index].mT)
             own = F.silu(own)
             for weights, bias in layers:
                 own = F.silu(F.linear(own, weights[index], bias[index]))
-            loc, bent = steer.split([size, 2 * size], -1)
+            loc, bent = effect.split([size, 2 * size], -1)
             shift, log_scale = torch.addmm(bent, own, head.mT).chunk(2, -1)
             log_scales.append(_bounded(log_scale, use.log_scale_bound))
             values.append(torch.addcmul(loc, log_scales[-1].exp(), shift + part))
             if hidden.shape[-1]:
-                follow(values[-1])
+                condition_on(values[-1])
         return torch.cat(values, -1), torch.cat(log_scales, -1)
 
     def _below(self, entries: Tensor) -> list[Tensor | None]:
         """``C_s - I`` of each block, or None for zero, from the squares of dense blocks end to end."""
         squares = [size**2 for size in self.block_sizes if _is_dense(size)]
-        found = iter((eased(entries) * self.is_below).split(squares) if squares else ())
+        found = iter((powerprop(entries) * self.is_below).split(squares) if squares else ())
         return [next(found).view(size, size) if _is_dense(size) else None for size in self.block_sizes]
 
     def _by_block(
@@ -271,9 +273,9 @@ class SiteOrderedAffine(FlowTransform):
         parts = zip(rows.split(self.block_sizes, -1), below, strict=True)
         return torch.cat([part if matrix is None else function(part, matrix) for part, matrix in parts], -1)
 
-    def _padded(self, steered: Tensor) -> Tensor:
-        """With zeros for the first block, if that is not steered."""
-        return F.pad(steered, (self.input_dim - steered.shape[-1], 0))
+    def _padded(self, conditional: Tensor) -> Tensor:
+        """With zeros for the first block, if that is not conditional."""
+        return F.pad(conditional, (self.input_dim - conditional.shape[-1], 0))
 
     def _forward(self, x: Tensor, context: Tensor | None, weights: _Weights) -> tuple[Tensor, Tensor]:
         """Values and log-scales of rows."""
@@ -300,11 +302,11 @@ class SiteOrderedAffine(FlowTransform):
         if use is not None:
             # d log q / d y_<s, through the conditioners alone.
             before = y[..., : -self.block_sizes[-1]].detach().requires_grad_()
-            loc, steered = self._steer(_beside(around, before), use)
+            loc, conditional = self._condition(_beside(around, before), use)
             with torch.no_grad():
                 to_loc = own[..., -loc.shape[-1] :]
                 to_log_scale = torch.addcmul(torch.ones_like(loc), to_loc, y[..., -loc.shape[-1] :] - loc)
-            (through,) = torch.autograd.grad((loc, steered), before, (to_loc, to_log_scale), retain_graph=True)
+            (through,) = torch.autograd.grad((loc, conditional), before, (to_loc, to_log_scale), retain_graph=True)
             own = own - F.pad(through, (0, self.block_sizes[-1]))
         return y.reshape(x.shape), log_scale.sum(-1).reshape(x.shape[:-1]), own.reshape(x.shape)
 
@@ -313,8 +315,8 @@ class SiteOrderedAffine(FlowTransform):
         free, below, use = self._weights()
         log_scale = free.expand_as(rows)
         if use is not None:
-            loc, steered = self._steer(_beside(around, rows[..., : -self.block_sizes[-1]]), use)
-            rows, log_scale = rows - self._padded(loc), log_scale + self._padded(steered)
+            loc, conditional = self._condition(_beside(around, rows[..., : -self.block_sizes[-1]]), use)
+            rows, log_scale = rows - self._padded(loc), log_scale + self._padded(conditional)
         x = self._by_block(_times_transposed_inverse, rows * (-log_scale).exp(), below)
         return x.reshape(y.shape), -log_scale.sum(-1).reshape(y.shape[:-1])
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_flows import AutoFlowGuide, diagnose
 from pyro_flows.diagnostics.search import Search
 from pyro_flows.importance.weights import ImportanceSampler
-from pyro_flows.starts.lbfgs import climb, local_factor
+from pyro_flows.starts.lbfgs import lbfgs_paths, local_factor
 from tests.fits import BAD, mixture, mixture_guide, one_mode
 
 
@@ -28,7 +28,7 @@ def test_climbs_arrive_at_the_maximum_of_an_ill_conditioned_target() -> None:
         return -0.5 * (curvature * (z - center).square()).sum(-1)
 
     start = 3.0 * torch.randn(5, 2, 6, dtype=torch.double)
-    *_, end = climb(target, start, 90)
+    *_, end = lbfgs_paths(target, start, 90)
     assert target(end).min() > -0.01
     factor = local_factor(target, end)
     expected = curvature.rsqrt().diag().expand(5, 2, 6, 6)

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_flows import flows
 from pyro_flows.flows.bases import Base, resolve_base, spread_components
 from pyro_flows.flows.noise import DiagonalNormalMixture, base_score
-from tests.common import randomise_parameters
+from tests.common import randomize_parameters
 
 names = pytest.mark.parametrize("name", ["normal", "student_t", "mixture"])
 
@@ -29,7 +29,7 @@ def _parameters(count: int, dim: int) -> list[Tensor]:
 
 def _base(name: str, dim: int) -> Base:
     base = resolve_base("test", name).build(dim).double()
-    randomise_parameters(base)
+    randomize_parameters(base)
     return base
 
 
@@ -67,7 +67,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("dim", [1, 2, 3])
 def test_path_derivatives_of_a_mixture_are_unbiased(dim: int, function: str) -> None:
-    """Against component by component, where locations and scales reparameterise and weights are factors."""
+    """Against component by component, where locations and scales reparameterize and weights are factors."""
     parameters = _parameters(3, dim)
     locs, scales, logits = parameters
     f = FUNCTIONS[function]

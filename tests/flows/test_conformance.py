@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_flows import flows
 from pyro_flows.flows import Flow, FlowSpec
-from tests.common import assert_no_graph, jacobian, randomise_parameters, trained
+from tests.common import assert_no_graph, jacobian, randomize_parameters, trained
 
 DTYPES = (torch.float32, torch.float64)
 # For log densities of a few coordinates; float32 sums over 50 coordinates get proportionally more.
@@ -44,7 +44,7 @@ def _tolerance(dtype: torch.dtype, input_dim: int) -> float:
 def _build(name: str, input_dim: int, context_dim: int, dtype: torch.dtype = torch.float32) -> tuple[FlowSpec, Flow]:
     spec = _spec(name)
     flow = spec.build(input_dim, context_dim).to(dtype)
-    randomise_parameters(flow)
+    randomize_parameters(flow)
     return spec, flow
 
 

@@ -21,7 +21,7 @@ from pyro.optim import Adam
 from pyro_flows import AutoFlowGuide, flows
 from pyro_flows.flows.resolve import resolve
 from pyro_flows.transforms import Permutation, Planar, PyroTransform
-from tests.common import assert_no_graph, jacobian, randomise_parameters
+from tests.common import assert_no_graph, jacobian, randomize_parameters
 
 RIGHT: dict[str, Callable[[int], Any]] = {
     "affine_autoregressive": T.affine_autoregressive,
@@ -48,7 +48,7 @@ RIGHT: dict[str, Callable[[int], Any]] = {
 def test_density(function: Callable[[int], Any]) -> None:
     """The density is that of autograd's Jacobian; nothing is cached; copies draw the same; all parameters learn."""
     flow = resolve(function).build(4)
-    randomise_parameters(flow, 0.2)
+    randomize_parameters(flow, 0.2)
     for part in flow.transform.parts[:-1]:
         assert part.input_dim == 4
     eps = torch.randn(4)
@@ -123,7 +123,7 @@ def test_plain_tensors_are_saved_and_moved() -> None:
 def test_context_reaches_the_head() -> None:
     """With a context the foreign parts stay as they are and the head follows it."""
     flow = flows.CustomFlow(function=T.planar).build(3, context_dim=2)
-    randomise_parameters(flow)
+    randomize_parameters(flow)
     q = flow(torch.randn(5, 2))
     z, log_prob = q.rsample_and_log_prob((7,))
     assert z.shape == (7, 5, 3) and log_prob.shape == (7, 5)
@@ -148,7 +148,7 @@ def test_context_reaches_the_head() -> None:
         (lambda d: T.SigmoidTransform(), ValueError, r"SigmoidTransform: expected a bijection of real vectors"),
         (lambda d: T.ExpTransform().inv, ValueError, r"ExpTransform: expected a bijection of real vectors"),
         (lambda d: T.AbsTransform(), ValueError, r"AbsTransform: .*codomain|AbsTransform: .*not bijective"),
-        (lambda d: T.CatTransform([T.spline(d)], dim=-1), ValueError, r"holds a Spline that no optimiser would see"),
+        (lambda d: T.CatTransform([T.spline(d)], dim=-1), ValueError, r"holds a Spline that no optimizer would see"),
     ],
 )
 def test_refused(function: Callable[[int], Any], error: type[Exception], message: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_flows import AutoFlowGuide, flows
 from pyro_flows.flows import Flow
 from pyro_flows.flows.gradient_filter import LARGEST, GradientFilter
-from tests.common import randomise_parameters, trained
+from tests.common import randomize_parameters, trained
 
 Target = Callable[[Tensor], Tensor]
 
@@ -232,7 +232,7 @@ def test_the_multiple_is_bounded() -> None:
 @pytest.mark.parametrize("name", ["diagonal_normal", "auto", "realnvp"])
 def test_draws_of_a_flow_keep_their_values_and_their_density(name: str) -> None:
     flow = flows.get(name).build(3).double()
-    randomise_parameters(flow)
+    randomize_parameters(flow)
     drawn = []
     for gradient_filter in (None, fresh(3)):
         pyro.set_rng_seed(5)
@@ -247,7 +247,7 @@ def test_draws_of_a_flow_keep_their_values_and_their_density(name: str) -> None:
 @pytest.mark.parametrize("name", ["full_rank_normal", "auto"])
 def test_a_flow_of_any_shape_without_the_multiple(name: str, sample_shape: tuple[int, ...]) -> None:
     flow = flows.get(name).build(3).double()
-    randomise_parameters(flow)
+    randomize_parameters(flow)
     gradient_filter = fresh(3)
     gradient_filter.largest_multiple = 0.0
     found = []

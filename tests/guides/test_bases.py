@@ -22,7 +22,7 @@ from pyro_flows import AutoFlowGuide, fit, flows
 from pyro_flows.diagnostics import log_weights, pareto_smooth
 from pyro_flows.flows.bases import MixtureBase, StudentTBase
 from pyro_flows.flows.noise import DiagonalNormalMixture
-from tests.common import randomise_parameters, trained
+from tests.common import randomize_parameters, trained
 
 Model = Callable[..., None]
 bases = pytest.mark.parametrize("base", ["student_t", "mixture"])
@@ -95,7 +95,7 @@ def test_no_noise_at_the_exact_posterior(base: str, elbo: Any, num_particles: in
 @bases
 def test_same_mean_as_the_total_gradient(base: str) -> None:
     guide = exact(base)
-    randomise_parameters(guide, 0.1)
+    randomize_parameters(guide, 0.1)
     names = [name for name, p in guide.named_parameters() if any(p is q for q in trained(guide))]
     sizes = [p.numel() for p in trained(guide)]
     of_base = torch.cat([torch.full((n,), ".base." in name) for name, n in zip(names, sizes, strict=True)])
@@ -120,7 +120,7 @@ def test_same_mean_as_the_total_gradient(base: str) -> None:
 @bases
 def test_centered_gradients_have_the_same_mean(base: str) -> None:
     guide = exact(base)
-    randomise_parameters(guide, 0.1)
+    randomize_parameters(guide, 0.1)
     posterior = guide.get_posterior().expand(torch.Size([64]))
     parameters = list(guide.posterior.joint.flow.base.parameters())
     differences = []
@@ -237,7 +237,7 @@ def test_a_normal_posterior_gets_a_normal_from_a_student_t() -> None:
 def test_summaries(base: str) -> None:
     """Repeat, leave the global random state alone, and agree with draws; densities are those of the draws."""
     guide = AutoFlowGuide(two_modes(2.0, 2), flow=flows.Auto(base=base)).setup()
-    randomise_parameters(guide, 0.2)
+    randomize_parameters(guide, 0.2)
     state = torch.random.get_rng_state()
     quartiles = guide.quantiles([0.25, 0.5, 0.75])["z"]
     assert torch.equal(quartiles, guide.quantiles([0.25, 0.5, 0.75])["z"])

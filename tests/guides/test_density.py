@@ -18,7 +18,7 @@ from pyro.optim import Adam
 from torch.distributions.transforms import ComposeTransform
 
 from pyro_flows import AutoFlowGuide
-from tests.common import randomise_parameters, trained
+from tests.common import randomize_parameters, trained
 
 FLOWS = ("auto", "site_ordered", "full_rank_normal", "realnvp")
 
@@ -38,7 +38,7 @@ def funnel(dim: int) -> None:
 
 def randomised(fn: Any, *args: Any, **options: Any) -> AutoFlowGuide:
     guide = AutoFlowGuide(fn, **options).setup(*args)
-    randomise_parameters(guide)
+    randomize_parameters(guide)
     return guide
 
 

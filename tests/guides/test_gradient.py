@@ -18,7 +18,7 @@ from pyro.infer.autoguide import init_to_value
 from torch import Tensor
 
 from pyro_flows import AutoFlowGuide
-from tests.common import randomise_parameters, trained
+from tests.common import randomize_parameters, trained
 
 DATA = torch.tensor([0.5, -1.0, 2.0], dtype=torch.double)
 
@@ -56,7 +56,7 @@ def test_no_noise_at_the_exact_posterior(flow: str, elbo: Any, num_particles: in
 def test_same_mean_as_the_total_gradient(flow: str) -> None:
     elbo = Trace_ELBO(num_particles=20, vectorize_particles=True, max_plate_nesting=0)
     guide = AutoFlowGuide(conjugate, flow=flow, init_scale=0.5).setup()
-    randomise_parameters(guide, 0.1)
+    randomize_parameters(guide, 0.1)
     directions, differences = None, []
     for seed in range(60):
         pair = []
@@ -76,7 +76,7 @@ def test_same_mean_as_the_total_gradient(flow: str) -> None:
 @pytest.mark.parametrize("change", [lambda z: z.detach(), lambda z: z + 0.0, lambda z: z.detach() + 1.0])
 def test_other_values_get_the_full_gradient(change: Any) -> None:
     guide = AutoFlowGuide(conjugate).setup()
-    randomise_parameters(guide)
+    randomize_parameters(guide)
     posterior = guide.get_posterior()
     value = change(posterior.rsample())
     params = trained(guide)
@@ -94,7 +94,7 @@ def test_the_value_of_the_loss_is_not_touched() -> None:
     for path_gradient in (True, False):
         pyro.set_rng_seed(1)
         guide = AutoFlowGuide(conjugate, path_gradient=path_gradient).setup()
-        randomise_parameters(guide)
+        randomize_parameters(guide)
         losses.append(Trace_ELBO(num_particles=5, vectorize_particles=True, max_plate_nesting=0).loss(conjugate, guide))
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pyro_flows import AutoFlowGuide
 from tests import common
-from tests.common import randomise_parameters
+from tests.common import randomize_parameters
 
 
 def model() -> None:
@@ -66,7 +66,7 @@ def train(guide: Any, steps: int = 3, fn: Callable[..., Any] = model) -> bool:
 
 def trained(**options: Any) -> AutoFlowGuide:
     guide = AutoFlowGuide(model, init_loc_fn=start, **options).setup()
-    randomise_parameters(guide, 0.2)
+    randomize_parameters(guide, 0.2)
     assert train(guide)
     return guide
 
@@ -313,7 +313,7 @@ def test_torch_optimiser(make: Callable[..., Any], local: bool) -> None:
 def test_every_parameter_gets_a_gradient(local: bool) -> None:
     with pyro.settings.context(module_local_params=local):
         guide = AutoFlowGuide(model, init_loc_fn=start).setup()
-        randomise_parameters(guide)
+        randomize_parameters(guide)
         Trace_ELBO().loss_and_grads(model, guide)
         assert all(p.grad is not None and p.grad.isfinite().all() for p in common.trained(guide))
 

@@ -19,7 +19,7 @@ from pyro_flows.models.latents import trace_latents
 from pyro_flows.models.layout import Layout
 from pyro_flows.models.priors import LinearPrior, read_joint_prior
 from pyro_flows.models.sites import read_sites
-from pyro_flows.transforms import Correlated, DiagonalAffine, DiagonalPooling, MatrixPooling
+from pyro_flows.transforms import Correlated, DiagonalAffine, DiagonalPrecisionHead, FullPrecisionHead
 
 X = torch.tensor([[1.0, 2.0], [0.5, -1.0], [3.0, 0.0]])
 Y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
@@ -95,7 +95,7 @@ def gap(guide: AutoFlowGuide) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "flow, head", [("auto", DiagonalPooling), ("site_ordered", DiagonalPooling), ("iaf", DiagonalAffine)]
+    "flow, head", [("auto", DiagonalPrecisionHead), ("site_ordered", DiagonalPrecisionHead), ("iaf", DiagonalAffine)]
 )
 def test_families_that_follow_the_model_know_its_priors(flow: str, head: type) -> None:
     guide = AutoFlowGuide(schools, flow)
@@ -160,7 +160,7 @@ def test_of_a_multivariate_normal_the_marginals_are_known() -> None:
     loc, log_scale = prior(packed).chunk(2)
     torch.testing.assert_close(loc[sites["slopes"]], values["mu"].repeat(4), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(log_scale[sites["slopes"]], values["tau"].repeat(4), rtol=1e-4, atol=1e-4)
-    expected = Correlated(sites["slopes"].start, num=4, size=3, factor_start=sites["factor"].start)
+    expected = Correlated(sites["slopes"].start, num=4, size=3, factor_offset=sites["factor"].start)
     assert prior.correlated == (expected,)
 
 
@@ -213,13 +213,13 @@ def chained() -> None:
         pyro.sample("y", dist.Normal(effect[..., 1:] + effect[..., :-1], 1.0), obs=torch.arange(19.0) % 5)
 
 
-@pytest.mark.parametrize("model, apart", [(schools, True), (counted, True), (crossed, False), (chained, False)])
-def test_what_the_data_tell_apart_needs_no_matrices(model: Callable[[], None], apart: bool) -> None:
+@pytest.mark.parametrize("model, independent", [(schools, True), (counted, True), (crossed, False), (chained, False)])
+def test_what_the_data_tell_apart_needs_no_matrices(model: Callable[[], None], independent: bool) -> None:
     prior = read(model)[1]
     assert prior is not None
-    assert prior.apart is apart
+    assert prior.conditionally_independent is independent
     head = AutoFlowGuide(model).setup().posterior.only_block.flow.head
-    assert type(head) is (DiagonalPooling if apart else MatrixPooling)
+    assert type(head) is (DiagonalPrecisionHead if independent else FullPrecisionHead)
 
 
 def test_warm_start_correlates_what_priors_leave() -> None:
@@ -231,5 +231,5 @@ def test_warm_start_correlates_what_priors_leave() -> None:
 def test_slopes_with_correlations_start_near_the_posterior() -> None:
     """Covariates that are correlated too; by marginals alone, the gap is several nats."""
     guide = AutoFlowGuide(varying_slopes).warm_start()
-    assert isinstance(guide.posterior.only_block.flow.head, MatrixPooling)
+    assert isinstance(guide.posterior.only_block.flow.head, FullPrecisionHead)
     assert log_weights(varying_slopes, guide, 4000)[0].var() / 2 < 0.5

@@ -176,7 +176,7 @@ def test_path_gradient_counts_what_is_given_and_nothing_else() -> None:
     weight = torch.randn(3, 4, requires_grad=True)
     root = torch.randn(5, 4, requires_grad=True)
     given = 1.0 * root
-    density = flow((given @ weight.mT).tanh(), given=(given,))
+    density = flow((given @ weight.mT).tanh(), parents=(given,))
     value = density.rsample()
     found = torch.autograd.grad(density.score_parts(value).entropy_term.sum(), [root, weight], retain_graph=True)
 

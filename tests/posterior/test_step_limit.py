@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pace of a guide's nonlinear layers under any optimiser and rate; the head's Gaussian goes at the user's."""
+"""The pace of a guide's nonlinear layers under any optimizer and rate; the head's Gaussian goes at the user's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from pyro_flows import AutoFlowGuide, CompiledSVI, fit
 from pyro_flows.compiled import inductor
 from pyro_flows.posterior.step_limit import LARGEST_STEP
-from tests.common import randomise_parameters
+from tests.common import randomize_parameters
 
 Y = torch.tensor([28.0, 8.0, -3.0, 7.0], dtype=torch.double)
 TINY = 1e-9
@@ -72,7 +72,7 @@ def assert_limited(found: Tensor, before: Tensor, *, is_full: bool = True) -> No
         assert longest > LARGEST_STEP * (1.0 - 1e-6)
 
 
-OPTIMISERS: dict[str, Callable[[], Any]] = {
+OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "Adam(1)": lambda: Adam({"lr": 1.0}),
     "Adam(0.05)": lambda: Adam({"lr": 0.05}),
     "ClippedAdam(0.1)": lambda: ClippedAdam({"lr": 0.1}),
@@ -80,14 +80,14 @@ OPTIMISERS: dict[str, Callable[[], Any]] = {
     "SGD(1e3)": lambda: SGD(lambda name: {"lr": 1e-3 if "raw" in name else 1e3}),
     "RMSprop(0.1)": lambda: RMSprop({"lr": 0.1}),
 }
-each_optimiser = pytest.mark.parametrize("optim", OPTIMISERS.values(), ids=OPTIMISERS)
+each_optimizer = pytest.mark.parametrize("optim", OPTIMIZERS.values(), ids=OPTIMIZERS)
 FLOWS = ["auto", "full_rank_normal", "low_rank_normal", "realnvp", "iaf", "spline", "planar"]
 
 
 # How far
 
 
-@each_optimiser
+@each_optimizer
 def test_no_entry_moves_further_than_the_limit(optim: Callable[[], Any]) -> None:
     guide, svi = new(optim())
     start = limited(guide)
@@ -240,7 +240,7 @@ def load(guide: AutoFlowGuide) -> Tensor:
 
 
 def by_hand(guide: AutoFlowGuide) -> Tensor:
-    guide.median(Y)  # ends the step before; right after it, nothing could tell a user's hand from an optimiser's
+    guide.median(Y)  # ends the step before; right after it, nothing could tell a user's hand from an optimizer's
     with torch.no_grad():
         for parameter in guide.parameters():
             parameter.add_(0.3)
@@ -279,7 +279,7 @@ def test_what_is_set_stays(put: Callable[[AutoFlowGuide], Tensor], trained: bool
 @pytest.mark.parametrize("trained", [False, True], ids=["before", "after"])
 def test_what_a_store_holds_is_taken_over(trained: bool) -> None:
     source = AutoFlowGuide(schools, name="posterior").setup(Y)
-    randomise_parameters(source, 0.2)
+    randomize_parameters(source, 0.2)
     source(Y)
     wanted, state = limited(source), copy.deepcopy(pyro.get_param_store().get_state())
     pyro.clear_param_store()
@@ -428,12 +428,12 @@ def test_a_loop_of_torch() -> None:
     guide = AutoFlowGuide(schools).setup(Y)
     loss_fn = Trace_ELBO()(schools, guide)
     loss_fn(Y)
-    optimiser = torch.optim.Adam(loss_fn.parameters(), lr=1.0)
+    optimizer = torch.optim.Adam(loss_fn.parameters(), lr=1.0)
     for _ in range(3):
         before = limited(guide)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss_fn(Y).backward()
-        optimiser.step()
+        optimizer.step()
         guide.sample_posterior(1)
         assert_limited(limited(guide), before)
 
@@ -442,25 +442,25 @@ def test_gradients_of_several_calls_are_one_step() -> None:
     """Accumulated, as users do by hand."""
     guide = AutoFlowGuide(schools).setup(Y)
     elbo = Trace_ELBO()
-    optimiser = torch.optim.Adam(guide.parameters(), lr=1.0)
+    optimizer = torch.optim.Adam(guide.parameters(), lr=1.0)
     before = limited(guide)
     for _ in range(3):
         elbo.differentiable_loss(schools, guide, Y).backward()
     assert torch.equal(limited(guide), before)
-    optimiser.step()
+    optimizer.step()
     guide.sample_posterior(1)
     assert_limited(limited(guide), before)
 
 
 def test_other_draws_between_a_gradient_and_its_step() -> None:
-    """Somebody looks at the guide, or draws from it, before the optimiser moves."""
+    """Somebody looks at the guide, or draws from it, before the optimizer moves."""
     guide = AutoFlowGuide(schools).setup(Y)
-    optimiser = torch.optim.Adam(guide.parameters(), lr=1.0)
+    optimizer = torch.optim.Adam(guide.parameters(), lr=1.0)
     before = limited(guide)
     Trace_ELBO().differentiable_loss(schools, guide, Y).backward()
     guide(Y)
     guide.median(Y)
-    optimiser.step()
+    optimizer.step()
     guide.sample_posterior(1)
     assert_limited(limited(guide), before)
 

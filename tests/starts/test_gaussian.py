@@ -22,7 +22,7 @@ from pyro_flows.models.layout import Layout
 from pyro_flows.models.log_joint import LogJoint
 from pyro_flows.models.sites import read_sites
 from pyro_flows.starts.gaussian import Gaussian, refined
-from pyro_flows.starts.lbfgs import climb
+from pyro_flows.starts.lbfgs import lbfgs_paths
 
 COVARIANCE = torch.tensor([[4.0, 1.9, 0.002], [1.9, 1.0, 0.0], [0.002, 0.0, 1e-4]])
 MEAN = torch.tensor([10.0, -3.0, 0.5])
@@ -36,7 +36,7 @@ def correlated() -> None:
     pyro.factor("target", dist.MultivariateNormal(MEAN, COVARIANCE).log_prob(z))
 
 
-def unvectorised(x: Tensor, y: Tensor) -> None:
+def unvectorized(x: Tensor, y: Tensor) -> None:
     """``x @ slope`` does not bear outer plates."""
     slope = pyro.sample("slope", dist.Normal(torch.zeros(2), 100.0).to_event(1))
     noise = pyro.sample("noise", dist.LogNormal(0.0, 1.0))
@@ -86,22 +86,22 @@ def test_of_a_funnel_an_early_iterate_or_a_mean_field_normal_is_taken() -> None:
     assert elbo(guide)[0] > -6.0
 
 
-@pytest.mark.parametrize("case", ["correlated", "unvectorised", "branching"])
+@pytest.mark.parametrize("case", ["correlated", "unvectorized", "branching"])
 def test_log_joint_of_many_draws_is_that_of_each(case: str) -> None:
     args: tuple[Tensor, ...] = ()
-    model: Any = {"correlated": correlated, "unvectorised": unvectorised, "branching": branching}[case]
-    if case == "unvectorised":
+    model: Any = {"correlated": correlated, "unvectorized": unvectorized, "branching": branching}[case]
+    if case == "unvectorized":
         args = (torch.randn(7, 2), torch.randn(7))
     guide = AutoFlowGuide(model).setup(*args)
     table = Layout(read_sites(guide.prototype_trace))
     log_joint = LogJoint(guide.model, table, args, {})
-    used = {"correlated": "_in_a_plate", "unvectorised": "_by_vmap", "branching": "_one_by_one"}[case]
+    used = {"correlated": "_in_a_plate", "unvectorized": "_by_vmap", "branching": "_one_by_one"}[case]
     assert log_joint.batched._run.__name__ == used
     draws = torch.randn(5, table.latent_dim)
     for draw, found in zip(draws, log_joint(draws), strict=True):
         values, _ = table.unpack(draw)
         trace = poutine.trace(poutine.condition(model, data=values)).get_trace(*args)
-        jacobian = values["noise"].log() if case == "unvectorised" else 0.0
+        jacobian = values["noise"].log() if case == "unvectorized" else 0.0
         torch.testing.assert_close(found, trace.log_prob_sum() + jacobian)
 
 
@@ -109,7 +109,7 @@ def test_a_regression_that_is_not_vectorised_starts_well() -> None:
     torch.manual_seed(0)
     x = torch.randn(60, 2)
     y = 100.0 * x[:, 0] - 30.0 * x[:, 1] + 0.1 * torch.randn(60)
-    guide = AutoFlowGuide(unvectorised).warm_start(x, y)
+    guide = AutoFlowGuide(unvectorized).warm_start(x, y)
     median = guide.median()
     assert median["slope"][0].item() == pytest.approx(100.0, rel=0.02)
     assert median["noise"].item() < 3.0
@@ -141,7 +141,7 @@ def test_what_warm_start_cannot_do() -> None:
 
 
 def test_a_draw_that_a_model_refuses_spoils_no_others() -> None:
-    """A Cholesky factorisation fails for the whole batch if one of its matrices is not positive definite."""
+    """A Cholesky factorization fails for the whole batch if one of its matrices is not positive definite."""
 
     def model() -> None:
         c = pyro.sample("c", dist.Normal(0.0, 1.0))
@@ -205,9 +205,9 @@ def test_climbs_far_below_one_that_has_arrived_are_given_up() -> None:
         return torch.where(z > 0, -((z - 1.0) ** 2), 0.5 * z - 1.0).squeeze(-1)
 
     start = torch.tensor([0.5, -1e4]).reshape(2, 1, 1)
-    assert len(list(climb(target, start, 100, 1e-4))) == 100
-    assert len(list(climb(target, start, 100, 1e-4, patience=1.5))) < 10
-    assert len(list(climb(target, start[1:], 100, 1e-4, patience=1.5))) == 100
+    assert len(list(lbfgs_paths(target, start, 100, 1e-4))) == 100
+    assert len(list(lbfgs_paths(target, start, 100, 1e-4, patience=1.5))) < 10
+    assert len(list(lbfgs_paths(target, start[1:], 100, 1e-4, patience=1.5))) == 100
 
 
 @config_enumerate

@@ -19,7 +19,7 @@ from pyro_flows.models.log_joint import LogJoint
 from pyro_flows.posterior.joint import RANK
 from pyro_flows.starts.gaussian import best_gaussian
 from pyro_flows.starts.low_rank import krylov_eigenpairs
-from pyro_flows.transforms import LowRankAffine, LowRankWhitening
+from pyro_flows.transforms import LowRankAffine, LowRankPreconditioner
 
 Model = Callable[..., Any]
 
@@ -49,7 +49,7 @@ def effects(y: Tensor, x: Tensor, group: Tensor) -> None:
 
 
 def effects_data() -> tuple[tuple[Tensor, ...], float]:
-    """Arguments, in which the covariate is not centred, and the log evidence."""
+    """Arguments, in which the covariate is not centered, and the log evidence."""
     generator = torch.Generator().manual_seed(1)
     group = torch.arange(1200) % 400
     x = 2.0 + torch.randn(1200, generator=generator)
@@ -85,8 +85,8 @@ def test_common_factors_are_found(flow: str, unlike: bool) -> None:
     assert elbo(guide) > -0.1
     assert mean_field_elbo(guide) < -10.0
     block = guide.posterior.only_block
-    holder = block.flow.whitening if flow == "auto" else block.flow.head
-    assert isinstance(holder, LowRankWhitening if flow == "auto" else LowRankAffine)
+    holder = block.flow.preconditioner if flow == "auto" else block.flow.head
+    assert isinstance(holder, LowRankPreconditioner if flow == "auto" else LowRankAffine)
     assert sum(p.numel() for p in holder.parameters()) <= 500 * (2 * RANK + 3)
 
 
@@ -105,12 +105,12 @@ def test_a_posterior_without_correlations_stays_mean_field() -> None:
         pyro.sample("z", dist.Normal(torch.zeros(400), scale).to_event(1))
 
     guide = AutoFlowGuide(model).warm_start()
-    whitening = guide.posterior.only_block.flow.whitening
-    assert isinstance(whitening, LowRankWhitening)
-    assert (whitening.stretch == 1.0).all() and (whitening.scale == 1.0).all()
+    preconditioner = guide.posterior.only_block.flow.preconditioner
+    assert isinstance(preconditioner, LowRankPreconditioner)
+    assert (preconditioner.stretch == 1.0).all() and (preconditioner.scale == 1.0).all()
     assert elbo(guide) == pytest.approx(0.0, abs=0.05)
     diagonal = AutoFlowGuide(common_factors(400), flow="diagonal_normal").warm_start()
-    assert diagonal.posterior.only_block.flow.whitening is None
+    assert diagonal.posterior.only_block.flow.preconditioner is None
 
 
 def test_a_second_warm_start_leaves_nothing_of_the_first() -> None:
@@ -147,8 +147,8 @@ def test_a_model_without_second_derivatives_stays_mean_field() -> None:
 
     guide = AutoFlowGuide(model).warm_start()
     assert math.isfinite(elbo(guide))
-    whitening = guide.posterior.only_block.flow.whitening
-    assert isinstance(whitening, LowRankWhitening) and (whitening.stretch == 1.0).all()
+    preconditioner = guide.posterior.only_block.flow.preconditioner
+    assert isinstance(preconditioner, LowRankPreconditioner) and (preconditioner.stretch == 1.0).all()
 
 
 def test_stores_and_files_keep_it() -> None:
@@ -186,13 +186,13 @@ def test_eigenpairs_at_both_ends(spectrum: str) -> None:
 
 def test_what_conditions_on_values_sees_them_in_units_of_order_one() -> None:
     torch.manual_seed(0)
-    whitening = LowRankWhitening(6, 3)
+    preconditioner = LowRankPreconditioner(6, 3)
     loc, scale = torch.randn(6), torch.rand(6) + 0.5
     directions = torch.linalg.qr(torch.randn(6, 2)).Q
-    whitening.set(torch.randn(6), torch.rand(6) + 0.5, directions, torch.tensor([4.0, 0.3]))
+    preconditioner.set(torch.randn(6), torch.rand(6) + 0.5, directions, torch.tensor([4.0, 0.3]))
     y = torch.randn(3, 6)
-    matrix = whitening.forward_and_ladj(torch.eye(6))[0] - whitening.loc
+    matrix = preconditioner.forward_and_ladj(torch.eye(6))[0] - preconditioner.loc
     matrix = matrix.mT
     variance = (matrix * scale).square().sum(-1)
-    expected = (y - whitening.loc - matrix @ loc) / (1.0 + variance).sqrt()
-    torch.testing.assert_close(whitening.standardize(y, loc, scale), expected.detach())
+    expected = (y - preconditioner.loc - matrix @ loc) / (1.0 + variance).sqrt()
+    torch.testing.assert_close(preconditioner.standardize(y, loc, scale), expected.detach())

@@ -28,7 +28,7 @@ MAPS: dict[str, type[AutoregressiveTransform]] = {
 FAMILIES = ("iaf", "maf", "spline_autoregressive", "block_autoregressive", "neural_autoregressive")
 
 
-def randomise(module: torch.nn.Module, sd: float = 0.3) -> None:
+def randomize(module: torch.nn.Module, sd: float = 0.3) -> None:
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(sd * torch.randn_like(parameter))
@@ -41,7 +41,7 @@ def jacobian(transform: T.FlowTransform, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", MAPS)
 def test_jacobian_is_lower_triangular(kind: str) -> None:
     transform = MAPS[kind](6)
-    randomise(transform)
+    randomize(transform)
     found = jacobian(transform, torch.randn(6))
     assert (found.triu(1) == 0).all()
     assert (found.diagonal() > 0).all()
@@ -52,7 +52,7 @@ def test_jacobian_is_lower_triangular(kind: str) -> None:
 def test_order(kind: str) -> None:
     order = torch.tensor([2, 0, 3, 1])
     transform = MAPS[kind](4, order=order)  # type: ignore[call-arg]
-    randomise(transform)
+    randomize(transform)
     found = jacobian(transform, torch.randn(4))[order][:, order]
     assert (found.triu(1) == 0).all()
     assert (found.tril(-1) != 0).sum() == 6
@@ -89,7 +89,7 @@ def test_affine_inverse_in_float64() -> None:
         dist.TransformedDistribution(dist.Normal(value.new_zeros(4), 1.0).to_event(1), [theirs]).log_prob(value)
 
     ours = T.AffineAutoregressive(4).double()
-    randomise(ours)
+    randomize(ours)
     x, ladj = ours.inverse_and_ladj(value)
     assert x.dtype == ladj.dtype == torch.float64
     back, back_ladj = ours.forward_and_ladj(x)
@@ -138,7 +138,7 @@ def test_affine_contains_full_rank_gaussians() -> None:
 @pytest.mark.parametrize("kind", ["affine", "spline"])
 def test_inverse_in_many_dimensions(kind: str) -> None:
     transform = MAPS[kind](50, 2).double()
-    randomise(transform)
+    randomize(transform)
     x, context = torch.randn(20, 50, dtype=torch.float64), torch.randn(20, 2, dtype=torch.float64)
     y, ladj = transform.forward_and_ladj(x, context)
     back, back_ladj = transform.inverse_and_ladj(y, context)
@@ -149,7 +149,7 @@ def test_inverse_in_many_dimensions(kind: str) -> None:
 def test_inverse_survives_overflow_on_the_way() -> None:
     # Coordinates that the iteration has not reached yet go to infinity; they must not touch those it has.
     transform = T.AffineAutoregressive(20)
-    randomise(transform, 0.1)
+    randomize(transform, 0.1)
     with torch.no_grad():
         transform.network.skip.weight[::2] = 1e4
         transform.network.layers[-1].bias.zero_()
@@ -163,7 +163,7 @@ def test_inverse_survives_overflow_on_the_way() -> None:
 @pytest.mark.parametrize("kind", MAPS)
 def test_score_in_many_dimensions(kind: str) -> None:
     transform = MAPS[kind](50).double()
-    randomise(transform)
+    randomize(transform)
     x = torch.randn(3, 50, dtype=torch.float64, requires_grad=True)
     y, ladj, score = transform.forward_with_score(x, -x.detach(), None)
     (gradient,) = torch.autograd.grad(ladj.sum(), x, retain_graph=True)
@@ -176,7 +176,7 @@ def test_recorded_score_is_the_same_by_one_pass(kind: str) -> None:
     """Passes of a fixed number, one after another, were a graph of twice the size, of up to 32 dimensions."""
     order = {} if kind == "block" else {"order": torch.randperm(40)}
     transform = MAPS[kind](40, **order).double()
-    randomise(transform)
+    randomize(transform)
     x = torch.randn(3, 40, dtype=torch.float64)
 
     def score_of(x: Tensor) -> Tensor:
@@ -202,7 +202,7 @@ def test_spline_is_rational_quadratic() -> None:
     with pytest.raises(ValueError, match="unpack"):
         pyro_transforms.spline_autoregressive(2, order="quadratic")(torch.randn(3, 2))
     transform = T.SplineAutoregressive(2, count_bins=4, bound=3.0)
-    randomise(transform, 1.0)
+    randomize(transform, 1.0)
     x = torch.tensor([-50.0, -49.0, 0.3, 49.0, 50.0])
     first = transform.forward_and_ladj(torch.stack([x, torch.zeros_like(x)], -1))[0][:, 0].tolist()
     assert first[2] != pytest.approx(0.3, abs=1e-3)
@@ -231,7 +231,7 @@ def test_block_is_onto() -> None:
     assert pyro_transforms.block_autoregressive(1)(x).abs().max() < 100.0  # No value beyond has any density.
 
     transform = T.BlockAutoregressive(1)
-    randomise(transform)
+    randomize(transform)
     y, ladj = transform.forward_and_ladj(x)
     torch.testing.assert_close(y, x, rtol=1e-4, atol=0.0)
     torch.testing.assert_close(ladj, torch.zeros(2))
@@ -239,7 +239,7 @@ def test_block_is_onto() -> None:
 
 def test_block_ladj_far_out() -> None:
     transform = T.BlockAutoregressive(3)
-    randomise(transform)
+    randomize(transform)
     x = torch.tensor([0.0, 30.0, -1e5], requires_grad=True)
     y, ladj = transform.forward_and_ladj(x)
     (y.sum() + ladj).backward()
@@ -260,7 +260,7 @@ def test_neural_ladj_is_not_stale() -> None:
     assert not torch.allclose(theirs.log_abs_det_jacobian(x, y), right)
 
     ours = T.NeuralAutoregressive(3)
-    randomise(ours)
+    randomize(ours)
     y = ours(x)
     right = ours.log_abs_det_jacobian(x, y).detach()
     ours(other)
@@ -277,7 +277,7 @@ def test_neural_tails_are_straight() -> None:
     assert theirs[2] == theirs[3]  # The sigmoid has saturated.
 
     transform = T.NeuralAutoregressive(1)
-    randomise(transform)
+    randomize(transform)
     y, ladj = transform.forward_and_ladj(x)
     assert (y.diff(dim=0) > 0).all()
     slopes = (y[1::2] - y[::2]) / 950.0
@@ -302,7 +302,7 @@ def test_permutation_is_saved() -> None:
 
 def test_inverse_turns_round() -> None:
     inner = T.AffineAutoregressive(4)
-    randomise(inner)
+    randomize(inner)
     x = torch.randn(3, 4)
     turned = T.Inverse(inner)
     torch.testing.assert_close(turned.inverse_and_ladj(x), inner.forward_and_ladj(x))
@@ -344,7 +344,7 @@ def test_affine_families_need_two_dimensions(name: str) -> None:
 @pytest.mark.parametrize("name", ["iaf", "spline_autoregressive"])
 def test_path_gradient_vanishes_at_the_optimum(name: str) -> None:
     flow = flows.get(name).build(5).double()
-    randomise(flow, 0.1)
+    randomize(flow, 0.1)
     target = copy.deepcopy(flow).requires_grad_(False)
     q = flow()
     z = q.rsample((4,))
@@ -356,7 +356,7 @@ def test_path_gradient_vanishes_at_the_optimum(name: str) -> None:
 
 def test_maf_is_a_density_in_a_model() -> None:
     flow = flows.get("maf").build(3)
-    randomise(flow)
+    randomize(flow)
 
     def model(data: Tensor) -> None:
         pyro.module("flow", flow)

@@ -23,10 +23,10 @@ def hierarchy(input_dim: int) -> FlowTransform:
     slope = torch.randn(2, input_dim, input_dim) * (
         torch.eye(input_dim).roll(min(2, input_dim - 1), -1) * known[:, None]
     )
-    return T.PriorPooling(known, slope.flatten(0, 1), torch.randn(2 * input_dim))
+    return T.ConditionalGaussianHead(known, slope.flatten(0, 1), torch.randn(2 * input_dim))
 
 
-def followed(input_dim: int, kind: type[T.DiagonalPooling]) -> FlowTransform:
+def followed(input_dim: int, kind: type[T.DiagonalPrecisionHead]) -> FlowTransform:
     """Known priors of the last half, two of which are correlated where there are five coordinates and matrices."""
     count = (input_dim + 1) // 2
     known = torch.arange(input_dim) >= input_dim - count
@@ -34,35 +34,37 @@ def followed(input_dim: int, kind: type[T.DiagonalPooling]) -> FlowTransform:
     slope = torch.zeros(2 * input_dim, input_dim)
     slope[known.repeat(2), :free] = 0.3 * torch.randn(2 * count, free)
     given = known, slope, torch.randn(2 * input_dim)
-    if kind is T.MatrixPooling and input_dim >= 5:
-        head: T.DiagonalPooling = T.MatrixPooling(*given, [T.Correlated(free + 1, num=1, size=2, factor_start=0)])
+    if kind is T.FullPrecisionHead and input_dim >= 5:
+        head: T.DiagonalPrecisionHead = T.FullPrecisionHead(
+            *given, [T.Correlated(free + 1, num=1, size=2, factor_offset=0)]
+        )
     else:
         head = kind(*given)
     if free:
         root = torch.randn(count, count)
         precision = root @ root.mT + 0.1 * torch.eye(count)
         where = torch.randn(free), torch.rand(free) + 0.5
-        head.follow(where, torch.randn(count), precision, torch.randn(count, free), 0.2 * torch.randn(free))
+        head.set_likelihood(where, torch.randn(count), precision, torch.randn(count, free), 0.2 * torch.randn(free))
     return head
 
 
-def whitening(input_dim: int) -> FlowTransform:
-    transform = T.Whitening(input_dim)
+def preconditioner(input_dim: int) -> FlowTransform:
+    transform = T.FullRankPreconditioner(input_dim)
     transform.set(torch.randn(input_dim), torch.randn(input_dim, input_dim).tril() + 3.0 * torch.eye(input_dim))
     return transform
 
 
-def low_rank_whitening(input_dim: int) -> FlowTransform:
+def low_rank_preconditioner(input_dim: int) -> FlowTransform:
     """Of its directions, one is not in use where there are more than two coordinates."""
     rank = min(input_dim, 3)
-    transform = T.LowRankWhitening(input_dim, rank)
+    transform = T.LowRankPreconditioner(input_dim, rank)
     used = min(rank, 2)
     directions = torch.linalg.qr(torch.randn(input_dim, used)).Q
     transform.set(torch.randn(input_dim), torch.rand(input_dim) + 0.5, directions, 2.0 * torch.rand(used) + 0.2)
     return transform
 
 
-BASES = {"AffineHead", "FixedAffine", "FlowTransform"}  # Not transforms of their own.
+BASES = {"AffineHead", "Preconditioner", "FlowTransform"}  # Not transforms of their own.
 # Name -> constructor (input_dim, context_dim) of every public transform.
 TRANSFORMS: dict[str, Callable[[int, int], FlowTransform]] = {
     name: getattr(T, name)
@@ -81,27 +83,37 @@ TRANSFORMS |= {
     "Inverse": lambda d, c: T.Inverse(T.AffineAutoregressive(d, c)),
     "Inverse (spline)": lambda d, c: T.Inverse(T.Spline(d, c)),
     "LowRankAffine": lambda d, c: T.LowRankAffine(d, c, rank=min(d, 2)),
-    "LowRankWhitening": lambda d, c: low_rank_whitening(d),
+    "LowRankPreconditioner": lambda d, c: low_rank_preconditioner(d),
     "NeuralAutoregressive": lambda d, c: T.NeuralAutoregressive(d, c, hidden_dims=(16,), num_units=4),
-    "PartialPooling": lambda d, c: T.PartialPooling(d, given_dim=c, feature_dim=2),
-    "PartialPooling (prior)": lambda d, c: T.PartialPooling(
-        d, given_dim=c, feature_dim=2, known=torch.arange(d) % 2 == 0
-    ),
+    "PlateHead": lambda d, c: T.PlateHead(d, parent_dim=c, feature_dim=2),
+    "PlateHead (prior)": lambda d, c: T.PlateHead(d, parent_dim=c, feature_dim=2, known=torch.arange(d) % 2 == 0),
     "PyroTransform": lambda d, c: T.PyroTransform(pyro_transforms.spline(d), d, c),
-    "DiagonalPooling": lambda d, c: followed(d, T.DiagonalPooling),
-    "MatrixPooling": lambda d, c: followed(d, T.MatrixPooling),
-    "PriorPooling": lambda d, c: hierarchy(d),
+    "DiagonalPrecisionHead": lambda d, c: followed(d, T.DiagonalPrecisionHead),
+    "FullPrecisionHead": lambda d, c: followed(d, T.FullPrecisionHead),
+    "ConditionalGaussianHead": lambda d, c: hierarchy(d),
     "SiteOrderedAffine": lambda d, c: T.SiteOrderedAffine(d, c, block_sizes=(1,) if d == 1 else (1, d - 1)),
     "SiteOrderedAffine (rank 1)": lambda d, c: T.SiteOrderedAffine(d, c, block_sizes=(1,) * d, rank=1),
     "SplineAutoregressive": lambda d, c: T.SplineAutoregressive(d, c, hidden_dims=(16,), count_bins=4),
     "SplineCouplings": lambda d, c: T.SplineCouplings(d, c, hidden_dims=(16,), count_bins=4),
     "Sylvester": lambda d, c: T.Sylvester(d, c, num_ortho=3),
-    "Whitening": lambda d, c: whitening(d),
+    "FullRankPreconditioner": lambda d, c: preconditioner(d),
 }
-TWO_DIMENSIONS = {"AffineCouplings", "DiagonalPooling", "MatrixPooling", "PriorPooling", "SplineCouplings"}
+TWO_DIMENSIONS = {
+    "AffineCouplings",
+    "DiagonalPrecisionHead",
+    "FullPrecisionHead",
+    "ConditionalGaussianHead",
+    "SplineCouplings",
+}
 IGNORE_CONTEXT = {
-    "DiagonalPooling", "LowRankWhitening", "MatrixPooling", "Permutation", "PriorPooling", "PyroTransform", "Whitening"
-}  # fmt: skip
+    "ConditionalGaussianHead",
+    "DiagonalPrecisionHead",
+    "FullPrecisionHead",
+    "FullRankPreconditioner",
+    "LowRankPreconditioner",
+    "Permutation",
+    "PyroTransform",
+}
 CASES = [
     pytest.param(name, input_dim, context_dim, id=f"{name}-{input_dim}d" + ("-context" if context_dim else ""))
     for name in TRANSFORMS

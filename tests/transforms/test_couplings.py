@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pyro_flows.transforms import AffineCouplings, Spline, SplineCouplings
-from tests.common import jacobian, randomise_parameters
+from tests.common import jacobian, randomize_parameters
 
 COUPLINGS = (AffineCouplings, SplineCouplings)
 
@@ -36,7 +36,7 @@ def test_pyros_couplings_steer_one_half_and_ours_all() -> None:
     assert torch.equal(affine(x)[:3], x[:3])  # and Pyro's affine coupling leaves it where it is
     for coupling in COUPLINGS:
         ours = coupling(6, num_transforms=2)
-        randomise_parameters(ours)
+        randomize_parameters(ours)
         matrix = jacobian(ours, x)
         off_diagonal = matrix - torch.diag(matrix.diagonal())
         assert (off_diagonal.abs().sum(-1) > 0).all()
@@ -52,7 +52,7 @@ def test_float32_inverse_where_pyros_is_not_finite() -> None:
             parameter.add_(torch.randn_like(parameter))
         assert not pyros._inverse(pyros(x).clone()).isfinite().all()
 
-        randomise_parameters(ours, 2.0)
+        randomize_parameters(ours, 2.0)
         y, _ = ours.forward_and_ladj(x)
         back, inverse_ladj = ours.inverse_and_ladj(y)
         again, _ = ours.forward_and_ladj(back)
@@ -65,7 +65,7 @@ def test_float32_inverse_where_pyros_is_not_finite() -> None:
 @pytest.mark.parametrize("coupling", COUPLINGS)
 def test_orders_are_saved(coupling: type[AffineCouplings] | type[SplineCouplings]) -> None:
     first, second = coupling(8), coupling(8)
-    randomise_parameters(first)
+    randomize_parameters(first)
     x = torch.randn(3, 8)
     second.load_state_dict(first.state_dict())
     assert torch.equal(first(x), second(x))
@@ -104,6 +104,6 @@ def test_speed_of_the_output_does_not_grow_with_the_width(
 @pytest.mark.parametrize("dim, num_parts", [(2, 3), (3, 3), (4, 3), (13, 2), (13, 3), (13, 5)])
 def test_a_round_of_couplings_moves_every_coordinate(dim: int, num_parts: int) -> None:
     transform = AffineCouplings(dim, num_transforms=min(num_parts, dim), num_parts=num_parts)
-    randomise_parameters(transform)
+    randomize_parameters(transform)
     x = torch.randn(5, dim)
     assert (transform(x) != x).all()

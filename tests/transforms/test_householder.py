@@ -7,7 +7,7 @@ import pyro.distributions.transforms as T
 import torch
 
 from pyro_flows.transforms import Householder
-from tests.common import jacobian, randomise_parameters
+from tests.common import jacobian, randomize_parameters
 
 
 def test_identity_start_where_pyro_has_random_reflections() -> None:
@@ -18,7 +18,7 @@ def test_identity_start_where_pyro_has_random_reflections() -> None:
 
 def test_is_pyros_map_and_orthogonal() -> None:
     ours, pyros = Householder(5, num_reflections=4).double(), T.householder(5, 4).double()
-    randomise_parameters(ours, 1.0)
+    randomize_parameters(ours, 1.0)
     with torch.no_grad():
         pyros.u_unnormed.copy_(ours.directions.value)
     x = torch.randn(7, 5, dtype=torch.float64)
@@ -32,7 +32,7 @@ def test_is_pyros_map_and_orthogonal() -> None:
 
 def test_each_context_has_its_own_rotation() -> None:
     transform = Householder(4, 2, num_reflections=2)
-    randomise_parameters(transform, 1.0)
+    randomize_parameters(transform, 1.0)
     x, context = torch.randn(3, 4), torch.randn(3, 2)
     y, _ = transform.forward_and_ladj(x, context)
     torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from pyro_flows.transforms import AffineCouplings, FlowTransform, SiteOrderedAffine
-from pyro_flows.transforms.networks import Packed, eased, uneased
+from pyro_flows.transforms.networks import Packed, inverse_powerprop, powerprop
 from tests.common import trained
 
 
@@ -53,7 +53,7 @@ def test_packed_tensors_are_one_parameter() -> None:
 
 def test_eased_weights_and_their_inverse() -> None:
     value = torch.linspace(-2.0, 2.0, 101, dtype=torch.double)
-    torch.testing.assert_close(eased(uneased(value)), value)
-    torch.testing.assert_close(uneased(eased(value)), value)
-    slope = torch.autograd.functional.jacobian(eased, torch.zeros(1))
+    torch.testing.assert_close(powerprop(inverse_powerprop(value)), value)
+    torch.testing.assert_close(inverse_powerprop(powerprop(value)), value)
+    slope = torch.autograd.functional.jacobian(powerprop, torch.zeros(1))
     torch.testing.assert_close(slope, torch.full((1, 1), 0.1))

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from pyro_flows.transforms import FlowTransform, Planar, Radial, Sylvester
 from pyro_flows.transforms.bisection import solve_tanh
-from tests.common import jacobian, randomise_parameters
+from tests.common import jacobian, randomize_parameters
 
 WITH_SOLVED_INVERSE = (Planar, Radial, Sylvester)
 
 
 def test_planar_is_pyros_map() -> None:
     ours, pyros = Planar(4), T.planar(4)
-    randomise_parameters(ours)
+    randomize_parameters(ours)
     with torch.no_grad():
         for target, value in zip((pyros.bias, pyros.u, pyros.w), ours.bias_u_w.value.split([1, 4, 4]), strict=True):
             target.copy_(value)
@@ -31,7 +31,7 @@ def test_planar_is_pyros_map() -> None:
 
 def test_radial_is_pyros_map() -> None:
     ours, pyros = Radial(4), T.radial(4)
-    randomise_parameters(ours)
+    randomize_parameters(ours)
     with torch.no_grad():
         values = ours.center_alpha_beta.value.split([4, 1, 1])
         for target, value in zip((pyros.x0, pyros.alpha_prime, pyros.beta_prime), values, strict=True):
@@ -68,7 +68,7 @@ def test_pyro_does_not_start_at_the_identity_nor_invert(ours: type[FlowTransform
 def test_gradients_of_the_inverse(transform_class: type[FlowTransform], context_dim: int, input_dim: int) -> None:
     """Against the inverse function theorem: dx/dy = J^-1 and dx/dtheta = -J^-1 dy/dtheta."""
     transform = transform_class(input_dim, context_dim).double()
-    randomise_parameters(transform, 0.5)
+    randomize_parameters(transform, 0.5)
     inputs: list[Tensor] = list(transform.parameters())
     context = torch.randn(context_dim, dtype=torch.float64).requires_grad_() if context_dim else None
     if context is not None:
@@ -101,7 +101,7 @@ def test_inverse_is_as_precise_as_the_dtype(
     transform_class: type[FlowTransform], dtype: torch.dtype, far: float
 ) -> None:
     transform = transform_class(6).to(dtype)
-    randomise_parameters(transform, 0.5)
+    randomize_parameters(transform, 0.5)
     x = far * torch.randn(50, 6, dtype=dtype)
     with torch.no_grad():
         y, _ = transform.forward_and_ladj(x)
@@ -122,13 +122,13 @@ def test_solve_tanh() -> None:
 
 
 def test_radial_at_its_centre() -> None:
-    """The centre stays where it is, with finite values and gradients."""
+    """The center stays where it is, with finite values and gradients."""
     transform = Radial(3)
     with torch.no_grad():
         transform.center_alpha_beta.value[-1] += 1.0
-    centre = transform.center_alpha_beta.value[:3].detach().clone().requires_grad_()
-    y, ladj, score = transform.forward_with_score(centre, torch.ones(3))
-    torch.testing.assert_close(y, centre)
+    center = transform.center_alpha_beta.value[:3].detach().clone().requires_grad_()
+    y, ladj, score = transform.forward_with_score(center, torch.ones(3))
+    torch.testing.assert_close(y, center)
     (y.sum() + ladj).backward()
     assert transform.center_alpha_beta.value.grad is not None
     assert transform.center_alpha_beta.value.grad.isfinite().all()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pyro_flows.transforms import Sylvester
-from tests.common import jacobian, randomise_parameters
+from tests.common import jacobian, randomize_parameters
 
 
 def test_pyros_log_determinant_is_wrong_and_ours_right() -> None:
@@ -34,7 +34,7 @@ def test_pyros_log_determinant_is_wrong_and_ours_right() -> None:
 @pytest.mark.parametrize(("input_dim", "num_ortho"), [(1, 8), (2, 1), (3, 3), (6, 2), (6, 5), (6, 6)])
 def test_columns_are_orthonormal_and_the_formula_holds(input_dim: int, num_ortho: int) -> None:
     transform = Sylvester(input_dim, num_ortho=num_ortho).double()
-    randomise_parameters(transform, 0.7)
+    randomize_parameters(transform, 0.7)
     q, r, s, b = transform._matrices(None)
     size = min(num_ortho, input_dim)
     torch.testing.assert_close(q.mT @ q, torch.eye(size, dtype=torch.float64))

@@ -2,19 +2,19 @@
 """L1. Heads: the outermost map of a flow, which is the Gaussian that the guide starts at."""
 
 from pyro_flows.transforms.heads.affine import AffineHead, DiagonalAffine, FullRankAffine, LowRankAffine
-from pyro_flows.transforms.heads.diagonal_pooling import DiagonalPooling
-from pyro_flows.transforms.heads.matrix_pooling import Correlated, MatrixPooling
-from pyro_flows.transforms.heads.partial_pooling import PartialPooling
-from pyro_flows.transforms.heads.prior_pooling import PriorPooling
+from pyro_flows.transforms.heads.conditional_gaussian import ConditionalGaussianHead
+from pyro_flows.transforms.heads.diagonal_precision import DiagonalPrecisionHead
+from pyro_flows.transforms.heads.full_precision import Correlated, FullPrecisionHead
+from pyro_flows.transforms.heads.plate import PlateHead
 
 __all__ = [
     "AffineHead",
+    "ConditionalGaussianHead",
     "Correlated",
     "DiagonalAffine",
-    "DiagonalPooling",
+    "DiagonalPrecisionHead",
+    "FullPrecisionHead",
     "FullRankAffine",
     "LowRankAffine",
-    "MatrixPooling",
-    "PartialPooling",
-    "PriorPooling",
+    "PlateHead",
 ]

@@ -36,7 +36,7 @@ def encode_gaussian(loc: Tensor, scale: Tensor) -> Tensor:
 class AffineHead(FlowTransform):
     r"""Base of :math:`y = m + \sigma \odot (A x)` with :math:`A = I` at the start and ``A x`` left to subclasses.
 
-    Location and scale are parametrised as in ``AutoNormal``, so that whatever optimiser and rate train that train this.
+    Location and scale are parametrized as in ``AutoNormal``, so that whatever optimizer and rate train that train this.
     They follow the context where there is one.
     """
 
@@ -66,7 +66,7 @@ class AffineHead(FlowTransform):
         r"""Values as input for those who condition on them: :math:`(y - m) / \sqrt{1 + \sigma^2}` at average context.
 
         Unconstrained values mostly come in natural units of order one. Where the posterior is narrower than that, as
-        it is for the parent of many items, their response to a standardised value would have to be minute.
+        it is for the parent of many items, their response to a standardized value would have to be minute.
         """
         loc, scale = self.gaussian()
         return (y - loc) * torch.rsqrt(1.0 + scale.square())

@@ -11,21 +11,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyro_flows.transforms.heads.affine import AffineHead, decode_gaussian
-from pyro_flows.transforms.networks import CenteredNetwork, eased, uneased
+from pyro_flows.transforms.networks import CenteredNetwork, inverse_powerprop, powerprop
 
-__all__ = ["START_SHARE", "PartialPooling", "pool", "start_share", "unpool"]
+__all__ = ["INIT_SHARE", "PlateHead", "init_share", "pool", "unpool"]
 
 # Largest share of the precision that a known prior has at the start, so that the start is the Gaussian asked for.
-START_SHARE = 1e-3
+INIT_SHARE = 1e-3
 # Smallest share that is left to the Gaussian that is pooled with a prior.
 MIN_SHARE = 1e-2
 
 
-def pool(loc: Tensor, log_scale: Tensor, own_loc: Tensor, own_log_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def pool(loc: Tensor, log_scale: Tensor, site_loc: Tensor, site_log_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Location and log-scale of the product of two Gaussians, and the second one's weight in the location."""
-    weight = torch.sigmoid(2.0 * (log_scale - own_log_scale))
-    mean = torch.lerp(loc.expand_as(weight), own_loc.expand_as(weight), weight)
-    return mean, -0.5 * torch.logaddexp(-2.0 * log_scale, -2.0 * own_log_scale), weight
+    weight = torch.sigmoid(2.0 * (log_scale - site_log_scale))
+    mean = torch.lerp(loc.expand_as(weight), site_loc.expand_as(weight), weight)
+    return mean, -0.5 * torch.logaddexp(-2.0 * log_scale, -2.0 * site_log_scale), weight
 
 
 def unpool(loc: Tensor, scale: Tensor, other_loc: Tensor, other_log_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,12 +38,12 @@ def unpool(loc: Tensor, scale: Tensor, other_loc: Tensor, other_log_scale: Tenso
     return loc + share / rest * (loc - other_loc), scale.log() - 0.5 * rest.log()
 
 
-def start_share(scale: Tensor, prior_log_scale: Tensor, max_share: float = START_SHARE) -> Tensor:
+def init_share(scale: Tensor, prior_log_scale: Tensor, max_share: float = INIT_SHARE) -> Tensor:
     """Raw logarithm of a prior's factor: 1, unless its share of the precision ``scale^-2`` would be too large."""
-    return uneased((math.log(max_share) + 2.0 * (prior_log_scale - scale.log())).clamp(max=0.0))
+    return inverse_powerprop((math.log(max_share) + 2.0 * (prior_log_scale - scale.log())).clamp(max=0.0))
 
 
-class PartialPooling(AffineHead):
+class PlateHead(AffineHead):
     r"""Elementwise :math:`y = m + \sigma \odot x`, where :math:`m, \sigma` pool two Gaussians by their precisions.
 
     One Gaussian, :math:`N(a(g), s(g)^2)`, is shared by all items of a plate and follows the latents :math:`g` that
@@ -56,21 +56,21 @@ class PartialPooling(AffineHead):
     prior for the shared Gaussian, and the item's likelihood for its own. With :math:`\gamma \to 0` it is a free
     Gaussian for each item. The prior is used where it is known; where it is not, location and log-scale of the shared
     Gaussian are linear in :math:`g` (and :math:`\gamma = 1`), plus a part that is bilinear in :math:`g` and the
-    item's features, for covariates that tilt its prior. With a known prior these tilt the item's own Gaussian. A small
-    network of :math:`g` and the features bends the result.
+    item's features, for covariates that tilt its prior. With a known prior these tilt the item's site approximation. A
+    small network of :math:`g` and the features bends the result.
 
-    The context is ``[given, features, own, prior]``: the latents, ``(given_dim,)``; the item's features,
-    ``(feature_dim,)``; location and log-scale of the item's own Gaussian, less those of a reference Gaussian that all
-    items share and that carries them along, the location in units of ``unit``, ``(2 * input_dim,)``; and location and
-    log-scale of the prior, if coordinates with a known one exist, ``(2 * input_dim,)``.
+    The context is ``[parents, features, own, prior]``: the latents, ``(parent_dim,)``; the item's features,
+    ``(feature_dim,)``; location and log-scale of the item's site approximation, less those of a reference Gaussian that
+    all items share and that carries them along, the location in units of ``unit``, ``(2 * input_dim,)``; and location
+    and log-scale of the prior, if coordinates with a known one exist, ``(2 * input_dim,)``.
 
     Args:
         input_dim: Length of an item's vector.
-        given_dim: Length of the latents that an item is given; may be 0.
+        parent_dim: Length of the latents that an item is given; may be 0.
         feature_dim: Length of an item's features.
         known: Which coordinates have a known prior, ``(input_dim,)``; None means none.
         hidden_dims: Widths of the network; without any there is none.
-        log_scale_bound: Bound on what ``given`` adds to a log-scale, > 0.
+        log_scale_bound: Bound on what ``parents`` adds to a log-scale, > 0.
 
     References:
         Gelman, Hill. Data Analysis Using Regression and Multilevel Models. 2007, eq. (12.1), for partial pooling.
@@ -84,37 +84,37 @@ class PartialPooling(AffineHead):
         self,
         input_dim: int,
         *,
-        given_dim: int,
+        parent_dim: int,
         feature_dim: int,
         known: Tensor | None = None,
         hidden_dims: tuple[int, ...] = (32, 32),
         log_scale_bound: float = 2.0,
     ) -> None:
         super().__init__(input_dim)
-        self.given_dim = given_dim
+        self.parent_dim = parent_dim
         self.feature_dim = feature_dim
         self.log_scale_bound = nn.Parameter(torch.tensor(float(log_scale_bound)))
         self.has_prior = known is not None and bool(known.any())
-        self.context_dim = given_dim + feature_dim + (4 if self.has_prior else 2) * input_dim
+        self.context_dim = parent_dim + feature_dim + (4 if self.has_prior else 2) * input_dim
         self.register_buffer("known", known if known is not None else torch.zeros(input_dim, dtype=torch.bool))
         self.unit = nn.Parameter(torch.ones(input_dim))
         if self.has_prior:
             self.log_share = nn.Parameter(torch.zeros(input_dim))
-        if given_dim:
-            self.slope = nn.Parameter(torch.zeros(2 * input_dim, given_dim))
-            self.tilt = nn.Parameter(torch.zeros(2 * input_dim, feature_dim * given_dim))
+        if parent_dim:
+            self.slope = nn.Parameter(torch.zeros(2 * input_dim, parent_dim))
+            self.tilt = nn.Parameter(torch.zeros(2 * input_dim, feature_dim * parent_dim))
             self.network = None
             if hidden_dims:
-                self.network = CenteredNetwork(given_dim + feature_dim, hidden_dims, 2 * input_dim)
+                self.network = CenteredNetwork(parent_dim + feature_dim, hidden_dims, 2 * input_dim)
 
     @torch.no_grad()
-    def start(
+    def initialize_items(
         self,
         loc: Tensor,
         scale: Tensor,
         prior: Tensor | None = None,
         *,
-        max_share: float = START_SHARE,
+        max_share: float = INIT_SHARE,
         in_scales: bool = False,
     ) -> Tensor:
         """Make every item start at ``N(loc, diag(scale)^2)``.
@@ -125,60 +125,60 @@ class PartialPooling(AffineHead):
             prior: Location and log-scale of the prior at the start, ``(2 * input_dim,)`` or one for each item, if any
                 is known.
             max_share: The prior's factor is 1 unless its share of the precision would then be more.
-            in_scales: Whether a step of an optimiser is to be one in the items' scales, as suits a start that is near
+            in_scales: Whether a step of an optimizer is to be one in the items' scales, as suits a start that is near
                 their posteriors, or one in the latents' own units, as in ``AutoNormal``.
 
         Returns:
-            The items' own Gaussians, ``(..., 2 * input_dim)``.
+            The items' site approximations, ``(..., 2 * input_dim)``.
         """
         center = loc.reshape(-1, self.input_dim).mean(0)
         typical = scale if scale.dim() == 1 else scale.reshape(-1, self.input_dim).log().mean(0).exp()
         # Half of the precision each, where the other Gaussian is free and starts at the center.
         reference = math.sqrt(2.0) * typical
-        own_loc, own_log_scale = unpool(loc, scale, center, reference.log())
+        site_loc, site_log_scale = unpool(loc, scale, center, reference.log())
         if self.has_prior:
             assert prior is not None
             prior_loc, prior_log_scale = prior.chunk(2, -1)
             typical_log_scale = prior_log_scale.reshape(-1, self.input_dim).mean(0)
-            log_share = start_share(typical, typical_log_scale, max_share)
-            prior_log_scale = prior_log_scale - 0.5 * eased(log_share)
+            log_share = init_share(typical, typical_log_scale, max_share)
+            prior_log_scale = prior_log_scale - 0.5 * powerprop(log_share)
             pooled_loc, pooled_log_scale = unpool(loc, scale, prior_loc, prior_log_scale)
-            own_loc = torch.where(self.known, pooled_loc, own_loc)
-            own_log_scale = torch.where(self.known, pooled_log_scale, own_log_scale)
+            site_loc = torch.where(self.known, pooled_loc, site_loc)
+            site_log_scale = torch.where(self.known, pooled_log_scale, site_log_scale)
             reference = torch.where(self.known, typical, reference)
             self.log_share.copy_(torch.where(self.known, log_share, 0.0))
         self.initialize(center, reference)
         self.unit.copy_(reference if in_scales else torch.ones_like(reference))
-        own_loc = (own_loc - center) / self.unit
-        return torch.cat([own_loc, (own_log_scale - reference.log()).expand_as(own_loc)], -1)
+        site_loc = (site_loc - center) / self.unit
+        return torch.cat([site_loc, (site_log_scale - reference.log()).expand_as(site_loc)], -1)
 
     def _gaussian(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         assert context is not None
         size = self.input_dim
         of_prior = size if self.has_prior else 0
-        given, features, own_loc, own_log_scale, prior_loc, prior_log_scale = context.split(
-            [self.given_dim, self.feature_dim, size, size, of_prior, of_prior], -1
+        parents, features, site_loc, site_log_scale, prior_loc, prior_log_scale = context.split(
+            [self.parent_dim, self.feature_dim, size, size, of_prior, of_prior], -1
         )
         loc, scale, log_scale = decode_gaussian(self.raw.value)
-        own_loc = torch.addcmul(loc, self.unit.detach(), own_loc)
-        own_log_scale = log_scale + own_log_scale
-        if self.given_dim:
-            steer = F.linear(given, eased(self.slope))
+        site_loc = torch.addcmul(loc, self.unit.detach(), site_loc)
+        site_log_scale = log_scale + site_log_scale
+        if self.parent_dim:
+            shared = F.linear(parents, powerprop(self.slope))
             if self.feature_dim:
-                pairs = (features.unsqueeze(-1) * given.unsqueeze(-2)).flatten(-2)
-                steer = steer + F.linear(pairs, eased(self.tilt))
-            shift, more = steer.chunk(2, -1)
+                pairs = (features.unsqueeze(-1) * parents.unsqueeze(-2)).flatten(-2)
+                shared = shared + F.linear(pairs, powerprop(self.tilt))
+            shift, more = shared.chunk(2, -1)
             if self.has_prior:
-                own_loc = own_loc + torch.where(self.known, scale * shift, 0.0)
+                site_loc = site_loc + torch.where(self.known, scale * shift, 0.0)
             loc = torch.addcmul(loc, scale, shift)
             log_scale = log_scale + self._bounded(more)
         if self.has_prior:
             loc = torch.where(self.known, prior_loc, loc)
-            known_log_scale = prior_log_scale - 0.5 * eased(self.log_share)
+            known_log_scale = prior_log_scale - 0.5 * powerprop(self.log_share)
             log_scale = torch.where(self.known, known_log_scale, log_scale)
-        mean, pooled, _ = pool(loc, log_scale, own_loc, own_log_scale)
-        if self.given_dim and self.network is not None:
-            shift, more = self.network(torch.cat([given, features], -1)).chunk(2, -1)
+        mean, pooled, _ = pool(loc, log_scale, site_loc, site_log_scale)
+        if self.parent_dim and self.network is not None:
+            shift, more = self.network(torch.cat([parents, features], -1)).chunk(2, -1)
             pooled = pooled + self._bounded(more)
             mean = torch.addcmul(mean, pooled.exp(), shift)
         return mean, pooled.exp(), pooled.sum(-1)

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import torch
 
-from pyro_flows.transforms import Correlated, DiagonalPooling, MatrixPooling, PriorPooling
-from pyro_flows.transforms.heads.matrix_pooling import _Conditional
-from tests.common import randomise_parameters
+from pyro_flows.transforms import ConditionalGaussianHead, Correlated, DiagonalPrecisionHead, FullPrecisionHead
+from pyro_flows.transforms.heads.full_precision import _Conditional
+from tests.common import randomize_parameters
 
 # Coordinates (mu, log tau, theta_1, theta_2, theta_3), with theta ~ N(mu, tau).
 KNOWN = torch.tensor([False, False, True, True, True])
@@ -19,13 +19,13 @@ def slopes() -> torch.Tensor:
     return slope.flatten(0, 1)
 
 
-def head() -> MatrixPooling:
-    return MatrixPooling(KNOWN, slopes(), torch.zeros(10, dtype=torch.double)).double()
+def head() -> FullPrecisionHead:
+    return FullPrecisionHead(KNOWN, slopes(), torch.zeros(10, dtype=torch.double)).double()
 
 
 def test_without_correlations_it_pools_each_coordinate_alone() -> None:
     matrix = head()
-    alone = PriorPooling(KNOWN, slopes(), torch.zeros(10, dtype=torch.double)).double()
+    alone = ConditionalGaussianHead(KNOWN, slopes(), torch.zeros(10, dtype=torch.double)).double()
     alone.initialize(torch.randn(5).double(), torch.rand(5).double() + 0.1, 0.5)
     matrix.load_state_dict(alone.state_dict(), strict=False)
     noise, score = torch.randn(2, 7, 5, dtype=torch.double)
@@ -36,12 +36,12 @@ def test_without_correlations_it_pools_each_coordinate_alone() -> None:
 
 def test_without_correlations_it_is_the_diagonal_one() -> None:
     matrix = head()
-    diagonal = DiagonalPooling(KNOWN, slopes(), torch.zeros(10, dtype=torch.double)).double()
+    diagonal = DiagonalPrecisionHead(KNOWN, slopes(), torch.zeros(10, dtype=torch.double)).double()
     given = (torch.randn(2).double(), torch.rand(2).double() + 0.5), torch.randn(3).double()
     precision = (torch.rand(3).double() + 0.2).diag()
     for one in (matrix, diagonal):
         torch.manual_seed(0)
-        one.follow(*given, precision, torch.randn(3, 2).double(), torch.randn(2).double())
+        one.set_likelihood(*given, precision, torch.randn(3, 2).double(), torch.randn(2).double())
     noise, score = torch.randn(2, 7, 5, dtype=torch.double)
     noise.requires_grad_()
     pairs = zip(diagonal.forward_with_score(noise, score), matrix.forward_with_score(noise, score), strict=True)
@@ -58,7 +58,7 @@ def test_the_exact_conditional_of_a_linear_mixed_model() -> None:
     origin = torch.tensor([0.3, -0.2], dtype=torch.double)
     precision = x.mT @ x * (-2 * origin[1]).exp()
     tilt = torch.tensor([0.0, 1.0], dtype=torch.double)
-    matrix.follow((origin, torch.ones_like(origin)), torch.linalg.lstsq(x, y).solution, precision,
+    matrix.set_likelihood((origin, torch.ones_like(origin)), torch.linalg.lstsq(x, y).solution, precision,
                   torch.zeros(3, 2, dtype=torch.double), tilt)  # fmt: skip
     noise = torch.randn(5, 5, dtype=torch.double)
     drawn, _ = matrix.forward_and_ladj(noise)
@@ -74,10 +74,10 @@ def test_correlated_priors() -> None:
     known = torch.tensor([False, False, True, True, True, True])
     slope = torch.zeros(12, 6, dtype=torch.double)
     slope[8:, 1] = 1.0
-    matrix = MatrixPooling(known, slope, torch.zeros(12, dtype=torch.double), [Correlated(2, 2, 2, 0)]).double()
+    matrix = FullPrecisionHead(known, slope, torch.zeros(12, dtype=torch.double), [Correlated(2, 2, 2, 0)]).double()
     tiny = 1e-8 * torch.eye(4, dtype=torch.double)
     zeros = torch.zeros(2, dtype=torch.double)
-    matrix.follow((zeros, zeros + 1.0), torch.zeros(4).double(), tiny, torch.zeros(4, 2).double(), zeros)
+    matrix.set_likelihood((zeros, zeros + 1.0), torch.zeros(4).double(), tiny, torch.zeros(4, 2).double(), zeros)
     noise = torch.randn(9, 6, dtype=torch.double)
     drawn, ladj = matrix.forward_and_ladj(noise)
     for y, value in zip(drawn, matrix.log_prior(drawn), strict=True):
@@ -99,7 +99,7 @@ def test_derivatives_of_a_draw_given_a_factor() -> None:
 
 def test_initialize_undoes_following() -> None:
     matrix = head()
-    randomise_parameters(matrix)
+    randomize_parameters(matrix)
     matrix.initialize(torch.zeros(5).double(), torch.ones(5).double())
     noise = torch.randn(20, 5).double().clamp(-2.0, 2.0)
     torch.testing.assert_close(matrix.forward_and_ladj(noise)[0], noise, rtol=0.05, atol=0.05)

@@ -10,30 +10,30 @@ import torch
 from torch import Tensor, nn
 from torch.distributions.transforms import CorrCholeskyTransform
 
-from pyro_flows.transforms.heads.diagonal_pooling import DiagonalPooling
-from pyro_flows.transforms.networks import eased
+from pyro_flows.transforms.heads.diagonal_precision import DiagonalPrecisionHead
+from pyro_flows.transforms.networks import powerprop
 
-__all__ = ["Correlated", "MatrixPooling"]
+__all__ = ["Correlated", "FullPrecisionHead"]
 
 
 class Correlated(NamedTuple):
     """Coordinates whose priors share a matrix of correlations, itself a latent.
 
     Attributes:
-        start: The first of ``num * size`` neighbouring coordinates: so many vectors.
+        offset: The first of ``num * size`` neighboring coordinates: so many vectors.
         num: Number of vectors.
         size: Their length, K.
-        factor_start: The first of the ``K (K - 1) / 2`` coordinates of the matrix's Cholesky factor, in the order of
+        factor_offset: The first of the ``K (K - 1) / 2`` coordinates of the matrix's Cholesky factor, in the order of
             :class:`~torch.distributions.transforms.CorrCholeskyTransform`.
     """
 
-    start: int
+    offset: int
     num: int
     size: int
-    factor_start: int
+    factor_offset: int
 
 
-class _Given(NamedTuple):
+class _Prior(NamedTuple):
     """What a draw's free coordinates say of the others: location and scale of the prior, and factors of its
     correlations; ``B = A^T W`` with ``K = W W^T``, in double precision; ``W^T (b - a)``; ``log|det A|``."""
 
@@ -100,7 +100,7 @@ def _factor(root: Tensor) -> Tensor:
     return torch.linalg.cholesky_ex(identity + root @ root.mT).L
 
 
-class MatrixPooling(DiagonalPooling):
+class FullPrecisionHead(DiagonalPrecisionHead):
     r"""Affine head in which coordinates :math:`p` with a known Gaussian prior given the others, :math:`f`, pool it with
     a Gaussian of their own, both with correlations:
 
@@ -108,18 +108,18 @@ class MatrixPooling(DiagonalPooling):
         y_p \,|\, y_f \sim N(P^{-1} (\Lambda a + K b), P^{-1}), \qquad P = \Lambda + K.
 
     The prior :math:`N(a(y_f), \Lambda^{-1}(y_f))` has :math:`\Lambda^{-1} = A A^\top`, :math:`A = e^{t(y_f)} L(y_f)`,
-    for log-scales :math:`t` and factors :math:`L` of correlations. The own Gaussian has a precision
+    for log-scales :math:`t` and factors :math:`L` of correlations. The likelihood factor has a precision
     :math:`K = e^{-2 u^\top (y_f - f_0)} K_0` and a location :math:`b = b_0 + G (y_f - f_0)`. That is the exact
     conditional posterior of a linear mixed model: effects that cross, slopes whose covariates are correlated, a noise
     scale that is a latent. As long as :math:`K_0` is diagonal and :math:`G, u` are zero, as at the start, it is
-    :class:`PriorPooling`; they are set by :meth:`follow` and not trained, while scales of :math:`K`, :math:`b_0` and
-    the shares of priors are.
+    :class:`ConditionalGaussianHead`; they are set by :meth:`set_likelihood` and not trained, while scales of :math:`K`,
+    :math:`b_0` and the shares of priors are.
 
     Computed in coordinates in which the prior is standard normal, where :math:`P` is well-conditioned however narrow
     the prior, and in double precision. Cost a Cholesky factor of P a draw, O(D^3).
 
     Args:
-        known: As for :class:`PriorPooling`.
+        known: As for :class:`ConditionalGaussianHead`.
         slope: Likewise, but priors follow coordinates that are not known alone.
         bias: Likewise.
         correlated: Coordinates whose priors are correlated.
@@ -137,8 +137,8 @@ class MatrixPooling(DiagonalPooling):
         self.correlated = tuple(correlated)
         self.own_factor = nn.Parameter(torch.eye(pooled))
         places = self.restore.tolist()
-        self._vectors = [places[group.start] - free for group in self.correlated]
-        self._factors = [places[group.factor_start] for group in self.correlated]
+        self._vectors = [places[group.offset] - free for group in self.correlated]
+        self._factors = [places[group.factor_offset] for group in self.correlated]
 
     @property
     def factored_entries(self) -> int:
@@ -150,9 +150,11 @@ class MatrixPooling(DiagonalPooling):
         self.own_factor.copy_(torch.eye(len(self.own_factor)))
 
     @torch.no_grad()
-    def follow(self, free: tuple[Tensor, Tensor], loc: Tensor, precision: Tensor, slope: Tensor, tilt: Tensor) -> None:
-        """As :meth:`DiagonalPooling.follow`, with all of the precision, ``K`` at that location."""
-        super().follow(free, loc, precision, slope, tilt)
+    def set_likelihood(
+        self, free: tuple[Tensor, Tensor], loc: Tensor, precision: Tensor, slope: Tensor, log_precision_slope: Tensor
+    ) -> None:
+        """As :meth:`DiagonalPrecisionHead.set_likelihood`, with all of the precision, ``K`` at that location."""
+        super().set_likelihood(free, loc, precision, slope, log_precision_slope)
         scale = precision.diagonal().rsqrt()
         self.own_factor.copy_(torch.linalg.cholesky(scale.unsqueeze(-1) * precision * scale))
 
@@ -198,63 +200,65 @@ class MatrixPooling(DiagonalPooling):
             total = total + group.num * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return total
 
-    def _conditional(self, free: Tensor, loc: Tensor, log_scale: Tensor) -> _Given:
+    def _conditional(self, free: Tensor, loc: Tensor, log_scale: Tensor) -> _Prior:
         """What the coordinates with known priors follow."""
         prior_loc, prior_log_scale = self.prior(free)
         factors = self._correlations(free)
-        prior_log_scale = prior_log_scale - 0.5 * eased(self.log_share)
+        prior_log_scale = prior_log_scale - 0.5 * powerprop(self.log_share)
         away = self._away(free)
         weight = (-log_scale).exp().unsqueeze(-1) * self.own_factor.detach()  # W_0 with K_0 = W_0 W_0^T
         tilt = (away @ -self.own_tilt.detach()).exp()
         scale = prior_log_scale.exp()
         root = (scale * tilt.unsqueeze(-1)).double().unsqueeze(-1) * weight.double()
         root = self._correlate(root, [factor.double() for factor in factors], transpose=True)
-        apart = loc + away @ self.own_slope.detach().mT - prior_loc
-        pull = tilt[..., None, None] * (weight.mT @ apart.unsqueeze(-1))
+        offset = loc + away @ self.own_slope.detach().mT - prior_loc
+        pull = tilt[..., None, None] * (weight.mT @ offset.unsqueeze(-1))
         ladj = prior_log_scale.sum(-1) + self._log_det_correlations(factors)
-        return _Given(prior_loc, scale, factors, root, pull, ladj)
+        return _Prior(prior_loc, scale, factors, root, pull, ladj)
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """In order: values and log-determinant."""
         pooled, free, total, ladj, *_ = self._draw(x)
         return torch.cat([free, pooled], -1), total + ladj, ()
 
-    def _draw(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, _Given, Tensor]:
+    def _draw(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, _Prior, Tensor]:
         """Pooled and free coordinates, the free ones' summed log-scale, the pooled ones' log-determinant, and C."""
-        (loc, own_loc), (scale, _), (log_scale, own_log_scale) = (part.split(self.sizes, -1) for part in self._own())
+        (loc, site_loc), (scale, _), (log_scale, site_log_scale) = (
+            part.split(self.sizes, -1) for part in self._site_approximations()
+        )
         noise, rest = x.split(self.sizes, -1)
         free = torch.addcmul(loc, scale, noise)
-        given = self._conditional(free, own_loc, own_log_scale)
-        z, ladj, factor = _Conditional.apply(given.root, given.pull, rest.unsqueeze(-1))  # type: ignore[no-untyped-call]
-        pooled = given.loc + given.scale * self._correlate(z, given.factors, transpose=False).squeeze(-1)
-        return pooled, free, log_scale.sum(-1), given.ladj + ladj, given, factor
+        prior = self._conditional(free, site_loc, site_log_scale)
+        z, ladj, factor = _Conditional.apply(prior.root, prior.pull, rest.unsqueeze(-1))  # type: ignore[no-untyped-call]
+        pooled = prior.loc + prior.scale * self._correlate(z, prior.factors, transpose=False).squeeze(-1)
+        return pooled, free, log_scale.sum(-1), prior.ladj + ladj, prior, factor
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y = self._ordered(y)
-        loc, scale, log_scale = self._own()
+        loc, scale, log_scale = self._site_approximations()
         count = self.count_free
         free = y[..., :count]
-        given = self._conditional(free, loc[count:], log_scale[count:])
-        z = ((y[..., count:] - given.loc) / given.scale).unsqueeze(-1)
-        z = self._uncorrelate(z, given.factors, transpose=False)
-        factor = _factor(given.root)
-        shrunk = torch.linalg.solve_triangular(factor, given.root, upper=False).to(y.dtype)
-        noise = factor.to(y.dtype).mT @ z - shrunk @ given.pull
-        ladj = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1).to(y.dtype) - given.ladj
+        prior = self._conditional(free, loc[count:], log_scale[count:])
+        z = ((y[..., count:] - prior.loc) / prior.scale).unsqueeze(-1)
+        z = self._uncorrelate(z, prior.factors, transpose=False)
+        factor = _factor(prior.root)
+        shrunk = torch.linalg.solve_triangular(factor, prior.root, upper=False).to(y.dtype)
+        noise = factor.to(y.dtype).mT @ z - shrunk @ prior.pull
+        ladj = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1).to(y.dtype) - prior.ladj
         x = torch.cat([(free - loc[:count]) / scale[:count], noise.squeeze(-1)], -1)
         return self._restored(x), ladj - log_scale[:count].sum(-1)
 
     def forward_with_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        pooled, free, total, ladj, given, factor = self._draw(self._ordered(x))
+        pooled, free, total, ladj, prior, factor = self._draw(self._ordered(x))
         count = self.count_free
         score = self._ordered(score)
         with torch.no_grad():
             # A^-T C times the score of the noise; A^-T is e^-t L^-T.
             own = factor @ score[..., count:].unsqueeze(-1)
-            own = self._uncorrelate(own, given.factors, transpose=True).squeeze(-1) / given.scale
-            scale = self._own()[1][:count]
+            own = self._uncorrelate(own, prior.factors, transpose=True).squeeze(-1) / prior.scale
+            scale = self._site_approximations()[1][:count]
         (through,) = torch.autograd.grad((pooled, ladj), free, (own, torch.ones_like(ladj)), retain_graph=True)
         score = torch.cat([score[..., :count] / scale - through, own], -1).detach()
         return self._restored(torch.cat([free, pooled], -1)), total + ladj, self._restored(score)
