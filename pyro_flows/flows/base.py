@@ -71,7 +71,7 @@ class Flow(nn.Module):
         outer: list[FlowTransform] = [head] if preconditioner is None else [head, preconditioner]
         if head.is_outermost:
             outer.reverse()
-        self.transform = Chain([*layers, *outer])
+        self.transform = Chain([*layers, *outer], head.context_layout)
         # In a tuple, since the chain has them as modules, whose parameters go by one name.
         self._parts = tuple(layers), head, preconditioner
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,10 @@ from pyro_flows.models.layout import Layout
 from pyro_flows.models.priors import LinearPrior
 from pyro_flows.posterior.joint import JointBlock, build_reproducibly
 from pyro_flows.transforms import PlateHead
+from pyro_flows.transforms.context import ItemContext, join
 from pyro_flows.transforms.networks import ContextParameters
 
-__all__ = ["LocalBlock"]
+__all__ = ["Item", "LocalBlock"]
 
 # Length of an item's learned embedding, by which the shared flow can differ from item to item.
 EMBEDDING_DIM = 4
@@ -27,10 +28,27 @@ EMBEDDING_DIM = 4
 MAX_PARENT_DIM = 32
 
 
+class Item(NamedTuple):
+    """What an item has of its own; see :class:`~pyro_flows.transforms.context.ItemContext`.
+
+    Attributes:
+        features: ``lead + (feature_dim,)``.
+        site: ``lead + (2 * latent_dim,)``.
+    """
+
+    features: Tensor
+    site: Tensor
+
+    @property
+    def lead(self) -> torch.Size:
+        """Shape of the plates."""
+        return self.site.shape[:-1]
+
+
 class LocalBlock(nn.Module):
     """The conditional flow q(local latents of an item | globals, parent groups), for all items of a plate.
 
-    What differs between items is their own Gaussian and a few features: from a table with a row for each item, or
+    What differs between items is their site approximation and a few features: from a table with a row for each item, or
     from an encoder's output. Items of a table start at ``N(init_loc, init_scale^2)`` in unconstrained space (families
     with an identity start); those of an encoder at a Gaussian of the prior's scale, where that is known, around a
     location that varies with the encoder's output.
@@ -80,7 +98,7 @@ class LocalBlock(nn.Module):
         if encoder_dim is not None:
             start = start.mean(0)
         given = [] if joint is None else [joint.layout.init_loc]
-        given += [parent.head.raw.value[0] for parent in parents]
+        given += [parent.head.gaussian()[0] for parent in parents]
         scale = torch.full_like(start.reshape(-1, layout.latent_dim)[0], init_scale)
         gaussian = None if prior is None else prior(torch.cat([*given, start.new_zeros(0)]))
         if encoder_dim is not None and prior is not None and gaussian is not None:
@@ -94,7 +112,7 @@ class LocalBlock(nn.Module):
         if encoder_dim is None:
             # The shared layers learn to tell items apart by these; from zero neither would have a gradient.
             embedding = torch.randn_like(own[:, :1].expand(-1, self.embedding_dim))
-            self.items = nn.Parameter(torch.cat([embedding, own], -1))  # (items, embedding + own Gaussian)
+            self.items = nn.Parameter(torch.cat([embedding, own], -1))  # (items, embedding + site approximation)
         else:
             self.encoded = ContextParameters(own, encoder_dim, refines=False).to(own)
             # An encoder tells items apart from the first step on. From a narrow start that is the same for all, a
@@ -129,10 +147,10 @@ class LocalBlock(nn.Module):
         """Locations and log-scales of the items' priors, ``(..., 2 * latent_dim)``; see :meth:`distribution`."""
         assert self.prior is not None
         given = _given(latents, joint, parents)
-        return self.prior(_join(given)) if given else self.prior.bias
+        return self.prior(join(given)) if given else self.prior.bias
 
-    def item_context(self, indices: Mapping[str, Tensor], encoded: Mapping[str, Tensor]) -> Tensor:
-        """Features and own Gaussian of the items at hand, ``lead + (F,)``.
+    def item_context(self, indices: Mapping[str, Tensor], encoded: Mapping[str, Tensor]) -> Item:
+        """Features and site approximation of the items at hand.
 
         Args:
             indices: Plate -> items at hand, for plates without an encoder.
@@ -141,40 +159,38 @@ class LocalBlock(nn.Module):
         if self.items is not None:
             index = self.layout.flat_index(indices).to(self.items.device)
             if self.sparse:
-                return F.embedding(index, self.items, sparse=True)
-            # As an embedding, whose gradient takes seven times as long.
-            return self.items.index_select(0, index.flatten()).reshape(*index.shape, -1)
+                rows = F.embedding(index, self.items, sparse=True)
+            else:  # an embedding's gradient takes seven times as long
+                rows = self.items.index_select(0, index.flatten()).reshape(*index.shape, -1)
+            return Item(*rows.tensor_split([self.embedding_dim], -1))
         assert self.encoded is not None
         dtype = self.encoded.value.dtype
         outputs = [
             self.layout.place(encoded[name].to(dtype), name) for name in self.layout.plate_names if name in encoded
         ]
-        features = _join(outputs)
+        features = join(outputs)
         # Plates of this block without an encoder: their items are alike given the rest.
-        return torch.cat([features, self.encoded(features)], -1)
+        return Item(features, self.encoded(features))
 
     def context(
         self,
-        items: Tensor,
+        items: Item,
         latents: Mapping[tuple[str, ...], Tensor],
         joint: JointBlock | None,
         parents: Sequence[LocalBlock],
-    ) -> Tensor:
-        """What the flow is conditioned on; see :meth:`distribution`."""
-        parts = [items]
-        if joint is not None or parents:
-            standard = [parent.head.standardize(latents[parent.layout.plate_names]) for parent in parents]
-            if joint is not None:
-                first = joint.standardize(latents[()])
-                standard.insert(0, first if self.project is None else F.linear(first, self.project))
-            parts = [*standard, items]
-        if self.prior is not None:
-            parts.append(self.known_prior(latents, joint, parents))
-        return _join(parts)
+    ) -> ItemContext:
+        """What the flow is conditional on; see :meth:`distribution`."""
+        standard = [parent.head.standardize(latents[parent.layout.plate_names]) for parent in parents]
+        if joint is not None:
+            first = joint.standardize(latents[()])
+            standard.insert(0, first if self.project is None else F.linear(first, self.project))
+        nothing = items.site.new_zeros(0)
+        prior = nothing if self.prior is None else self.known_prior(latents, joint, parents)
+        return ItemContext(join(standard) if standard else nothing, *items, prior)
 
     def distribution(
         self,
-        items: Tensor,
+        items: Item,
         latents: Mapping[tuple[str, ...], Tensor],
         joint: JointBlock | None,
         parents: Sequence[LocalBlock],
@@ -194,7 +210,7 @@ class LocalBlock(nn.Module):
         """
         given = _given(latents, joint, parents) if torch.is_grad_enabled() else []
         distribution: FlowDistribution = self.flow(
-            self.context(items, latents, joint, parents),
+            self.context(items, latents, joint, parents).join(),
             path_gradient=path_gradient,
             parents=tuple(given),
             gradient_filter=self.gradient_filter if filtered else None,
@@ -208,9 +224,3 @@ def _given(
     """Packed latents that a block conditions on, in order."""
     given = [] if joint is None else [latents[()]]
     return [*given, *(latents[parent.layout.plate_names] for parent in parents)]
-
-
-def _join(parts: Sequence[Tensor]) -> Tensor:
-    """Concatenate along the last dimension; the others broadcast."""
-    lead = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
-    return torch.cat([part.expand(lead + part.shape[-1:]) for part in parts], -1)

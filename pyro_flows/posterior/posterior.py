@@ -19,7 +19,7 @@ from pyro_flows.models.priors import read_joint_prior, read_prior
 from pyro_flows.models.sites import Site, full_size, read_sites
 from pyro_flows.posterior.encoders import Encoder, probe
 from pyro_flows.posterior.joint import JointBlock
-from pyro_flows.posterior.plate import LocalBlock
+from pyro_flows.posterior.plate import Item, LocalBlock
 from pyro_flows.posterior.step_limit import StepLimit
 
 __all__ = ["Posterior"]
@@ -178,8 +178,8 @@ class Posterior(nn.Module):
     def _rank(self) -> int:
         return max(layout.rank for layout in self.layouts())
 
-    def _full_items(self, block: LocalBlock, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        """Context of all items that the arguments speak of."""
+    def _full_items(self, block: LocalBlock, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Item:
+        """What all items have of their own that the arguments speak of."""
         encoded, indices = {}, {}
         for name, size in zip(block.layout.plate_names, block.layout.full_sizes, strict=True):
             encoder = self.encoder(name)
@@ -192,10 +192,11 @@ class Posterior(nn.Module):
                 )
             else:
                 encoded[name] = encoder(args, kwargs)
-        context = block.item_context(indices, encoded)
+        items = block.item_context(indices, encoded)
         # Items of a plate without an encoder, inside one that has one, share a context.
         lead = [block.layout.place(index.unsqueeze(-1), name).shape[:-1] for name, index in indices.items()]
-        return context.expand(*torch.broadcast_shapes(context.shape[:-1], *lead), -1)
+        full = torch.broadcast_shapes(items.lead, *lead)
+        return Item(*(part.expand(*full, -1) for part in items))
 
     @torch.no_grad()
     def draw(
@@ -214,7 +215,7 @@ class Posterior(nn.Module):
             Names of the plates of each block, ``()`` for the joint one, -> ``(S, *lead, D)``.
         """
         items = {block.layout.plate_names: self._full_items(block, args, kwargs) for block in self.blocks()}
-        rows = max((item.shape[:-1].numel() for item in items.values()), default=1)
+        rows = max((item.lead.numel() for item in items.values()), default=1)
         step = max(2, MAX_ROWS // rows // 2 * 2)
         generator = torch.Generator(next(self.parameters()).device).manual_seed(0) if repeatable else None
         chunks: list[Latents] = []
@@ -228,12 +229,14 @@ class Posterior(nn.Module):
                 latents[()] = joint.reshape((count,) + (1,) * self._rank + joint.shape[-1:])
             for block in self.blocks():
                 own = items[block.layout.plate_names]
-                axis = max(range(-own.dim(), -1), key=lambda dim: own.shape[dim])  # of the longest plate
-                length = max(1, MAX_ROWS * own.shape[axis] // (count * own.shape[:-1].numel()))
+                shape = own.site.shape
+                axis = max(range(-len(shape), -1), key=lambda dim: shape[dim])  # of the longest plate
+                length = max(1, MAX_ROWS * shape[axis] // (count * own.lead.numel()))
                 pieces = []
-                for first in range(0, own.shape[axis], length):
+                for first in range(0, shape[axis], length):
                     given = {names: _narrow(value, axis, first, length) for names, value in latents.items()}
-                    pieces.append(self._draw_items(block, _narrow(own, axis, first, length), given, count, generator))
+                    part = Item(*(_narrow(value, axis, first, length) for value in own))
+                    pieces.append(self._draw_items(block, part, given, count, generator))
                 latents[block.layout.plate_names] = torch.cat(pieces, axis)
             chunks.append(latents)
         draws: Latents = {}
@@ -243,14 +246,14 @@ class Posterior(nn.Module):
         return draws
 
     def _draw_items(
-        self, block: LocalBlock, items: Tensor, latents: Latents, count: int, generator: torch.Generator | None
+        self, block: LocalBlock, items: Item, latents: Latents, count: int, generator: torch.Generator | None
     ) -> Tensor:
-        """So many packed draws of items with these contexts, ``(count, *lead, D)``."""
+        """So many packed draws of some items, ``(count, *lead, D)``."""
         distribution = block.distribution(items, latents, self.joint, self.parents(block), path_gradient=False)
         lead = distribution.batch_shape
-        if len(lead) <= items.dim() - 1:  # nothing that was drawn is given: all draws share the context
+        if len(lead) <= len(items.lead):  # nothing that was drawn is given: all draws share the context
             lead = torch.Size((count,) + (1,) * (self._rank - len(lead)) + tuple(lead))
-        like = items.new_zeros(()).expand((*lead, block.layout.latent_dim))
+        like = items.site.new_zeros(()).expand((*lead, block.layout.latent_dim))
         value: Tensor = distribution.transforms[0](block.flow.base.sample(like, generator))
         return value
 
@@ -290,11 +293,11 @@ class Posterior(nn.Module):
             total = sum_rightmost(density + log_dets[()], rank)
         for block in self.blocks():
             plates, items = block.layout.plate_names, self._full_items(block, args, kwargs)
-            latents[plates] = latents[plates].to(items)
-            lead = latents[plates].shape[-items.dim() : -1]
-            if lead != items.shape[:-1]:
+            latents[plates] = latents[plates].to(items.site)
+            lead = latents[plates].shape[-items.site.dim() : -1]
+            if lead != items.lead:
                 raise ValueError(
-                    f"AutoFlowGuide: expected values for all {tuple(items.shape[:-1])} items of "
+                    f"AutoFlowGuide: expected values for all {tuple(items.lead)} items of "
                     f"{' and '.join(plates)}, but got {tuple(lead)}. Give every item's, in order."
                 )
             distribution = block.distribution(items, latents, self.joint, self.parents(block), path_gradient=False)

@@ -180,9 +180,8 @@ class LocalStart:
         By the head alone: the layers below are taken to be the identity, as they are at the start.
         """
         posterior = self.posterior
-        context = block.context(
-            block.item_context(batch.indices, {}), latents, posterior.joint, posterior.parents(block)
-        )
+        items = block.item_context(batch.indices, {})
+        context = block.context(items, latents, posterior.joint, posterior.parents(block)).join()
         shape = (*context.shape[:-1], block.layout.latent_dim)
         noise = context.new_zeros(shape) if noise is None else noise.expand(shape)
         return block.head.forward_and_ladj(noise, context)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 
 from pyro_flows.transforms.base import FlowTransform
+from pyro_flows.transforms.context import ContextLayout
 
 __all__ = ["Chain"]
 
@@ -16,13 +17,15 @@ class Chain(FlowTransform):
     """The composition ``parts[-1] o ... o parts[0]``.
 
     Args:
-        parts: At least one transform, all with the same ``input_dim``, base side first. The context is the last part's;
-            a part with a shorter one sees its first entries.
+        parts: At least one transform, all with the same ``input_dim``, base side first. The context is the last part's,
+            and that of all that have one.
+        layout: Parts of the context, of which all but the last transform see the network input only. None if it is one.
     """
 
-    def __init__(self, parts: Iterable[FlowTransform]) -> None:
+    def __init__(self, parts: Iterable[FlowTransform], layout: ContextLayout | None = None) -> None:
         parts = list(parts)
         super().__init__(parts[-1].input_dim, parts[-1].context_dim)
+        self.layout = layout
         self.parts = nn.ModuleList(parts)
         self.has_inverse = all(part.has_inverse for part in parts)  # type: ignore[misc]
         self.one_pass_inverse = all(part.one_pass_inverse for part in parts)  # type: ignore[misc]
@@ -35,11 +38,13 @@ class Chain(FlowTransform):
 
     def _maps(self, context: Tensor | None) -> list[tuple[FlowTransform, Tensor | None]]:
         """Each part with the context that it sees."""
-        maps = []
-        for part in self:
-            seen = None if context is None or not part.context_dim else context[..., : part.context_dim]
-            maps.append((part, seen))
-        return maps
+        *inner, last = self
+        maps = [(part, self._inner_context(context) if part.context_dim else None) for part in inner]
+        return [*maps, (last, context)]
+
+    def _inner_context(self, context: Tensor | None) -> Tensor | None:
+        """What all parts but the last see of a context."""
+        return context if context is None or self.layout is None else self.layout.network_input(context)
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total: Tensor | float = 0.0

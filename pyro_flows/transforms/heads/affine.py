@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyro_flows.transforms.base import FlowTransform
+from pyro_flows.transforms.context import ContextLayout
 from pyro_flows.transforms.networks import ContextParameters
 
 __all__ = ["AffineHead", "DiagonalAffine", "FullRankAffine", "LowRankAffine"]
@@ -42,6 +43,8 @@ class AffineHead(FlowTransform):
 
     # Whether values are those of the latents themselves, so that a preconditioner has its place inside.
     is_outermost: ClassVar[bool] = False
+    # The parts of the context, where it has several: layers below the head see its network input only.
+    context_layout: ContextLayout | None = None
 
     def __init__(self, input_dim: int, context_dim: int = 0) -> None:
         super().__init__(input_dim, context_dim)

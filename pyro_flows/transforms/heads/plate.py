@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyro_flows.transforms.context import ContextLayout
 from pyro_flows.transforms.heads.affine import AffineHead, decode_gaussian
 from pyro_flows.transforms.networks import CenteredNetwork, inverse_powerprop, powerprop
 
@@ -59,10 +60,8 @@ class PlateHead(AffineHead):
     item's features, for covariates that tilt its prior. With a known prior these tilt the item's site approximation. A
     small network of :math:`g` and the features bends the result.
 
-    The context is ``[parents, features, own, prior]``: the latents, ``(parent_dim,)``; the item's features,
-    ``(feature_dim,)``; location and log-scale of the item's site approximation, less those of a reference Gaussian that
-    all items share and that carries them along, the location in units of ``unit``, ``(2 * input_dim,)``; and location
-    and log-scale of the prior, if coordinates with a known one exist, ``(2 * input_dim,)``.
+    The context is an :class:`~pyro_flows.transforms.context.ItemContext` as one vector. Its site approximation is less
+    a reference Gaussian that all items share and that carries them along, the location in units of ``unit``.
 
     Args:
         input_dim: Length of an item's vector.
@@ -79,6 +78,7 @@ class PlateHead(AffineHead):
     fixed: ClassVar[frozenset[str]] = frozenset({"log_scale_bound", "unit"})
 
     known: Tensor
+    context_layout: ContextLayout
 
     def __init__(
         self,
@@ -91,11 +91,10 @@ class PlateHead(AffineHead):
         log_scale_bound: float = 2.0,
     ) -> None:
         super().__init__(input_dim)
-        self.parent_dim = parent_dim
-        self.feature_dim = feature_dim
         self.log_scale_bound = nn.Parameter(torch.tensor(float(log_scale_bound)))
         self.has_prior = known is not None and bool(known.any())
-        self.context_dim = parent_dim + feature_dim + (4 if self.has_prior else 2) * input_dim
+        self.context_layout = ContextLayout(parent_dim, feature_dim, input_dim, self.has_prior)
+        self.context_dim = self.context_layout.size
         self.register_buffer("known", known if known is not None else torch.zeros(input_dim, dtype=torch.bool))
         self.unit = nn.Parameter(torch.ones(input_dim))
         if self.has_prior:
@@ -105,7 +104,7 @@ class PlateHead(AffineHead):
             self.tilt = nn.Parameter(torch.zeros(2 * input_dim, feature_dim * parent_dim))
             self.network = None
             if hidden_dims:
-                self.network = CenteredNetwork(parent_dim + feature_dim, hidden_dims, 2 * input_dim)
+                self.network = CenteredNetwork(self.context_layout.network_dim, hidden_dims, 2 * input_dim)
 
     @torch.no_grad()
     def initialize_items(
@@ -154,17 +153,14 @@ class PlateHead(AffineHead):
 
     def _gaussian(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         assert context is not None
-        size = self.input_dim
-        of_prior = size if self.has_prior else 0
-        parents, features, site_loc, site_log_scale, prior_loc, prior_log_scale = context.split(
-            [self.parent_dim, self.feature_dim, size, size, of_prior, of_prior], -1
-        )
+        parents, features, site, prior = self.context_layout.split(context)
+        site_loc, site_log_scale = site.chunk(2, -1)
         loc, scale, log_scale = decode_gaussian(self.raw.value)
         site_loc = torch.addcmul(loc, self.unit.detach(), site_loc)
         site_log_scale = log_scale + site_log_scale
-        if self.parent_dim:
+        if parents.shape[-1]:
             shared = F.linear(parents, powerprop(self.slope))
-            if self.feature_dim:
+            if features.shape[-1]:
                 pairs = (features.unsqueeze(-1) * parents.unsqueeze(-2)).flatten(-2)
                 shared = shared + F.linear(pairs, powerprop(self.tilt))
             shift, more = shared.chunk(2, -1)
@@ -173,11 +169,12 @@ class PlateHead(AffineHead):
             loc = torch.addcmul(loc, scale, shift)
             log_scale = log_scale + self._bounded(more)
         if self.has_prior:
+            prior_loc, prior_log_scale = prior.chunk(2, -1)
             loc = torch.where(self.known, prior_loc, loc)
             known_log_scale = prior_log_scale - 0.5 * powerprop(self.log_share)
             log_scale = torch.where(self.known, known_log_scale, log_scale)
         mean, pooled, _ = pool(loc, log_scale, site_loc, site_log_scale)
-        if self.parent_dim and self.network is not None:
+        if parents.shape[-1] and self.network is not None:
             shift, more = self.network(torch.cat([parents, features], -1)).chunk(2, -1)
             pooled = pooled + self._bounded(more)
             mean = torch.addcmul(mean, pooled.exp(), shift)
