@@ -83,7 +83,7 @@ def test_a_flow_by_itself_loads(written: dict[str, Any]) -> None:
     flow.load_state_dict({name: value for name, value in state.items() if not name.startswith("transform.parts.2")})
     expected = fresh("realnvp")
     expected.load_state_dict(written["realnvp"]["state_dict"])
-    expected.posterior.joint.flow.whitening.reset()
+    expected.posterior.joint.flow.preconditioner.reset()
     x = torch.randn(4, 3)
     torch.testing.assert_close(flow().log_prob(x), expected.get_posterior().log_prob(x))
 
