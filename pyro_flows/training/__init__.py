@@ -2,6 +2,17 @@
 """L7. Training guides: :func:`fit` chooses what a user would have to tune."""
 
 from pyro_flows.training.elbo import VectorizedTrace_ELBO
-from pyro_flows.training.fit import FitResult, fit
+from pyro_flows.training.fit import FitResult, FitSettings, fit
+from pyro_flows.training.objective import EstimateSettings
+from pyro_flows.training.schedule import ScheduleSettings
+from pyro_flows.training.trainer import TrainerSettings
 
-__all__ = ["FitResult", "VectorizedTrace_ELBO", "fit"]
+__all__ = [
+    "EstimateSettings",
+    "FitResult",
+    "FitSettings",
+    "ScheduleSettings",
+    "TrainerSettings",
+    "VectorizedTrace_ELBO",
+    "fit",
+]

@@ -33,7 +33,7 @@ class VectorizedTrace_ELBO(Trace_ELBO):
     enumerates in parallel are summed out, as by ``TraceEnum_ELBO``. Works with ``SVI`` and
     :class:`~pyro_flows.CompiledSVI`, with Pyro's guides and ours.
 
-    Particles that the model refuses (a Cholesky factorisation that fails) are left out, up to a tenth of them.
+    Particles that the model refuses (a Cholesky factorization that fails) are left out, up to a tenth of them.
 
     Args:
         num_particles: Number of particles, >= 1.
@@ -105,7 +105,7 @@ class VectorizedTrace_ELBO(Trace_ELBO):
 
 
 def _leave_out_refused(model_trace: Trace, guide_trace: Trace, count: int) -> None:
-    """Take the mean over those draws that the model does not refuse."""
+    """Average over those draws that the model does not refuse."""
     terms = [by_draw(node["log_prob"]) for node in sample_nodes(model_trace).values()]
     usable = ~torch.stack([term.detach() for term in terms]).sum(0).isnan()
     refused = count - int(usable.sum())

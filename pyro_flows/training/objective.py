@@ -6,8 +6,9 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -36,21 +37,39 @@ from pyro_flows.models.traces import (
     run_quietly,
     sample_nodes,
 )
+from pyro_flows.training.batches import Batches
 from pyro_flows.training.elbo import VectorizedTrace_ELBO
 
-__all__ = ["Batches", "Estimate", "Objective"]
+__all__ = ["Estimate", "EstimateSettings", "Objective"]
 
-# Draws of an estimate: runs times particles a run, fewer where there are more than so many items in all; a run for each
-# mini-batch of a pass, up to so many.
-ESTIMATE_RUNS, ESTIMATE_PARTICLES, ESTIMATE_ITEMS = 20, 500, 2**18
-ESTIMATE_CALLS = 200
-# Elements of the mini-batches that are kept for estimates, at most.
-HELD_ELEMENTS = 2**25
-SEQUENTIAL_RUNS = 200
-# Draws from which the tail of weights is judged; k-hat from so many has an error of about 0.1, below 0.7.
-TAIL_DRAWS, LIGHT_TAIL = 10_000, 0.6
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+@dataclass(frozen=True)
+class EstimateSettings:
+    """How many draws estimates of the ELBO take.
+
+    Attributes:
+        num_runs: Runs of an estimate, >= 2; its standard error is that of their mean. With mini-batches, one for each
+            of a pass if they are more.
+        num_particles: Draws a run, >= 2. With ``num_runs`` 10,000 draws in all, which tell 0.005 nats apart where log
+            weights vary by half a nat.
+        max_values: Runs times particles times the size of the largest latent site, at most; bounds memory.
+        num_sequential_runs: Runs of a single draw each, of a model that can't be run at many draws at once.
+        max_batches: Number of mini-batches of a pass that estimates go through.
+        max_elements: Number of elements of the tensors of the mini-batches that are held for that; 128 MiB in float32.
+        num_tail_draws: Draws from which the tail of importance weights is judged, at which k-hat has a standard error
+            of about 0.1.
+        max_khat: k-hat below which the tail is light: that standard error below 0.7, the bound of Vehtari, Simpson,
+            Gelman, Yao, Gabry. Pareto smoothed importance sampling. JMLR 25(72), 2024.
+    """
+
+    num_runs: int = 20
+    num_particles: int = 500
+    max_values: int = 2**18
+    num_sequential_runs: int = 200
+    max_batches: int = 200
+    max_elements: int = 2**25
+    num_tail_draws: int = 10_000
+    max_khat: float = 0.6
 
 
 class Estimate(NamedTuple):
@@ -74,9 +93,9 @@ class Estimate(NamedTuple):
         return difference.mean().item(), error if math.isfinite(error) else math.inf
 
 
-class _QuietParticles(Messenger):
-    """Takes noise out of gradients: draws are spread evenly over the particles, and what a mini-batch does to all
-    particles alike does not count, as far as it is noise."""
+class _VarianceReduction(Messenger):
+    """Less variance of gradients: the particles' noise is a Latin hypercube, and a control variate removes what a
+    mini-batch does to all particles alike, as far as that is noise."""
 
     def __init__(self, *, centered: bool) -> None:
         super().__init__()
@@ -89,78 +108,39 @@ class _QuietParticles(Messenger):
                 msg["fn"] = msg["fn"].centered()
 
 
-class Batches:
-    """The model's arguments, again and again.
-
-    Args:
-        args: A tuple of arguments; or something that can be iterated over repeatedly, whose items are tuples of
-            arguments, lists of them (as a ``DataLoader`` gives), or single arguments.
-        kwargs: Keyword arguments.
-    """
-
-    def __init__(self, args: tuple[Any, ...] | Iterable[Any], kwargs: Mapping[str, Any] | None) -> None:
-        self.kwargs = dict(kwargs or {})
-        self.many = not isinstance(args, tuple)
-        if isinstance(args, Iterator):
-            raise TypeError(
-                "fit: expected mini-batches that can be iterated over again, but got an iterator. "
-                "Pass the DataLoader itself, or a list of argument tuples."
-            )
-        if torch.is_tensor(args) or isinstance(args, (str, Mapping)):
-            raise TypeError(f"fit: expected args to be a tuple, but got a {type(args).__name__}. Write args=(x,).")
-        self._source: Iterable[Any] = args if self.many else [args]
-        self._stream = self._endless()
-        try:
-            self.first: Arguments = next(self._endless())
-        except RuntimeError:
-            raise ValueError("fit: expected at least one mini-batch, but got none.") from None
-
-    def _pass(self) -> Iterator[Arguments]:
-        for item in self._source:
-            yield (tuple(item) if isinstance(item, (tuple, list)) else (item,)), self.kwargs
-
-    def _endless(self) -> Iterator[Arguments]:
-        while True:
-            empty = True
-            for call in self._pass():
-                empty = False
-                yield call
-            if empty:
-                raise RuntimeError("no mini-batches")
-
-    def next(self) -> Arguments:
-        """The arguments of the next step."""
-        return next(self._stream)
-
-    def one_pass(self, limit: int) -> list[Arguments]:
-        """So many mini-batches, or all, or those that fit into memory, if they are fewer."""
-        calls: list[Arguments] = []
-        held = 0
-        for call in itertools.islice(self._pass(), limit):
-            calls.append(call)
-            held += sum(value.numel() for value in call[0] if torch.is_tensor(value))
-            if held > HELD_ELEMENTS:
-                break
-        return calls
-
-
 class Objective:
     """The ELBO, by :class:`VectorizedTrace_ELBO`, and by Pyro's where draws cannot share a run of the model.
 
+    Args:
+        model: Any Pyro model.
+        guide: Any Pyro guide.
+        batches: Their arguments.
+        settings: How many draws estimates take.
+
     Attributes:
+        model: The model.
+        guide: The guide.
+        batches: Their arguments.
         subsampled: Whether a step sees a part of the data.
         scale: What the terms of a mini-batch are multiplied by, the largest such factor.
-        num_items: Size of the largest latent site at hand.
-        num_values: Number of latent and observed values at hand.
+        num_items: Size of the largest latent site in a mini-batch.
+        num_values: Number of latent and observed values in a mini-batch.
         batched: How the model is run at many draws.
         trains_model: Whether the model has parameters of its own.
-        power: What the log joint is multiplied by in gradients, an inverse temperature; 1 is the model itself.
+        inverse_temperature: What the log joint is multiplied by in gradients, in (0, 1]; 1 is the model itself.
         leaves: Unconstrained leaves of the guide's and the model's parameters.
         parameters: The same; or, once a step is recorded, one vector of those in use.
         graph: The recorded step, if there is one.
     """
 
-    def __init__(self, model: Callable[..., Any], guide: Callable[..., Any], batches: Batches) -> None:
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        batches: Batches,
+        settings: EstimateSettings | None = None,
+    ) -> None:
+        self.settings = settings or EstimateSettings()
         self.model = model
         self.guide = guide
         self.batches = batches
@@ -173,11 +153,11 @@ class Objective:
         self.scale = max((float(torch.as_tensor(site["scale"]).max()) for site in sites), default=1.0)
         self.num_items = max((site["value"].numel() for site in sites if not site["is_observed"]), default=1)
         self.num_values = sum(torch.as_tensor(site["value"]).numel() for site in sites)
-        self._calls = batches.one_pass(ESTIMATE_CALLS)
+        self._calls = batches.one_pass(self.settings.max_batches, self.settings.max_elements)
         of_guide = leaves_of(guide, args, kwargs)
         of_model = leaves_of(at_a_draw(model, guide), args, kwargs)
         self.trains_model = any(all(p is not q for q in of_guide) for p in of_model)
-        self.power = 1.0
+        self.inverse_temperature = 1.0
         self.leaves = list({id(p): p for p in (*of_guide, *of_model)}.values())
         self.parameters = self.leaves
         self._flat: FlatParameter | None = None
@@ -214,10 +194,11 @@ class Objective:
 
     def _programs(self, elbo: Trace_ELBO | TraceEnum_ELBO) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """The model and the guide as the loss runs them."""
-        model = self.model if self.power == 1.0 else poutine.scale(self.model, scale=self.power)
+        power = self.inverse_temperature
+        model = self.model if power == 1.0 else poutine.scale(self.model, scale=power)
         guide = self.guide
         if elbo.vectorize_particles and elbo.num_particles > 1:
-            guide = _QuietParticles(centered=self.subsampled)(guide)
+            guide = _VarianceReduction(centered=self.subsampled)(guide)
         return model, guide
 
     def gradient(self, elbo: Trace_ELBO | TraceEnum_ELBO) -> float:
@@ -289,19 +270,22 @@ class Objective:
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.default_generator.manual_seed(seed)
+            settings = self.settings
             if not self.vectorized:
-                return self._estimate(SEQUENTIAL_RUNS, 1)
-            runs = max(ESTIMATE_RUNS, len(self._calls))
-            return self._estimate(runs, max(2, min(ESTIMATE_PARTICLES, ESTIMATE_ITEMS // (runs * self.num_items))))
+                return self._estimate(settings.num_sequential_runs, 1)
+            runs = max(settings.num_runs, len(self._calls))
+            affordable = settings.max_values // (runs * self.num_items)
+            return self._estimate(runs, max(2, min(settings.num_particles, affordable)))
 
     def has_light_tails(self) -> bool:
-        """Whether importance weights of the guide's draws have a k-hat well below what they can bear."""
+        """Whether the importance weights of the guide's draws have a k-hat well below what a guide may have."""
         args, kwargs = self.batches.first
-        weights, _ = log_weights(self.model, self.guide, TAIL_DRAWS, args, kwargs)
+        num_draws = self.settings.num_tail_draws
+        weights, _ = log_weights(self.model, self.guide, num_draws, args, kwargs)
         smoothed = pareto_smooth(weights)
         ess = (-(2.0 * smoothed.log_weights).logsumexp(0)).exp().item()
-        largest = (smoothed.log_weights.max() + math.log(TAIL_DRAWS)).item()
-        return smoothed.khat < LIGHT_TAIL or nearly_constant(largest, ess, TAIL_DRAWS)
+        largest = (smoothed.log_weights.max() + math.log(num_draws)).item()
+        return smoothed.khat < self.settings.max_khat or nearly_constant(largest, ess, num_draws)
 
     def without_density(self) -> str:
         """What to say if no loss is finite: which sites of the model have no density at a draw of the guide.

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L7. A run of :func:`~pyro_flows.fit`: cycles of a falling rate, until another one is not worth it."""
+"""L7. The schedule of :func:`~pyro_flows.fit`: learning-rate cycles with decay, each as long as all previous ones,
+until the ELBO has converged."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,205 +18,227 @@ from pyro_flows.training.objective import Estimate
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.transforms.preconditioner import look_again
 
-__all__ = ["Run"]
+__all__ = ["Schedule", "ScheduleSettings"]
 
-# A run is a few cycles, in each of which the rate falls to a hundredth; the next one is as long as all before it. With
-# mini-batches the first is longer, to get rid of the noise that it begins with; annealed, to have time to cool. There,
-# there may be more of them.
-CYCLE, CYCLE_LONG = 250, 1000
-MAX_STEPS, MAX_STEPS_LONG = 4000, 8000
-# Steps before a cycle that gains nothing is the last.
-PATIENCE = 250
-# A cycle whose gain is below this, in nats, or below so much for every local latent, times its length over that of the
-# first, or below two standard errors, is the last; so is one after which the next is expected to bring less than half
-# of what it would have to.
-MIN_GAIN, MIN_LOCAL_GAIN = 0.005, 1e-4
-# Half the variance of log weights is the gap, where they are nearly constant: below MIN_GAIN no cycle can gain enough.
-# A start that is no more than a Gaussian has to be closer, since all of its gap may be in a mean.
-NEGLIGIBLE_GAP = 1e-3
-# Below this there is no room for a tail that matters; above it, tails are looked at before a run has arrived.
-TAILLESS_GAP = 1e-4
 INTERRUPTED = "interrupted"
-# What a checkpoint holds.
-STATE = ("cycle", "step", "last_gain", "rate", "reason", "seed", "start", "best_point", "start_is_best")
-TRAINER_STATE = ("steps", "losses", "skipped", "rollbacks")
 
 
-class Run:
-    """Trains, keeps the best point, and knows when to stop.
+@dataclass(frozen=True)
+class ScheduleSettings:
+    """Lengths of cycles, and when the ELBO has converged.
+
+    A cycle is the last one if its gain is below a tolerance or below two standard errors, or if the next one, by the
+    rate at which gains fall, is expected to bring less than half of its own tolerance. Values without a source are
+    heuristics; ``tests/benchmarks/`` measures what they do together.
+
+    Attributes:
+        first_cycle: Number of steps of the first cycle, >= 1.
+        first_cycle_long: The same with mini-batches, to average over more of their noise; annealed, to cool slowly.
+        max_steps: Number of steps of all cycles, at most, about: the last one is not cut short.
+        max_steps_long: The same with mini-batches and annealed.
+        patience: Number of steps before a cycle whose gain is below tolerance is the last.
+        min_gain: Tolerance of the ELBO's gain in the first cycle, in nats, > 0; for longer cycles in proportion to
+            their length. Welandawe, Andersen, Vehtari, Huggins. A framework for improving the reliability of black-box
+            variational inference. JMLR 25, 2024. arXiv:2203.15945, for stopping where the predicted gain is less than
+            its cost.
+        min_gain_per_latent: The same for every local latent, in nats; the larger tolerance holds.
+        max_gap_of_start: Gap in nats below which the initial guide is kept as it is. The gap is half the variance of
+            log weights, where they are nearly constant. Lower than ``min_gain``, since all of the gap of a Gaussian may
+            be in a mean.
+        max_gap_without_tail: Gap in nats below which there is no room for a tail that matters. Between this and
+            ``min_gain`` a guide has converged if its importance weights have a light tail.
+    """
+
+    first_cycle: int = 250
+    first_cycle_long: int = 1000
+    max_steps: int = 4000
+    max_steps_long: int = 8000
+    patience: int = 250
+    min_gain: float = 0.005
+    min_gain_per_latent: float = 1e-4
+    max_gap_of_start: float = 1e-3
+    max_gap_without_tail: float = 1e-4
+
+    def lengths(self, num_steps: int | None, *, long: bool) -> list[int]:
+        """Numbers of steps of all cycles.
+
+        Args:
+            num_steps: Number of steps, in one cycle; None makes several.
+            long: Whether there are mini-batches, or annealing.
+        """
+        lengths = [num_steps or (self.first_cycle_long if long else self.first_cycle)]
+        while num_steps is None and sum(lengths) < (self.max_steps_long if long else self.max_steps):
+            lengths.append(sum(lengths))
+        return lengths
+
+
+class Schedule:
+    """Trains in cycles, keeps the best point, and stops on convergence.
 
     Args:
-        trainer: Makes the steps.
-        num_steps: Number of steps, in one cycle; None stops by itself.
+        trainer: Takes the steps.
+        num_steps: Number of steps, in one cycle; None stops on convergence.
         checkpoint: Where to go on from, and to write to.
         anneal: Whether the first cycle begins with a flattened log joint.
         progress: Whether to show a bar.
+        settings: Constants.
 
     Attributes:
-        start_estimate: The ELBO at the start.
-        reason: Why it stopped.
+        initial_estimate: The ELBO before training.
+        best_estimate: The highest one so far.
+        lengths: Numbers of steps of the cycles.
     """
 
     def __init__(
-        self, trainer: Trainer, num_steps: int | None, checkpoint: Checkpoint, *, anneal: bool, progress: bool
+        self,
+        trainer: Trainer,
+        num_steps: int | None,
+        checkpoint: Checkpoint,
+        *,
+        anneal: bool,
+        progress: bool,
+        settings: ScheduleSettings | None = None,
     ) -> None:
+        self.settings = settings or ScheduleSettings()
         self.trainer = trainer
         self.objective = trainer.objective
         self.checkpoint = checkpoint
         self.anneal = anneal
         self.progress = progress
         self.num_steps = num_steps
-        long = self.objective.subsampled or anneal
-        self.lengths = [num_steps or (CYCLE_LONG if long else CYCLE)]
-        while num_steps is None and sum(self.lengths) < (MAX_STEPS_LONG if long else MAX_STEPS):
-            self.lengths.append(sum(self.lengths))
+        self.lengths = self.settings.lengths(num_steps, long=self.objective.subsampled or anneal)
         # With mini-batches the same noise each time: differences between estimates would drown any gain.
-        self.seed = int(torch.randint(2**31, ())) if self.objective.subsampled else None
-        self.rate = trainer.peak_rate
-        self.cycle = self.step = 0
-        self.last_gain = 0.0  # of a cycle, but for the first, whose gain depends on the start
-        self.reason = ""
-        self.start = self.best_point = trainer.snapshot()
-        self.start_is_best = True
+        trainer.state.seed = int(torch.randint(2**31, ())) if self.objective.subsampled else None
         if checkpoint.exists:
-            self._resume(checkpoint.load(self.objective.leaves))
+            self._resume()
         else:
-            self.start_estimate = self.best = self.objective.estimate(self.seed)
+            self.initial_estimate = self.best_estimate = self._estimate()
 
-    def _resume(self, state: dict[str, Any]) -> None:
-        for name in STATE:
-            setattr(self, name, state[name])
-        for name in TRAINER_STATE:
-            setattr(self.trainer, name, state[name])
-        if self.reason == INTERRUPTED:
-            self.reason = ""
-        self.trainer.restore(self.start)
+    def _resume(self) -> None:
+        trainer = self.trainer
+        state = trainer.state = self.checkpoint.load(self.objective.leaves, self.objective.guide)
+        if state.reason == INTERRUPTED:
+            state.reason = ""
+        trainer.restore(state.initial_point)
         if isinstance(self.objective.guide, AutoFlowGuide):
             look_again(self.objective.guide)  # the warm start was another process's
-        self.start_estimate = self.best = self.objective.estimate(self.seed)
-        if not self.start_is_best:
-            self.trainer.restore(self.best_point)
-            self.best = self.objective.estimate(self.seed)
-        self.trainer.restore(state["point"])
+        self.initial_estimate = self.best_estimate = self._estimate()
+        if not state.initial_is_best:
+            trainer.restore(state.best_point)
+            self.best_estimate = self._estimate()
+        trainer.restore(state.point)
+
+    def _estimate(self) -> Estimate:
+        return self.objective.estimate(self.trainer.state.seed)
 
     def _save(self) -> None:
-        state = {name: getattr(self, name) for name in STATE}
-        state |= {name: getattr(self.trainer, name) for name in TRAINER_STATE}
-        self.checkpoint.save({**state, "point": self.trainer.snapshot()})
+        if self.checkpoint.path is not None:
+            self.trainer.state.point = self.trainer.snapshot()
+            self.checkpoint.save(self.trainer.state)
 
     def train(self) -> bool:
-        """Run to the end, or until Ctrl-C; returns whether the trained point has to be compared with the start."""
-        objective, trainer = self.objective, self.trainer
+        """Run to the end, or until Ctrl-C.
+
+        Returns:
+            Whether the trained point has yet to be compared with the initial one.
+        """
+        objective, state = self.objective, self.trainer.state
         judged = self.num_steps is None and not objective.trains_model
-        if (
-            judged
-            and not self.anneal
-            and not self.reason
-            and self.start_is_best
-            and self.start_estimate.variance / 2 < NEGLIGIBLE_GAP
-        ):
-            self.reason = "the start is the posterior, as far as its draws can tell"
+        is_close = self.initial_estimate.variance / 2 < self.settings.max_gap_of_start
+        if judged and not self.anneal and not state.reason and state.initial_is_best and is_close:
+            state.reason = "the start is the posterior, as far as its draws can tell"
         try:
-            while not self.reason:
-                if self.cycle == len(self.lengths):
-                    self.reason = f"all {sum(self.lengths)} steps done"
+            while not state.reason:
+                if state.cycle == len(self.lengths):
+                    state.reason = f"all {sum(self.lengths)} steps done"
                     break
-                self._one_cycle(self.lengths[self.cycle], judged=judged)
+                self._one_cycle(self.lengths[state.cycle], judged=judged)
         except KeyboardInterrupt:
-            self.reason = INTERRUPTED
-            now = objective.estimate(self.seed)
-            if objective.prefers(now, self.best):
+            state.reason = INTERRUPTED
+            now = self._estimate()
+            if objective.prefers(now, self.best_estimate):
                 self._keep(now)
-        trainer.restore(self.best_point)
-        return not objective.trains_model and not self.start_is_best
+        self.trainer.restore(state.best_point)
+        return not objective.trains_model and not state.initial_is_best
 
     def _one_cycle(self, length: int, *, judged: bool) -> None:
-        objective, trainer = self.objective, self.trainer
-        done = sum(self.lengths[: self.cycle])
-        with tqdm(
-            total=length,
-            initial=self.step,
-            desc=f"cycle {self.cycle + 1}",
-            disable=not self.progress,
-            mininterval=0.5,
-        ) as bar:
-            trainer.cycle(
-                length,
-                self.rate,
-                lambda step: self._advance(bar, step),
-                first=self.step,
-                anneal=self.anneal and self.cycle == 0,
-            )
-        now = objective.estimate(self.seed)
-        gain, error = now.gain_over(self.best)
-        if objective.trains_model or objective.prefers(now, self.best) or (self.anneal and self.cycle == 0):
+        objective, trainer, state = self.objective, self.trainer, self.trainer.state
+        done = sum(self.lengths[: state.cycle])
+        anneal = self.anneal and state.cycle == 0
+        title = f"cycle {state.cycle + 1}"
+        with tqdm(total=length, initial=state.step, desc=title, disable=not self.progress, mininterval=0.5) as bar:
+            trainer.cycle(length, lambda: self._after_step(bar), anneal=anneal)
+        now = self._estimate()
+        gain, error = now.gain_over(self.best_estimate)
+        is_worse = gain < -2 * error and not objective.trains_model
+        if objective.trains_model or objective.prefers(now, self.best_estimate) or anneal:
             self._keep(now)
-        if judged and self._has_arrived(now):
-            self.reason = f"the log weights of its draws vary by {math.sqrt(now.variance):.3f} nats, next to nothing"
-        elif gain < -2 * error and not objective.trains_model:
-            trainer.restore(self.best_point)
-            trainer.rollbacks += 1
-            self.rate /= 2
-        elif self.num_steps is None and done >= PATIENCE and not self._is_worth_more(gain, error):
-            self.reason = f"the last {length} steps gained {max(gain, 0.0):.3f} nats, not worth as many more"
+        if judged and self._has_converged(now):
+            state.reason = f"converged: log weights have a standard deviation of {math.sqrt(now.variance):.3f} nats"
+        elif is_worse:
+            trainer.roll_back(state.best_point)
+        elif self.num_steps is None and done >= self.settings.patience and not self._is_worth_more(gain, error):
+            state.reason = f"converged: the last {length} steps gained {max(gain, 0.0):.3f} nats, below tolerance"
         elif objective.subsampled or objective.trains_model:
-            self.rate /= 2
-        self.last_gain = gain if self.cycle else 0.0
-        self.cycle, self.step = self.cycle + 1, 0
+            state.learning_rate /= 2
+        state.last_gain = gain if state.cycle else 0.0
+        state.cycle, state.step = state.cycle + 1, 0
 
     def _is_worth_more(self, gain: float, error: float) -> bool:
         """Whether a cycle was worth its steps, and the next one will be if gains go on falling as they did."""
-        wanted = _min_gain(self.objective.guide) / self.lengths[0]
-        if gain < max(wanted * self.lengths[self.cycle], 2 * error):
+        state = self.trainer.state
+        tolerance = self._min_gain() / self.lengths[0]  # a step
+        if gain < max(tolerance * self.lengths[state.cycle], 2 * error):
             return False
-        falls = min(gain / self.last_gain, 1.0) if self.last_gain > 0 else 1.0
-        ahead = self.lengths[self.cycle + 1 : self.cycle + 2]
-        return gain * falls > 0.5 * wanted * sum(ahead)
+        falls = min(gain / state.last_gain, 1.0) if state.last_gain > 0 else 1.0
+        ahead = self.lengths[state.cycle + 1 : state.cycle + 2]
+        return gain * falls > 0.5 * tolerance * sum(ahead)
 
-    def _has_arrived(self, now: Estimate) -> bool:
+    def _min_gain(self) -> float:
+        guide = self.objective.guide
+        blocks = guide.posterior.blocks() if isinstance(guide, AutoFlowGuide) else ()
+        num_local = sum(block.layout.num_items * block.layout.latent_dim for block in blocks if block.items is not None)
+        return max(self.settings.min_gain, self.settings.min_gain_per_latent * num_local)
+
+    def _has_converged(self, now: Estimate) -> bool:
         """Whether log weights hardly vary; that of rare draws does not show in their variance, but in the tail."""
         gap = now.variance / 2
-        if gap >= MIN_GAIN or gap < TAILLESS_GAP:
-            return gap < MIN_GAIN
+        if gap >= self.settings.min_gain or gap < self.settings.max_gap_without_tail:
+            return gap < self.settings.min_gain
         return self.objective.subsampled or not self.objective.vectorized or self.objective.has_light_tails()
 
     def _keep(self, now: Estimate) -> None:
-        self.best, self.best_point, self.start_is_best = now, self.trainer.snapshot(), False
+        self.best_estimate = now
+        self.trainer.state.best_point, self.trainer.state.initial_is_best = self.trainer.snapshot(), False
 
-    def _advance(self, bar: Any, step: int) -> None:
-        """After each step: the bar, and the checkpoint."""
+    def _after_step(self, bar: Any) -> None:
+        """Move the bar, and write the checkpoint."""
         bar.update()
-        self.step = step
         if self.checkpoint.is_due:
             self._save()
-        if self.trainer.steps % 50 == 0:
-            recent = self.trainer.losses[-200:]
+        state = self.trainer.state
+        if state.num_steps % 50 == 0:
+            recent = state.losses[-200:]
             half = len(recent) // 2
             trend = statistics.fmean(recent[:half] or [0.0]) - statistics.fmean(recent[half:] or [0.0])
             bar.set_postfix_str(f"ELBO {-statistics.fmean(recent[half:]):.3f}, trend {trend:+.3f}")
 
     def finish(self, compare: bool) -> tuple[str, Estimate]:
-        """Which of the start and the trained point is kept, and its ELBO.
+        """Which of the initial and the trained point is kept, and its ELBO.
 
         Args:
             compare: Whether the higher ELBO on fresh draws, from the same noise and mini-batches, decides.
         """
-        kept, best = "start" if self.start_is_best else "flow", self.best
+        state = self.trainer.state
+        kept, best = "start" if state.initial_is_best else "flow", self.best_estimate
         if compare:
             seed = int(torch.randint(2**31, ()))
             best = self.objective.estimate(seed)
-            self.trainer.restore(self.start)
-            gaussian = self.objective.estimate(seed)
-            if self.objective.prefers(best, gaussian):
-                self.trainer.restore(self.best_point)
+            self.trainer.restore(state.initial_point)
+            initial = self.objective.estimate(seed)
+            if self.objective.prefers(best, initial):
+                self.trainer.restore(state.best_point)
             else:
-                kept, best = "start", gaussian
+                kept, best = "start", initial
         self._save()
         return kept, best
-
-
-def _min_gain(guide: Callable[..., Any]) -> float:
-    """See ``MIN_GAIN``."""
-    blocks = guide.posterior.blocks() if isinstance(guide, AutoFlowGuide) else ()
-    num_local = sum(block.layout.num_items * block.layout.latent_dim for block in blocks if block.items is not None)
-    return max(MIN_GAIN, MIN_LOCAL_GAIN * num_local)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L7. Optimiser steps that survive rare gradients: clipping that adapts, and a way back from divergence."""
+"""L7. Optimizer steps that survive rare gradients: adaptive clipping, and a rollback on divergence."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,89 +17,125 @@ from torch import Tensor
 from pyro_flows.compiled.parameters import RecordingError
 from pyro_flows.models.traces import NO_DENSITY
 from pyro_flows.training.objective import Objective
+from pyro_flows.training.state import Point, TrainingState
 
-__all__ = ["Trainer"]
+__all__ = ["Trainer", "TrainerSettings"]
 
-# Gradients longer than this many running medians are shortened to it, or left out altogether.
-CLIP, SKIP = 2.0, 20.0
-MEMORY = 100
-# Fraction of a cycle in which the rate rises, and what is left of it at the end.
-WARM_UP, FINAL = 0.05, 0.01
-# Steps after which a loss is compared with the best; how many of its own standard deviations above is a divergence.
-WINDOW, TOLERANCE = 100, 10.0
-# The default 0.999 remembers the first gradients, which are the largest by far, for thousands of steps.
-BETAS = (0.9, 0.99)
-# Adam's eps for items' tables, in nats per unit of their parameters: gradients below this move a row in proportion to
-# their size. A row is seen once in a pass; by the sign of its gradient it would never come to rest.
-TABLE_EPS = 0.1
-MAX_FAILURES = 10
-# Temperature at which annealing begins.
-HOTTEST = 30.0
-# Steps after which they are timed. Recording takes as long as a hundred eager steps, and halves those that follow: it
-# is done if at least so many go on for so many seconds. Compiling saves most of a step, eager or recorded.
-TIMED = 20
-WORTH_RECORDING, WORTH_SECONDS = 200, 2.0
-EAGER_SAVES, SCRIPT_SAVES = 0.85, 0.7
-# Seconds that the compiler takes for an operation of the graph, about, on a machine of two cores.
-COMPILE_SECONDS = 0.009
 
-# Values of the objective's leaves, in order.
-Point = list[Tensor]
+@dataclass(frozen=True)
+class TrainerSettings:
+    """Adam, its clipping and its learning-rate schedule within a cycle; when steps are recorded and compiled.
+
+    Values without a source are heuristics; ``tests/benchmarks/`` measures what they do together.
+
+    Attributes:
+        clip: Gradient norm in running medians above which a gradient is shortened to it, > 0.
+        skip: Gradient norm in running medians above which a step is left out, > ``clip``.
+        norm_memory: Number of steps whose gradient norms the running median is of, >= 1.
+        warmup: Fraction of a cycle in which the learning rate rises linearly, in (0, 1).
+        final_rate: Learning rate at the end of a cycle over the peak, in (0, 1]; the fall is half a cosine. Loshchilov,
+            Hutter. SGDR: Stochastic gradient descent with warm restarts. ICLR 2017. arXiv:1608.03983, eq. (5).
+        window: Number of steps after which their mean loss is compared with the best one, >= 2.
+        divergence: Standard deviations of a loss that this mean may be above the best one, plus a nat, > 0.
+        betas: Of Adam. The default second one, 0.999, remembers the first gradients, which are the largest by far, for
+            thousands of steps.
+        table_eps: Adam's eps for items' tables, in nats per unit of their parameters, > 0. Gradients below this move a
+            row in proportion to their size. A row is seen once in a pass; by the sign of its gradient it would not
+            converge.
+        max_failures: Number of steps without a finite loss and gradient, before there was any, after which training
+            gives up, >= 1.
+        initial_temperature: Temperature at which annealing begins, >= 1; it falls geometrically to 1 in half of the
+            cycle. Rezende, Mohamed. Variational inference with normalizing flows. ICML 2015. arXiv:1505.05770,
+            eq. (20), for annealing.
+        timed_steps: Number of steps after which steps are timed, the later half of them, >= 2.
+        min_steps_to_record: Steps that must be left for a step to be recorded: recording takes as long as a hundred
+            eager steps, and halves those that follow.
+        min_seconds_to_record: Seconds that these must take.
+        eager_saving: Share of an eager step's time that compilation saves.
+        recorded_saving: Share of a recorded step's time that compilation saves.
+        compile_seconds: Seconds that the compiler takes for an operation of the graph, on two cores.
+    """
+
+    clip: float = 2.0
+    skip: float = 20.0
+    norm_memory: int = 100
+    warmup: float = 0.05
+    final_rate: float = 0.01
+    window: int = 100
+    divergence: float = 10.0
+    betas: tuple[float, float] = (0.9, 0.99)
+    table_eps: float = 0.1
+    max_failures: int = 10
+    initial_temperature: float = 30.0
+    timed_steps: int = 20
+    min_steps_to_record: int = 200
+    min_seconds_to_record: float = 2.0
+    eager_saving: float = 0.85
+    recorded_saving: float = 0.7
+    compile_seconds: float = 0.009
+
+    def rate(self, progress: float) -> float:
+        """Learning rate over its peak, after a share of the cycle in [0, 1]: linear up, then half a cosine down."""
+        if progress < self.warmup:
+            return (progress + 1e-3) / (self.warmup + 1e-3)
+        down = (progress - self.warmup) / (1.0 - self.warmup)
+        return self.final_rate + (1.0 - self.final_rate) * 0.5 * (1.0 + math.cos(math.pi * down))
+
+    def inverse_temperature(self, progress: float) -> float:
+        """What the log joint is multiplied by after a share of an annealed cycle in [0, 1]."""
+        return min(1.0, self.initial_temperature ** (2 * progress - 1))
 
 
 class Trainer:
     """Adam on an objective.
 
     Args:
-        objective: What to maximise.
-        num_particles: Draws a step.
-        peak_rate: Largest learning rate.
+        objective: What to maximize.
+        num_particles: Draws a step, >= 1.
+        learning_rate: Peak learning rate of the first cycle, > 0.
         tables: Those parameters whose gradient is sparse: a step moves the rows that it has seen.
-
         compile: Whether steps are compiled: True, False, or ``"auto"`` where that saves time.
+        settings: Constants.
 
     Attributes:
-        steps: Steps so far.
-        losses: The finite ones among their losses.
-        skipped: Steps that were left out.
-        rollbacks: Returns to the best point.
+        state: Where the run is.
     """
 
     def __init__(
         self,
         objective: Objective,
         num_particles: int,
-        peak_rate: float,
+        learning_rate: float,
         tables: Sequence[Tensor] = (),
         compile: bool | str = False,
+        settings: TrainerSettings | None = None,
     ) -> None:
+        self.settings = settings or TrainerSettings()
         self.objective = objective
         self.num_particles = num_particles
-        self.peak_rate = peak_rate
-        self.steps = 0
-        self.losses: list[float] = []
-        self.skipped = 0
-        self.rollbacks = 0
+        here = self.snapshot()
+        self.state = TrainingState(learning_rate, initial_point=here, best_point=here)
         self._elbo = objective.elbo(num_particles)
-        self._norms: deque[float] = deque(maxlen=MEMORY)
+        self._norms: deque[float] = deque(maxlen=self.settings.norm_memory)
         self._tables = tables
         self._compile = compile
-        self._seconds: deque[float] = deque(maxlen=TIMED // 2)
+        self._seconds: deque[float] = deque(maxlen=self.settings.timed_steps // 2)
 
     def _fresh_optimizers(self) -> list[torch.optim.Optimizer]:
         made: list[torch.optim.Optimizer] = []
+        rate, betas = self.state.learning_rate, self.settings.betas
         tables = [p for p in self._parameters if any(p is table for table in self._tables)]
         dense = [p for p in self._parameters if all(p is not table for table in self._tables)]
         if dense:
-            made.append(torch.optim.Adam(dense, lr=self.peak_rate, betas=BETAS, fused=True))
+            made.append(torch.optim.Adam(dense, lr=rate, betas=betas, fused=True))
         if tables:
-            eps = TABLE_EPS * self.objective.scale
-            made.append(torch.optim.SparseAdam(tables, lr=self.peak_rate, betas=BETAS, eps=eps))
+            eps = self.settings.table_eps * self.objective.scale
+            made.append(torch.optim.SparseAdam(tables, lr=rate, betas=betas, eps=eps))
         return made
 
     def _continued(self, before: Sequence[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
         """Adam of the vector that parameters have become, with their moments: without these its first steps would be
-        as long as at the start, at a rate that is not that of the start."""
+        as long as in a fresh run, at a learning rate that is not that of one."""
         made = self._fresh_optimizers()
         states: dict[Tensor, dict[str, Tensor]] = {}
         for optimizer in before:
@@ -117,15 +154,17 @@ class Trainer:
     def _parameters(self) -> list[Tensor]:
         return self.objective.parameters
 
-    def _speed_up(self, steps_left: int) -> bool:
-        """Record steps, or compile what was recorded, if that pays; returns whether parameters are others now."""
+    def _record_or_compile(self, steps_left: int) -> bool:
+        """Record steps, or compile what was recorded, if that pays; returns whether the parameters are others now."""
+        settings = self.settings
         asked = self._compile is True
-        if self._compile is False or not (asked or len(self._seconds) == TIMED // 2):
+        if self._compile is False or not (asked or len(self._seconds) == self._seconds.maxlen):
             return False
         ahead = steps_left * statistics.median(self._seconds) if self._seconds else math.inf
         is_new = self.objective.graph is None
         if is_new:
-            if not asked and (steps_left < WORTH_RECORDING or ahead < WORTH_SECONDS):
+            pays = steps_left >= settings.min_steps_to_record and ahead >= settings.min_seconds_to_record
+            if not (asked or pays):
                 return False
             try:
                 if self._tables:
@@ -138,14 +177,15 @@ class Trainer:
                 return False
         graph = self.objective.graph
         assert graph is not None
-        if asked or ahead * (EAGER_SAVES if is_new else SCRIPT_SAVES) > graph.num_operations * COMPILE_SECONDS:
+        saving = settings.eager_saving if is_new else settings.recorded_saving
+        if asked or ahead * saving > graph.num_operations * settings.compile_seconds:
             self._compile = False
             try:
                 self.objective.compile()
                 return is_new
             except RuntimeError as error:
                 if asked:
-                    warnings.warn(f"fit: runs its graph without machine code, since {error}.", stacklevel=4)
+                    warnings.warn(f"fit: runs its recorded step without compilation, since {error}.", stacklevel=4)
         if is_new:
             graph.script(*self.objective.batches.first)
             self._seconds.clear()
@@ -161,48 +201,53 @@ class Trainer:
         for leaf, value in zip(self.objective.leaves, point, strict=True):
             leaf.copy_(value)
 
-    def cycle(
-        self, length: int, rate: float, after_step: Callable[[int], None], *, first: int = 0, anneal: bool = False
-    ) -> None:
-        """So many steps, with a rate that rises to ``rate`` and falls to a hundredth of it.
+    def roll_back(self, point: Point) -> None:
+        """On divergence, restore an earlier point and halve the learning rate, from here on."""
+        self.restore(point)
+        self.state.learning_rate /= 2
+        self.state.num_rollbacks += 1
+
+    def cycle(self, length: int, after_step: Callable[[], None] = lambda: None, *, anneal: bool = False) -> None:
+        """Take the steps that are left of a cycle, whose learning rate rises to its peak and then decays.
+
+        Where the mean loss diverges from the best in the cycle, parameters are rolled back to those of the best.
 
         Args:
-            length: Number of steps.
-            rate: The highest rate.
-            after_step: Is told how many steps of the cycle are done.
-            first: Where the cycle goes on, if it was broken off.
+            length: Number of steps of the cycle; those before ``state.step`` are done.
+            after_step: Is called after each.
             anneal: Whether the log joint is flattened at first, by a temperature that falls to 1 in half of the steps.
 
         Raises:
             RuntimeError: If none of the first steps ever has a finite loss and gradient.
             Exception: Whatever the model raises then.
         """
+        state, settings = self.state, self.settings
         best_loss, best_spread, best_point = math.inf, 0.0, self.snapshot()
         optimizers = self._fresh_optimizers()
-        begun = len(self.losses)
+        first, num_losses = state.step, len(state.losses)
         for step in range(first, length):
-            if not anneal and step in (first, first + TIMED) and self._speed_up(length - step):
+            if not anneal and step in (first, first + settings.timed_steps) and self._record_or_compile(length - step):
                 optimizers = self._continued(optimizers)
             if anneal:
-                self.objective.power = min(1.0, HOTTEST ** (2 * step / length - 1))
+                self.objective.inverse_temperature = settings.inverse_temperature(step / length)
             begin = time.perf_counter()
-            self._step(optimizers, rate * _schedule(step / length))
+            self._step(optimizers, state.learning_rate * settings.rate(step / length))
             self._seconds.append(time.perf_counter() - begin)
-            after_step(step + 1)
-            if step % WINDOW == WINDOW - 1:
-                window = self.losses[max(begun, len(self.losses) - WINDOW) :]
+            state.step = step + 1
+            after_step()
+            if state.step % settings.window == 0:
+                window = state.losses[max(num_losses, len(state.losses) - settings.window) :]
                 loss = statistics.fmean(window) if window else math.inf
                 spread = statistics.stdev(window) if len(window) > 1 else 0.0
                 if loss < best_loss:
                     best_loss, best_spread, best_point = loss, spread, self.snapshot()
-                elif not anneal and not loss < best_loss + TOLERANCE * best_spread + 1.0:
-                    self.restore(best_point)
+                elif not anneal and not loss < best_loss + settings.divergence * best_spread + 1.0:
+                    self.roll_back(best_point)
                     optimizers = self._fresh_optimizers()
-                    self.rollbacks += 1
-                    rate /= 2
 
     def _step(self, optimizers: Sequence[torch.optim.Optimizer], rate: float) -> None:
-        self.steps += 1
+        state, settings = self.state, self.settings
+        state.num_steps += 1
         for parameter in self._parameters:
             parameter.grad = None
         try:
@@ -212,18 +257,19 @@ class Trainer:
         gradients = [_entries(p) for p in self._parameters if p.grad is not None]
         norm = torch.stack(torch._foreach_norm(gradients)).norm().item() if gradients else math.nan
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            self.skipped += 1
-            if not self.losses and self.skipped >= MAX_FAILURES:
+            state.num_skipped += 1
+            if not state.losses and state.num_skipped >= settings.max_failures:
                 raise RuntimeError(self.objective.without_density())
             return
-        self.losses.append(loss)
+        state.losses.append(loss)
         median = statistics.median(self._norms) if self._norms else norm
-        self._norms.append(min(norm, SKIP * median))  # so that the median follows where gradients grow for good
-        if norm > SKIP * median:
-            self.skipped += 1
+        longest = settings.skip * median
+        self._norms.append(min(norm, longest))  # so that the median follows where gradients grow for good
+        if norm > longest:
+            state.num_skipped += 1
             return
-        if norm > CLIP * median:
-            torch._foreach_mul_(gradients, CLIP * median / norm)
+        if norm > settings.clip * median:
+            torch._foreach_mul_(gradients, settings.clip * median / norm)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -237,11 +283,3 @@ def _entries(parameter: Tensor) -> Tensor:
         return parameter.grad
     parameter.grad = parameter.grad.coalesce()
     return parameter.grad._values()
-
-
-def _schedule(progress: float) -> float:
-    """Share of the peak rate: linear up, then half a cosine down."""
-    if progress < WARM_UP:
-        return (progress + 1e-3) / (WARM_UP + 1e-3)
-    down = (progress - WARM_UP) / (1.0 - WARM_UP)
-    return FINAL + (1.0 - FINAL) * 0.5 * (1.0 + math.cos(math.pi * down))

@@ -21,8 +21,9 @@ from tables import Measure, Rows, parser, run
 
 from pyro_flows import AutoFlowGuide
 from pyro_flows.__main__ import model as eight_schools
-from pyro_flows.training.fit import RATE_WARM, _default_particles
-from pyro_flows.training.objective import Batches, Objective
+from pyro_flows.training.batches import Batches
+from pyro_flows.training.fit import FitSettings
+from pyro_flows.training.objective import Objective
 from pyro_flows.training.trainer import Trainer
 
 DECAYS = (0.98, 0.99, 0.995)
@@ -65,13 +66,14 @@ def gains(target: Target, num_steps: int, seed: int) -> list[tuple[float, float]
     model, args, make = target
     batches = Batches(args, None)
     guide = make(model)
-    calls = batches.one_pass(100)
+    settings = FitSettings()
+    calls = batches.one_pass(100, settings.estimates.max_elements)
     guide.setup(*calls[0][0])
     guide.warm_start_on(calls)
     objective = Objective(model, guide, batches)
-    trainer = Trainer(objective, _default_particles(objective), RATE_WARM)
+    trainer = Trainer(objective, settings.num_particles(objective), settings.rate_warm)
     averages = Averages(trainer)
-    trainer.cycle(num_steps, RATE_WARM, averages)
+    trainer.cycle(num_steps, lambda: averages(trainer.state.step))
     last = objective.estimate(seed)
     found = []
     for point in averages.points.values():

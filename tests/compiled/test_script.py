@@ -21,7 +21,9 @@ from pyro_flows.compiled.parameters import FlatParameter, state_of, trial
 from pyro_flows.compiled.script import to_script
 from pyro_flows.compiled.tracer import trace_operations
 from pyro_flows.compiled.unread import tensor_loss
+from pyro_flows.training.fit import FitSettings
 from pyro_flows.training.objective import Objective
+from pyro_flows.training.trainer import TrainerSettings
 
 X = torch.linspace(-1.0, 1.0, 12).reshape(6, 2)
 Y = torch.tensor([0.3, -0.2, 0.9, 1.4, -0.7, 0.1])
@@ -159,11 +161,12 @@ def test_runs_a_graph_without_gradients_or_warnings() -> None:
         torch.testing.assert_close(one, other.detach())
 
 
+# Steps are recorded at once, and never compiled.
+RECORDED = FitSettings(trainer=TrainerSettings(min_steps_to_record=0, min_seconds_to_record=0.0, compile_seconds=1e9))
+
+
 def test_fit_is_the_same_with_and_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Recorded steps that TorchScript runs take the way of recorded steps that Python runs."""
-    monkeypatch.setattr("pyro_flows.training.trainer.WORTH_RECORDING", 0)
-    monkeypatch.setattr("pyro_flows.training.trainer.WORTH_SECONDS", 0.0)
-    monkeypatch.setattr("pyro_flows.training.trainer.COMPILE_SECONDS", 1e9)
     used = []
     original = LossGraph.script
 
@@ -176,7 +179,8 @@ def test_fit_is_the_same_with_and_without_it(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(LossGraph, "script", script if with_it else lambda *args: None)
         pyro.clear_param_store()
         guide = AutoNormal(regression)
-        losses.append(fit(regression, guide, (Y,), num_steps=60, num_particles=4, seed=0, progress=False).losses)
+        options = {"num_steps": 60, "num_particles": 4, "seed": 0, "progress": False, "settings": RECORDED}
+        losses.append(fit(regression, guide, (Y,), **options).losses)
     assert used == [True]
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-3, atol=1e-3)
 
@@ -184,9 +188,6 @@ def test_fit_is_the_same_with_and_without_it(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("make", [AutoNormal, AutoFlowGuide])
 def test_recording_a_step_of_fit_changes_nothing(monkeypatch: pytest.MonkeyPatch, make: Callable[..., Any]) -> None:
     """Adam started anew there, in the middle of a cycle: some fits of a banana did not recover."""
-    monkeypatch.setattr("pyro_flows.training.trainer.WORTH_RECORDING", 0)
-    monkeypatch.setattr("pyro_flows.training.trainer.WORTH_SECONDS", 0.0)
-    monkeypatch.setattr("pyro_flows.training.trainer.COMPILE_SECONDS", 1e9)
     recordings = []
     original = Objective.record
     monkeypatch.setattr(Objective, "record", lambda *args: recordings.append(original(*args)) or recordings[-1])
@@ -194,7 +195,8 @@ def test_recording_a_step_of_fit_changes_nothing(monkeypatch: pytest.MonkeyPatch
     for compile in ("auto", False):
         pyro.clear_param_store()
         guide = make(regression)
-        result = fit(regression, guide, (Y,), num_steps=60, num_particles=4, compile=compile, seed=0, progress=False)
+        options = {"num_steps": 60, "num_particles": 4, "seed": 0, "progress": False, "settings": RECORDED}
+        result = fit(regression, guide, (Y,), compile=compile, **options)
         losses.append(torch.tensor(result.losses))
     assert len(recordings) == 1
     torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-3)

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from pyro_flows import AutoFlowGuide, diagnose, fit
 from pyro_flows.export import to_inference_data
-from pyro_flows.training.objective import Batches, Objective
+from pyro_flows.training.batches import Batches
+from pyro_flows.training.objective import Objective
 
 N = 20
 X = torch.linspace(-1.0, 1.0, N)

@@ -57,7 +57,7 @@ def recorded(guide: Callable[..., Any]) -> tuple[Callable[..., Any], list[poutin
 
 
 def noise_of(trace: poutine.Trace, row: int) -> dict[str, Tensor]:
-    """Standardised noise of one particle, by site of an ``AutoNormal``."""
+    """Standardized noise of one particle, by site of an ``AutoNormal``."""
     found = {}
     for name, node in trace.nodes.items():
         if node["type"] == "sample" and name.endswith("_unconstrained"):
@@ -248,7 +248,7 @@ def test_parameters_of_the_model_have_their_gradients(broadcasts: bool) -> None:
 
 @both_ways
 def test_svi_trains_what_the_model_has(broadcasts: bool) -> None:
-    """Its parameters reach the optimiser."""
+    """Its parameters reach the optimizer."""
 
     def model(y: Tensor) -> None:
         offset = pyro.param("offset", torch.tensor(0.0))

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any
 
 import pyro
@@ -17,9 +16,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_flows import AutoFlowGuide, fit
-from pyro_flows.training.objective import Batches, Objective
-from pyro_flows.training.schedule import Run
-from pyro_flows.training.trainer import Trainer
+from pyro_flows.training.batches import Batches
+from pyro_flows.training.checkpoint import Checkpoint
+from pyro_flows.training.fit import FitSettings
+from pyro_flows.training.objective import EstimateSettings, Objective
+from pyro_flows.training.schedule import Schedule, ScheduleSettings
+from pyro_flows.training.trainer import Trainer, TrainerSettings
 
 Y = torch.tensor([1.0, 2.0, 3.0])
 # N(loc | 0, 10) times three N(y | loc, 1): a Gaussian in y with covariance I + 100.
@@ -46,7 +48,9 @@ def test_a_gaussian_posterior_needs_no_steps() -> None:
 
 
 def test_a_banana_is_fitted_in_one_call() -> None:
-    result = fit(banana, AutoFlowGuide(banana), num_steps=1500, num_particles=16, seed=4, progress=False)
+    # Eager: when steps are recorded depends on the machine, and rounding then decides where rare gradients lead.
+    guide = AutoFlowGuide(banana)
+    result = fit(banana, guide, num_steps=1500, num_particles=16, compile=False, seed=4, progress=False)
     assert result.kept == "flow" and result.steps == 1500
     assert result.start_elbo < -0.3
     assert -0.15 < result.elbo < 4 * result.elbo_se
@@ -195,8 +199,7 @@ def test_models_that_outer_plates_break_are_run_under_vmap() -> None:
     assert fit(model, AutoFlowGuide(model), (x,), num_steps=3, seed=0, progress=False).num_particles > 2
 
 
-def test_a_start_that_training_does_not_beat_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["pyro_flows.training.schedule"], "NEGLIGIBLE_GAP", 0.0)
+def test_a_start_that_training_does_not_beat_is_restored() -> None:
     guide = AutoFlowGuide(conjugate).warm_start(Y)
     before = {name: p.detach().clone() for name, p in guide.named_parameters()}
     result = fit(conjugate, guide, (Y,), num_steps=3, learning_rate=1.0, seed=0, progress=False)
@@ -223,14 +226,14 @@ def test_gradients_out_of_proportion_are_skipped_and_divergence_is_rolled_back()
     objective.model = rare
     trainer = Trainer(objective, 1, 0.01)
     with pytest.warns(UserWarning, match="gradient of a draw was not finite"):
-        trainer.cycle(200, 0.01, lambda step: None)
-    assert trainer.skipped >= 25
+        trainer.cycle(200)
+    assert trainer.state.num_skipped >= 25
     assert objective.guide.median()["loc"].item() == pytest.approx(2.0, abs=0.2)
 
     objective.model = conjugate
     worse = 0
 
-    def diverge(step: int) -> None:
+    def diverge() -> None:
         nonlocal worse
         worse += 1
         if worse == 150:
@@ -239,8 +242,8 @@ def test_gradients_out_of_proportion_are_skipped_and_divergence_is_rolled_back()
                     p.add_(3.0)
 
     trainer = Trainer(objective, 1, 1e-4)
-    trainer.cycle(400, 1e-4, diverge)
-    assert trainer.rollbacks == 1
+    trainer.cycle(400, diverge)
+    assert trainer.state.num_rollbacks == 1 and trainer.state.learning_rate == 0.5e-4
     assert guide.median()["loc"].item() == pytest.approx(2.0, abs=0.2)
 
 
@@ -318,7 +321,31 @@ def test_tails_of_weights_are_looked_at_before_it_is_called_arrived(df: float, l
 @pytest.mark.parametrize("last_gain, gain, worth", [(0.0, 0.03, True), (0.06, 0.05, True), (0.06, 0.03, False)])
 def test_a_cycle_that_promises_little_is_not_begun(last_gain: float, gain: float, worth: bool) -> None:
     """Gains of .066, .051, .020 were followed by 2000 steps for .009, half of the whole time."""
-    run = Run.__new__(Run)
-    run.objective = Objective(banana, AutoNormal(banana), Batches((), {}))
-    run.lengths, run.cycle, run.last_gain = [250, 250, 500, 1000, 2000], 3, last_gain
-    assert run._is_worth_more(gain, error=0.001) is worth
+    trainer = Trainer(Objective(banana, AutoNormal(banana), Batches((), {})), 1, 0.01)
+    schedule = Schedule(trainer, None, Checkpoint(None, 60.0), anneal=False, progress=False)
+    assert schedule.lengths == [250, 250, 500, 1000, 2000]
+    trainer.state.cycle, trainer.state.last_gain = 3, last_gain
+    assert schedule._is_worth_more(gain, error=0.001) is worth
+
+
+def test_constants_of_every_part_can_be_set() -> None:
+    """Each does what it says."""
+
+    def run(**options: Any) -> Any:
+        pyro.set_rng_seed(0)
+        guide = AutoFlowGuide(banana, "diagonal_normal")
+        return fit(banana, guide, seed=0, progress=False, settings=FitSettings(**options))
+
+    short = ScheduleSettings(first_cycle=10, max_steps=20)
+    result = run(min_particles=3, max_particles=3, rate_warm=1e-3, schedule=short)
+    assert (result.steps, result.num_particles, result.learning_rate) == (20, 3, 1e-3)
+    assert result.reason == "all 20 steps done" and result.skipped < 5
+    again = run(min_particles=3, max_particles=3, rate_warm=1e-3, schedule=short)
+    assert again.losses == result.losses
+    # All gradients but the first ones are out of proportion.
+    skipped = run(min_particles=3, max_particles=3, schedule=short, trainer=TrainerSettings(skip=1e-6))
+    assert skipped.skipped >= 18
+    # A tolerance that nothing reaches: the gap itself is below it.
+    assert "converged" in run(schedule=ScheduleSettings(first_cycle=10, min_gain=1e6, max_gap_without_tail=1e6)).reason
+    exact = run(schedule=short, estimates=EstimateSettings(num_runs=50, num_particles=2000, max_values=10**6))
+    assert exact.elbo_se < 0.5 * result.elbo_se

@@ -4,7 +4,7 @@
 
 ``guides.pt.gz`` holds, by name, a guide's ``state_dict``, values of its latents and their log densities under it; the
 two stores hold the parameters of the guides of the same name; ``run.pt`` is the checkpoint of a run of ``fit`` that was
-cut off in its second cycle.
+cut off in its second cycle, and ``"run"`` has values and densities of the guide at that point.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def moved(guide: Any) -> Any:
     return guide
 
 
-def write_guides() -> None:
+def write_guides() -> dict[str, Any]:
     written = {}
     for name, make in GUIDES.items():
         pyro.clear_param_store()
@@ -45,17 +45,14 @@ def write_guides() -> None:
         if name in STORED:
             guide(*DATA)  # which puts its parameters into the store
             pyro.get_param_store().save(str(HERE / STORED[name]))
-    # Zeros fill much of torch's files.
-    file = io.BytesIO()
-    torch.save(written, file)
-    (HERE / "guides.pt.gz").write_bytes(gzip.compress(file.getvalue(), mtime=0))
+    return written
 
 
 class Stopped(Exception):
     """Ends a run as the end of its process does."""
 
 
-def write_checkpoint() -> None:
+def write_checkpoint() -> dict[str, Any]:
     from pyro_flows.inference import checkpoint
 
     checkpoint.EVERY = 0.0
@@ -75,8 +72,12 @@ def write_checkpoint() -> None:
     guide = AutoFlowGuide(model, small("auto"))
     with suppress(Stopped):
         fit(model, guide, DATA, seed=0, progress=False, compile=False, checkpoint=path)
+    values, log_prob = densities(guide)  # which is where it was when the file was written
+    return {"values": values, "log_prob": log_prob}
 
 
 if __name__ == "__main__":
-    write_guides()
-    write_checkpoint()
+    file = io.BytesIO()
+    torch.save({**write_guides(), "run": write_checkpoint()}, file)
+    # Zeros fill much of torch's files.
+    (HERE / "guides.pt.gz").write_bytes(gzip.compress(file.getvalue(), mtime=0))

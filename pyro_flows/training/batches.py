@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L7. Where the data of a run come from: one tuple of arguments, or mini-batches that are passed over repeatedly."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+__all__ = ["Arguments", "Batches"]
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Batches:
+    """The model's arguments, again and again.
+
+    Args:
+        args: A tuple of arguments; or something that can be iterated over repeatedly, whose items are tuples of
+            arguments, lists of them (as a ``DataLoader`` gives), or single arguments.
+        kwargs: Keyword arguments.
+
+    Attributes:
+        many: Whether they are mini-batches.
+        first: Arguments of the first one.
+
+    Raises:
+        TypeError: If ``args`` is an iterator, which would be used up, or no collection of arguments.
+        ValueError: If there is no mini-batch.
+    """
+
+    def __init__(self, args: tuple[Any, ...] | Iterable[Any], kwargs: Mapping[str, Any] | None) -> None:
+        self.kwargs = dict(kwargs or {})
+        self.many = not isinstance(args, tuple)
+        if isinstance(args, Iterator):
+            raise TypeError(
+                "fit: expected mini-batches that can be iterated over again, but got an iterator. "
+                "Pass the DataLoader itself, or a list of argument tuples."
+            )
+        if torch.is_tensor(args) or isinstance(args, (str, Mapping)):
+            raise TypeError(f"fit: expected args to be a tuple, but got a {type(args).__name__}. Write args=(x,).")
+        self._source: Iterable[Any] = args if self.many else [args]
+        self._stream = self._endless()
+        try:
+            self.first: Arguments = next(self._endless())
+        except RuntimeError:
+            raise ValueError("fit: expected at least one mini-batch, but got none.") from None
+
+    def _pass(self) -> Iterator[Arguments]:
+        for item in self._source:
+            yield (tuple(item) if isinstance(item, (tuple, list)) else (item,)), self.kwargs
+
+    def _endless(self) -> Iterator[Arguments]:
+        while True:
+            empty = True
+            for call in self._pass():
+                empty = False
+                yield call
+            if empty:
+                raise RuntimeError("no mini-batches")
+
+    def next(self) -> Arguments:
+        """The arguments of the next step."""
+        return next(self._stream)
+
+    def one_pass(self, limit: int, max_elements: int) -> list[Arguments]:
+        """The mini-batches of one pass.
+
+        Args:
+            limit: Number of mini-batches at most.
+            max_elements: Number of elements of their tensors after which no more are taken.
+        """
+        calls: list[Arguments] = []
+        held = 0
+        for call in itertools.islice(self._pass(), limit):
+            calls.append(call)
+            held += sum(value.numel() for value in call[0] if torch.is_tensor(value))
+            if held > max_elements:
+                break
+        return calls
