@@ -14,7 +14,7 @@ import pytest
 
 from pyro_flows.flows.bases import Base, BaseSpec
 from pyro_flows.flows.noise import CenteredStudentT, DiagonalNormalMixture, StandardNormal
-from pyro_flows.transforms import AffineHead, Preconditioner
+from pyro_flows.transforms import Head, Preconditioner
 
 PACKAGE = Path(__file__).resolve().parents[1] / "pyro_flows"
 # From the lowest to the highest.
@@ -103,7 +103,7 @@ def test_private_parts_of_torch_are_touched_in_one_place():
 def test_only_starts_look_at_what_heads_and_bases_are():
     """Everyone else asks them by a method or an attribute, so that a new head or base is one new class. What reads
     files of 0.1.0 knows the classes of that time."""
-    kinds = (AffineHead, Preconditioner, Base, BaseSpec, StandardNormal, CenteredStudentT, DiagonalNormalMixture)
+    kinds = (Head, Preconditioner, Base, BaseSpec, StandardNormal, CenteredStudentT, DiagonalNormalMixture)
     modules = [sys.modules[name] for name in sorted(sys.modules) if name.startswith("pyro_flows.")]
     classes = {thing for module in modules for thing in vars(module).values() if inspect.isclass(thing)}
     home = {thing.__name__: thing.__module__ for thing in classes if issubclass(thing, kinds)}

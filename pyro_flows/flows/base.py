@@ -24,6 +24,7 @@ from pyro_flows.transforms import (
     DiagonalAffine,
     FlowTransform,
     FullRankAffine,
+    Head,
     LowRankAffine,
     PlateHead,
     Preconditioner,
@@ -60,7 +61,7 @@ class Flow(nn.Module):
     def __init__(
         self,
         layers: Sequence[FlowTransform],
-        head: AffineHead,
+        head: Head,
         preconditioner: Preconditioner | None = None,
         base: Base | None = None,
     ) -> None:
@@ -90,8 +91,8 @@ class Flow(nn.Module):
         return self._parts[0]
 
     @property
-    def head(self) -> AffineHead:
-        """The trained affine transform behind all layers."""
+    def head(self) -> Head:
+        """The trained transform behind all layers."""
         return self._parts[1]
 
     @property
@@ -100,7 +101,7 @@ class Flow(nn.Module):
         return self._parts[2]
 
     def standardize(self, y: Tensor) -> Tensor:
-        """Values as input for those who condition on them; see :meth:`AffineHead.standardize`."""
+        """Values as input for those who condition on them; see :meth:`Head.standardize`."""
         if self.preconditioner is None or self.head.is_outermost:
             return self.head.standardize(y)
         return self.preconditioner.standardize(y, *self.head.gaussian())

@@ -32,7 +32,7 @@ class SiteOrdered(FlowSpec):
     """Model-ordered flow: each site is affine in its noise given the sites before it, after an elementwise spline.
 
     The family for hierarchies: contains every Gaussian, every non-centering and funnels. In a guide, sites whose prior
-    is Gaussian given others have a head that knows it; see :class:`~pyro_flows.transforms.ConditionalGaussianHead`,
+    is Gaussian given others have a head that knows it; see :class:`~pyro_flows.transforms.MultilevelHead`,
     :class:`~pyro_flows.transforms.DiagonalPrecisionHead` and :class:`~pyro_flows.transforms.FullPrecisionHead`.
 
     Args:

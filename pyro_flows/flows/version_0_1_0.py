@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from pyro_flows.transforms import AffineHead, PlateHead, SiteOrderedAffine
+from pyro_flows.transforms import PlateHead, SiteOrderedAffine
 from pyro_flows.transforms.coupling import Couplings
-from pyro_flows.transforms.heads.affine import encode_gaussian
+from pyro_flows.transforms.heads.base import Head, encode_gaussian
 from pyro_flows.transforms.networks import Packed
 
 __all__ = ["from_0_1_0", "is_from_0_1_0", "names_in_0_1_0"]
@@ -27,7 +27,7 @@ def is_from_0_1_0(state: Mapping[str, Tensor], module: nn.Module) -> bool:
         state: Name -> value of a module's parameters.
         module: What holds the flows.
     """
-    rows = [state.get(f"{prefix}raw.value") for prefix, part in _layers(module) if isinstance(part, AffineHead)]
+    rows = [state.get(f"{prefix}raw.value") for prefix, part in _layers(module) if isinstance(part, Head)]
     return any(value is not None and len(value) == 3 for value in rows)
 
 
@@ -87,7 +87,7 @@ def _refusal(reason: str) -> ValueError:
 def _layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The layers whose parameters have changed, with the prefix of their names."""
     for name, part in module.named_modules():
-        if isinstance(part, (AffineHead, Couplings, SiteOrderedAffine)):
+        if isinstance(part, (Head, Couplings, SiteOrderedAffine)):
             yield f"{name}." if name else "", part
 
 
@@ -113,7 +113,7 @@ def _networks(num_layers: int) -> list[str]:
 
 def _converted(part: nn.Module, before: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The parameters of a layer from those of 0.1.0."""
-    if isinstance(part, AffineHead):
+    if isinstance(part, Head):
         value = before["raw.value"]
         if value.shape != (3, part.input_dim):
             raise _refusal(f"'{prefix}raw.value' has shape {tuple(value.shape)}, not {(3, part.input_dim)}")

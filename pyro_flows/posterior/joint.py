@@ -18,6 +18,7 @@ from pyro_flows.transforms import (
     FullPrecisionHead,
     FullRankPreconditioner,
     LowRankPreconditioner,
+    MultilevelHead,
     Preconditioner,
 )
 
@@ -60,7 +61,7 @@ def _pooling(prior: LinearPrior, dim: int) -> ConditionalGaussianHead:
     slope, bias = prior.dense(dim)
     chained = (slope[:, prior.known] != 0).any()
     if chained or prior.known.sum() > MATRIX_DIM:
-        return ConditionalGaussianHead(prior.known, slope, bias)
+        return MultilevelHead(prior.known, slope, bias)
     if prior.conditionally_independent:
         return DiagonalPrecisionHead(prior.known, slope, bias)
     return FullPrecisionHead(prior.known, slope, bias, prior.correlated)

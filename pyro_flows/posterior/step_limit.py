@@ -87,7 +87,7 @@ def _limited(module: nn.Module) -> Iterator[nn.Parameter]:
     """All that moves in a flow, but for the Gaussian of its head, and the share of the prior in that."""
     for flow in module.modules():
         if isinstance(flow, Flow):
-            own = {*flow.head.raw.parameters(), getattr(flow.head, "log_share", None)}
+            own = set(flow.head.gaussian_parameters())
             for part in flow.modules():
                 for name, parameter in part.named_parameters(recurse=False):
                     is_fixed = name in getattr(part, "fixed", ())

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyro_flows.models.log_joint import LogJoint
 from pyro_flows.starts.lbfgs import gradient_and_hessian
-from pyro_flows.transforms import DiagonalPrecisionHead
+from pyro_flows.transforms import LinearMixedHead
 
 __all__ = ["fit_likelihood"]
 
@@ -19,7 +19,7 @@ MIN_LIKELIHOOD_SHARE = 1e-4
 
 
 @torch.no_grad()
-def fit_likelihood(log_joint: LogJoint, head: DiagonalPrecisionHead, center: Tensor, scale: Tensor) -> bool:
+def fit_likelihood(log_joint: LogJoint, head: LinearMixedHead, center: Tensor, scale: Tensor) -> bool:
     """Set a head's likelihood factor to what the likelihood is near a point, by its second derivatives there.
 
     That is exact where the likelihood is Gaussian in the coordinates with known priors, with a precision of which

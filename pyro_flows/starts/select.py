@@ -32,8 +32,8 @@ from pyro_flows.starts.low_rank import LowRankGaussian, best_low_rank
 from pyro_flows.starts.mixture import best_mixture
 from pyro_flows.transforms import (
     ConditionalGaussianHead,
-    DiagonalPrecisionHead,
     FullRankPreconditioner,
+    LinearMixedHead,
     LowRankAffine,
     LowRankPreconditioner,
     Preconditioner,
@@ -123,11 +123,11 @@ def _from_priors(block: JointBlock, log_joint: LogJoint, found: Gaussian) -> Sta
     head = block.flow.head
     if not isinstance(head, ConditionalGaussianHead) or log_joint.cost_per_draw >= EXPENSIVE:
         return None
-    start = _from_likelihood(block.flow, log_joint, head, found) if isinstance(head, DiagonalPrecisionHead) else None
+    start = _from_likelihood(block.flow, log_joint, head, found) if isinstance(head, LinearMixedHead) else None
     return start if start is not None and start.elbo > found.elbo else _from_shares(block, log_joint, head, found)
 
 
-def _from_likelihood(flow: Flow, log_joint: LogJoint, head: DiagonalPrecisionHead, found: Gaussian) -> Start | None:
+def _from_likelihood(flow: Flow, log_joint: LogJoint, head: LinearMixedHead, found: Gaussian) -> Start | None:
     """Let the head's own Gaussians be what the data say, and fit one to the other coordinates."""
     preconditioner = flow.preconditioner
     if not isinstance(preconditioner, FullRankPreconditioner):

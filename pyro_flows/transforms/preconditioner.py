@@ -50,7 +50,7 @@ class Preconditioner(FlowTransform):
         self.look()
 
     def standardize(self, y: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
-        """As ``AffineHead.standardize``, for a Gaussian ``N(loc, diag(scale)^2)`` under this map."""
+        """As ``Head.standardize``, for a Gaussian ``N(loc, diag(scale)^2)`` under this map."""
         if self.is_identity:
             return (y - loc) * torch.rsqrt(1.0 + scale.square())
         return (y - self.loc.detach() - self._mix(loc)[0]) * torch.rsqrt(1.0 + self._variance(scale))

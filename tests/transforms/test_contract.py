@@ -23,10 +23,10 @@ def hierarchy(input_dim: int) -> FlowTransform:
     slope = torch.randn(2, input_dim, input_dim) * (
         torch.eye(input_dim).roll(min(2, input_dim - 1), -1) * known[:, None]
     )
-    return T.ConditionalGaussianHead(known, slope.flatten(0, 1), torch.randn(2 * input_dim))
+    return T.MultilevelHead(known, slope.flatten(0, 1), torch.randn(2 * input_dim))
 
 
-def followed(input_dim: int, kind: type[T.DiagonalPrecisionHead]) -> FlowTransform:
+def followed(input_dim: int, kind: type[T.LinearMixedHead]) -> FlowTransform:
     """Known priors of the last half, two of which are correlated where there are five coordinates and matrices."""
     count = (input_dim + 1) // 2
     known = torch.arange(input_dim) >= input_dim - count
@@ -35,9 +35,7 @@ def followed(input_dim: int, kind: type[T.DiagonalPrecisionHead]) -> FlowTransfo
     slope[known.repeat(2), :free] = 0.3 * torch.randn(2 * count, free)
     given = known, slope, torch.randn(2 * input_dim)
     if kind is T.FullPrecisionHead and input_dim >= 5:
-        head: T.DiagonalPrecisionHead = T.FullPrecisionHead(
-            *given, [T.Correlated(free + 1, num=1, size=2, factor_offset=0)]
-        )
+        head: T.LinearMixedHead = T.FullPrecisionHead(*given, [T.Correlated(free + 1, num=1, size=2, factor_offset=0)])
     else:
         head = kind(*given)
     if free:
@@ -64,7 +62,14 @@ def low_rank_preconditioner(input_dim: int) -> FlowTransform:
     return transform
 
 
-BASES = {"AffineHead", "Preconditioner", "FlowTransform"}  # Not transforms of their own.
+BASES = {
+    "AffineHead",
+    "ConditionalGaussianHead",
+    "FlowTransform",
+    "Head",
+    "LinearMixedHead",
+    "Preconditioner",
+}  # Not transforms of their own.
 # Name -> constructor (input_dim, context_dim) of every public transform.
 TRANSFORMS: dict[str, Callable[[int, int], FlowTransform]] = {
     name: getattr(T, name)
@@ -90,7 +95,7 @@ TRANSFORMS |= {
     "PyroTransform": lambda d, c: T.PyroTransform(pyro_transforms.spline(d), d, c),
     "DiagonalPrecisionHead": lambda d, c: followed(d, T.DiagonalPrecisionHead),
     "FullPrecisionHead": lambda d, c: followed(d, T.FullPrecisionHead),
-    "ConditionalGaussianHead": lambda d, c: hierarchy(d),
+    "MultilevelHead": lambda d, c: hierarchy(d),
     "SiteOrderedAffine": lambda d, c: T.SiteOrderedAffine(d, c, block_sizes=(1,) if d == 1 else (1, d - 1)),
     "SiteOrderedAffine (rank 1)": lambda d, c: T.SiteOrderedAffine(d, c, block_sizes=(1,) * d, rank=1),
     "SplineAutoregressive": lambda d, c: T.SplineAutoregressive(d, c, hidden_dims=(16,), count_bins=4),
@@ -102,11 +107,11 @@ TWO_DIMENSIONS = {
     "AffineCouplings",
     "DiagonalPrecisionHead",
     "FullPrecisionHead",
-    "ConditionalGaussianHead",
+    "MultilevelHead",
     "SplineCouplings",
 }
 IGNORE_CONTEXT = {
-    "ConditionalGaussianHead",
+    "MultilevelHead",
     "DiagonalPrecisionHead",
     "FullPrecisionHead",
     "FullRankPreconditioner",

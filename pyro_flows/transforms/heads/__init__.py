@@ -2,9 +2,12 @@
 """L1. Heads: the outermost map of a flow, which is the Gaussian that the guide starts at."""
 
 from pyro_flows.transforms.heads.affine import AffineHead, DiagonalAffine, FullRankAffine, LowRankAffine
+from pyro_flows.transforms.heads.base import Head
 from pyro_flows.transforms.heads.conditional_gaussian import ConditionalGaussianHead
 from pyro_flows.transforms.heads.diagonal_precision import DiagonalPrecisionHead
 from pyro_flows.transforms.heads.full_precision import Correlated, FullPrecisionHead
+from pyro_flows.transforms.heads.linear_mixed import LinearMixedHead
+from pyro_flows.transforms.heads.multilevel import MultilevelHead
 from pyro_flows.transforms.heads.plate import PlateHead
 
 __all__ = [
@@ -15,6 +18,9 @@ __all__ = [
     "DiagonalPrecisionHead",
     "FullPrecisionHead",
     "FullRankAffine",
+    "Head",
+    "LinearMixedHead",
     "LowRankAffine",
+    "MultilevelHead",
     "PlateHead",
 ]

@@ -5,74 +5,17 @@ which is what lets any flow move and scale mass anywhere."""
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from pyro_flows.transforms.base import FlowTransform
-from pyro_flows.transforms.context import ContextLayout
-from pyro_flows.transforms.networks import ContextParameters
+from pyro_flows.transforms.heads.base import Head, decode_gaussian
 
 __all__ = ["AffineHead", "DiagonalAffine", "FullRankAffine", "LowRankAffine"]
 
 
-def decode_gaussian(raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Location, scale and log-scale from rows (location, inverse softplus of the scale), as ``AutoNormal`` stores them.
-
-    Shape:
-        - raw: ``(..., 2, D)``.
-    """
-    loc, raw_scale = raw.unbind(-2)
-    scale = F.softplus(raw_scale)
-    return loc, scale, scale.log()
-
-
-def encode_gaussian(loc: Tensor, scale: Tensor) -> Tensor:
-    """The inverse of :func:`decode_gaussian`, ``(..., 2, D)``."""
-    return torch.stack([loc, scale + (-torch.expm1(-scale)).log()], -2)
-
-
-class AffineHead(FlowTransform):
-    r"""Base of :math:`y = m + \sigma \odot (A x)` with :math:`A = I` at the start and ``A x`` left to subclasses.
-
-    Location and scale are parametrized as in ``AutoNormal``, so that whatever optimizer and rate train that train this.
-    They follow the context where there is one.
-    """
-
-    # Whether values are those of the latents themselves, so that a preconditioner has its place inside.
-    is_outermost: ClassVar[bool] = False
-    # The parts of the context, where it has several: layers below the head see its network input only.
-    context_layout: ContextLayout | None = None
-
-    def __init__(self, input_dim: int, context_dim: int = 0) -> None:
-        super().__init__(input_dim, context_dim)
-        start = encode_gaussian(torch.zeros(input_dim), torch.ones(input_dim))
-        self.raw = ContextParameters(start, context_dim, refines=False)
-
-    def initialize(self, loc: Tensor, scale: Tensor) -> None:
-        """Set the Gaussian that the head is before any training: ``N(loc, diag(scale)^2)``, each ``(input_dim,)``."""
-        self.raw.set(encode_gaussian(loc, scale))
-
-    @property
-    def factored_entries(self) -> int:
-        """Entries of the matrices that have to be factored for each draw."""
-        return 0
-
-    def gaussian(self) -> tuple[Tensor, Tensor]:
-        """Location and scale at average context, each ``(input_dim,)``."""
-        loc, scale, _ = decode_gaussian(self.raw.value)
-        return loc, scale
-
-    def standardize(self, y: Tensor) -> Tensor:
-        r"""Values as input for those who condition on them: :math:`(y - m) / \sqrt{1 + \sigma^2}` at average context.
-
-        Unconstrained values mostly come in natural units of order one. Where the posterior is narrower than that, as
-        it is for the parent of many items, their response to a standardized value would have to be minute.
-        """
-        loc, scale = self.gaussian()
-        return (y - loc) * torch.rsqrt(1.0 + scale.square())
+class AffineHead(Head):
+    r"""Base of :math:`y = m + \sigma \odot (A x)` with :math:`A = I` at the start and ``A x`` left to subclasses."""
 
     def _gaussian(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Location, scale and summed log-scale."""

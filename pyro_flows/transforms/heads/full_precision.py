@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions.transforms import CorrCholeskyTransform
 
-from pyro_flows.transforms.heads.diagonal_precision import DiagonalPrecisionHead
+from pyro_flows.transforms.heads.linear_mixed import LinearMixedHead
 from pyro_flows.transforms.networks import powerprop
 
 __all__ = ["Correlated", "FullPrecisionHead"]
@@ -100,9 +100,9 @@ def _factor(root: Tensor) -> Tensor:
     return torch.linalg.cholesky_ex(identity + root @ root.mT).L
 
 
-class FullPrecisionHead(DiagonalPrecisionHead):
-    r"""Affine head in which coordinates :math:`p` with a known Gaussian prior given the others, :math:`f`, pool it with
-    a Gaussian of their own, both with correlations:
+class FullPrecisionHead(LinearMixedHead):
+    r"""Coordinates :math:`p` with a known Gaussian prior given the others, :math:`f`, pool it with a likelihood factor,
+    both with correlations:
 
     .. math::
         y_p \,|\, y_f \sim N(P^{-1} (\Lambda a + K b), P^{-1}), \qquad P = \Lambda + K.
@@ -112,21 +112,17 @@ class FullPrecisionHead(DiagonalPrecisionHead):
     :math:`K = e^{-2 u^\top (y_f - f_0)} K_0` and a location :math:`b = b_0 + G (y_f - f_0)`. That is the exact
     conditional posterior of a linear mixed model: effects that cross, slopes whose covariates are correlated, a noise
     scale that is a latent. As long as :math:`K_0` is diagonal and :math:`G, u` are zero, as at the start, it is
-    :class:`ConditionalGaussianHead`; they are set by :meth:`set_likelihood` and not trained, while scales of :math:`K`,
+    :class:`MultilevelHead`; they are set by :meth:`set_likelihood` and not trained, while scales of :math:`K`,
     :math:`b_0` and the shares of priors are.
 
     Computed in coordinates in which the prior is standard normal, where :math:`P` is well-conditioned however narrow
     the prior, and in double precision. Cost a Cholesky factor of P a draw, O(D^3).
 
     Args:
-        known: As for :class:`ConditionalGaussianHead`.
-        slope: Likewise, but priors follow coordinates that are not known alone.
+        known: As for :class:`LinearMixedHead`.
+        slope: Likewise.
         bias: Likewise.
         correlated: Coordinates whose priors are correlated.
-
-    References:
-        Papaspiliopoulos, Stumpf-Fetizon, Zanella. Scalable Bayesian computation for crossed and nested hierarchical
-        models. Electronic Journal of Statistics 2023. arXiv:2103.10875, section 2, for the conditional posterior.
     """
 
     fixed: ClassVar[frozenset[str]] = frozenset({"origin", "own_slope", "own_tilt", "own_factor"})
@@ -153,7 +149,7 @@ class FullPrecisionHead(DiagonalPrecisionHead):
     def set_likelihood(
         self, free: tuple[Tensor, Tensor], loc: Tensor, precision: Tensor, slope: Tensor, log_precision_slope: Tensor
     ) -> None:
-        """As :meth:`DiagonalPrecisionHead.set_likelihood`, with all of the precision, ``K`` at that location."""
+        """As :meth:`LinearMixedHead.set_likelihood`, with all of the precision, ``K`` at that location."""
         super().set_likelihood(free, loc, precision, slope, log_precision_slope)
         scale = precision.diagonal().rsqrt()
         self.own_factor.copy_(torch.linalg.cholesky(scale.unsqueeze(-1) * precision * scale))
@@ -216,10 +212,9 @@ class FullPrecisionHead(DiagonalPrecisionHead):
         ladj = prior_log_scale.sum(-1) + self._log_det_correlations(factors)
         return _Prior(prior_loc, scale, factors, root, pull, ladj)
 
-    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """In order: values and log-determinant."""
+    def draw(self, x: Tensor) -> tuple[Tensor, Tensor]:
         pooled, free, total, ladj, *_ = self._draw(x)
-        return torch.cat([free, pooled], -1), total + ladj, ()
+        return torch.cat([free, pooled], -1), total + ladj
 
     def _draw(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, _Prior, Tensor]:
         """Pooled and free coordinates, the free ones' summed log-scale, the pooled ones' log-determinant, and C."""
@@ -233,8 +228,7 @@ class FullPrecisionHead(DiagonalPrecisionHead):
         pooled = prior.loc + prior.scale * self._correlate(z, prior.factors, transpose=False).squeeze(-1)
         return pooled, free, log_scale.sum(-1), prior.ladj + ladj, prior, factor
 
-    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        y = self._ordered(y)
+    def noise(self, y: Tensor) -> tuple[Tensor, Tensor]:
         loc, scale, log_scale = self._site_approximations()
         count = self.count_free
         free = y[..., :count]
@@ -246,14 +240,11 @@ class FullPrecisionHead(DiagonalPrecisionHead):
         noise = factor.to(y.dtype).mT @ z - shrunk @ prior.pull
         ladj = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1).to(y.dtype) - prior.ladj
         x = torch.cat([(free - loc[:count]) / scale[:count], noise.squeeze(-1)], -1)
-        return self._restored(x), ladj - log_scale[:count].sum(-1)
+        return x, ladj - log_scale[:count].sum(-1)
 
-    def forward_with_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        pooled, free, total, ladj, prior, factor = self._draw(self._ordered(x))
+    def draw_with_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        pooled, free, total, ladj, prior, factor = self._draw(x)
         count = self.count_free
-        score = self._ordered(score)
         with torch.no_grad():
             # A^-T C times the score of the noise; A^-T is e^-t L^-T.
             own = factor @ score[..., count:].unsqueeze(-1)
@@ -261,4 +252,4 @@ class FullPrecisionHead(DiagonalPrecisionHead):
             scale = self._site_approximations()[1][:count]
         (through,) = torch.autograd.grad((pooled, ladj), free, (own, torch.ones_like(ladj)), retain_graph=True)
         score = torch.cat([score[..., :count] / scale - through, own], -1).detach()
-        return self._restored(torch.cat([free, pooled], -1)), total + ladj, self._restored(score)
+        return torch.cat([free, pooled], -1), total + ladj, score

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from pyro_flows.transforms import ConditionalGaussianHead, Correlated, DiagonalPrecisionHead, FullPrecisionHead
+from pyro_flows.transforms import Correlated, DiagonalPrecisionHead, FullPrecisionHead, MultilevelHead
 from pyro_flows.transforms.heads.full_precision import _Conditional
 from tests.common import randomize_parameters
 
@@ -25,7 +25,7 @@ def head() -> FullPrecisionHead:
 
 def test_without_correlations_it_pools_each_coordinate_alone() -> None:
     matrix = head()
-    alone = ConditionalGaussianHead(KNOWN, slopes(), torch.zeros(10, dtype=torch.double)).double()
+    alone = MultilevelHead(KNOWN, slopes(), torch.zeros(10, dtype=torch.double)).double()
     alone.initialize(torch.randn(5).double(), torch.rand(5).double() + 0.1, 0.5)
     matrix.load_state_dict(alone.state_dict(), strict=False)
     noise, score = torch.randn(2, 7, 5, dtype=torch.double)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pyro_flows.transforms import ConditionalGaussianHead
+from pyro_flows.transforms import MultilevelHead
 from pyro_flows.transforms.networks import inverse_powerprop
 
 # Coordinates (mu, log tau, theta_1, theta_2), with theta ~ N(mu, tau).
@@ -20,7 +20,7 @@ def slopes() -> torch.Tensor:
 
 
 def test_full_share_is_the_exact_conditional_of_a_gaussian_hierarchy() -> None:
-    head = ConditionalGaussianHead(KNOWN, slopes(), torch.zeros(8))
+    head = MultilevelHead(KNOWN, slopes(), torch.zeros(8))
     y_observed, sigma = torch.tensor([3.0, -1.0]), torch.tensor([0.5, 2.0])
     head.initialize(torch.cat([torch.zeros(2), y_observed]), torch.cat([torch.ones(2), sigma]))
     with torch.no_grad():
@@ -40,7 +40,7 @@ def test_full_share_is_the_exact_conditional_of_a_gaussian_hierarchy() -> None:
 def test_starts_where_it_is_told_whatever_the_prior(max_share: float) -> None:
     """At the location, which the noise's mean goes to, the scale is exact; a wide start takes its share down."""
     for scale in (0.01, 1.0, 100.0):
-        head = ConditionalGaussianHead(KNOWN, slopes(), torch.zeros(8)).double()
+        head = MultilevelHead(KNOWN, slopes(), torch.zeros(8)).double()
         loc = torch.tensor([0.5, -0.3, 2.0, -7.0], dtype=torch.float64)
         head.initialize(loc, torch.full((4,), scale, dtype=torch.float64), max_share)
         y, ladj = head.forward_and_ladj(torch.zeros(4, dtype=torch.float64))
@@ -49,7 +49,7 @@ def test_starts_where_it_is_told_whatever_the_prior(max_share: float) -> None:
 
 
 def test_the_default_start_is_gaussian_within_a_thousandth() -> None:
-    head = ConditionalGaussianHead(KNOWN, slopes(), torch.zeros(8)).double()
+    head = MultilevelHead(KNOWN, slopes(), torch.zeros(8)).double()
     head.initialize(torch.zeros(4).double(), torch.full((4,), 3.0).double())
     noise = torch.randn(1000, 4).double().clamp(-2.0, 2.0) * torch.tensor([1.0, 0.1, 1.0, 1.0])
     y, _ = head.forward_and_ladj(noise)
@@ -68,7 +68,7 @@ def test_a_long_chain_is_solved_as_it_would_be_drawn_level_by_level() -> None:
     known = torch.arange(dim) > 1
     place = torch.randperm(dim, generator=torch.Generator().manual_seed(0))
     known, slope = known[place], slope[:, place][:, :, place]
-    head = ConditionalGaussianHead(known, slope.flatten(0, 1), torch.randn(2 * dim, dtype=torch.float64)).double()
+    head = MultilevelHead(known, slope.flatten(0, 1), torch.randn(2 * dim, dtype=torch.float64)).double()
     assert head.is_solved
     with torch.no_grad():
         for parameter in (head.raw.value, head.log_share):
@@ -84,22 +84,22 @@ def test_a_long_chain_is_solved_as_it_would_be_drawn_level_by_level() -> None:
 def test_levels_and_cycles() -> None:
     slope = torch.zeros(2, 3, 3)
     slope[0, 0, 1] = slope[1, 1, 2] = 1.0
-    head = ConditionalGaussianHead(torch.tensor([True, True, False]), slope.flatten(0, 1), torch.zeros(6))
+    head = MultilevelHead(torch.tensor([True, True, False]), slope.flatten(0, 1), torch.zeros(6))
     assert head.order.tolist() == [2, 1, 0]
     slope[0, 2, 0] = 1.0
     with pytest.raises(ValueError, match="cycle"):
-        ConditionalGaussianHead(torch.tensor([True, True, True]), slope.flatten(0, 1), torch.zeros(6))
+        MultilevelHead(torch.tensor([True, True, True]), slope.flatten(0, 1), torch.zeros(6))
 
 
 def test_raw_shares_rest_at_one() -> None:
     """A narrow start leaves the prior its full weight, so that nothing has to be learned for it."""
-    head = ConditionalGaussianHead(KNOWN, slopes(), torch.zeros(8))
+    head = MultilevelHead(KNOWN, slopes(), torch.zeros(8))
     head.initialize(torch.zeros(4), torch.full((4,), 0.01))
     assert (head.log_share == inverse_powerprop(torch.zeros(2))).all()
 
 
 def test_settling_changes_units_and_nothing_else() -> None:
-    head = ConditionalGaussianHead(KNOWN, slopes(), torch.zeros(8)).double()
+    head = MultilevelHead(KNOWN, slopes(), torch.zeros(8)).double()
     head.initialize(torch.tensor([0.5, -0.3, 2.0, -7.0]).double(), torch.tensor([1.0, 0.1, 1e-3, 30.0]).double(), 0.9)
     noise = torch.randn(100, 4).double()
     before = head.forward_and_ladj(noise)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L1. Heads of a joint flow over a linear mixed model: the data's part is linear in the free coordinates."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pyro_flows.transforms.heads.base import encode_gaussian
+from pyro_flows.transforms.heads.conditional_gaussian import ConditionalGaussianHead
+
+__all__ = ["LinearMixedHead"]
+
+
+class LinearMixedHead(ConditionalGaussianHead):
+    r"""Base of heads whose pooled coordinates depend on free ones alone, and so does their likelihood factor: of
+    location :math:`b_0 + G (y_f - f_0)` and precision :math:`e^{-2 u^\top (y_f - f_0)} K_0`.
+
+    That is the exact conditional posterior of a linear mixed model, a noise scale that is a latent included. :math:`G`
+    and :math:`u` are zero at the start, set by :meth:`set_likelihood` and not trained.
+
+    Args:
+        known: As for :class:`ConditionalGaussianHead`.
+        slope: Likewise, but priors depend on coordinates that are not known alone.
+        bias: Likewise.
+
+    References:
+        Papaspiliopoulos, Stumpf-Fetizon, Zanella. Scalable Bayesian computation for crossed and nested hierarchical
+        models. Electronic Journal of Statistics 2023. arXiv:2103.10875, section 2, for the conditional posterior.
+    """
+
+    fixed: ClassVar[frozenset[str]] = frozenset({"origin", "own_slope", "own_tilt"})
+
+    def __init__(self, known: Tensor, slope: Tensor, bias: Tensor) -> None:
+        super().__init__(known, slope, bias)
+        assert len(self.sizes) == 2, "priors depend on pooled coordinates"
+        free, pooled = self.sizes
+        # G and u; stored guides have them by these names.
+        self.own_slope = nn.Parameter(torch.zeros(pooled, free))
+        self.own_tilt = nn.Parameter(torch.zeros(free))
+
+    @torch.no_grad()
+    def initialize(self, loc: Tensor, scale: Tensor, max_share: float = 1e-3) -> None:
+        super().initialize(loc, scale, max_share)
+        self.own_slope.zero_()
+        self.own_tilt.zero_()
+
+    @torch.no_grad()
+    def set_likelihood(
+        self, free: tuple[Tensor, Tensor], loc: Tensor, precision: Tensor, slope: Tensor, log_precision_slope: Tensor
+    ) -> None:
+        """Set the likelihood factor; priors get their full share.
+
+        Args:
+            free: Location and scale of the coordinates without a known prior, in order.
+            loc: Location of the others at that location, ``b_0``, ``(P,)``.
+            precision: Their precision there, positive definite, ``(P, P)``, of which a diagonal one keeps the diagonal.
+            slope: ``G``, ``(P, F)``.
+            log_precision_slope: ``u``, ``(F,)``.
+        """
+        scale = precision.diagonal().rsqrt()
+        ordered = torch.cat([free[0], loc]), torch.cat([free[1], scale.to(loc)])
+        self.raw.set(encode_gaussian(*(self._restored(part) for part in ordered)))
+        self.log_share.zero_()
+        self.origin.zero_()
+        self.own_slope.copy_(slope)
+        self.own_tilt.copy_(log_precision_slope)
+        self.set_origin()
+
+    def log_prior(self, y: Tensor) -> Tensor:
+        """Log density of the known priors up to a constant, with their full share, at values in their own order,
+        ``(..., D)``."""
+        raise NotImplementedError
+
+    def _away(self, free: Tensor) -> Tensor:
+        """How far the coordinates without a known prior are from where the likelihood factor were set."""
+        return free - self.origin[0].detach().index_select(0, self.order[: self.count_free])

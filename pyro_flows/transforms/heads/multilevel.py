@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L1. The head of a joint flow over a hierarchy of any depth, coordinate by coordinate."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyro_flows.transforms.heads.conditional_gaussian import ConditionalGaussianHead
+from pyro_flows.transforms.heads.pooling import pool
+from pyro_flows.transforms.networks import powerprop
+
+__all__ = ["MultilevelHead"]
+
+# More levels than this are drawn by solving a system, which costs as much as so many passes.
+MAX_LEVELS = 4
+
+
+class MultilevelHead(ConditionalGaussianHead):
+    r"""Each pooled coordinate by itself, given those that its prior depends on:
+
+    .. math::
+        y = m + \sigma x, \qquad
+        \sigma^{-2} = \gamma e^{-2 t(y)} + s^{-2}, \qquad m = \sigma^2 (\gamma e^{-2 t(y)} a(y) + s^{-2} b).
+
+    With :math:`\gamma = 1` this is the exact conditional posterior of a Gaussian hierarchy, in which a funnel's neck
+    follows from its body; where the site approximation is narrow, as at the start, it is mean-field. Drawing takes a
+    pass for each level of the hierarchy, scoring a value one. Of many levels, as in a random walk, whose scales depend
+    on free coordinates only, the locations are the solution of one triangular system.
+
+    Args:
+        known: As for :class:`ConditionalGaussianHead`.
+        slope: Likewise.
+        bias: Likewise.
+
+    References:
+        Papaspiliopoulos, Roberts, Skold. A general framework for the parametrization of hierarchical models.
+        Statistical Science 2007. arXiv:0708.3797, for partial non-centering.
+    """
+
+    def __init__(self, known: Tensor, slope: Tensor, bias: Tensor) -> None:
+        super().__init__(known, slope, bias)
+        self.is_solved = len(self.sizes) > MAX_LEVELS and not self.slope[1, :, self.count_free :].any()
+
+    def _pool(self, parents: Tensor, rows: slice, loc: Tensor, log_scale: Tensor) -> tuple[Tensor, ...]:
+        """Pooled location and log-scale, the weight of the site approximation, and how far it is from the prior."""
+        prior_loc, prior_log_scale = self.prior(parents, rows)
+        prior_log_scale = prior_log_scale - 0.5 * powerprop(self.log_share[rows])
+        return *pool(prior_loc, prior_log_scale, loc, log_scale), loc - prior_loc
+
+    def _through(self, own: Tensor, weight: Tensor, spread: Tensor, pull: Tensor) -> Tensor:
+        r"""What the pooled coordinates' densities say of the coordinates that they follow, :math:`-\partial \log q`.
+
+        With w the weight of the site approximation, at location b, and the prior at location a and log-scale t, the
+        pooled location and log-scale have :math:`\partial m / \partial a = 1 - w`, :math:`\partial m / \partial t =
+        2 w (1 - w) (b - a)` and :math:`\partial \log\sigma / \partial t = 1 - w`; both are linear in those coordinates.
+
+        Args:
+            own: Their scores.
+            weight: ``w``.
+            spread: Derivatives in :math:`\log\sigma`.
+            pull: Derivatives in :math:`m`, times that of :math:`m` in ``t``.
+        """
+        rest = 1.0 - weight
+        return torch.cat([own * rest, rest * spread + pull], -1) @ self.slope.flatten(0, 1)
+
+    def _draw(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """In order: values, summed log-scale, and what a score needs of the pooled coordinates."""
+        by_level = zip(*(part.split(self.sizes, -1) for part in (*self._site_approximations(), x)), strict=True)
+        loc, scale, log_scale, noise = next(by_level)
+        y = torch.addcmul(loc, scale, noise)
+        total = log_scale.sum(-1).expand(x.shape[:-1])
+        if self.is_solved:
+            rest = (part[..., self.count_free :] for part in (*self._site_approximations()[::2], x))
+            y, pooled, known = self._solved(y, *rest)
+            return y, total + pooled.sum(-1), (scale, *known)
+        parts = []
+        start = 0
+        for site_loc, _, site_log_scale, noise in by_level:
+            rows = slice(start, start + len(site_loc))
+            mean, pooled, weight, offset = self._pool(y, rows, site_loc, site_log_scale)
+            sigma = pooled.exp()
+            y = torch.cat([y, torch.addcmul(mean, sigma, noise)], -1)
+            total = total + pooled.sum(-1)
+            parts.append((sigma, weight, offset))
+            start = rows.stop
+        joined = parts[0] if len(parts) == 1 else tuple(torch.cat(part, -1) for part in zip(*parts, strict=True))
+        return y, total, (scale, *joined)
+
+    def _solved(
+        self, free: Tensor, site_loc: Tensor, site_log_scale: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        r"""All levels at once, given the free coordinates: values, log-scales of the pooled ones, and as above.
+
+        With A the slopes of locations in pooled coordinates and c what free ones add to them, the pooled coordinates
+        are the solution of :math:`(I - (1 - w) A)\, y = (1 - w) c + w b + \sigma x`.
+        """
+        mean, pooled, weight, _ = self._pool(free, slice(None), site_loc, site_log_scale)
+        slope = self.slope[0, :, self.count_free :]
+        system = torch.eye(len(slope), dtype=slope.dtype, device=slope.device) - (1.0 - weight).unsqueeze(-1) * slope
+        sigma = pooled.exp()
+        right = torch.addcmul(mean, sigma, noise).unsqueeze(-1)
+        y = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True).squeeze(-1)
+        y = torch.cat([free, y], -1)
+        return y, pooled, (sigma, weight, site_loc - self.prior(y)[0])
+
+    def draw(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, total, _ = self._draw(x)
+        return y, total
+
+    def noise(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        loc, scale, log_scale = self._site_approximations()
+        free = self.count_free
+        mean, pooled, *_ = self._pool(y, slice(None), loc[free:], log_scale[free:])
+        x = torch.cat([(y[..., :free] - loc[:free]) / scale[:free], (y[..., free:] - mean) * (-pooled).exp()], -1)
+        return x, -(log_scale[:free].sum(-1) + pooled.sum(-1))
+
+    def draw_with_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, total, (scale, sigma, weight, offset) = self._draw(x)
+        with torch.no_grad():
+            free = self.count_free
+            own = score[..., free:] / sigma
+            spread = 1.0 + score[..., free:] * x[..., free:]
+            through = self._through(own, weight, spread, 2.0 * own * offset * weight * (1.0 - weight))
+            score = torch.cat([score[..., :free] / scale, own], -1) - through
+        return y, total, score
