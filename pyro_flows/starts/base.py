@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,28 @@ from pyro_flows.models.log_joint import LogJoint
 
 __all__ = ["fit_modes", "fit_tails"]
 
-NUM_STEPS, NUM_DRAWS, RATE = 200, 64, 0.03
-# Draws by which the result is compared with the start.
-SCORE_DRAWS = 512
-# Half the variance of log weights is the gap, where they are nearly constant; below this nothing is left to gain.
-NEGLIGIBLE_GAP = 1e-3
+
+@dataclass(frozen=True)
+class BaseSettings:
+    """How a base is fitted: by a few steps of Adam.
+
+    Attributes:
+        num_steps: Steps.
+        num_draws: Draws a step.
+        learning_rate: At the first step; it falls to a hundredth of it.
+        num_elbo_draws: Draws by which the result is compared with the start.
+        negligible_gap: Half the variance of log weights is the gap, where they are nearly constant; below this many
+            nats nothing is left to gain.
+    """
+
+    num_steps: int = 200
+    num_draws: int = 64
+    learning_rate: float = 0.03
+    num_elbo_draws: int = 512
+    negligible_gap: float = 1e-3
+
+
+SETTINGS = BaseSettings()
 
 # The ELBO of a flow, from so many draws, with gradients.
 Estimate = Callable[[LogJoint, Flow, int], Tensor]
@@ -55,14 +73,14 @@ def fit_modes(log_joint: LogJoint, flow: Flow) -> None:
 @torch.enable_grad()
 def _train(log_joint: LogJoint, flow: Flow, parts: list[nn.Module], estimate: Estimate) -> None:
     was, variance = _elbo(log_joint, flow)
-    if variance / 2 < NEGLIGIBLE_GAP:
+    if variance / 2 < SETTINGS.negligible_gap:
         return
     before = copy.deepcopy(flow.state_dict())
     parameters = [parameter for part in parts for parameter in part.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=RATE, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, NUM_STEPS)
-    for _ in range(NUM_STEPS):
-        loss = -estimate(log_joint, flow, NUM_DRAWS)
+    optimizer = torch.optim.Adam(parameters, lr=SETTINGS.learning_rate, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, SETTINGS.num_steps)
+    for _ in range(SETTINGS.num_steps):
+        loss = -estimate(log_joint, flow, SETTINGS.num_draws)
         if loss.isfinite():
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -103,7 +121,7 @@ def _by_components(log_joint: LogJoint, flow: Flow, count: int) -> Tensor:
 def _elbo(log_joint: LogJoint, flow: Flow) -> tuple[float, float]:
     """Mean and variance of log weights."""
     distribution = flow()
-    draws = distribution.rsample(torch.Size([SCORE_DRAWS]))
+    draws = distribution.rsample(torch.Size([SETTINGS.num_elbo_draws]))
     energy = torch.cat([log_joint(part) for part in draws.split(log_joint.chunk)])
     weights = (energy - distribution.log_prob(draws)).double()
     return weights.mean().item(), weights.var().item()

@@ -4,63 +4,90 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from pyro_flows.compiled.replay import Replay
 from pyro_flows.models.log_joint import LogJoint, Target
 from pyro_flows.models.traces import mean_of_kept
+from pyro_flows.starts.fixed_draws import antithetic, entropy, fit_on_fixed_draws
 from pyro_flows.starts.lbfgs import gradient_and_hessian, lbfgs_paths, local_factor
 
 __all__ = [
-    "EXPENSIVE",
-    "SCORE_DRAWS",
+    "GAUSSIAN",
     "Gaussian",
-    "antithetic",
     "ascents",
     "best_gaussian",
-    "elbo_of",
-    "fit_on_fixed_draws",
     "local_gaussians",
     "refined",
     "scored",
 ]
 
-# Climbs from around the start and from draws of the prior: where a draw is dear, and elsewhere.
-FEW_NEAR, FEW_PRIOR = 1, 1
-NEAR, PRIOR = 3, 12
-SPREAD = 0.7
-# Steps of a climb, the gain in nats below which it has arrived, and after how many its point is looked at.
-NUM_STEPS, ARRIVED = 150, 1e-4
-LOOKS = (2, 5, 12, 35, 150)
-# Once the highest has arrived, the others get half as many steps again.
-PATIENCE = 1.5
-ISOTROPIC_SCALES = (0.1, 0.5)
-# Points of ascents that are nearer to each other than this, in units of the unconstrained latents, are one.
-SAME = 1e-3
-# Above this dimension Hessians cost more than they give: one backward pass a coordinate.
-HESSIAN_DIM = 200
-# Draws by which the better candidates are ranked (all, by a quarter of them), and by which the first few are compared.
-RANK_DRAWS, SCORE_DRAWS, SHORT_LIST = 32, 128, 12
-# A draw of a model with more items than this is too dear for deterministic fits.
-EXPENSIVE = 2000
-# Half the variance of log weights is about the gap, in nats: a Gaussian with less needs no refinement, and no full-rank
-# fit.
-SMALL_GAP, GOOD_GAP = 0.05, 0.5
-FULL_RANK_DIM = 64
-# Fixed antithetic draws and iterations of deterministic fits; a covariance takes more of them than it has rows.
-FIXED_DRAWS, DRAWS_A_ROW = 64, 16
-FIXED_ITERATIONS, FIXED_ROUNDS = 150, 2
-# Newton's steps on an ELBO: how many at most, by so many draws, and more where a Hessian is cheap; the shares of each
-# step that are tried, and the gain in nats below which one is the last; by how much, squared, a step may change a
-# standard deviation.
-NEWTON_STEPS, NEWTON_DRAWS, NEWTON_ROWS = 8, 64, 2048
-NEWTON_SHARES, NEWTON_GAIN, NEWTON_TRUST = (1.0, 0.3), 0.02, 10.0
-# What the line search of L-BFGS is told where the model has no density.
-FORBIDDEN = 1e15
+
+@dataclass(frozen=True)
+class GaussianSettings:
+    """How a Gaussian is sought.
+
+    Attributes:
+        num_near_expensive: Ascents from around the start where a draw is expensive.
+        num_prior_expensive: The same from draws of the prior.
+        num_near: Ascents from around the start elsewhere.
+        num_prior: The same from draws of the prior.
+        spread: Standard deviation of these about the start, in unconstrained space.
+        num_steps: Steps of an ascent.
+        tolerance: Gain in nats below which it has converged.
+        candidate_steps: After how many steps its point is a candidate.
+        patience: Once the highest has converged, the others get this many times its steps.
+        isotropic_scales: Standard deviations of isotropic candidates.
+        same_point: Points of ascents nearer to each other than this in each coordinate are one.
+        max_hessian_dim: Dimension above which Hessians cost more than they give.
+        num_ranking_draws: Draws by which the better candidates are ranked, and all by a quarter of them.
+        num_elbo_draws: Draws by which the ELBOs of the best are compared.
+        num_finalists: How many these are.
+        expensive: Items of a model from which on a draw costs too much for deterministic fits.
+        small_gap: Half the variance of log weights is about the gap, in nats: below this there is no refinement.
+        good_gap: Below this there is no fit of a full covariance.
+        max_full_rank_dim: Dimension above which there is none either.
+        num_draws_per_row: For a covariance, this many for each of its rows.
+        num_newton_steps: Newton steps on an ELBO.
+        num_newton_draws: Draws over which gradient and Hessian are averaged.
+        num_newton_rows: Divided by the dimension, further draws where a Hessian is cheap.
+        newton_shares: Shares of each step that are tried.
+        newton_gain: Gain in nats below which a step is the last.
+        newton_trust: Largest factor by which a step may change a variance.
+    """
+
+    num_near_expensive: int = 1
+    num_prior_expensive: int = 1
+    num_near: int = 3
+    num_prior: int = 12
+    spread: float = 0.7
+    num_steps: int = 150
+    tolerance: float = 1e-4
+    candidate_steps: tuple[int, ...] = (2, 5, 12, 35, 150)
+    patience: float = 1.5
+    isotropic_scales: tuple[float, ...] = (0.1, 0.5)
+    same_point: float = 1e-3
+    max_hessian_dim: int = 200
+    num_ranking_draws: int = 32
+    num_elbo_draws: int = 128
+    num_finalists: int = 12
+    expensive: int = 2000
+    small_gap: float = 0.05
+    good_gap: float = 0.5
+    max_full_rank_dim: int = 64
+    num_draws_per_row: int = 16
+    num_newton_steps: int = 8
+    num_newton_draws: int = 64
+    num_newton_rows: int = 2048
+    newton_shares: tuple[float, ...] = (1.0, 0.3)
+    newton_gain: float = 0.02
+    newton_trust: float = 10.0
+
+
+GAUSSIAN = GaussianSettings()
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,19 +148,23 @@ def best_gaussian(log_joint: LogJoint, start: Tensor, init_scale: float, *, corr
     own = Gaussian(start, init_scale * ones)
     found = [own]
     for points in map(_distinct_points, ascents(log_joint, start)):
-        found += [Gaussian(loc, scale * ones) for loc in points for scale in ISOTROPIC_SCALES]
+        found += [Gaussian(loc, scale * ones) for loc in points for scale in GAUSSIAN.isotropic_scales]
         found += local_gaussians(log_joint, points, correlated=correlated)
     best = _best(log_joint, found)
-    if best.factor.dim() == 1 and log_joint.cost_per_draw < EXPENSIVE:
+    if best.factor.dim() == 1 and log_joint.cost_per_draw < GAUSSIAN.expensive:
         fitted = [_mean_field(log_joint, begin) for begin in (own, best)]
         found = [best, *(gaussian for gaussian in fitted if gaussian is not None)]
         for gaussian in found[1:]:
             found += local_gaussians(log_joint, gaussian.loc.unsqueeze(0), correlated=correlated)
         best = _best(log_joint, found)
-    if correlated and log_joint.cost_per_draw < EXPENSIVE and not best.log_weight_variance / 2 < SMALL_GAP:
+    if (
+        correlated
+        and log_joint.cost_per_draw < GAUSSIAN.expensive
+        and not best.log_weight_variance / 2 < GAUSSIAN.small_gap
+    ):
         best = refined(log_joint, best)
-    small = len(start) <= FULL_RANK_DIM and log_joint.cost_per_draw < EXPENSIVE
-    if correlated and small and not best.log_weight_variance / 2 < GOOD_GAP:
+    small = len(start) <= GAUSSIAN.max_full_rank_dim and log_joint.cost_per_draw < GAUSSIAN.expensive
+    if correlated and small and not best.log_weight_variance / 2 < GAUSSIAN.good_gap:
         full = _full_rank(log_joint, best)
         best = best if full is None else _best(log_joint, [best, full])
     if best.elbo == -math.inf:
@@ -141,28 +172,30 @@ def best_gaussian(log_joint: LogJoint, start: Tensor, init_scale: float, *, corr
     return best
 
 
-def ascents(log_joint: LogJoint, start: Tensor, prior: int = PRIOR) -> list[Tensor]:
+def ascents(log_joint: LogJoint, start: Tensor, prior: int = GAUSSIAN.num_prior) -> list[Tensor]:
     """Points on the way up, ``(number of ascents, D)`` at each look. From ``prior`` draws of the prior, if cheap.
 
     The last look is at where they have arrived.
     """
     many = log_joint.is_vectorized and log_joint.cost_per_draw == 1
-    near, prior = (NEAR, prior) if many else (FEW_NEAR, FEW_PRIOR)
-    around = start + SPREAD * torch.randn(near, len(start), dtype=start.dtype, device=start.device)
+    near, prior = (GAUSSIAN.num_near, prior) if many else (GAUSSIAN.num_near_expensive, GAUSSIAN.num_prior_expensive)
+    around = start + GAUSSIAN.spread * torch.randn(near, len(start), dtype=start.dtype, device=start.device)
     begins = torch.stack([start, *around, *(draw.to(start) for draw in log_joint.from_prior(prior))])
     begins = begins[begins.isfinite().all(-1)]
     looks, points = [], begins
-    steps = lbfgs_paths(_batched(log_joint), begins.unsqueeze(1), NUM_STEPS, ARRIVED, PATIENCE)
+    steps = lbfgs_paths(
+        _batched(log_joint), begins.unsqueeze(1), GAUSSIAN.num_steps, GAUSSIAN.tolerance, GAUSSIAN.patience
+    )
     for number, ascended in enumerate(steps, 1):
         points = ascended.squeeze(1)
-        if number in LOOKS:
+        if number in GAUSSIAN.candidate_steps:
             looks.append(points)
     return looks if looks and looks[-1] is points else [*looks, points]
 
 
 def _distinct_points(points: Tensor) -> Tensor:
     """Those of ``(R, D)`` that are not where an earlier one is: ascents meet at a mode."""
-    near = torch.cdist(points, points, p=torch.inf) < SAME
+    near = torch.cdist(points, points, p=torch.inf) < GAUSSIAN.same_point
     return points[~near.tril(-1).any(-1)]
 
 
@@ -173,7 +206,7 @@ def _batched(log_joint: Target) -> Callable[[Tensor], Tensor]:
 
 def local_gaussians(log_joint: Target, points: Tensor, *, correlated: bool) -> list[Gaussian]:
     """Gaussians with the local curvature at each of ``(R, D)``."""
-    if points.shape[-1] > HESSIAN_DIM:
+    if points.shape[-1] > GAUSSIAN.max_hessian_dim:
         return []
     factors = local_factor(_batched(log_joint), points.unsqueeze(1)).squeeze(1)
     usable = factors.isfinite().flatten(1).all(-1)
@@ -183,7 +216,11 @@ def local_gaussians(log_joint: Target, points: Tensor, *, correlated: bool) -> l
 
 def _best(log_joint: LogJoint, found: list[Gaussian]) -> Gaussian:
     """The highest ELBO, by a few draws of each, more of the better ones, and yet more of the best."""
-    for count, keep in ((RANK_DRAWS // 4, 4 * SHORT_LIST), (RANK_DRAWS, SHORT_LIST), (SCORE_DRAWS, 1)):
+    for count, keep in (
+        (GAUSSIAN.num_ranking_draws // 4, 4 * GAUSSIAN.num_finalists),
+        (GAUSSIAN.num_ranking_draws, GAUSSIAN.num_finalists),
+        (GAUSSIAN.num_elbo_draws, 1),
+    ):
         found = sorted(scored(log_joint, found, count), key=lambda gaussian: -gaussian.elbo)[:keep]
     return found[0]
 
@@ -194,7 +231,7 @@ def scored(log_joint: Target, found: list[Gaussian], count: int) -> list[Gaussia
     draws = torch.cat([gaussian.push(noise) for gaussian in found])  # (candidates * count, D)
     energy = torch.cat([log_joint(part) for part in draws.split(log_joint.chunk)]).double().reshape(len(found), count)
     diagonals = torch.stack([g.factor if g.factor.dim() == 1 else g.factor.diagonal() for g in found])
-    elbos = mean_of_kept(energy) + diagonals.double().log().sum(-1) + _entropy(noise)
+    elbos = mean_of_kept(energy) + diagonals.double().log().sum(-1) + entropy(noise)
     weights = energy + 0.5 * noise.double().square().sum(-1)
     variances = mean_of_kept((weights - mean_of_kept(weights).unsqueeze(-1)).square())
     elbos = torch.where(elbos.isfinite(), elbos, -torch.inf)
@@ -202,25 +239,6 @@ def scored(log_joint: Target, found: list[Gaussian], count: int) -> list[Gaussia
         replace(gaussian, elbo=elbo, log_weight_variance=variance)
         for gaussian, elbo, variance in zip(found, elbos.tolist(), variances.tolist(), strict=True)
     ]
-
-
-def _entropy(noise: Tensor) -> float:
-    return 0.5 * noise.shape[-1] * math.log(2 * math.pi * math.e)
-
-
-def antithetic(count: int, like: Tensor) -> Tensor:
-    """Standard normal draws, half of which mirror the other half, ``(count, D)``.
-
-    Their second moments are those of a standard normal, in all directions where that can be, so that ELBOs of
-    Gaussians are exact for Gaussian targets: the best of many noisy ones would be the luckiest.
-    """
-    half = torch.randn(count // 2, len(like), dtype=torch.float64, device=like.device)
-    if len(half) > len(like):
-        factor = torch.linalg.cholesky(half.mT @ half / len(half))
-        half = torch.linalg.solve_triangular(factor.mT, half, upper=True, left=False)
-    else:
-        half = half / half.square().mean(0).sqrt()
-    return torch.cat([half, -half]).to(like.dtype)
 
 
 @torch.no_grad()
@@ -241,16 +259,16 @@ def refined(log_joint: Target, begin: Gaussian, moving: Tensor | None = None) ->
         Opper, Archambeau. The variational Gaussian approximation revisited. Neural Computation 2009, eq. (13)-(14).
     """
     factor = begin.factor if begin.factor.dim() == 2 else begin.factor.diag()
-    (best,) = scored(log_joint, [replace(begin, factor=factor)], SCORE_DRAWS)
+    (best,) = scored(log_joint, [replace(begin, factor=factor)], GAUSSIAN.num_elbo_draws)
     moving = torch.arange(len(begin.loc), device=begin.loc.device) if moving is None else moving
-    if len(moving) > HESSIAN_DIM:
+    if len(moving) > GAUSSIAN.max_hessian_dim:
         return best
-    count = NEWTON_DRAWS + NEWTON_ROWS // len(begin.loc)
-    for _ in range(NEWTON_STEPS):
+    count = GAUSSIAN.num_newton_draws + GAUSSIAN.num_newton_rows // len(begin.loc)
+    for _ in range(GAUSSIAN.num_newton_steps):
         tried = _newton(log_joint, best, moving, max(2, min(count, log_joint.chunk) // 2 * 2))
-        found = scored(log_joint, [best, *tried], SCORE_DRAWS)
+        found = scored(log_joint, [best, *tried], GAUSSIAN.num_elbo_draws)
         was, best = found[0].elbo, max(found, key=lambda gaussian: gaussian.elbo)
-        if not best.elbo > was + NEWTON_GAIN:
+        if not best.elbo > was + GAUSSIAN.newton_gain:
             break
     return best
 
@@ -272,9 +290,9 @@ def _newton(log_joint: Target, begin: Gaussian, moving: Tensor, count: int) -> l
     factor = begin.factor[moving][:, moving].double()
     slope = factor.mT @ gradient[usable].mean((0, 1))
     curvature, vectors = torch.linalg.eigh(-factor.mT @ hessian[usable].mean((0, 1)) @ factor)
-    curvature = curvature.clamp(1.0 / NEWTON_TRUST, NEWTON_TRUST)
+    curvature = curvature.clamp(1.0 / GAUSSIAN.newton_trust, GAUSSIAN.newton_trust)
     found = []
-    for share in NEWTON_SHARES:
+    for share in GAUSSIAN.newton_shares:
         root = vectors / curvature.pow(0.5 * share)
         moved = share * (root @ (root.mT @ slope))
         moved = moved * (share * math.sqrt(len(moved)) / moved.norm()).clamp_max(1.0)
@@ -285,22 +303,6 @@ def _newton(log_joint: Target, begin: Gaussian, moving: Tensor, count: int) -> l
         whole[moving.unsqueeze(-1), moving] = below.to(whole)
         found.append(Gaussian(begin.loc.index_add(0, moving, (factor @ moved).to(begin.loc)), whole))
     return found
-
-
-def _minimize(loss_and_gradients: Callable[[], Sequence[Tensor]], parameters: list[Tensor], count: int) -> None:
-    """So many iterations of L-BFGS, whose line search steps back from where the model has no density."""
-    optimizer = torch.optim.LBFGS(
-        parameters, max_iter=count, max_eval=2 * count + 5, history_size=20, line_search_fn="strong_wolfe"
-    )
-
-    def closure() -> Tensor:
-        loss, *gradients = loss_and_gradients()
-        is_finite = bool(loss.isfinite())
-        for p, gradient in zip(parameters, gradients, strict=True):
-            p.grad = gradient.nan_to_num(0.0, 0.0, 0.0).contiguous() if is_finite else torch.zeros_like(p)
-        return loss if is_finite else loss.new_tensor(FORBIDDEN)
-
-    optimizer.step(closure)  # type: ignore[arg-type]
 
 
 def _mean_field(log_joint: LogJoint, begin: Gaussian) -> Gaussian | None:
@@ -329,51 +331,6 @@ def _full_rank(log_joint: LogJoint, begin: Gaussian) -> Gaussian | None:
     def push(noise: Tensor) -> tuple[Tensor, Tensor]:
         return begin.loc + (shift + noise @ inner().mT) @ factor.mT, log_scale.sum() + factor.diagonal().log().sum()
 
-    if not fit_on_fixed_draws(log_joint, push, [shift, log_scale, below], begin.loc, DRAWS_A_ROW * dim):
+    if not fit_on_fixed_draws(log_joint, push, [shift, log_scale, below], begin.loc, GAUSSIAN.num_draws_per_row * dim):
         return None
     return Gaussian(begin.loc + factor @ shift.detach(), factor @ inner().detach())
-
-
-def fit_on_fixed_draws(
-    log_joint: Target,
-    push: Callable[[Tensor], tuple[Tensor, Tensor]],
-    parameters: list[Tensor],
-    like: Tensor,
-    count: int = FIXED_DRAWS,
-    rounds: int = FIXED_ROUNDS,
-) -> bool:
-    """Maximize the ELBO of a transport map on a few fixed draws, in place.
-
-    Args:
-        log_joint: The target.
-        push: Noise, ``(S, D)``, to draws and the log-determinant of each.
-        parameters: Leaves of the map.
-        like: A tensor of shape ``(D,)``, dtype and device of the draws.
-        count: Number of draws, even; the more a map can do, the more it takes to hold it to the posterior.
-        rounds: How often L-BFGS is run, each time afresh: a later run forgets the curvature of the way.
-
-    Returns:
-        Whether all parameters are finite.
-    """
-    noise = antithetic(count, like)
-
-    @torch.enable_grad()
-    def loss_and_gradients() -> list[Tensor]:
-        draws, ladj = push(noise)
-        loss = -mean_of_kept(log_joint(draws) + ladj)
-        return [loss.detach(), *torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)]
-
-    evaluate = Replay(loss_and_gradients)
-    for _ in range(rounds):
-        _minimize(evaluate, parameters, FIXED_ITERATIONS)
-        if not all(parameter.isfinite().all() for parameter in parameters):
-            return False
-    return True
-
-
-@torch.no_grad()
-def elbo_of(log_joint: Target, push: Callable[[Tensor], tuple[Tensor, Tensor]], noise: Tensor) -> float:
-    """ELBO of a transport map of standard normal noise, ``(S, D)``; minus infinity where the model has no density."""
-    draws, ladj = push(noise)
-    elbo = mean_of_kept((log_joint(draws) + ladj).double()).item() + _entropy(noise)
-    return elbo if math.isfinite(elbo) else -math.inf

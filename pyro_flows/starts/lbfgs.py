@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,22 +15,39 @@ from pyro_flows.compiled.replay import Replay
 
 __all__ = ["gradient_and_hessian", "lbfgs_paths", "local_factor"]
 
-# Pairs of steps that L-BFGS remembers.
-HISTORY = 10
-# Armijo's rule: a step has to bring this share of what its slope promises, or it is cut down, so many times at most.
-# After some cuts the way so far is forgotten, and the gradient tried.
-SUFFICIENT, CUT, FORGET, MAX_CUTS = 1e-4, 0.25, 6, 12
-# What is within so many nats of the highest is as high.
-AS_HIGH = 0.01
-# Longest step, in units of the unconstrained latents.
-MAX_STEP = 5.0
-# Smallest curvature of a local Gaussian: its standard deviations are at most 10.
-MIN_CURVATURE = 0.01
-# Rows of a Hessian that one backward pass takes, if that is for no more numbers than these: a pass costs by the
-# operation, unless there is much in each.
-ROWS_A_PASS, VALUES_A_PASS = 32, 2**19
-# Step of differences of gradients, in the same units; these need not be exact.
-DIFFERENCE = 3e-3
+
+@dataclass(frozen=True)
+class LbfgsSettings:
+    """L-BFGS on a batch, and curvature where it ends.
+
+    Attributes:
+        history: Pairs of steps that it remembers.
+        sufficient: Armijo's rule: the share of what its slope promises that a step has to bring.
+        cut: By which it is shortened otherwise.
+        num_cuts_to_forget: After so many cuts the memory is dropped, and the gradient tried.
+        max_cuts: After so many the ascent ends.
+        as_high: What is within so many nats of the highest counts as high.
+        max_step: Longest step, in unconstrained space.
+        min_curvature: Smallest curvature of a local Gaussian: its standard deviations are at most 10.
+        rows_per_pass: Rows of a Hessian that one backward pass takes: a pass costs by the operation.
+        values_per_pass: Fewer rows, so that they hold no more numbers than this.
+        difference: Step of differences of gradients in unconstrained space; these need not be exact.
+    """
+
+    history: int = 10
+    sufficient: float = 1e-4
+    cut: float = 0.25
+    num_cuts_to_forget: int = 6
+    max_cuts: int = 12
+    as_high: float = 0.01
+    max_step: float = 5.0
+    min_curvature: float = 0.01
+    rows_per_pass: int = 32
+    values_per_pass: int = 2**19
+    difference: float = 3e-3
+
+
+SETTINGS = LbfgsSettings()
 
 Target = Callable[[Tensor], Tensor]
 
@@ -59,23 +77,25 @@ def lbfgs_paths(
     cuts = torch.zeros_like(value)
     leader_went = 0
     for number in range(num_steps):
-        goes_on = (slope > tolerance) & (cuts < MAX_CUTS)
+        goes_on = (slope > tolerance) & (cuts < SETTINGS.max_cuts)
         arrived = torch.where(goes_on, -torch.inf, value)
-        if (arrived.amax(0) < value.amax(0) - AS_HIGH).any():
+        if (arrived.amax(0) < value.amax(0) - SETTINGS.as_high).any():
             leader_went = number
         if not goes_on.any() or number > patience * (leader_went + 1):
             return
         trial = z + step * direction
         trial_value, trial_gradient = evaluate(trial)
         # From where there is no density at all, anywhere with some is better.
-        better = (trial_value >= value + SUFFICIENT * step.squeeze(-1) * slope) & (trial_value.abs() < torch.inf)
+        better = (trial_value >= value + SETTINGS.sufficient * step.squeeze(-1) * slope) & (
+            trial_value.abs() < torch.inf
+        )
         better &= trial_gradient.isfinite().all(-1)
         moved = better.unsqueeze(-1)
         steps = _remember(steps, trial - z, moved)
         gradient_differences = _remember(gradient_differences, gradient - trial_gradient, moved)
         z, gradient = torch.where(moved, trial, z), torch.where(moved, trial_gradient, gradient)
         value, cuts = torch.where(better, trial_value, value), torch.where(better, 0.0, cuts + 1.0)
-        forget = cuts == FORGET
+        forget = cuts == SETTINGS.num_cuts_to_forget
         steps, gradient_differences = (
             torch.where(forget.unsqueeze(-1), 0.0, memory) for memory in (steps, gradient_differences)
         )
@@ -83,7 +103,7 @@ def lbfgs_paths(
         renewed = better | forget
         direction = torch.where(renewed.unsqueeze(-1), ahead, direction)
         slope = torch.where(renewed, promised, slope)
-        step = torch.where(renewed.unsqueeze(-1), first, CUT * step)
+        step = torch.where(renewed.unsqueeze(-1), first, SETTINGS.cut * step)
         yield z
 
 
@@ -92,14 +112,14 @@ def _next_step(gradient: Tensor, steps: Tensor, gradient_differences: Tensor) ->
     direction = _two_loops(gradient, steps, gradient_differences)
     direction = torch.where((direction * gradient).sum(-1, keepdim=True) > 0, direction, gradient)
     has_moved = (steps != 0).any(-1, keepdim=True).any(0)
-    longest = torch.where(has_moved, MAX_STEP, 1.0)
+    longest = torch.where(has_moved, SETTINGS.max_step, 1.0)
     step = (longest / direction.norm(dim=-1, keepdim=True).clamp_min(1e-12)).clamp_max(1.0)
     return direction, (direction * gradient).sum(-1), step
 
 
 def _remember(memory: Tensor, new: Tensor, moved: Tensor) -> Tensor:
-    """Push a vector onto the memory of those that moved, ``(HISTORY, R, N, d)``, newest last."""
-    if len(memory) < HISTORY:
+    """Push a vector onto the memory of those that moved, ``(history, R, N, d)``, newest last."""
+    if len(memory) < SETTINGS.history:
         memory = torch.cat([torch.zeros_like(new).unsqueeze(0), memory])
     return torch.where(moved, torch.cat([memory[1:], new.unsqueeze(0)]), memory)
 
@@ -121,7 +141,7 @@ def local_factor(target: Target, points: Tensor) -> Tensor:
         finite = hessian.isfinite().flatten(2).all(-1)[..., None, None]
     safe = torch.where(finite, 0.5 * (hessian + hessian.mT), torch.eye(hessian.shape[-1]).to(hessian))
     curvature, vectors = torch.linalg.eigh(safe)
-    covariance = (vectors / curvature.abs().clamp_min(MIN_CURVATURE).unsqueeze(-2)) @ vectors.mT
+    covariance = (vectors / curvature.abs().clamp_min(SETTINGS.min_curvature).unsqueeze(-2)) @ vectors.mT
     factor, info = torch.linalg.cholesky_ex(0.5 * (covariance + covariance.mT))
     return torch.where(finite & (info == 0)[..., None, None], factor, torch.nan)
 
@@ -145,7 +165,8 @@ def gradient_and_hessian(target: Target, points: Tensor) -> tuple[Tensor, Tensor
         (gradient,) = torch.autograd.grad(_total(target(z)), z, create_graph=True)
         units = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
         rows = [
-            _backward(gradient, z, part) for part in units.split(max(1, min(ROWS_A_PASS, VALUES_A_PASS // z.numel())))
+            _backward(gradient, z, part)
+            for part in units.split(max(1, min(SETTINGS.rows_per_pass, SETTINGS.values_per_pass // z.numel())))
         ]
     return gradient.detach().double(), torch.cat(rows).movedim(0, -1).double()
 
@@ -165,9 +186,9 @@ def _backward(gradient: Tensor, z: Tensor, directions: Tensor) -> Tensor:
 def _difference_hessian(target: Target, points: Tensor) -> Tensor:
     """The same by central differences of gradients."""
     rows = []
-    for step in DIFFERENCE * torch.eye(points.shape[-1], dtype=points.dtype, device=points.device):
+    for step in SETTINGS.difference * torch.eye(points.shape[-1], dtype=points.dtype, device=points.device):
         above, below = (_value_and_gradient(target, points + sign * step)[1] for sign in (1.0, -1.0))
-        rows.append((above - below) / (2.0 * DIFFERENCE))
+        rows.append((above - below) / (2.0 * SETTINGS.difference))
     return torch.stack(rows, -1).double()
 
 

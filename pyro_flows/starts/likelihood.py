@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -12,10 +14,22 @@ from pyro_flows.transforms import LinearMixedHead
 
 __all__ = ["fit_likelihood"]
 
-# Steps by which it is seen how the data's precision changes with the other coordinates, in scales of these.
-PRECISION_STEP = 0.3
-# Smallest precision of a likelihood factor, relative to the prior's.
-MIN_LIKELIHOOD_SHARE = 1e-4
+
+@dataclass(frozen=True)
+class LikelihoodSettings:
+    """How likelihood factors are read off.
+
+    Attributes:
+        precision_step: Steps by which it is seen how the data's precision changes with the other coordinates, in
+            their scales.
+        min_share: Smallest precision of a likelihood factor, relative to the prior's.
+    """
+
+    precision_step: float = 0.3
+    min_share: float = 1e-4
+
+
+SETTINGS = LikelihoodSettings()
 
 
 @torch.no_grad()
@@ -35,7 +49,7 @@ def fit_likelihood(log_joint: LogJoint, head: LinearMixedHead, center: Tensor, s
         Whether the target has what it takes.
     """
     free, pooled = head.order.tensor_split([head.count_free])
-    step = PRECISION_STEP * scale[free]
+    step = SETTINGS.precision_step * scale[free]
     shifts = torch.zeros(2 * len(free) + 1, len(center), dtype=center.dtype, device=center.device)
     shifts[1:, free] = torch.cat([step.diag(), -step.diag()])
     points = center + shifts
@@ -54,9 +68,9 @@ def fit_likelihood(log_joint: LogJoint, head: LinearMixedHead, center: Tensor, s
     unit = log_scale.double().exp()
     precisions = -hessian[:, pooled][:, :, pooled] * unit.unsqueeze(-1) * unit
     curvature, vectors = torch.linalg.eigh(0.5 * (precisions[0] + precisions[0].mT))
-    scaled = (vectors * curvature.clamp_min(MIN_LIKELIHOOD_SHARE)) @ vectors.mT
+    scaled = (vectors * curvature.clamp_min(SETTINGS.min_share)) @ vectors.mT
     precision = scaled / unit.unsqueeze(-1) / unit
-    trace = precisions.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(MIN_LIKELIHOOD_SHARE * len(pooled))
+    trace = precisions.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(SETTINGS.min_share * len(pooled))
     above, below = trace[1:].log().chunk(2)
     factor = torch.linalg.cholesky(precision)
     loc = center[pooled] + torch.cholesky_solve(gradient[0, pooled].unsqueeze(-1), factor).squeeze(-1)

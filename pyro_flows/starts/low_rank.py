@@ -11,24 +11,44 @@ import torch
 from torch import Tensor
 
 from pyro_flows.models.log_joint import Target
-from pyro_flows.starts.gaussian import SCORE_DRAWS, Gaussian, antithetic, elbo_of, fit_on_fixed_draws
+from pyro_flows.starts.fixed_draws import antithetic, elbo_of, fit_on_fixed_draws
+from pyro_flows.starts.gaussian import GAUSSIAN, Gaussian
 
 __all__ = ["LowRankGaussian", "best_low_rank", "krylov_eigenpairs"]
 
-# Rounds of looking for directions and fitting scales to them, and the gain in nats below which one is the last.
-ROUNDS, ENOUGH = 4, 0.1
-# Draws over which curvature is averaged; and Hessian-vector products a round, so many at a time.
-CURVATURE_DRAWS, BLOCKS, BLOCK = 64, 25, 4
-# Half the variance of log weights is about the gap; below this many nats there is nothing to look for.
-NEGLIGIBLE_GAP = 0.05
-# A direction that brings less than this in nats is left out.
-NEGLIGIBLE_GAIN = 1e-3
-# Of a direction's standard deviation over that of the mean-field Gaussian.
-MIN_STRETCH, MAX_STRETCH = 1e-2, 1e3
-# Standard errors by which the ELBO has to be better.
-CLEARLY = 2.0
-# What keeps a block of vectors from losing its rank, relative to its length.
-WHIFF = 1e-9
+
+@dataclass(frozen=True)
+class LowRankSettings:
+    """How correlated directions are sought.
+
+    Attributes:
+        num_rounds: Rounds of looking for directions and fitting scales to them.
+        min_gain: Gain in nats below which a round is the last.
+        num_draws: Draws over which curvature is averaged.
+        num_blocks: Blocks of Hessian-vector products a round.
+        block_size: Products in a block.
+        negligible_gap: Half the variance of log weights is about the gap, in nats: below this nothing is sought.
+        negligible_gain: A direction that brings less than this in nats is left out.
+        min_stretch: Smallest standard deviation along a direction, over that of the mean-field Gaussian.
+        max_stretch: Largest one.
+        min_z_score: Standard errors by which the ELBO has to be better.
+        jitter: What keeps a block of vectors from losing its rank, relative to its length.
+    """
+
+    num_rounds: int = 4
+    min_gain: float = 0.1
+    num_draws: int = 64
+    num_blocks: int = 25
+    block_size: int = 4
+    negligible_gap: float = 0.05
+    negligible_gain: float = 1e-3
+    min_stretch: float = 1e-2
+    max_stretch: float = 1e3
+    min_z_score: float = 2.0
+    jitter: float = 1e-9
+
+
+SETTINGS = LowRankSettings()
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,27 +96,27 @@ def best_low_rank(log_joint: Target, begin: Gaussian, rank: int) -> LowRankGauss
         Opper, Archambeau. The variational Gaussian approximation revisited. Neural Computation 2009.
         Musco, Musco. Randomized block Krylov methods. NeurIPS 2015. arXiv:1504.05477.
     """
-    if begin.log_weight_variance / 2 < NEGLIGIBLE_GAP:
+    if begin.log_weight_variance / 2 < SETTINGS.negligible_gap:
         return None
     mean_field = LowRankGaussian(
         begin.loc, begin.factor, begin.loc.new_zeros(len(begin.loc), 0), begin.loc.new_zeros(0)
     )
-    noise = antithetic(SCORE_DRAWS, begin.loc)
+    noise = antithetic(GAUSSIAN.num_elbo_draws, begin.loc)
     best = replace(mean_field, elbo=elbo_of(log_joint, mean_field.push, noise))
-    for _ in range(ROUNDS if log_joint.is_vectorized else 1):
+    for _ in range(SETTINGS.num_rounds if log_joint.is_vectorized else 1):
         stretched = _stretch(log_joint, best, rank)
         if stretched is None:
             break
         found = [replace(g, elbo=elbo_of(log_joint, g.push, noise)) for g in (stretched, _fit(log_joint, stretched))]
         was, best = best.elbo, max([best, *found], key=lambda gaussian: gaussian.elbo)
-        if not best.elbo > was + ENOUGH:
+        if not best.elbo > was + SETTINGS.min_gain:
             break
     if len(best.stretch) == 0:
         return None
-    noise = antithetic(SCORE_DRAWS, begin.loc)  # afresh: what was chosen by the others was lucky with them
+    noise = antithetic(GAUSSIAN.num_elbo_draws, begin.loc)  # afresh: what was chosen by the others was lucky with them
     gain = _log_weights(log_joint, best, noise) - _log_weights(log_joint, mean_field, noise)
     pairs = gain.reshape(2, -1).mean(0)
-    if not pairs.mean() > CLEARLY * pairs.std() / len(pairs) ** 0.5:
+    if not pairs.mean() > SETTINGS.min_z_score * pairs.std() / len(pairs) ** 0.5:
         return None
     return replace(best, elbo=elbo_of(log_joint, best.push, noise))
 
@@ -115,10 +135,10 @@ def _stretch(log_joint: Target, gaussian: LowRankGaussian, rank: int) -> LowRank
     values, vectors = krylov_eigenpairs(product, len(gaussian.loc), gaussian.loc.device)
     if not values.isfinite().all():
         return None
-    values = values.abs().clamp(MAX_STRETCH**-2, MIN_STRETCH**-2)
+    values = values.abs().clamp(SETTINGS.max_stretch**-2, SETTINGS.min_stretch**-2)
     gain = 0.5 * (values - 1.0 - values.log())
     chosen = gain.argsort(descending=True)[:rank]
-    chosen = chosen[gain[chosen] > NEGLIGIBLE_GAIN]
+    chosen = chosen[gain[chosen] > SETTINGS.negligible_gain]
     if len(chosen) == 0:
         return None
     directions, stretch = vectors[:, chosen].to(gaussian.loc), values[chosen].rsqrt().to(gaussian.loc)
@@ -127,7 +147,7 @@ def _stretch(log_joint: Target, gaussian: LowRankGaussian, rank: int) -> LowRank
 
 def _scaled_precision(log_joint: Target, gaussian: LowRankGaussian) -> Callable[[Tensor], Tensor] | None:
     """Products of ``-d H d`` with the columns of a block, ``(D, B)``, by double backward; None if there is no ``H``."""
-    draws, _ = gaussian.push(antithetic(max(2, min(CURVATURE_DRAWS, log_joint.chunk) // 2 * 2), gaussian.loc))
+    draws, _ = gaussian.push(antithetic(max(2, min(SETTINGS.num_draws, log_joint.chunk) // 2 * 2), gaussian.loc))
     draws = draws[log_joint(draws).isfinite()]
     if len(draws) == 0:
         return None
@@ -166,13 +186,13 @@ def krylov_eigenpairs(
         Ritz values, ``(K,)``, and vectors, ``(dim, K)``, orthonormal, in float64; NaN if a product is.
     """
     basis = images = torch.zeros(dim, 0, dtype=torch.float64, device=device)
-    block = torch.linalg.qr(torch.randn(dim, min(BLOCK, dim), dtype=torch.float64, device=device)).Q
-    for _ in range(min(BLOCKS, max(1, dim // BLOCK))):
+    block = torch.linalg.qr(torch.randn(dim, min(SETTINGS.block_size, dim), dtype=torch.float64, device=device)).Q
+    for _ in range(min(SETTINGS.num_blocks, max(1, dim // SETTINGS.block_size))):
         image = product(block)
         if not image.isfinite().all():
             return basis.new_full((1,), torch.nan), basis.new_full((dim, 1), torch.nan)
         basis, images = torch.cat([basis, block], -1), torch.cat([images, image], -1)
-        block = image + WHIFF * image.norm() * torch.randn_like(image) / dim**0.5
+        block = image + SETTINGS.jitter * image.norm() * torch.randn_like(image) / dim**0.5
         for _ in range(2):
             block = torch.linalg.qr(block - basis @ (basis.mT @ block)).Q
     inner = basis.mT @ images

@@ -12,16 +12,30 @@ from torch import Tensor
 from pyro_flows.flows.bases import spread_components
 from pyro_flows.flows.noise import DiagonalNormalMixture
 from pyro_flows.models.log_joint import LogJoint
-from pyro_flows.starts.gaussian import SCORE_DRAWS, Gaussian, antithetic, ascents, local_gaussians, scored
+from pyro_flows.starts.fixed_draws import antithetic
+from pyro_flows.starts.gaussian import GAUSSIAN, Gaussian, ascents, local_gaussians, scored
 
 __all__ = ["MixtureStart", "best_mixture"]
 
-# Climbs from draws of the prior, where many draws cost as much as one. A tenth of them is missed in 3 %.
-PRIOR_CLIMBS = 32
-# Two points are of one mode if each is within so many standard deviations of the other's Gaussian.
-MODE_DISTANCE = 3.0
-# Modes with less mass than this are left out.
-MIN_WEIGHT = 1e-3
+
+@dataclass(frozen=True)
+class MixtureSettings:
+    """How modes are sought.
+
+    Attributes:
+        num_prior: Ascents from draws of the prior, where many draws cost as much as one. A mode with a tenth of the
+            mass is missed in 3 % of the cases.
+        mode_distance: Two points are of one mode if each is within so many standard deviations of the other's
+            Gaussian.
+        min_weight: Modes with less mass than this are left out.
+    """
+
+    num_prior: int = 32
+    mode_distance: float = 3.0
+    min_weight: float = 1e-3
+
+
+SETTINGS = MixtureSettings()
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +59,7 @@ class MixtureStart:
 
     def elbo(self, log_joint: LogJoint) -> float:
         """Its ELBO, from as many draws of each component, the same for all up to location and scale."""
-        noise = antithetic(SCORE_DRAWS, self.loc)
+        noise = antithetic(GAUSSIAN.num_elbo_draws, self.loc)
         eps = self.locs.unsqueeze(1) + self.scales.unsqueeze(1) * noise  # (K, draws, D)
         draws = Gaussian(self.loc, self.factor).push(eps.flatten(0, 1))
         energy = torch.cat([log_joint(part) for part in draws.split(log_joint.chunk)]).reshape(eps.shape[:-1])
@@ -71,9 +85,9 @@ def best_mixture(log_joint: LogJoint, start: Tensor, count: int, *, correlated: 
         count: Number of components K, >= 2.
         correlated: Whether the guide can hold a correlated ``L``.
     """
-    points = ascents(log_joint, start, PRIOR_CLIMBS)[-1]
+    points = ascents(log_joint, start, SETTINGS.num_prior)[-1]
     found = local_gaussians(log_joint, points, correlated=True)
-    modes = _distinct(scored(log_joint, found, SCORE_DRAWS), count) if found else []
+    modes = _distinct(scored(log_joint, found, GAUSSIAN.num_elbo_draws), count) if found else []
     if len(modes) < 2:
         return None
     weights = torch.tensor([mode.elbo for mode in modes], dtype=torch.float64, device=start.device).softmax(0)
@@ -106,9 +120,9 @@ def _distinct(found: list[Gaussian], count: int) -> list[Gaussian]:
     for gaussian in sorted(found, key=lambda gaussian: -gaussian.elbo):
         if len(modes) == count or not gaussian.elbo > -math.inf:
             break
-        if modes and gaussian.elbo < modes[0].elbo + math.log(MIN_WEIGHT):
+        if modes and gaussian.elbo < modes[0].elbo + math.log(SETTINGS.min_weight):
             break
-        if all(max(_distance(gaussian, mode), _distance(mode, gaussian)) > MODE_DISTANCE for mode in modes):
+        if all(max(_distance(gaussian, mode), _distance(mode, gaussian)) > SETTINGS.mode_distance for mode in modes):
             modes.append(gaussian)
     return modes
 

@@ -7,6 +7,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -19,7 +20,7 @@ from pyro_flows.models.traces import NO_DENSITY, by_draw, sample_nodes
 from pyro_flows.posterior.mini_batches import Arguments, MakePlates, MiniBatch, Watch, mini_batches
 from pyro_flows.posterior.plate import LocalBlock
 from pyro_flows.posterior.posterior import Latents, Posterior
-from pyro_flows.starts.gaussian import antithetic, elbo_of
+from pyro_flows.starts.fixed_draws import antithetic, elbo_of
 from pyro_flows.starts.lbfgs import lbfgs_paths, local_factor
 from pyro_flows.starts.select import warm_start_joint
 
@@ -27,18 +28,35 @@ __all__ = ["warm_start"]
 
 OWNER = "AutoFlowGuide.warm_start"
 
-# Steps of an item's climb, and the gain in nats below which it has arrived.
-NUM_STEPS, ARRIVED = 45, 1e-5
-# Items with more latents than this stay where they are: a Hessian has so many rows.
-MAX_ITEM_DIM = 50
-# Mini-batches that the items of one pass come from, at most.
-MAX_CALLS = 1000
-# Mini-batches by which globals are fitted: as many as give so many items, within limits.
-GLOBAL_ITEMS, MAX_GLOBAL_CALLS = 1000, 10
-SCORE_DRAWS = 32
 
-# Draws by which ways of running the model are compared, and the size of their noise.
-PROBES, NOISE = 3, 0.1
+@dataclass(frozen=True)
+class PlateSettings:
+    """How items of plates are started.
+
+    Attributes:
+        num_steps: Steps of an item's ascent.
+        tolerance: Gain in nats below which it has converged.
+        max_item_dim: Items with more latents than this stay where they are: a Hessian has so many rows.
+        max_calls: Mini-batches that the items of one pass come from, at most.
+        num_global_items: Globals are fitted by as many mini-batches as give so many items.
+        max_global_calls: But by no more than so many.
+        num_elbo_draws: Draws by which ELBOs of these are compared.
+        num_probes: Draws by which ways of running the model are compared.
+        noise: Standard deviation of these, in unconstrained space.
+    """
+
+    num_steps: int = 45
+    tolerance: float = 1e-5
+    max_item_dim: int = 50
+    max_calls: int = 1000
+    num_global_items: int = 1000
+    max_global_calls: int = 10
+    num_elbo_draws: int = 32
+    num_probes: int = 3
+    noise: float = 0.1
+
+
+SETTINGS = PlateSettings()
 
 
 def warm_start(
@@ -105,7 +123,7 @@ class LocalStart:
         self.calls = calls
         self.make_plates = make_plates
         first = next(self.batches())
-        draws = [self.values(self.locations(first, NOISE)) for _ in range(PROBES)]
+        draws = [self.values(self.locations(first, SETTINGS.noise)) for _ in range(SETTINGS.num_probes)]
         probe = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
         self.batched = BatchedModel(OWNER, model, first.call, probe)
         if self.batched.enumerated:
@@ -117,7 +135,7 @@ class LocalStart:
     def batches(self) -> Iterator[MiniBatch]:
         """All mini-batches of the arguments."""
         parts = itertools.chain.from_iterable(mini_batches(one, self.make_plates) for one in self.calls)
-        return itertools.islice(parts, MAX_CALLS)
+        return itertools.islice(parts, SETTINGS.max_calls)
 
     @torch.no_grad()
     def run(self, watch: Watch) -> None:
@@ -129,9 +147,9 @@ class LocalStart:
         posterior = self.posterior
         before = copy.deepcopy(posterior.state_dict())
         chosen: list[MiniBatch] = []
-        for batch in itertools.islice(self.batches(), MAX_GLOBAL_CALLS):
+        for batch in itertools.islice(self.batches(), SETTINGS.max_global_calls):
             chosen.append(batch)
-            if sum(self.num_items(batch) for batch in chosen) >= GLOBAL_ITEMS:
+            if sum(self.num_items(batch) for batch in chosen) >= SETTINGS.num_global_items:
                 break
         marginal = MarginalLogJoint(self, chosen)
         was = self._elbo(marginal)
@@ -157,7 +175,7 @@ class LocalStart:
                 total += float(marginal(torch.zeros(1, 0)))
             else:
                 push = joint.flow.transform.forward_and_ladj
-                total += elbo_of(marginal, push, antithetic(SCORE_DRAWS, joint.layout.init_loc))
+                total += elbo_of(marginal, push, antithetic(SETTINGS.num_elbo_draws, joint.layout.init_loc))
             marginal.mirror()
         return total / 2
 
@@ -196,7 +214,7 @@ class LocalStart:
         fitted = [
             _Items(self, block)
             for block in self.posterior.blocks()
-            if block.layout.plate_names not in parents and block.layout.latent_dim <= MAX_ITEM_DIM
+            if block.layout.plate_names not in parents and block.layout.latent_dim <= SETTINGS.max_item_dim
         ]
         for batch in batches:
             latents = self.locations(batch)
@@ -226,7 +244,7 @@ class _Items:
         begin = start.reshape(-1, 1, start.shape[-1])
         with pyro.validation_enabled(False):
             try:
-                *_, point = (begin, *lbfgs_paths(log_density, begin, NUM_STEPS, tolerance=ARRIVED))
+                *_, point = (begin, *lbfgs_paths(log_density, begin, SETTINGS.num_steps, tolerance=SETTINGS.tolerance))
                 factor = local_factor(log_density, point).squeeze(1)
             except NO_DENSITY:
                 return

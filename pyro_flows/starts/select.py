@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,17 +16,8 @@ from pyro_flows.flows.bases import MixtureBase, StudentTBase
 from pyro_flows.models.log_joint import LogJoint, PulledBack, Target
 from pyro_flows.posterior.joint import JointBlock
 from pyro_flows.starts.base import fit_modes, fit_tails
-from pyro_flows.starts.gaussian import (
-    EXPENSIVE,
-    FIXED_ROUNDS,
-    SCORE_DRAWS,
-    Gaussian,
-    antithetic,
-    best_gaussian,
-    elbo_of,
-    fit_on_fixed_draws,
-    refined,
-)
+from pyro_flows.starts.fixed_draws import FIXED_DRAWS, antithetic, elbo_of, fit_on_fixed_draws
+from pyro_flows.starts.gaussian import GAUSSIAN, Gaussian, best_gaussian, refined
 from pyro_flows.starts.likelihood import fit_likelihood
 from pyro_flows.starts.low_rank import LowRankGaussian, best_low_rank
 from pyro_flows.starts.mixture import best_mixture
@@ -41,13 +32,25 @@ from pyro_flows.transforms import (
 
 __all__ = ["warm_start_joint"]
 
-# Largest share of the precision that known priors have where a deterministic fit begins.
-POOLED_SHARE = 0.9
-POOLED_DRAWS = 128
-# The same share where priors are of no use.
-NO_SHARE = 1e-6
-# Rounds of reading off what the data say of coordinates with known priors.
-FOLLOW_ROUNDS = 2
+
+@dataclass(frozen=True)
+class SelectSettings:
+    """How priors that the head knows are weighed against the data.
+
+    Attributes:
+        max_share: Largest share of the precision that known priors have where a deterministic fit begins.
+        num_fixed_draws: Fixed draws of that fit.
+        no_share: The share where priors are of no use.
+        num_rounds: Rounds of reading off what the data say of coordinates with known priors.
+    """
+
+    max_share: float = 0.9
+    num_fixed_draws: int = 128
+    no_share: float = 1e-6
+    num_rounds: int = 2
+
+
+SETTINGS = SelectSettings()
 
 
 class Start(NamedTuple):
@@ -71,7 +74,7 @@ def warm_start_joint(block: JointBlock, log_joint: LogJoint, init_scale: float) 
     mixture = _from_modes(block, log_joint)
     best = max((start for start in (gaussian, pooled, mixture) if start is not None), key=lambda start: start.elbo)
     flow.load_state_dict(best.state)
-    if log_joint.is_vectorized and log_joint.cost_per_draw < EXPENSIVE:
+    if log_joint.is_vectorized and log_joint.cost_per_draw < GAUSSIAN.expensive:
         if isinstance(flow.base, StudentTBase):
             fit_tails(log_joint, flow)
         elif best is mixture and flow.transform.has_score:
@@ -98,7 +101,7 @@ def _rank(flow: Flow) -> int:
 def _from_gaussian(flow: Flow, log_joint: LogJoint, found: Gaussian) -> Start:
     """The best Gaussian; where the flow holds few correlated directions, with those, if they clearly gain."""
     best: Gaussian | LowRankGaussian | None = None
-    if _rank(flow) and log_joint.cost_per_draw < EXPENSIVE:
+    if _rank(flow) and log_joint.cost_per_draw < GAUSSIAN.expensive:
         best = best_low_rank(log_joint, found, _rank(flow))
     best = found if best is None else best
     _write(flow, best)
@@ -121,7 +124,7 @@ def _from_modes(block: JointBlock, log_joint: LogJoint) -> Start | None:
 def _from_priors(block: JointBlock, log_joint: LogJoint, found: Gaussian) -> Start | None:
     """The priors that the head knows, pooled with what the data say; None if it knows none."""
     head = block.flow.head
-    if not isinstance(head, ConditionalGaussianHead) or log_joint.cost_per_draw >= EXPENSIVE:
+    if not isinstance(head, ConditionalGaussianHead) or log_joint.cost_per_draw >= GAUSSIAN.expensive:
         return None
     start = _from_likelihood(block.flow, log_joint, head, found) if isinstance(head, LinearMixedHead) else None
     return start if start is not None and start.elbo > found.elbo else _from_shares(block, log_joint, head, found)
@@ -137,7 +140,7 @@ def _from_likelihood(flow: Flow, log_joint: LogJoint, head: LinearMixedHead, fou
     free = head.order[: head.count_free]
     center, scale = found.loc, found.conditional_scale
     best: Start | None = None
-    for _ in range(FOLLOW_ROUNDS):
+    for _ in range(SETTINGS.num_rounds):
         if not fit_likelihood(log_joint, head, center, scale):
             break
         gaussian = refined(pulled, begin, free)
@@ -162,22 +165,22 @@ def _from_shares(
         flow.preconditioner.reset()
     push = head.forward_and_ladj
     parameters: list[Tensor] = [*head.raw.parameters(), head.log_share]
-    noise = antithetic(SCORE_DRAWS, found.loc)
+    noise = antithetic(GAUSSIAN.num_elbo_draws, found.loc)
     best = Start(-math.inf, flow.state_dict())
 
     def better(best: Start, rounds: int) -> Start:
-        if fit_on_fixed_draws(log_joint, push, parameters, found.loc, POOLED_DRAWS, rounds):
+        if fit_on_fixed_draws(log_joint, push, parameters, found.loc, SETTINGS.num_fixed_draws, rounds):
             elbo = elbo_of(log_joint, push, noise)
             return _start(elbo, flow) if elbo > best.elbo else best
         return best
 
     for loc, scale in ((found.loc, found.conditional_scale), (block.layout.init_loc, torch.ones_like(found.loc))):
-        head.initialize(loc, scale, max_share=POOLED_SHARE)
+        head.initialize(loc, scale, max_share=SETTINGS.max_share)
         best = better(best, 1)
     if best.elbo == -math.inf:
         return None
     flow.load_state_dict(best.state)
-    best = better(best, FIXED_ROUNDS - 1)
+    best = better(best, FIXED_DRAWS.num_rounds - 1)
     flow.load_state_dict(best.state)
     head.set_origin()
     inside = _inside(flow, PulledBack(log_joint, push), found.loc)
@@ -213,7 +216,7 @@ def _write(flow: Flow, found: Gaussian | LowRankGaussian) -> None:
         else:
             scale = found.scale
             _set(flow.preconditioner, replace(found, loc=zeros, scale=ones))
-        head.initialize(found.loc, scale, max_share=NO_SHARE)
+        head.initialize(found.loc, scale, max_share=SETTINGS.no_share)
         head.set_origin()
     else:
         _set(flow.preconditioner, found)

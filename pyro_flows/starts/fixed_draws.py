@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L4. ELBOs of transport maps on fixed draws of noise, and their maximum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_flows.compiled.replay import Replay
+from pyro_flows.models.log_joint import Target
+from pyro_flows.models.traces import mean_of_kept
+
+__all__ = ["FIXED_DRAWS", "antithetic", "elbo_of", "entropy", "fit_on_fixed_draws"]
+
+
+@dataclass(frozen=True)
+class FixedDrawsSettings:
+    """How an ELBO on fixed draws is maximized.
+
+    Attributes:
+        num_draws: Antithetic draws.
+        num_iterations: Iterations of a run of L-BFGS.
+        num_rounds: Runs, each of which forgets the curvature of the way.
+        forbidden: Loss in nats that the line search is told where the model has no density.
+    """
+
+    num_draws: int = 64
+    num_iterations: int = 150
+    num_rounds: int = 2
+    forbidden: float = 1e15
+
+
+FIXED_DRAWS = FixedDrawsSettings()
+
+
+def fit_on_fixed_draws(
+    log_joint: Target,
+    push: Callable[[Tensor], tuple[Tensor, Tensor]],
+    parameters: list[Tensor],
+    like: Tensor,
+    count: int = FIXED_DRAWS.num_draws,
+    rounds: int = FIXED_DRAWS.num_rounds,
+) -> bool:
+    """Maximize the ELBO of a transport map on a few fixed draws, in place.
+
+    Args:
+        log_joint: The target.
+        push: Noise, ``(S, D)``, to draws and the log-determinant of each.
+        parameters: Leaves of the map.
+        like: A tensor of shape ``(D,)``, dtype and device of the draws.
+        count: Number of draws, even; the more a map can do, the more it takes to hold it to the posterior.
+        rounds: How often L-BFGS is run, each time afresh: a later run forgets the curvature of the way.
+
+    Returns:
+        Whether all parameters are finite.
+    """
+    noise = antithetic(count, like)
+
+    @torch.enable_grad()
+    def loss_and_gradients() -> list[Tensor]:
+        draws, ladj = push(noise)
+        loss = -mean_of_kept(log_joint(draws) + ladj)
+        return [loss.detach(), *torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)]
+
+    evaluate = Replay(loss_and_gradients)
+    for _ in range(rounds):
+        _minimize(evaluate, parameters, FIXED_DRAWS.num_iterations)
+        if not all(parameter.isfinite().all() for parameter in parameters):
+            return False
+    return True
+
+
+@torch.no_grad()
+def elbo_of(log_joint: Target, push: Callable[[Tensor], tuple[Tensor, Tensor]], noise: Tensor) -> float:
+    """ELBO of a transport map of standard normal noise, ``(S, D)``; minus infinity where the model has no density."""
+    draws, ladj = push(noise)
+    elbo = mean_of_kept((log_joint(draws) + ladj).double()).item() + entropy(noise)
+    return elbo if math.isfinite(elbo) else -math.inf
+
+
+def antithetic(count: int, like: Tensor) -> Tensor:
+    """Standard normal draws, half of which mirror the other half, ``(count, D)``.
+
+    Their second moments are those of a standard normal, in all directions where that can be, so that ELBOs of
+    Gaussians are exact for Gaussian targets: the best of many noisy ones would be the luckiest.
+    """
+    half = torch.randn(count // 2, len(like), dtype=torch.float64, device=like.device)
+    if len(half) > len(like):
+        factor = torch.linalg.cholesky(half.mT @ half / len(half))
+        half = torch.linalg.solve_triangular(factor.mT, half, upper=True, left=False)
+    else:
+        half = half / half.square().mean(0).sqrt()
+    return torch.cat([half, -half]).to(like.dtype)
+
+
+def entropy(noise: Tensor) -> float:
+    """Of standard normal noise, ``(S, D)``, in nats."""
+    return 0.5 * noise.shape[-1] * math.log(2 * math.pi * math.e)
+
+
+def _minimize(loss_and_gradients: Callable[[], Sequence[Tensor]], parameters: list[Tensor], count: int) -> None:
+    """So many iterations of L-BFGS, whose line search steps back from where the model has no density."""
+    optimizer = torch.optim.LBFGS(
+        parameters, max_iter=count, max_eval=2 * count + 5, history_size=20, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        loss, *gradients = loss_and_gradients()
+        is_finite = bool(loss.isfinite())
+        for p, gradient in zip(parameters, gradients, strict=True):
+            p.grad = gradient.nan_to_num(0.0, 0.0, 0.0).contiguous() if is_finite else torch.zeros_like(p)
+        return loss if is_finite else loss.new_tensor(FIXED_DRAWS.forbidden)
+
+    optimizer.step(closure)  # type: ignore[arg-type]
