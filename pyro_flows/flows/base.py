@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import pyro.distributions as dist
 from torch import Tensor, nn
@@ -37,6 +37,14 @@ HEADS = ("diagonal", "low_rank", "full_rank")
 
 def _check_base(owner: str, name: str, value: Any) -> None:
     resolve_base(owner, value)
+
+
+class _Parts(NamedTuple):
+    """See :class:`Flow`."""
+
+    layers: tuple[FlowTransform, ...]
+    head: Head
+    preconditioner: Preconditioner | None
 
 
 class Flow(nn.Module):
@@ -74,7 +82,7 @@ class Flow(nn.Module):
             outer.reverse()
         self.transform = Chain([*layers, *outer], head.context_layout)
         # In a tuple, since the chain has them as modules, whose parameters go by one name.
-        self._parts = tuple(layers), head, preconditioner
+        self._parts = _Parts(tuple(layers), head, preconditioner)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """As of any module; what version 0.1.0 stored is converted, before the layers look at it."""
@@ -88,17 +96,17 @@ class Flow(nn.Module):
     @property
     def layers(self) -> tuple[FlowTransform, ...]:
         """The transforms between the noise and the head, base side first."""
-        return self._parts[0]
+        return self._parts.layers
 
     @property
     def head(self) -> Head:
         """The trained transform behind all layers."""
-        return self._parts[1]
+        return self._parts.head
 
     @property
     def preconditioner(self) -> Preconditioner | None:
         """What a warm start may put around the head, or inside of it where it knows the latents' priors."""
-        return self._parts[2]
+        return self._parts.preconditioner
 
     def standardize(self, y: Tensor) -> Tensor:
         """Values as input for those who condition on them; see :meth:`Head.standardize`."""
@@ -208,14 +216,8 @@ class FlowSpec:
         Raises:
             ValueError: If ``input_dim`` is below what the family needs.
         """
-        owner = type(self).__name__
-        check_int(owner, "context_dim", context_dim, 0)
-        check_int(owner, "input_dim", input_dim, 1)
-        if input_dim < self.min_dim:
-            raise ValueError(
-                f"{owner}: expected input_dim >= {self.min_dim}, but got {input_dim}. "
-                'Use "spline" or "auto" for a single latent.'
-            )
+        check_int(type(self).__name__, "context_dim", context_dim, 0)
+        self._check_input_dim(input_dim)
         head = self._make_head(input_dim, context_dim)
         return Flow(self.layers(input_dim, context_dim), head, base=self._make_base(input_dim))
 
@@ -223,25 +225,25 @@ class FlowSpec:
         self,
         block_sizes: Sequence[int],
         *,
-        pooling: ConditionalGaussianHead | None = None,
+        head: ConditionalGaussianHead | None = None,
         preconditioner: Preconditioner | None = None,
     ) -> Flow:
         """Make a flow over a model's sites.
 
         Args:
             block_sizes: The sites' sizes, in order; they add up to the flow's ``input_dim``.
-            pooling: A head that knows the priors of a hierarchy. Families that do not follow the model leave it out.
+            head: One that knows the priors of a hierarchy. Families that make no use of them take their own.
             preconditioner: What a warm start with correlations sets. Families without any leave it out.
         """
-        spec = self.with_blocks(block_sizes)
         dim = sum(block_sizes)
-        flow = spec.build(dim)
-        head = flow.head
-        if pooling is not None and self.knows_priors and self.head == "diagonal":
-            head = pooling
-        return Flow(
-            flow.layers, head, preconditioner if self.correlates or self.head == "full_rank" else None, flow.base
-        )
+        self._check_input_dim(dim)
+        if head is None or not (self.knows_priors and self.head == "diagonal"):
+            chosen: Head = self._make_head(dim, 0)
+        else:
+            chosen = head
+        if not (self.correlates or self.head == "full_rank"):
+            preconditioner = None
+        return Flow(self.with_blocks(block_sizes).layers(dim, 0), chosen, preconditioner, self._make_base(dim))
 
     def build_local(
         self, input_dim: int, parent_dim: int, feature_dim: int, known: Tensor | None = None, *, plain: bool = False
@@ -266,6 +268,15 @@ class FlowSpec:
             layers.append(self._make_head(input_dim, 0))
         head = PlateHead(input_dim, parent_dim=parent_dim, feature_dim=feature_dim, known=known)
         return Flow(layers, head, base=self._make_base(input_dim))
+
+    def _check_input_dim(self, input_dim: int) -> None:
+        owner = type(self).__name__
+        check_int(owner, "input_dim", input_dim, 1)
+        if input_dim < self.min_dim:
+            raise ValueError(
+                f"{owner}: expected input_dim >= {self.min_dim}, but got {input_dim}. "
+                'Use "spline" or "auto" for a single latent.'
+            )
 
     def _make_base(self, input_dim: int) -> Base:
         return resolve_base(type(self).__name__, self.base).build(input_dim)

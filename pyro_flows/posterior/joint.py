@@ -55,7 +55,7 @@ def _preconditioner(dim: int) -> Preconditioner | None:
     return FullRankPreconditioner(dim) if dim > 1 else None
 
 
-def _pooling(prior: LinearPrior, dim: int) -> ConditionalGaussianHead:
+def _conditional_head(prior: LinearPrior, dim: int) -> ConditionalGaussianHead:
     """The head that knows a prior: the exact one for linear mixed models, if few priors are known and follow no others,
     with matrices where it takes them."""
     slope, bias = prior.dense(dim)
@@ -91,9 +91,9 @@ class JointBlock(nn.Module):
         super().__init__()
         self.layout = layout
         sizes = [size for size in layout.sizes if size]
-        pooling = None if prior is None else _pooling(prior, layout.latent_dim)
+        head = None if prior is None else _conditional_head(prior, layout.latent_dim)
         preconditioner = _preconditioner(layout.latent_dim)
-        flow = build_reproducibly(lambda: spec.build_joint(sizes, pooling=pooling, preconditioner=preconditioner))
+        flow = build_reproducibly(lambda: spec.build_joint(sizes, head=head, preconditioner=preconditioner))
         init_loc = layout.init_loc
         self.flow = flow.to(dtype=init_loc.dtype, device=init_loc.device)
         self.flow.head.initialize(init_loc, torch.full_like(init_loc, init_scale))
