@@ -8,21 +8,16 @@ import math
 import torch
 from torch import Tensor, nn
 
-from pyro_flows.transforms import FlowTransform, Preconditioner
+from pyro_flows.transforms import FixedParameter, FlowTransform
 from pyro_flows.transforms.networks import Packed
 from pyro_flows.transforms.preconditioner import look_again
 
 __all__ = ["assert_no_graph", "jacobian", "randomize_parameters", "trained"]
 
 
-# Parts of heads that a warm start sets and training leaves as they are.
-FIXED = {"log_scale_bound", "origin", "own_factor", "own_slope", "own_tilt", "unit"}
-
-
 def trained(module: nn.Module) -> list[nn.Parameter]:
     """All parameters but those that a warm start sets and training leaves as they are."""
-    fixed = {p for part in module.modules() if isinstance(part, Preconditioner) for p in part.parameters()}
-    return [p for name, p in module.named_parameters() if p not in fixed and name.rpartition(".")[2] not in FIXED]
+    return [parameter for parameter in module.parameters() if not isinstance(parameter, FixedParameter)]
 
 
 @torch.no_grad()

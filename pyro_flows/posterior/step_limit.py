@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pyro_flows._recording import is_recording
 from pyro_flows.flows import Flow
 from pyro_flows.flows.gradient_filter import GradientFilter
+from pyro_flows.transforms import FixedParameter
 from pyro_flows.transforms.base import is_jit_tracing
 
 __all__ = ["StepLimit"]
@@ -88,8 +89,6 @@ def _limited(module: nn.Module) -> Iterator[nn.Parameter]:
     for flow in module.modules():
         if isinstance(flow, Flow):
             own = set(flow.head.gaussian_parameters())
-            for part in flow.modules():
-                for name, parameter in part.named_parameters(recurse=False):
-                    is_fixed = name in getattr(part, "fixed", ())
-                    if parameter not in own and not is_fixed and parameter.numel():
-                        yield parameter
+            for parameter in flow.parameters():
+                if parameter not in own and not isinstance(parameter, FixedParameter) and parameter.numel():
+                    yield parameter

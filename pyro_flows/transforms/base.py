@@ -48,8 +48,8 @@ class FlowTransform(TransformModule):
     - :meth:`inverse_and_ladj` is required unless ``has_inverse`` is false.
     - :meth:`forward_with_score` is optional where an inverse exists, and required where none does, unless
       ``has_score`` is false; flows with such a part use ordinary gradients.
-    - ``fixed`` names parameters that a warm start sets and training leaves as they are. They are parameters so that
-      Pyro's store keeps them, but the map detaches them.
+    - What a warm start sets and training leaves as it is is a :class:`~pyro_flows.transforms.FixedParameter`, which the
+      map detaches.
     - ``one_pass_inverse`` says whether an inverse takes one pass whatever the value, as ``torch.jit.trace`` needs.
 
     Shape:
@@ -68,7 +68,6 @@ class FlowTransform(TransformModule):
     has_inverse: ClassVar[bool] = True
     has_score: ClassVar[bool] = True
     one_pass_inverse: ClassVar[bool] = True
-    fixed: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, input_dim: int, context_dim: int = 0) -> None:
         super().__init__()

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyro_flows.transforms.base import FlowTransform
+from pyro_flows.transforms.fixed import FixedParameter
 
 __all__ = ["FullRankPreconditioner", "LowRankPreconditioner", "Preconditioner", "look_again"]
 
@@ -24,14 +25,12 @@ class Preconditioner(FlowTransform):
     of its widest that is either nothing or a hundred standard deviations, unless what is trained lives in
     coordinates in which the posterior is about a standard normal.
 
-    ``m`` and the parts of ``A`` are ``fixed``.
+    ``m`` and the parts of ``A`` are fixed parameters.
     """
-
-    fixed: ClassVar[frozenset[str]] = frozenset({"loc", "factor", "scale", "directions", "stretch"})
 
     def __init__(self, input_dim: int) -> None:
         super().__init__(input_dim, 0)
-        self.loc = nn.Parameter(torch.zeros(input_dim))
+        self.loc = FixedParameter(torch.zeros(input_dim))
         self.is_identity = True
 
     def reset(self) -> None:
@@ -108,7 +107,7 @@ class FullRankPreconditioner(Preconditioner):
 
     def __init__(self, input_dim: int) -> None:
         super().__init__(input_dim)
-        self.factor = nn.Parameter(torch.eye(input_dim))
+        self.factor = FixedParameter(torch.eye(input_dim))
 
     @torch.no_grad()
     def set(self, loc: Tensor, factor: Tensor) -> None:
@@ -159,9 +158,9 @@ class LowRankPreconditioner(Preconditioner):
     def __init__(self, input_dim: int, rank: int) -> None:
         super().__init__(input_dim)
         self.rank = rank
-        self.scale = nn.Parameter(torch.ones(input_dim))
-        self.directions = nn.Parameter(torch.eye(input_dim, rank))
-        self.stretch = nn.Parameter(torch.ones(rank))
+        self.scale = FixedParameter(torch.ones(input_dim))
+        self.directions = FixedParameter(torch.eye(input_dim, rank))
+        self.stretch = FixedParameter(torch.ones(rank))
 
     @torch.no_grad()
     def set(self, loc: Tensor, scale: Tensor, directions: Tensor, stretch: Tensor) -> None:

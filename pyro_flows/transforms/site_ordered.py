@@ -7,13 +7,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from pyro_flows.transforms.base import FlowTransform, as_rows
+from pyro_flows.transforms.fixed import FixedParameter
 from pyro_flows.transforms.networks import INPUT_BOUND, Packed, powerprop, reference_noise
 
 __all__ = ["SiteOrderedAffine"]
@@ -97,8 +98,6 @@ class SiteOrderedAffine(FlowTransform):
         the affine conditionals on earlier latents with a translation inside the scale.
     """
 
-    fixed: ClassVar[frozenset[str]] = frozenset({"log_scale_bound"})
-
     reference: Tensor
     follows: Tensor
     rows_follow: Tensor
@@ -120,7 +119,7 @@ class SiteOrderedAffine(FlowTransform):
         assert sum(block_sizes) == input_dim, (block_sizes, input_dim)
         self.block_sizes = tuple(block_sizes)
         self.rank = rank
-        self.log_scale_bound = nn.Parameter(torch.tensor(float(log_scale_bound)))
+        self.log_scale_bound = FixedParameter(torch.tensor(float(log_scale_bound)))
         dense = [torch.ones(size, size).tril(-1).bool().flatten() for size in self.block_sizes if _is_dense(size)]
         is_below = torch.cat([torch.zeros(0).bool(), *dense])
         self.register_buffer("is_below", is_below, persistent=False)

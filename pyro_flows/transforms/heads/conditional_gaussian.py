@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyro_flows.transforms.fixed import FixedParameter
 from pyro_flows.transforms.heads.base import Head, decode_gaussian
 from pyro_flows.transforms.heads.pooling import INIT_SHARE, init_share, unpool
 from pyro_flows.transforms.networks import powerprop
@@ -44,7 +45,6 @@ class ConditionalGaussianHead(Head):
         ValueError: If the dependencies have a cycle.
     """
 
-    fixed: ClassVar[frozenset[str]] = frozenset({"origin"})
     is_outermost: ClassVar[bool] = True  # priors are those of the latents
 
     order: Tensor
@@ -67,7 +67,7 @@ class ConditionalGaussianHead(Head):
         self.register_buffer("slope", slope.unflatten(0, (2, dim))[:, pooled][..., order].contiguous())
         self.register_buffer("bias", bias.unflatten(0, (2, dim))[:, pooled].contiguous())
         self.log_share = nn.Parameter(torch.zeros(dim - self.count_free))
-        self.origin = nn.Parameter(torch.zeros(2, dim))  # locations and log-scales
+        self.origin = FixedParameter(torch.zeros(2, dim))  # locations and log-scales
 
     def initialize(self, loc: Tensor, scale: Tensor, max_share: float = INIT_SHARE) -> None:
         """Start where a mean-field Gaussian is, ``N(loc, diag(scale)^2)``.

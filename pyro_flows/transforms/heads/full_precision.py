@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions.transforms import CorrCholeskyTransform
 
+from pyro_flows.transforms.fixed import FixedParameter
 from pyro_flows.transforms.heads.linear_mixed import LinearMixedHead
 from pyro_flows.transforms.networks import powerprop
 
@@ -125,13 +126,11 @@ class FullPrecisionHead(LinearMixedHead):
         correlated: Coordinates whose priors are correlated.
     """
 
-    fixed: ClassVar[frozenset[str]] = frozenset({"origin", "own_slope", "own_tilt", "own_factor"})
-
     def __init__(self, known: Tensor, slope: Tensor, bias: Tensor, correlated: Sequence[Correlated] = ()) -> None:
         super().__init__(known, slope, bias)
         free, pooled = self.sizes
         self.correlated = tuple(correlated)
-        self.own_factor = nn.Parameter(torch.eye(pooled))
+        self.own_factor = FixedParameter(torch.eye(pooled))
         places = self.restore.tolist()
         self._vectors = [places[group.offset] - free for group in self.correlated]
         self._factors = [places[group.factor_offset] for group in self.correlated]

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from pyro_flows.transforms.fixed import FixedParameter
 from pyro_flows.transforms.heads.base import encode_gaussian
 from pyro_flows.transforms.heads.conditional_gaussian import ConditionalGaussianHead
 
@@ -31,15 +30,13 @@ class LinearMixedHead(ConditionalGaussianHead):
         models. Electronic Journal of Statistics 2023. arXiv:2103.10875, section 2, for the conditional posterior.
     """
 
-    fixed: ClassVar[frozenset[str]] = frozenset({"origin", "own_slope", "own_tilt"})
-
     def __init__(self, known: Tensor, slope: Tensor, bias: Tensor) -> None:
         super().__init__(known, slope, bias)
         assert len(self.sizes) == 2, "priors depend on pooled coordinates"
         free, pooled = self.sizes
         # G and u; stored guides have them by these names.
-        self.own_slope = nn.Parameter(torch.zeros(pooled, free))
-        self.own_tilt = nn.Parameter(torch.zeros(free))
+        self.own_slope = FixedParameter(torch.zeros(pooled, free))
+        self.own_tilt = FixedParameter(torch.zeros(free))
 
     @torch.no_grad()
     def initialize(self, loc: Tensor, scale: Tensor, max_share: float = 1e-3) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyro_flows.transforms.context import ContextLayout
+from pyro_flows.transforms.fixed import FixedParameter
 from pyro_flows.transforms.heads.affine import AffineHead
 from pyro_flows.transforms.heads.base import decode_gaussian
 from pyro_flows.transforms.heads.pooling import INIT_SHARE, init_share, pool, unpool
@@ -51,8 +51,6 @@ class PlateHead(AffineHead):
         Gelman, Hill. Data Analysis Using Regression and Multilevel Models. 2007, eq. (12.1), for partial pooling.
     """
 
-    fixed: ClassVar[frozenset[str]] = frozenset({"log_scale_bound", "unit"})
-
     known: Tensor
     context_layout: ContextLayout
 
@@ -67,12 +65,12 @@ class PlateHead(AffineHead):
         log_scale_bound: float = 2.0,
     ) -> None:
         super().__init__(input_dim)
-        self.log_scale_bound = nn.Parameter(torch.tensor(float(log_scale_bound)))
+        self.log_scale_bound = FixedParameter(torch.tensor(float(log_scale_bound)))
         self.has_prior = known is not None and bool(known.any())
         self.context_layout = ContextLayout(parent_dim, feature_dim, input_dim, self.has_prior)
         self.context_dim = self.context_layout.size
         self.register_buffer("known", known if known is not None else torch.zeros(input_dim, dtype=torch.bool))
-        self.unit = nn.Parameter(torch.ones(input_dim))
+        self.unit = FixedParameter(torch.ones(input_dim))
         if self.has_prior:
             self.log_share = nn.Parameter(torch.zeros(input_dim))
         if parent_dim:

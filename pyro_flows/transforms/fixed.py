@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L1. Parameters that a warm start sets and training leaves as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["FixedParameter"]
+
+
+class FixedParameter(nn.Parameter):
+    """A parameter that a warm start sets and training leaves as it is.
+
+    It is a parameter, not a buffer, so that Pyro's store keeps it with the others. It never gets a gradient: a map uses
+    it as ``self.name.detach()``.
+
+    Args:
+        data: Its value at first, any shape.
+        requires_grad: As of any parameter; SVI looks for those that do.
+
+    Example:
+        >>> import torch
+        >>> from pyro_flows.transforms import FixedParameter
+        >>> module = torch.nn.Module()
+        >>> module.scale = FixedParameter(torch.ones(3))
+        >>> [name for name, p in module.named_parameters() if isinstance(p, FixedParameter)]
+        ['scale']
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FixedParameter:
+        if id(self) not in memo:
+            memo[id(self)] = FixedParameter(self.data.clone(memory_format=torch.preserve_format), self.requires_grad)
+        found: FixedParameter = memo[id(self)]
+        return found
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _restored, (self.data, self.requires_grad)
+
+
+def _restored(data: Tensor, requires_grad: bool) -> FixedParameter:
+    """As pickled; torch would make it a plain parameter."""
+    return FixedParameter(data, requires_grad)
