@@ -138,10 +138,21 @@ def test_models_run_in_few_places():
 
 
 def test_what_can_be_tuned_is_in_a_settings_dataclass():
-    """So that a reader finds it with its unit and reason, and a test can change it."""
-    clean = ("diagnostics/", "importance/", "plots/", "export.py")
+    """So that a reader finds it with its unit and reason, and a test can change it.
+
+    Numbers in a map or in noise are part of its definition: with others, stored parameters would mean something else.
+    Those of the demo are its data, that of a checkpoint its format.
+    """
+    definitions = (
+        "transforms/",
+        "flows/noise.py",
+        "flows/bases.py",
+        "flows/version_0_1_0.py",
+        "training/checkpoint.py",
+        "__main__.py",
+    )
     for path in MODULES:
-        if not file(path).startswith(clean):
+        if file(path).startswith(definitions):
             continue
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
@@ -151,7 +162,7 @@ def test_what_can_be_tuned_is_in_a_settings_dataclass():
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and value not in (0, 1, -1)
 
 
 def _dotted_names(path: Path) -> Iterator[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pyro.distributions as dist
@@ -21,8 +22,19 @@ from pyro_flows.transforms.base import is_jit_tracing
 
 __all__ = ["FlowDistribution"]
 
-# Draws by which the mean of a flow is known, where gradients are centered.
-MEAN_DRAWS = 128
+
+@dataclass(frozen=True)
+class MeanSettings:
+    """How the mean of a flow is known, where gradients are centered.
+
+    Attributes:
+        num_draws: By so many draws.
+    """
+
+    num_draws: int = 128
+
+
+MEAN = MeanSettings()
 
 
 class FlowDistribution(dist.TransformedDistribution):
@@ -152,10 +164,10 @@ class FlowDistribution(dist.TransformedDistribution):
         """See :meth:`centered`."""
         value.register_hook(lambda u: u - (u.sum(0, keepdim=True) - u) / (len(u) - 1))
         if self._is_normal:
-            half = torch.randn(MEAN_DRAWS // 2, value.shape[-1], dtype=value.dtype, device=value.device)
+            half = torch.randn(MEAN.num_draws // 2, value.shape[-1], dtype=value.dtype, device=value.device)
             eps = torch.cat([half, -half])
         else:
-            rounds = math.ceil(MEAN_DRAWS / self.batch_shape.numel())
+            rounds = math.ceil(MEAN.num_draws / self.batch_shape.numel())
             eps = self.base_dist.rsample(torch.Size([rounds])).reshape(-1, value.shape[-1])
         mean = self._bound.transform.forward_and_ladj(eps)[0].mean(0)
         return value + (mean - mean.detach())

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,11 +13,23 @@ from pyro_flows._recording import is_recording
 
 __all__ = ["GradientFilter"]
 
-# Entries beyond so many running root mean squares are clipped. Much lower a bound would do harm: that a site overflows
-# shows in rare large gradients only, and where these are cut, draws spread until it overflows every day.
-LARGEST = 1e3
-# What a new gradient weighs in running means, as soon as there are enough.
-WEIGHT = 0.02
+
+@dataclass(frozen=True)
+class FilterSettings:
+    """What counts as an outlier.
+
+    Attributes:
+        largest: Running root mean squares beyond which entries are clipped. Much lower a bound would do harm: that
+            a site overflows shows in rare large gradients only, and where these are cut, draws spread until it
+            overflows every day.
+        weight: What a new gradient weighs in running means, as soon as there are enough.
+    """
+
+    largest: float = 1e3
+    weight: float = 0.02
+
+
+FILTER = FilterSettings()
 
 
 class GradientFilter(nn.Module):
@@ -104,9 +117,9 @@ class GradientFilter(nn.Module):
         square = gradient.square().reshape(-1, gradient.shape[-1]).mean(0)
         before = self.square.clone()
         usual = torch.where(before > 0.0, before, square)
-        largest = LARGEST * usual.sqrt()
+        largest = FILTER.largest * usual.sqrt()
         gradient = gradient.clamp(-largest, largest)
-        self.square.copy_(torch.lerp(usual, torch.minimum(square, largest.square()), WEIGHT))
+        self.square.copy_(torch.lerp(usual, torch.minimum(square, largest.square()), FILTER.weight))
         return gradient
 
     @torch.no_grad()
@@ -121,7 +134,7 @@ class GradientFilter(nn.Module):
         count = self.count + 1.0
         found = torch.stack([rows, (rows - before[0]) * score, score.square()]).mean(1)
         self.count.copy_(count)
-        self.moments.copy_(torch.lerp(before, found, count.reciprocal().clamp_min(WEIGHT)))
+        self.moments.copy_(torch.lerp(before, found, count.reciprocal().clamp_min(FILTER.weight)))
         return multiple.nan_to_num(0.0, 0.0, 0.0).clamp(0.0, self.largest_multiple)
 
 

@@ -14,16 +14,37 @@ from pyro_flows.transforms import AffineCouplings, FlowTransform, SiteOrderedAff
 
 __all__ = ["Auto", "SiteOrdered"]
 
-# More blocks than this are merged with their neighbors: drawing takes a step a block.
-MAX_BLOCKS = 16
-# Above this dimension the linear parts have this rank, so that parameters grow linearly.
-FULL_RANK_DIM = 300
-RANK = 16
-# Above these dimensions the default has no couplings, since one conditioner a block is what the time buys best; then no
-# splines, and narrow conditioners of a low rank; and then nothing but a mean-field Gaussian: there a step costs by the
-# parameter, and more than some dozens of them for each latent would cost many times AutoNormal's.
-COUPLINGS_DIM, SPLINES_DIM, FLOW_DIM = 1000, 2000, 20_000
-NARROW_DIMS, LOW_RANK = (8,), 4
+
+@dataclass(frozen=True)
+class SizeSettings:
+    """What the default is made of, by its dimension.
+
+    A step costs by the operation up to some hundreds of dimensions, and by the parameter beyond.
+
+    Attributes:
+        max_blocks: More blocks than this are merged with their neighbors: drawing takes a step a block.
+        max_full_rank_dim: Dimension above which linear parts have a rank, so that parameters grow linearly, and
+            couplings are narrower.
+        rank: That rank.
+        max_couplings_dim: Above it there are no couplings: one conditioner a block is what the time buys best.
+        max_splines_dim: Above it there are no splines, and narrow conditioners.
+        narrow_dims: Widths of these.
+        low_rank: Rank of their linear parts.
+        max_flow_dim: Above it there is a mean-field Gaussian: some dozens of parameters for each latent would cost
+            many times AutoNormal's step.
+    """
+
+    max_blocks: int = 16
+    max_full_rank_dim: int = 300
+    rank: int = 16
+    max_couplings_dim: int = 1000
+    max_splines_dim: int = 2000
+    narrow_dims: tuple[int, ...] = (8,)
+    low_rank: int = 4
+    max_flow_dim: int = 20_000
+
+
+SIZES = SizeSettings()
 
 
 @register("site_ordered")
@@ -62,7 +83,7 @@ class SiteOrdered(FlowSpec):
         return self if self.block_sizes is not None else replace(self, block_sizes=tuple(block_sizes))
 
     def layers(self, input_dim: int, context_dim: int) -> list[FlowTransform]:
-        rank = RANK if input_dim > FULL_RANK_DIM else None
+        rank = SIZES.rank if input_dim > SIZES.max_full_rank_dim else None
         return [
             Spline(input_dim, context_dim, count_bins=self.count_bins),
             self._site_ordered(input_dim, context_dim, self.hidden_dims, rank),
@@ -77,7 +98,7 @@ class SiteOrdered(FlowSpec):
                 f"{type(self).__name__}: expected block_sizes to add up to input_dim, but got {sizes} and {input_dim}. "
                 "Leave block_sizes out to let the guide fill in the model's sites."
             )
-        blocks = _merge(sizes, MAX_BLOCKS)
+        blocks = _merge(sizes, SIZES.max_blocks)
         return SiteOrderedAffine(
             input_dim,
             context_dim,
@@ -120,17 +141,17 @@ class Auto(SiteOrdered):
     def layers(self, input_dim: int, context_dim: int) -> list[FlowTransform]:
         if input_dim == 1:
             return [Spline(input_dim, context_dim, count_bins=2 * self.count_bins)]
-        if input_dim > FLOW_DIM:
+        if input_dim > SIZES.max_flow_dim:
             return []
-        if input_dim > SPLINES_DIM:
-            return [self._site_ordered(input_dim, context_dim, NARROW_DIMS, LOW_RANK)]
+        if input_dim > SIZES.max_splines_dim:
+            return [self._site_ordered(input_dim, context_dim, SIZES.narrow_dims, SIZES.low_rank)]
         layers = super().layers(input_dim, context_dim)
-        if self.num_transforms and input_dim <= COUPLINGS_DIM:
+        if self.num_transforms and input_dim <= SIZES.max_couplings_dim:
             couplings = AffineCouplings(
                 input_dim,
                 context_dim,
                 num_transforms=self.num_transforms,
-                hidden_dims=self.coupling_dims or ((32, 32) if input_dim > FULL_RANK_DIM else (64, 64)),
+                hidden_dims=self.coupling_dims or ((32, 32) if input_dim > SIZES.max_full_rank_dim else (64, 64)),
                 num_parts=max(2, self.num_transforms),
             )
             layers.insert(0, couplings)

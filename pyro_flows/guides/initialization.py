@@ -15,26 +15,26 @@ from pyro_flows.transforms.representable import unconstrained_limits
 
 __all__ = ["init_to_prior_median"]
 
-PROBABILITIES = (0.25, 0.5, 0.75)
-
 
 @dataclass(frozen=True)
 class MedianSettings:
     """What a prior says about where a site is.
 
     Attributes:
+        probabilities: Of the quartiles.
         max_central_half: Distance of quartiles in unconstrained space beyond which a prior says nothing: a factor of
             20,000 for a positive site.
         num_draws: Draws by which quartiles are known where there is no quantile function, 4 n - 1 of them.
     """
 
+    probabilities: tuple[float, float, float] = (0.25, 0.5, 0.75)
     max_central_half: float = 10.0
     num_draws: int = 15
 
     @property
     def places(self) -> list[int]:
         """Of the quartiles among the draws in order."""
-        return [round(p * (self.num_draws + 1)) - 1 for p in PROBABILITIES]
+        return [round(p * (self.num_draws + 1)) - 1 for p in self.probabilities]
 
 
 MEDIAN = MedianSettings()
@@ -78,7 +78,7 @@ def init_to_prior_median(site: dict[str, Any]) -> Tensor:
 def _quartiles(fn: Any) -> Tensor:
     """``(3, *batch_shape)``."""
     try:
-        return torch.stack([fn.icdf(torch.tensor(p)).expand(fn.batch_shape) for p in PROBABILITIES])
+        return torch.stack([fn.icdf(torch.tensor(p)).expand(fn.batch_shape) for p in MEDIAN.probabilities])
     except (NotImplementedError, ValueError, AttributeError):
         draws = fn.sample((MEDIAN.num_draws,))
         return draws.sort(0).values[MEDIAN.places]

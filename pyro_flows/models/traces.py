@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor
 
 __all__ = [
     "DRAWS",
-    "MAX_REFUSED",
     "NO_DENSITY",
+    "REFUSALS",
     "Call",
     "by_draw",
     "mean_of_kept",
@@ -33,8 +34,20 @@ DRAWS = "_pyro_flows_draws"
 
 # What a model raises where it has no density: a distribution refuses its parameters, a covariance is not one.
 NO_DENSITY = (ValueError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
-# Draws that a model may refuse so, as a share of all, before their mean is NaN.
-MAX_REFUSED = 0.1
+
+
+@dataclass(frozen=True)
+class RefusalSettings:
+    """What becomes of a mean over draws, some of which a model refuses.
+
+    Attributes:
+        max_share: Share of all draws that may be left out; with more, the mean is NaN.
+    """
+
+    max_share: float = 0.1
+
+
+REFUSALS = RefusalSettings()
 
 
 class Call(NamedTuple):
@@ -98,7 +111,7 @@ def mean_of_kept(terms: Tensor) -> Tensor:
     refused = terms.isnan()
     share = refused.to(terms.dtype).mean(-1)
     mean = torch.where(refused, 0.0, terms).mean(-1) / (1.0 - share)
-    return torch.where(share <= MAX_REFUSED, mean, math.nan)
+    return torch.where(share <= REFUSALS.max_share, mean, math.nan)
 
 
 def rows_of(value: Tensor, rank: int, count: int) -> Tensor:

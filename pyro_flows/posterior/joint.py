@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +23,27 @@ from pyro_flows.transforms import (
     Preconditioner,
 )
 
-__all__ = ["RANK", "JointBlock", "build_reproducibly"]
+__all__ = ["JOINT", "JointBlock", "build_reproducibly"]
 
-# Coordinates with known priors that are pooled by matrices, at most.
-MATRIX_DIM = 64
-# Above this dimension warm starts have so many correlated directions only.
-FULL_RANK_DIM, RANK = 300, 20
-# Above this one none at all.
-CORRELATED_DIM = 20_000
+
+@dataclass(frozen=True)
+class JointSettings:
+    """What a joint flow is made of, by its dimension.
+
+    Attributes:
+        max_precision_dim: Coordinates with known priors that have a full precision, at most.
+        max_full_rank_dim: Dimension above which a start has a few correlated directions only.
+        rank: How many these are.
+        max_correlated_dim: Dimension above which there are none.
+    """
+
+    max_precision_dim: int = 64
+    max_full_rank_dim: int = 300
+    rank: int = 20
+    max_correlated_dim: int = 20_000
+
+
+JOINT = JointSettings()
 
 
 def build_reproducibly(build: Callable[[], Flow]) -> Flow:
@@ -48,10 +62,10 @@ def build_reproducibly(build: Callable[[], Flow]) -> Flow:
 
 def _preconditioner(dim: int) -> Preconditioner | None:
     """What a warm start can set; memory grows linearly above a few hundred dimensions."""
-    if dim > CORRELATED_DIM:
+    if dim > JOINT.max_correlated_dim:
         return None
-    if dim > FULL_RANK_DIM:
-        return LowRankPreconditioner(dim, RANK)
+    if dim > JOINT.max_full_rank_dim:
+        return LowRankPreconditioner(dim, JOINT.rank)
     return FullRankPreconditioner(dim) if dim > 1 else None
 
 
@@ -60,7 +74,7 @@ def _conditional_head(prior: LinearPrior, dim: int) -> ConditionalGaussianHead:
     with matrices where it takes them."""
     slope, bias = prior.dense(dim)
     chained = (slope[:, prior.known] != 0).any()
-    if chained or prior.known.sum() > MATRIX_DIM:
+    if chained or prior.known.sum() > JOINT.max_precision_dim:
         return MultilevelHead(prior.known, slope, bias)
     if prior.conditionally_independent:
         return DiagonalPrecisionHead(prior.known, slope, bias)

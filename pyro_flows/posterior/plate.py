@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import torch
@@ -22,10 +23,21 @@ from pyro_flows.transforms.networks import ContextParameters
 
 __all__ = ["Item", "LocalBlock"]
 
-# Length of an item's learned embedding, by which the shared flow can differ from item to item.
-EMBEDDING_DIM = 4
-# Globals beyond this many are projected, so that the cost of an item does not grow with them.
-MAX_PARENT_DIM = 32
+
+@dataclass(frozen=True)
+class ItemSettings:
+    """What the items of a plate share and have of their own.
+
+    Attributes:
+        embedding_dim: Length of an item's learned embedding, by which the shared flow can differ from item to item.
+        max_parent_dim: Globals beyond this many are projected, so that the cost of an item does not grow with them.
+    """
+
+    embedding_dim: int = 4
+    max_parent_dim: int = 32
+
+
+ITEMS = ItemSettings()
 
 
 class Item(NamedTuple):
@@ -84,8 +96,8 @@ class LocalBlock(nn.Module):
         self.parent_names = tuple(parent.layout.plate_names for parent in parents)
         self.prior = prior
         joint_dim = joint.layout.latent_dim if joint is not None else 0
-        parent_dim = min(joint_dim, MAX_PARENT_DIM) + sum(parent.layout.latent_dim for parent in parents)
-        self.embedding_dim = 0 if is_long else EMBEDDING_DIM
+        parent_dim = min(joint_dim, ITEMS.max_parent_dim) + sum(parent.layout.latent_dim for parent in parents)
+        self.embedding_dim = 0 if is_long else ITEMS.embedding_dim
         feature_dim = self.embedding_dim if encoder_dim is None else encoder_dim
         spec = spec.with_blocks(layout.sizes)
         known = None if prior is None else prior.known
@@ -105,8 +117,8 @@ class LocalBlock(nn.Module):
             scale = torch.where(prior.known, gaussian.chunk(2)[1].exp(), scale)
         own = self.head.initialize_items(start, scale, gaussian, in_scales=encoder_dim is not None)
         self.project = None
-        if joint_dim > MAX_PARENT_DIM:
-            self.project = nn.Parameter(own.new_empty(MAX_PARENT_DIM, joint_dim).normal_(std=joint_dim**-0.5))
+        if joint_dim > ITEMS.max_parent_dim:
+            self.project = nn.Parameter(own.new_empty(ITEMS.max_parent_dim, joint_dim).normal_(std=joint_dim**-0.5))
         self.items: nn.Parameter | None = None
         self.encoded: ContextParameters | None = None
         if encoder_dim is None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,11 +25,22 @@ from pyro_flows.posterior.step_limit import StepLimit
 
 __all__ = ["Posterior"]
 
-# Items of a mini-batch, beyond which each has a Gaussian in place of a flow: a network of every item would cost a
-# hundred times what AutoNormal does.
-MAX_FLOWS = 20_000
-# Draws times items that are in flight at once in summaries.
-MAX_ROWS = 2**18
+
+@dataclass(frozen=True)
+class PlateSettings:
+    """Limits of what is computed for all items of a plate.
+
+    Attributes:
+        max_flows: Items of a mini-batch beyond which each has a Gaussian in place of a flow: a network of every
+            item would cost a hundred times what AutoNormal does.
+        max_rows: Draws times items that are in flight at once in summaries.
+    """
+
+    max_flows: int = 20_000
+    max_rows: int = 2**18
+
+
+PLATES = PlateSettings()
 
 Latents = dict[tuple[str, ...], Tensor]
 
@@ -95,7 +107,7 @@ class Posterior(nn.Module):
                 parents=parents,
                 encoder_dim=sum(encoder_dims) if encoder_dims else None,
                 prior=read_prior(model, args, kwargs, own, given),
-                is_long=not encoder_dims and own.init_loc.shape[:-1].numel() > MAX_FLOWS,
+                is_long=not encoder_dims and own.init_loc.shape[:-1].numel() > PLATES.max_flows,
             )
         # The filters of all blocks' gradients.
         self.filters = tuple(part for part in self.modules() if isinstance(part, GradientFilter))
@@ -216,7 +228,7 @@ class Posterior(nn.Module):
         """
         items = {block.layout.plate_names: self._full_items(block, args, kwargs) for block in self.blocks()}
         rows = max((item.lead.numel() for item in items.values()), default=1)
-        step = max(2, MAX_ROWS // rows // 2 * 2)
+        step = max(2, PLATES.max_rows // rows // 2 * 2)
         generator = torch.Generator(next(self.parameters()).device).manual_seed(0) if repeatable else None
         chunks: list[Latents] = []
         for start in range(0, num_samples, step):
@@ -231,7 +243,7 @@ class Posterior(nn.Module):
                 own = items[block.layout.plate_names]
                 shape = own.site.shape
                 axis = max(range(-len(shape), -1), key=lambda dim: shape[dim])  # of the longest plate
-                length = max(1, MAX_ROWS * shape[axis] // (count * own.lead.numel()))
+                length = max(1, PLATES.max_rows * shape[axis] // (count * own.lead.numel()))
                 pieces = []
                 for first in range(0, shape[axis], length):
                     given = {names: _narrow(value, axis, first, length) for names, value in latents.items()}

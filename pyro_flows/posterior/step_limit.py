@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,21 @@ from pyro_flows.transforms.base import is_jit_tracing
 
 __all__ = ["StepLimit"]
 
-# How far an entry of a parameter may move in a step. Layers start as the identity, and their sums of H terms are scaled
-# down by the root of H at least, so that a step bends a draw by a few thousandths of its scale.
-LARGEST_STEP = 2e-3
+
+@dataclass(frozen=True)
+class StepSettings:
+    """How fast nonlinear layers move.
+
+    Attributes:
+        largest_step: How far an entry of a parameter may move in a step. Layers start as the identity, and their
+            sums of H terms are scaled down by the root of H at least, so that a step bends a draw by a few
+            thousandths of its scale.
+    """
+
+    largest_step: float = 2e-3
+
+
+STEPS = StepSettings()
 
 
 class StepLimit:
@@ -42,7 +55,7 @@ class StepLimit:
 
     def __init__(self, module: nn.Module, filters: Sequence[GradientFilter]) -> None:
         self.parameters: list[Tensor] = list(_limited(module))
-        self.largest_step = LARGEST_STEP
+        self.largest_step = STEPS.largest_step
         self._filters = filters
         self._before: list[Tensor] | None = None
 

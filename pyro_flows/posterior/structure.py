@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -17,8 +18,20 @@ from pyro_flows.models.sites import full_size
 __all__ = ["STRUCTURES", "check_plate", "local_plates"]
 
 STRUCTURES = ("auto", "joint", "plates")
-# A joint flow is not built beyond this many dimensions if plates can be factored out.
-MAX_JOINT_DIM = 10_000
+
+
+@dataclass(frozen=True)
+class StructureSettings:
+    """When plates are factored out.
+
+    Attributes:
+        max_joint_dim: Dimensions beyond which there is no joint flow if plates can be factored out.
+    """
+
+    max_joint_dim: int = 10_000
+
+
+STRUCTURE = StructureSettings()
 
 
 def local_plates(
@@ -66,7 +79,7 @@ def local_plates(
         return frozenset(sites)
     if structure == "auto":
         for plate in sorted(sites, key=lambda name: -sizes[name]):
-            if _joint_dim(trace, local) <= MAX_JOINT_DIM:
+            if _joint_dim(trace, local) <= STRUCTURE.max_joint_dim:
                 break
             local.add(plate)
     return frozenset(local)

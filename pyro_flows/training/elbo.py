@@ -17,7 +17,7 @@ from pyro_flows._checks import check_int
 from pyro_flows._recording import is_recording
 from pyro_flows.models.batching import BatchedModel
 from pyro_flows.models.particles import look_at
-from pyro_flows.models.traces import MAX_REFUSED, Call, by_draw, mini_batches, sample_nodes
+from pyro_flows.models.traces import REFUSALS, Call, by_draw, mini_batches, sample_nodes
 
 __all__ = ["VectorizedTrace_ELBO"]
 
@@ -109,7 +109,7 @@ def _leave_out_refused(model_trace: Trace, guide_trace: Trace, count: int) -> No
     terms = [by_draw(node["log_prob"]) for node in sample_nodes(model_trace).values()]
     usable = ~torch.stack([term.detach() for term in terms]).sum(0).isnan()
     refused = count - int(usable.sum())
-    if not 0 < refused <= MAX_REFUSED * count:
+    if not 0 < refused <= REFUSALS.max_share * count:
         return
 
     def usable_only(value: Any) -> Any:

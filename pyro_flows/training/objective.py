@@ -29,8 +29,8 @@ from pyro_flows.models.batching import BatchedModel
 from pyro_flows.models.checks import start_elsewhere, without_density
 from pyro_flows.models.particles import at_a_draw, look_at
 from pyro_flows.models.traces import (
-    MAX_REFUSED,
     NO_DENSITY,
+    REFUSALS,
     Call,
     mini_batches,
     nesting_of,
@@ -325,7 +325,7 @@ class Objective:
                 values.append(math.nan)
         sample = torch.tensor(values, dtype=torch.float64)
         kept = sample[~sample.isnan()]
-        if len(kept) < (1.0 - MAX_REFUSED) * runs or not kept.isfinite().all():
+        if len(kept) < (1.0 - REFUSALS.max_share) * runs or not kept.isfinite().all():
             return Estimate(-math.inf, math.inf, math.inf, sample)
         variance = kept.var().item()
         return Estimate(kept.mean().item(), math.sqrt(variance / len(kept)), variance * particles, sample)

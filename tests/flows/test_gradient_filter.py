@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_flows import AutoFlowGuide, flows
 from pyro_flows.flows import Flow
-from pyro_flows.flows.gradient_filter import LARGEST, GradientFilter
+from pyro_flows.flows.gradient_filter import FILTER, GradientFilter
 from tests.common import randomize_parameters, trained
 
 Target = Callable[[Tensor], Tensor]
@@ -112,8 +112,8 @@ def test_what_is_out_of_proportion_is_clipped(unit: float) -> None:
     # Running, so known to a fifth or so; each coordinate by itself.
     torch.testing.assert_close(usual, ordinary.square().mean(0).sqrt(), rtol=0.5, atol=0.0)
     absurd = torch.tensor([1e20, -1e20], dtype=torch.double) * unit
-    torch.testing.assert_close(passed(gradient_filter, absurd), LARGEST * usual * absurd.sign())
-    large = 0.9 * LARGEST * gradient_filter.square.sqrt()
+    torch.testing.assert_close(passed(gradient_filter, absurd), FILTER.largest * usual * absurd.sign())
+    large = 0.9 * FILTER.largest * gradient_filter.square.sqrt()
     assert torch.equal(passed(gradient_filter, large), large)
     one_of_two = torch.stack([absurd[0], 10.0 * usual[1]])
     assert passed(gradient_filter, one_of_two)[1] == one_of_two[1]
@@ -124,8 +124,8 @@ def test_an_absurd_gradient_does_not_open_the_gate_for_the_next() -> None:
     for _ in range(20):
         passed(gradient_filter, torch.ones(1, dtype=torch.double))
     first, second = (passed(gradient_filter, torch.full((1,), 1e30, dtype=torch.double)).item() for _ in range(2))
-    assert first == pytest.approx(LARGEST)
-    assert second <= LARGEST * math.sqrt(1.0 + 0.03 * LARGEST**2)
+    assert first == pytest.approx(FILTER.largest)
+    assert second <= FILTER.largest * math.sqrt(1.0 + 0.03 * FILTER.largest**2)
 
 
 def test_the_first_gradient_is_of_any_size() -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pyro_flows import AutoFlowGuide, CompiledSVI, fit
 from pyro_flows.compiled import inductor
-from pyro_flows.posterior.step_limit import LARGEST_STEP
+from pyro_flows.posterior.step_limit import STEPS
 from tests.common import randomize_parameters
 
 Y = torch.tensor([28.0, 8.0, -3.0, 7.0], dtype=torch.double)
@@ -67,9 +67,9 @@ def head(guide: AutoFlowGuide) -> Tensor:
 
 def assert_limited(found: Tensor, before: Tensor, *, is_full: bool = True) -> None:
     longest = (found - before).abs().max()
-    assert longest <= LARGEST_STEP * (1.0 + TINY)
+    assert longest <= STEPS.largest_step * (1.0 + TINY)
     if is_full:
-        assert longest > LARGEST_STEP * (1.0 - 1e-6)
+        assert longest > STEPS.largest_step * (1.0 - 1e-6)
 
 
 OPTIMIZERS: dict[str, Callable[[], Any]] = {
@@ -96,7 +96,7 @@ def test_no_entry_moves_further_than_the_limit(optim: Callable[[], Any]) -> None
         svi.step(Y)
         guide.sample_posterior(1)
         assert_limited(limited(guide), before, is_full=False)
-    assert (limited(guide) - start).abs().max() > LARGEST_STEP
+    assert (limited(guide) - start).abs().max() > STEPS.largest_step
 
 
 @pytest.mark.parametrize("flow", FLOWS)
@@ -159,9 +159,9 @@ def test_the_direction_is_the_optimisers() -> None:
     before = limited(guide)
     svi.step(Y)
     wanted = limited(guide) - before
-    assert wanted.abs().max() > 10.0 * LARGEST_STEP
+    assert wanted.abs().max() > 10.0 * STEPS.largest_step
     guide.sample_posterior(1)
-    factor = LARGEST_STEP / wanted.abs().max()
+    factor = STEPS.largest_step / wanted.abs().max()
     torch.testing.assert_close(limited(guide) - before, factor * wanted, rtol=1e-6, atol=1e-12)
 
 
@@ -507,7 +507,7 @@ def test_compiled_steps_have_the_same_limit(monkeypatch: pytest.MonkeyPatch, mak
             guide.sample_posterior(1)
         found.append(everything(guide))
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
-    assert (limited(guide) - start).abs().max() <= 50 * LARGEST_STEP * (1.0 + TINY)
+    assert (limited(guide) - start).abs().max() <= 50 * STEPS.largest_step * (1.0 + TINY)
 
 
 def test_compiled_steps_are_limited_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -526,7 +526,7 @@ def test_fit_has_a_pace_of_its_own() -> None:
     assert guide.limits_steps
     assert result.steps == 30
     # Thirty steps of at most 0.002 could not go so far.
-    assert (limited(guide) - before).abs().max() > 1.5 * 30 * LARGEST_STEP
+    assert (limited(guide) - before).abs().max() > 1.5 * 30 * STEPS.largest_step
     svi = SVI(schools, guide, Adam({"lr": 1.0}), Trace_ELBO())
     before = limited(guide)
     svi.step(Y)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_flows import AutoFlowGuide, flows
 from pyro_flows.models.log_joint import LogJoint
-from pyro_flows.posterior.joint import RANK
+from pyro_flows.posterior.joint import JOINT
 from pyro_flows.starts.gaussian import best_gaussian
 from pyro_flows.starts.low_rank import krylov_eigenpairs
 from pyro_flows.transforms import LowRankAffine, LowRankPreconditioner
@@ -87,7 +87,7 @@ def test_common_factors_are_found(flow: str, unlike: bool) -> None:
     block = guide.posterior.only_block
     holder = block.flow.preconditioner if flow == "auto" else block.flow.head
     assert isinstance(holder, LowRankPreconditioner if flow == "auto" else LowRankAffine)
-    assert sum(p.numel() for p in holder.parameters()) <= 500 * (2 * RANK + 3)
+    assert sum(p.numel() for p in holder.parameters()) <= 500 * (2 * JOINT.rank + 3)
 
 
 def test_a_regression_with_random_effects() -> None:
