@@ -23,6 +23,7 @@ def code_blocks(text: str) -> list[str]:
     return [textwrap.dedent(block) for block in blocks]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["choosing_a_flow", "diagnostics", "extending", "training"])
 def test_code_runs(page: str, restored_registry: None) -> None:
     blocks = code_blocks((DOCS / f"{page}.rst").read_text())

@@ -185,6 +185,7 @@ def test_fit_is_the_same_with_and_without_it(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [AutoNormal, AutoFlowGuide])
 def test_recording_a_step_of_fit_changes_nothing(monkeypatch: pytest.MonkeyPatch, make: Callable[..., Any]) -> None:
     """Adam started anew there, in the middle of a cycle: some fits of a banana did not recover."""

@@ -68,6 +68,7 @@ def test_machine_code_equals_svi(dtype, rtol):
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.slow
 def test_a_second_compilation_comes_from_the_cache(tmp_path, monkeypatch):
     """It was made anew each time: 62 seconds in place of 6."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
@@ -92,6 +93,7 @@ def test_a_fresh_guide_has_the_noise_of_svi(interpreted, make):
     assert torch.allclose(*losses, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flow", ["auto", "iaf", "realnvp", "spline_coupling", "planar", "block_autoregressive"])
 def test_flows_equal_svi(interpreted, flow):
     elbo = Trace_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=1)
@@ -329,6 +331,7 @@ def test_refuses_losses_without_a_differentiable_value():
         CompiledSVI(schools, AutoNormal(schools), Adam({"lr": 0.1}), TraceGraph_ELBO())
 
 
+@pytest.mark.slow
 def test_fit_gives_the_same_numbers_compiled(interpreted):
     results, guides = [], []
     for compile in (True, False):

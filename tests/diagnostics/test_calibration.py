@@ -65,6 +65,7 @@ def test_what_is_wrong_is_named(shift: float, width: float, reason: str) -> None
     assert f"'slope' is {reason}" in str(report)
 
 
+@pytest.mark.slow
 def test_p_values_of_a_calibrated_guide_are_uniform() -> None:
     """Of 50 p-values, 5 % and 50 % are below these levels, within 4 standard errors."""
     p_values = torch.tensor(
@@ -118,6 +119,7 @@ def test_other_guides_are_fitted_to_each_data_set() -> None:
     assert not torch.equal(seen[0], seen[1])
 
 
+@pytest.mark.slow
 def test_a_fit_of_each_data_set_is_calibrated() -> None:
     def refit(model: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> AutoFlowGuide:
         guide = AutoFlowGuide(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from pyro.infer import MCMC, NUTS
 from pyro.infer.reparam import NeuTraReparam
@@ -16,6 +17,7 @@ from tests.fits import regression, regression_data, regression_posterior
 DATA = regression_data(3, 2.0)
 
 
+@pytest.mark.slow
 def test_the_recipe_gives_draws_of_the_posterior() -> None:
     guide = AutoFlowGuide(regression).warm_start(*DATA)
     namespace: dict[str, Any] = {

@@ -64,6 +64,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("dim", [1, 2, 3])
 def test_path_derivatives_of_a_mixture_are_unbiased(dim: int, function: str) -> None:

@@ -155,6 +155,7 @@ def test_without_a_control_variate_the_gradient_is_the_path_gradient() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "scale", "shape"),
     [(gaussian, 0.3, (1,)), (heavy_tails, 0.5, (1,)), (heavy_tails, 0.5, (4, 1))],

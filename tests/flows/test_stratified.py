@@ -21,6 +21,7 @@ def spread():
     return flow, draws
 
 
+@pytest.mark.slow
 def test_each_n_th_of_the_line_has_one_draw(spread):
     flow, draws = spread
     with torch.no_grad():
@@ -31,6 +32,7 @@ def test_each_n_th_of_the_line_has_one_draw(spread):
     assert (bins.sort(1).values == expected).all(1).float().mean() > 0.99
 
 
+@pytest.mark.slow
 def test_each_draw_is_distributed_as_before(spread):
     _, draws = spread
     one = draws[:, 3].double()  # the same particle in all runs
@@ -42,6 +44,7 @@ def test_each_draw_is_distributed_as_before(spread):
     assert ((one * other).mean(0) < 0.0).all()  # where one draw is, another is not
 
 
+@pytest.mark.slow
 def test_means_are_known_better(spread):
     _, draws = spread
     draws = draws.double()

@@ -92,6 +92,7 @@ def test_no_noise_at_the_exact_posterior(base: str, elbo: Any, num_particles: in
     assert gradient(guide, num_particles).abs().max() > 0.1
 
 
+@pytest.mark.slow
 @bases
 def test_same_mean_as_the_total_gradient(base: str) -> None:
     guide = exact(base)
@@ -117,6 +118,7 @@ def test_same_mean_as_the_total_gradient(base: str) -> None:
     assert (difference.mean(0).abs() < 4.5 * standard_error).all()
 
 
+@pytest.mark.slow
 @bases
 def test_centered_gradients_have_the_same_mean(base: str) -> None:
     guide = exact(base)
@@ -136,6 +138,7 @@ def test_centered_gradients_have_the_same_mean(base: str) -> None:
     assert (difference.mean(0).abs() < 4.5 * standard_error).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("apart", "dim"), [(4.0, 1), (4.0, 5), (10.0, 1), (10.0, 5)])
 def test_a_mixture_keeps_both_modes(apart: float, dim: int) -> None:
     model = two_modes(apart, dim)
@@ -198,6 +201,7 @@ def test_a_single_mode_gets_the_gaussian() -> None:
     assert values.mean() > -0.005 - 3 * values.std() / 4000**0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("df", "dim", "quantile"), [(3.0, 1, 10.215), (5.0, 5, 5.893)])
 def test_a_student_t_gets_its_tails(df: float, dim: int, quantile: float) -> None:
     """Against a normal base: 99.9 % quantile, log weights far out, and k-hat."""
@@ -303,6 +307,7 @@ def items(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(theta, 5.0), obs=y[rows])
 
 
+@pytest.mark.slow
 def test_local_latents() -> None:
     """Student-t noise serves items too; a mixture is refused."""
     y = torch.randn(20)

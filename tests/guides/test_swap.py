@@ -81,6 +81,7 @@ LOOPS: dict[str, tuple[Callable[..., None], tuple[Tensor, ...], Callable[[], Any
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "data", "optim", "usual"), LOOPS.values(), ids=LOOPS)
 @pytest.mark.parametrize("flow", FAMILIES)
 def test_all_stays_finite(
@@ -148,6 +149,7 @@ def caught(step: Callable[[], Any], num: int) -> list[warnings.WarningMessage]:
     return [warning for warning in said if "AutoFlowGuide" in str(warning.message)]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("kind", [SVI, CompiledSVI])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)

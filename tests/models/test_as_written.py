@@ -158,6 +158,7 @@ def test_scores_of_many_draws(build: Callable[[], Twins]) -> None:
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.slow
 @every_model
 def test_fit_takes_as_many_draws_as_of_its_twin(build: Callable[[], Twins]) -> None:
     twins = build()

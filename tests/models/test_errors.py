@@ -374,6 +374,7 @@ def may_fail(clamps: bool) -> Callable[..., None]:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("make", [AutoFlowGuide, AutoNormal])
 def test_a_draw_that_the_model_refuses_costs_itself_only(make: Callable[..., Any], compile: bool) -> None:
@@ -395,6 +396,7 @@ def test_a_draw_that_the_model_refuses_costs_itself_only(make: Callable[..., Any
     assert mean == pytest.approx(expected, abs=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vectorized", [True, False], ids=["at_once", "one_by_one"])
 @pytest.mark.parametrize(
     ("where", "log_prob", "finite"),
@@ -493,6 +495,7 @@ def test_bounds_that_differ_between_items_are_refused_in_mini_batches(first: int
         guide(torch.arange(first))
 
 
+@pytest.mark.slow
 def test_bounds_that_differ_between_items_of_a_full_plate() -> None:
     def model() -> None:
         with pyro.plate("groups", GROUPS):

@@ -228,6 +228,7 @@ def test_warm_start_correlates_what_priors_leave() -> None:
     assert log_weights(crossed, guide, 4000)[0].var() / 2 < 0.2
 
 
+@pytest.mark.slow
 def test_slopes_with_correlations_start_near_the_posterior() -> None:
     """Covariates that are correlated too; by marginals alone, the gap is several nats."""
     guide = AutoFlowGuide(varying_slopes).warm_start()

@@ -58,6 +58,7 @@ def train(guide: Any, *args: Any, steps: int = 3, which: Any = model, lr: float 
     assert all(math.isfinite(svi.step(*args)) for _ in range(steps))
 
 
+@pytest.mark.slow
 def test_starts_at_a_gaussian_encoder_of_the_priors_scale() -> None:
     """log q(z|x) is quadratic in z at first, with sds near the prior's 1 and means that differ between items."""
     guide = AutoFlowGuide(model, amortize={"data": Features()}).setup(DATA)
@@ -69,6 +70,7 @@ def test_starts_at_a_gaussian_encoder_of_the_priors_scale() -> None:
     assert density.diff(n=3).abs().max() < 1e-4 * density.abs().max()
 
 
+@pytest.mark.slow
 def test_posterior_of_data_never_seen() -> None:
     """Trained on batches of several sizes; the posterior of new points in between is N(0.8 x, 0.2 I)."""
     guide = AutoFlowGuide(model, amortize={"data": Features()})

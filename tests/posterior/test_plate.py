@@ -138,6 +138,7 @@ def test_log_prob_is_the_density_of_the_draws(model: Callable[..., Any], flow: s
         torch.testing.assert_close(guide.log_prob(batch), expected.expand(2))
 
 
+@pytest.mark.slow
 @each_model
 def test_starts_where_auto_normal_starts(model: Callable[..., Any]) -> None:
     """The first ELBO of a mini-batch guide is AutoNormal's, within three standard errors of 150 draws each."""
@@ -153,6 +154,7 @@ def test_starts_where_auto_normal_starts(model: Callable[..., Any]) -> None:
     assert abs(means[0] - means[1]) < 3 * (variances[0] + variances[1]).sqrt()
 
 
+@pytest.mark.slow
 def test_every_item_starts_where_it_is_told() -> None:
     """Of different starts, each item gets its own; the guide's median is exact at the start."""
     start = torch.arange(7.0)
@@ -189,6 +191,7 @@ def test_path_gradient_counts_what_is_given_and_nothing_else() -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.slow
 @each_model
 def test_path_gradient_has_the_mean_of_the_full_gradient(model: Callable[..., Any]) -> None:
     """Over 100 draws, every parameter tensor's mean gradient agrees within five standard errors, along a random
@@ -223,6 +226,7 @@ def toy(index: Tensor) -> None:
         pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor([-10.0, 10.0, -10.0, 10.0])[index])
 
 
+@pytest.mark.slow
 def test_the_toy_where_pyros_flow_guide_fails() -> None:
     def plates(index: Tensor) -> pyro.plate:
         return pyro.plate("items", 4, subsample=index)
@@ -294,6 +298,7 @@ def test_a_prior_that_is_not_linear_and_gaussian_is_left_to_learning(case: str) 
     assert block.prior.known.tolist() == [True, False]
 
 
+@pytest.mark.slow
 def test_gaussian_random_effects() -> None:
     """Unequal groups in mini-batches: every group's posterior mean within 0.3 sd, and the globals' sds, which
     AutoNormal's globals miss by half."""

@@ -489,6 +489,7 @@ def test_a_parameter_that_is_frozen_stays() -> None:
 # Compiled, and by fit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [lambda: Adam({"lr": 0.05}), lambda: RMSprop({"lr": 0.05})], ids=["Adam", "RMSprop"])
 def test_compiled_steps_have_the_same_limit(monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any]) -> None:
     monkeypatch.setattr(inductor, "_inductor", lambda graph, inputs, options: graph)

@@ -74,6 +74,7 @@ def test_a_family_of_independent_coordinates_gets_the_conditional_scales() -> No
     torch.testing.assert_close(scale, COVARIANCE.inverse().diagonal().rsqrt(), rtol=0.1, atol=0.0)
 
 
+@pytest.mark.slow
 def test_of_a_funnel_an_early_iterate_or_a_mean_field_normal_is_taken() -> None:
     """The mode is at a scale of zero. AutoNormal reaches -2.2 or so below the evidence, 0."""
 
@@ -140,6 +141,7 @@ def test_what_warm_start_cannot_do() -> None:
         AutoFlowGuide(nowhere).warm_start()
 
 
+@pytest.mark.slow
 def test_a_draw_that_a_model_refuses_spoils_no_others() -> None:
     """A Cholesky factorization fails for the whole batch if one of its matrices is not positive definite."""
 

@@ -77,6 +77,7 @@ def mean_field_elbo(guide: AutoFlowGuide, *args: Any) -> float:
     return best_gaussian(log_joint_of(guide, *args), start, 0.1, correlated=False).elbo
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unlike", [False, True], ids=["identity", "unlike scales"])
 @pytest.mark.parametrize("flow", ["auto", "low_rank_normal"])
 def test_common_factors_are_found(flow: str, unlike: bool) -> None:
@@ -90,6 +91,7 @@ def test_common_factors_are_found(flow: str, unlike: bool) -> None:
     assert sum(p.numel() for p in holder.parameters()) <= 500 * (2 * JOINT.rank + 3)
 
 
+@pytest.mark.slow
 def test_a_regression_with_random_effects() -> None:
     data, evidence = effects_data()
     guide = AutoFlowGuide(effects, structure="joint").warm_start(*data)
@@ -119,6 +121,7 @@ def test_a_second_warm_start_leaves_nothing_of_the_first() -> None:
     assert elbo(guide) > -0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["student_t", "mixture"])
 def test_other_bases_start_there_too(base: str) -> None:
     """Above 200 dimensions there are no Hessians, from which a mixture would take its modes."""

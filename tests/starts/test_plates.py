@@ -31,6 +31,7 @@ def plates(y: Tensor, sd: Tensor, index: Tensor) -> pyro.plate:
     return pyro.plate("groups", COUNT, subsample=index)
 
 
+@pytest.mark.slow
 def test_gaussian_random_effects_start_at_their_exact_posterior() -> None:
     """Every group, and the globals, whose posterior is a Gaussian but for a little skewness."""
     pyro.set_rng_seed(0)
@@ -62,6 +63,7 @@ def test_a_plate_that_draws_its_own_mini_batches_is_gone_through() -> None:
     assert torch.allclose(guide.median()["theta"], share * y, atol=0.02)
 
 
+@pytest.mark.slow
 @each_model
 def test_every_structure_starts_better(model: Callable[..., None]) -> None:
     elbo = Trace_ELBO(num_particles=200, vectorize_particles=True, max_plate_nesting=3)
@@ -77,6 +79,7 @@ def test_every_structure_starts_better(model: Callable[..., None]) -> None:
     assert losses[1] < losses[0] - 5.0
 
 
+@pytest.mark.slow
 def test_counts_start_near_their_posterior() -> None:
     """Not Gaussian, so not exact: 0.05 nat a group, where the cold start is hundreds of nats away."""
     pyro.set_rng_seed(0)

@@ -57,6 +57,7 @@ def parameters(guide):
     return torch.cat([p.detach().reshape(-1) for p in guide.parameters()])
 
 
+@pytest.mark.slow
 def test_goes_on_where_it_was_cut_off(tmp_path):
     model = Schools()
     _, whole = train(model, None)

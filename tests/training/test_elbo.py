@@ -148,6 +148,7 @@ def test_a_site_without_a_reparameterised_draw(broadcasts: bool) -> None:
     assert (found.mean() - expected).abs() < 4.0 * error
 
 
+@pytest.mark.slow
 @both_ways
 def test_such_sites_in_a_plate(broadcasts: bool) -> None:
     """Each item's score has the costs of that item only, as in ``Trace_ELBO``, so that its noise is small."""
@@ -198,6 +199,7 @@ GUIDES: dict[str, Callable[..., Any]] = {
 }
 
 
+@pytest.mark.slow
 @both_ways
 @pytest.mark.parametrize("make", GUIDES.values(), ids=GUIDES.keys())
 def test_guides_have_the_mean_of_single_particles(make: Callable[..., Any], broadcasts: bool) -> None:
@@ -397,6 +399,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inductor, "_inductor", lambda graph, inputs, options: graph)
 
 
+@pytest.mark.slow
 @both_ways
 @pytest.mark.parametrize(
     "model, make", [(regression, AutoNormal), (regression, AutoFlowGuide), (mixture, AutoFlowGuide)]

@@ -47,6 +47,7 @@ def test_a_gaussian_posterior_needs_no_steps() -> None:
     assert "draws can tell" in result.reason
 
 
+@pytest.mark.slow
 def test_a_banana_is_fitted_in_one_call() -> None:
     # Eager: when steps are recorded depends on the machine, and rounding then decides where rare gradients lead.
     guide = AutoFlowGuide(banana)
@@ -57,6 +58,7 @@ def test_a_banana_is_fitted_in_one_call() -> None:
     assert "1500 steps x 16 draws" in str(result) and "call fit again" in result.advice
 
 
+@pytest.mark.slow
 def test_auto_normal_and_functions_are_trained_too() -> None:
     result = fit(conjugate, AutoNormal(conjugate), (Y,), num_steps=400, learning_rate=0.05, seed=0, progress=False)
     assert result.elbo == pytest.approx(LOG_EVIDENCE, abs=0.02)
@@ -81,6 +83,7 @@ def test_the_same_seed_gives_the_same_run_and_leaves_the_global_state_alone() ->
     assert torch.equal(state, torch.random.get_rng_state())
 
 
+@pytest.mark.slow
 def test_mini_batches_from_a_data_loader() -> None:
     """A decoder is trained along with an amortized guide; the same data a second time go on from there."""
 
@@ -117,6 +120,7 @@ def groups(y: Tensor, index: Tensor) -> pyro.plate:
     return pyro.plate("groups", len(y), subsample=index)
 
 
+@pytest.mark.slow
 def test_groups_in_mini_batches() -> None:
     """The globals' posterior N(m, s^2) is hundred times narrower than the prior, and one mini-batch knows a tenth."""
     torch.manual_seed(0)
@@ -133,6 +137,7 @@ def test_groups_in_mini_batches() -> None:
     assert not any(block.sparse for block in guide.posterior.blocks())
 
 
+@pytest.mark.slow
 def test_what_a_mini_batch_does_to_all_particles_is_no_noise_of_scales() -> None:
     """The control variate leaves the mean of the gradient alone, and takes most of its noise."""
     torch.manual_seed(0)
@@ -168,6 +173,7 @@ def test_rows_that_a_mini_batch_does_not_touch_stay_where_they_are() -> None:
     assert moved[:10].all() and not moved[10:].any()
 
 
+@pytest.mark.slow
 def test_enumerated_sites_are_enumerated() -> None:
     @config_enumerate
     def mixture(y: Tensor) -> None:
@@ -208,6 +214,7 @@ def test_a_start_that_training_does_not_beat_is_restored() -> None:
         assert torch.equal(p, before[name]), name
 
 
+@pytest.mark.slow
 def test_gradients_out_of_proportion_are_skipped_and_divergence_is_rolled_back() -> None:
     calls = 0
 
@@ -283,6 +290,7 @@ def test_arguments_that_do_not_make_sense() -> None:
         fit(nowhere, AutoNormal(nowhere), num_steps=20, progress=False)
 
 
+@pytest.mark.slow
 def test_an_annealed_start_keeps_both_modes():
     target = dist.MixtureSameFamily(
         dist.Categorical(torch.tensor([0.3, 0.7])), dist.Normal(torch.tensor([-4.0, 4.0]), 1.0)
