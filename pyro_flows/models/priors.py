@@ -67,9 +67,9 @@ class LinearPrior:
     correlated: tuple[Correlated, ...] = ()
     conditionally_independent: bool = False
 
-    def __call__(self, given: Tensor) -> Tensor:
+    def __call__(self, parents: Tensor) -> Tensor:
         """Locations and log-scales, ``(..., 2 n)``, from packed given latents, ``(..., G)``."""
-        return torch.nn.functional.linear(given[..., self.active], self.slope, self.bias)
+        return torch.nn.functional.linear(parents[..., self.active], self.slope, self.bias)
 
     def dense(self, count: int) -> tuple[Tensor, Tensor]:
         """Slopes in all of ``count`` given latents, ``(2 n, count)``, and biases; zero where nothing is known."""
@@ -111,7 +111,7 @@ def read_prior(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     layout: Layout,
-    given: Sequence[Layout],
+    parents: Sequence[Layout],
 ) -> LinearPrior | None:
     """Find the priors of a block's sites that are Gaussian, and linear in what the block is given.
 
@@ -124,19 +124,19 @@ def read_prior(
         args: Its arguments.
         kwargs: Likewise.
         layout: The block's sites.
-        given: Those of each block that this one is given, the joint block first.
+        parents: Those of each block that this one is given, the joint block first.
 
     Returns:
         None if no site has such a prior.
     """
-    count = sum(other.latent_dim for other in given)
+    count = sum(other.latent_dim for other in parents)
     if count > READING.max_parents:
         return None
     rows: list[tuple[Tensor, Tensor]] = []
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         for _ in range(count + READING.num_spare_runs):
-            packed, values = _random_given(given)
+            packed, values = _random_parents(parents)
             found = _watch(model, args, kwargs, values, layout.names)
             if found is None:
                 return None
@@ -160,7 +160,7 @@ def read_joint_prior(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         for _ in range(layout.latent_dim + READING.num_spare_runs):
-            (packed,), values = _random_given([layout])
+            (packed,), values = _random_parents([layout])
             found = _watch(model, args, kwargs, values, layout.names)
             if found is None:
                 return None
@@ -279,23 +279,23 @@ def _watch(
     return watch.found
 
 
-def _random_given(given: Sequence[Layout]) -> tuple[list[Tensor], dict[str, Tensor]]:
+def _random_parents(parents: Sequence[Layout]) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Random packed values of what a block is given, and the same by site."""
     drawn: list[Tensor] = []
     values: dict[str, Tensor] = {}
-    for layout in given:
+    for layout in parents:
         packed = layout.init_loc + torch.randn_like(layout.init_loc)
         drawn.append(packed)
         values |= {site.name: site.to_support(part) for site, part in layout.split(packed)}
     return drawn, values
 
 
-def _row(layout: Layout, given: Sequence[Tensor], found: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def _row(layout: Layout, parents: Sequence[Tensor], found: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Given latents and the Gaussian of the first items: ``(items, G)`` and ``(items, 2 n)``; NaN for another prior."""
     gaussians = {site.name: _gaussian(site, found[site.name]) for site in layout}
     y = [layout.pack_unconstrained({name: pair[i] for name, pair in gaussians.items()}) for i in range(2)]
     lead = y[0].shape[:-1]
-    x = [part.expand(lead + part.shape[-1:]) for part in given]
+    x = [part.expand(lead + part.shape[-1:]) for part in parents]
     stacked = torch.cat([part.reshape(-1, part.shape[-1])[: READING.max_items] for part in (*x, *y)], -1).double()
     split = stacked.shape[-1] - 2 * layout.latent_dim
     return stacked[:, :split], stacked[:, split:]

@@ -71,7 +71,7 @@ class LocalBlock(nn.Module):
         init_loc: Start of the items of the full plate, ``lead + (latent_dim,)``.
         init_scale: Standard deviation at the start, > 0.
         joint: The block of the globals, if there are any.
-        parents: Blocks whose latents each item is given: those of a part of its plates.
+        parents: Blocks whose latents each item depends on: those of a part of its plates.
         encoder_dim: Length of the encoders' output, or None for a table.
         prior: The items' priors, where they were found in the model.
         is_long: Whether a mini-batch has so many items that their flows are to be Gaussians, without networks.
@@ -106,16 +106,16 @@ class LocalBlock(nn.Module):
         )
         self.gradient_filter = GradientFilter(layout.latent_dim)
         self.to(dtype=init_loc.dtype, device=init_loc.device)
-        start = init_loc.reshape(-1, layout.latent_dim)
+        locs = init_loc.reshape(-1, layout.latent_dim)
         if encoder_dim is not None:
-            start = start.mean(0)
-        given = [] if joint is None else [joint.layout.init_loc]
-        given += [parent.head.gaussian()[0] for parent in parents]
-        scale = torch.full_like(start.reshape(-1, layout.latent_dim)[0], init_scale)
-        gaussian = None if prior is None else prior(torch.cat([*given, start.new_zeros(0)]))
+            locs = locs.mean(0)
+        values = [] if joint is None else [joint.layout.init_loc]
+        values += [parent.head.gaussian()[0] for parent in parents]
+        scale = torch.full_like(locs.reshape(-1, layout.latent_dim)[0], init_scale)
+        gaussian = None if prior is None else prior(torch.cat([*values, locs.new_zeros(0)]))
         if encoder_dim is not None and prior is not None and gaussian is not None:
             scale = torch.where(prior.known, gaussian.chunk(2)[1].exp(), scale)
-        own = self.head.initialize_items(start, scale, gaussian, in_scales=encoder_dim is not None)
+        own = self.head.initialize_items(locs, scale, gaussian, in_scales=encoder_dim is not None)
         self.project = None
         if joint_dim > ITEMS.max_parent_dim:
             self.project = nn.Parameter(own.new_empty(ITEMS.max_parent_dim, joint_dim).normal_(std=joint_dim**-0.5))
@@ -158,8 +158,8 @@ class LocalBlock(nn.Module):
     ) -> Tensor:
         """Locations and log-scales of the items' priors, ``(..., 2 * latent_dim)``; see :meth:`distribution`."""
         assert self.prior is not None
-        given = _given(latents, joint, parents)
-        return self.prior(join(given)) if given else self.prior.bias
+        values = _parent_values(latents, joint, parents)
+        return self.prior(join(values)) if values else self.prior.bias
 
     def item_context(self, indices: Mapping[str, Tensor], encoded: Mapping[str, Tensor]) -> Item:
         """Features and site approximation of the items at hand.
@@ -220,19 +220,19 @@ class LocalBlock(nn.Module):
             path_gradient: See :class:`~pyro_flows.flows.FlowDistribution`.
             filtered: Whether the gradients of draws pass the block's filter.
         """
-        given = _given(latents, joint, parents) if torch.is_grad_enabled() else []
+        values = _parent_values(latents, joint, parents) if torch.is_grad_enabled() else []
         distribution: FlowDistribution = self.flow(
             self.context(items, latents, joint, parents).join(),
             path_gradient=path_gradient,
-            parents=tuple(given),
+            parents=tuple(values),
             gradient_filter=self.gradient_filter if filtered else None,
         )
         return distribution
 
 
-def _given(
+def _parent_values(
     latents: Mapping[tuple[str, ...], Tensor], joint: JointBlock | None, parents: Sequence[LocalBlock]
 ) -> list[Tensor]:
     """Packed latents that a block conditions on, in order."""
-    given = [] if joint is None else [latents[()]]
-    return [*given, *(latents[parent.layout.plate_names] for parent in parents)]
+    values = [] if joint is None else [latents[()]]
+    return [*values, *(latents[parent.layout.plate_names] for parent in parents)]

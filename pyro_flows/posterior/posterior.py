@@ -97,16 +97,16 @@ class Posterior(nn.Module):
         for own in layouts:
             encoder_dims = [widths[name] for name in own.plate_names if name in widths]
             parents = [block for block in self.blocks() if set(block.layout.plate_names) < set(own.plate_names)]
-            given = [*([] if joint is None else [joint]), *(parent.layout for parent in parents)]
+            parent_layouts = [*([] if joint is None else [joint]), *(parent.layout for parent in parents)]
             self.local[_key(own.plate_names)] = LocalBlock(
                 own,
                 spec,
-                _full_start(own, amortized=frozenset(widths)),
+                _full_init_loc(own, amortized=frozenset(widths)),
                 init_scale,
                 joint=self.joint,
                 parents=parents,
                 encoder_dim=sum(encoder_dims) if encoder_dims else None,
-                prior=read_prior(model, args, kwargs, own, given),
+                prior=read_prior(model, args, kwargs, own, parent_layouts),
                 is_long=not encoder_dims and own.init_loc.shape[:-1].numel() > PLATES.max_flows,
             )
         # The filters of all blocks' gradients.
@@ -166,7 +166,7 @@ class Posterior(nn.Module):
         return self.joint
 
     def parents(self, block: LocalBlock) -> list[LocalBlock]:
-        """The blocks whose latents a block's items are given."""
+        """The blocks whose latents a block's items depend on."""
         return [other for other in self.blocks() if other.layout.plate_names in block.parent_names]
 
     @property
@@ -246,9 +246,9 @@ class Posterior(nn.Module):
                 length = max(1, PLATES.max_rows * shape[axis] // (count * own.lead.numel()))
                 pieces = []
                 for first in range(0, shape[axis], length):
-                    given = {names: _narrow(value, axis, first, length) for names, value in latents.items()}
+                    near = {names: _narrow(value, axis, first, length) for names, value in latents.items()}
                     part = Item(*(_narrow(value, axis, first, length) for value in own))
-                    pieces.append(self._draw_items(block, part, given, count, generator))
+                    pieces.append(self._draw_items(block, part, near, count, generator))
                 latents[block.layout.plate_names] = torch.cat(pieces, axis)
             chunks.append(latents)
         draws: Latents = {}
@@ -327,14 +327,15 @@ def _title(layout: Layout) -> str:
     return " and ".join(f"'{name}'" for name in layout.plate_names)
 
 
-def _full_start(layout: Layout, amortized: Collection[str]) -> Tensor:
+def _full_init_loc(layout: Layout, amortized: Collection[str]) -> Tensor:
     """Where the items of the full plates start, ``lead + (D,)``: the mini-batch's values, repeated."""
-    start = layout.init_loc
+    init_loc = layout.init_loc
     for frame in layout.plates:
         if frame.name not in amortized:
             axis = frame.dim - 1
-            start = start.index_select(axis, torch.arange(full_size(frame), device=start.device) % start.shape[axis])
-    return start
+            index = torch.arange(full_size(frame), device=init_loc.device) % init_loc.shape[axis]
+            init_loc = init_loc.index_select(axis, index)
+    return init_loc
 
 
 def _narrow(value: Tensor, axis: int, first: int, length: int) -> Tensor:

@@ -37,7 +37,7 @@ STRUCTURE = StructureSettings()
 def local_plates(
     trace: Trace,
     plates: Mapping[str, pyro.plate],
-    given: Collection[str],
+    user_plates: Collection[str],
     amortized: Collection[str],
     structure: str,
 ) -> frozenset[str]:
@@ -46,7 +46,8 @@ def local_plates(
     Args:
         trace: The model's latent sites.
         plates: The guide's plates.
-        given: Names of those that the user gave by ``create_plates``: later calls may subsample what this one does not.
+        user_plates: Names of those that the user gave by ``create_plates``: later calls may subsample what this one
+            does not.
         amortized: Names of the plates to amortize.
         structure: One of :data:`STRUCTURES`.
 
@@ -68,7 +69,7 @@ def local_plates(
     subsampled = {name for name in sites if name in plates and plates[name].subsample_size < plates[name].size}
     local = subsampled | set(amortized)
     if structure == "auto":
-        local |= set(sites) & set(given)
+        local |= set(sites) & set(user_plates)
     if structure == "joint" and local:
         plate = min(local)
         raise ValueError(

@@ -53,8 +53,8 @@ class AutoregressiveTransform(FlowTransform):
         """``y`` and the elementwise ``log df/dx``, both of the shape of ``x``."""
         raise NotImplementedError(f"{type(self).__name__} must implement _map.")
 
-    def _unmap(self, y: Tensor, given: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The ``x`` with ``f(x; h(given)) = y``, and the elementwise ``log df/dx`` there."""
+    def _unmap(self, y: Tensor, parents: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The ``x`` with ``f(x; h(parents)) = y``, and the elementwise ``log df/dx`` there."""
         raise NotImplementedError(f"{type(self).__name__} must implement _unmap.")
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -74,9 +74,9 @@ class AutoregressiveTransform(FlowTransform):
         limit = torch.finfo(y.dtype).max ** 0.5
         x, log_slope = self._unmap(y, torch.zeros_like(y), context)
         for _ in range(self.input_dim - 1):
-            given = x.clamp(-limit, limit)
-            x, log_slope = self._unmap(y, given, context)
-            if bool(((x - given).abs() <= tolerance * (1.0 + given.abs())).all()):
+            parents = x.clamp(-limit, limit)
+            x, log_slope = self._unmap(y, parents, context)
+            if bool(((x - parents).abs() <= tolerance * (1.0 + parents.abs())).all()):
                 break
         return x, -log_slope.sum(-1)
 
@@ -124,8 +124,8 @@ class MaskedAutoregressive(AutoregressiveTransform):
     def _map(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return self._univariate(x, self.network(x, context))
 
-    def _unmap(self, y: Tensor, given: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._univariate_inverse(y, self.network(given, context))
+    def _unmap(self, y: Tensor, parents: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self._univariate_inverse(y, self.network(parents, context))
 
 
 def propagate_score(x: Tensor, y: Tensor, ladj: Tensor, slope: Tensor, score: Tensor, order: Tensor) -> Tensor:
@@ -255,18 +255,18 @@ class MaskedNetwork(nn.Module):
             self.free = ContextParameters(init, context_dim, hidden_dims)
             return
         count_params = init.shape[-1]
-        given_dim = input_dim + context_dim
+        network_dim = input_dim + context_dim
         hidden = [max(width, 2 * input_dim) for width in hidden_dims]
         masks, mask_skip = create_mask(input_dim, context_dim, hidden, order, count_params)  # type: ignore[arg-type]
         # Pyro's rows are (P, D); ours are (D, P), so that the parameters of a coordinate lie together.
         rows = torch.arange(count_params * input_dim).reshape(count_params, input_dim).T.flatten()
         masks[-1], mask_skip = masks[-1][rows], mask_skip[rows]
-        sizes = [given_dim, *hidden, count_params * input_dim]
+        sizes = [network_dim, *hidden, count_params * input_dim]
         for size_in, size_out, mask in zip(sizes[:-1], sizes[1:], masks, strict=True):
             self.layers.append(MaskedLinear(size_in, size_out, mask))
-        self.skip = MaskedLinear(given_dim, count_params * input_dim, mask_skip, bias=False)
+        self.skip = MaskedLinear(network_dim, count_params * input_dim, mask_skip, bias=False)
         self.head_gain = 1.0 / math.sqrt(hidden[-1])
-        self.skip_gain = 1.0 / math.sqrt(given_dim)
+        self.skip_gain = 1.0 / math.sqrt(network_dim)
         with torch.no_grad():
             head = self.layers[-1]
             assert isinstance(head, MaskedLinear)
@@ -280,9 +280,9 @@ class MaskedNetwork(nn.Module):
             return free
         assert self.skip is not None
         # Pyro's masks expect the context first.
-        given = x if context is None else torch.cat([expand_context(context, x), x], -1)
-        hidden = given
+        inputs = x if context is None else torch.cat([expand_context(context, x), x], -1)
+        hidden = inputs
         for layer in self.layers[:-1]:
             hidden = F.silu(layer(hidden))
-        out: Tensor = self.layers[-1](self.head_gain * hidden) + self.skip(self.skip_gain * given)
+        out: Tensor = self.layers[-1](self.head_gain * hidden) + self.skip(self.skip_gain * inputs)
         return out.reshape((*x.shape, -1))

@@ -24,10 +24,10 @@ MAX_DENSE_BLOCK = 256
 
 
 class _Conditioners(NamedTuple):
-    """The conditioners of S blocks with D coordinates in all, which follow some of G numbers.
+    """The conditioners of S blocks with D coordinates in all, given some of G numbers.
 
     Attributes:
-        hidden: First layers, ``(S H, G)``, zero where a block would follow itself or those after it.
+        hidden: First layers, ``(S H, G)``, zero where a block would depend on itself or those after it.
         hidden_bias: ``(S H,)``.
         inner: Further layers, each ``(S, H', H)`` and ``(S, H')``.
         heads: Last layers, for shifts and log-scales, each ``(2 size, H')``.
@@ -87,8 +87,8 @@ class SiteOrderedAffine(FlowTransform):
         context_dim: Length of the context vector. 0 means unconditional.
         block_sizes: Sizes of the blocks in order; they add up to ``input_dim``.
         hidden_dims: Widths of each block's network.
-        rank: Rank of the linear parts; None means full rank, as where no block follows more numbers than that. With a
-            rank, parameters are linear in ``input_dim``.
+        rank: Rank of the linear parts; None means full rank, as where no block depends on more numbers than that. With
+            a rank, parameters are linear in ``input_dim``.
         log_scale_bound: Bound :math:`c` on the absolute conditional log-scale, > 0. A funnel of Neal's needs about 5,
             but what may scale a draw by :math:`e^5` can throw it as far while it is untrained. It is stored with the
             weights, which mean something else under another one.
@@ -99,8 +99,8 @@ class SiteOrderedAffine(FlowTransform):
     """
 
     reference: Tensor
-    follows: Tensor
-    rows_follow: Tensor
+    is_parent: Tensor
+    row_is_parent: Tensor
     block_of_head: Tensor
     bias_of_row: Tensor
     is_below: Tensor
@@ -123,7 +123,7 @@ class SiteOrderedAffine(FlowTransform):
         dense = [torch.ones(size, size).tril(-1).bool().flatten() for size in self.block_sizes if _is_dense(size)]
         is_below = torch.cat([torch.zeros(0).bool(), *dense])
         self.register_buffer("is_below", is_below, persistent=False)
-        # The first block has nothing to follow but a context.
+        # The first block has no parents but a context.
         self.sizes = self.block_sizes if context_dim else self.block_sizes[1:]
         conditioners = self._add_conditioners(hidden_dims) if self.sizes else []
         self.packed = Packed([torch.zeros(input_dim), torch.zeros(len(is_below)), *conditioners])
@@ -131,27 +131,27 @@ class SiteOrderedAffine(FlowTransform):
     def _add_conditioners(self, hidden_dims: Sequence[int]) -> list[Tensor]:
         """Add the buffers that conditioners takes; returns what :meth:`_conditioners` takes, as it is at the start."""
         count, dim = len(self.sizes), sum(self.sizes)
-        given = self.context_dim + self.input_dim - self.block_sizes[-1]
-        if self.rank is not None and given <= self.rank:
+        width = self.context_dim + self.input_dim - self.block_sizes[-1]
+        if self.rank is not None and width <= self.rank:
             self.rank = None
         starts = [self.context_dim + self.input_dim - sum(self.sizes[index:]) for index in range(count)]
         layers = []
         fan_in = torch.tensor(starts, dtype=torch.get_default_dtype()).unsqueeze(-1)
-        for size_in, size_out in pairwise([given, *hidden_dims]):
+        for size_in, size_out in pairwise([width, *hidden_dims]):
             weight, bias = 2.0 * torch.rand(count, size_out, size_in) - 1.0, 2.0 * torch.rand(count, size_out) - 1.0
             layers += [weight * fan_in.rsqrt().unsqueeze(-1), bias * fan_in.rsqrt()]
             fan_in = torch.full((count, 1), float(size_out))
         heads, shift = torch.zeros(2 * dim, hidden_dims[-1]), torch.zeros(dim)
-        linear = torch.zeros(3 * dim, given if self.rank is None else self.rank)
-        project = torch.randn(count * (self.rank or 0), given) / math.sqrt(given)
-        self.register_buffer("reference", reference_noise(given))
+        linear = torch.zeros(3 * dim, width if self.rank is None else self.rank)
+        project = torch.randn(count * (self.rank or 0), width) / math.sqrt(width)
+        self.register_buffer("reference", reference_noise(width))
 
         sizes = torch.tensor(self.sizes)
-        follows = torch.arange(given) < torch.tensor(starts).unsqueeze(-1)  # (S, G)
+        is_parent = torch.arange(width) < torch.tensor(starts).unsqueeze(-1)  # (S, G)
         rows = 3 * sizes if self.rank is None else torch.full_like(sizes, self.rank)
         bent = torch.cat([torch.arange(3 * size) >= size for size in self.sizes])  # of the linear parts' rows
-        self.register_buffer("follows", follows.unsqueeze(1), persistent=False)
-        self.register_buffer("rows_follow", follows.repeat_interleave(rows, 0), persistent=False)
+        self.register_buffer("is_parent", is_parent.unsqueeze(1), persistent=False)
+        self.register_buffer("row_is_parent", is_parent.repeat_interleave(rows, 0), persistent=False)
         self.register_buffer(
             "block_of_head", torch.arange(count).repeat_interleave(2 * sizes).unsqueeze(-1), persistent=False
         )
@@ -169,14 +169,14 @@ class SiteOrderedAffine(FlowTransform):
     ) -> _Conditioners:
         """Conditioners from their trained numbers: ``project`` is empty where the linear parts have full rank, and the
         last ones are weights and biases of the networks in turn."""
-        hidden = (weight * self.follows).flatten(0, 1)
+        hidden = (weight * self.is_parent).flatten(0, 1)
         inner = list(zip(rest[::2], rest[1::2], strict=True))
         heads = powerprop(heads) / math.sqrt(heads.shape[-1])
         linear = powerprop(linear)
         outer: tuple[Tensor, ...] = ()
         if self.rank is not None:
             linear, outer = project, linear.split([3 * size for size in self.sizes])
-        linear = linear * self.rows_follow
+        linear = linear * self.row_is_parent
         center = self._networks(self.reference, hidden, bias.flatten(), inner).mean(1)
         centering = (heads @ center.mT).gather(-1, self.block_of_head).squeeze(-1)
         centering = F.pad(-centering, (1, 0)).index_select(0, self.bias_of_row)
@@ -184,20 +184,22 @@ class SiteOrderedAffine(FlowTransform):
         bound = self.log_scale_bound.detach()
         return _Conditioners(hidden, bias.flatten(), inner, by_block, linear, outer, centering, shift, bound)
 
-    def _networks(self, given: Tensor, hidden: Tensor, bias: Tensor, inner: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    def _networks(
+        self, parents: Tensor, hidden: Tensor, bias: Tensor, inner: Sequence[tuple[Tensor, Tensor]]
+    ) -> Tensor:
         """Last hidden layers of all networks, ``(S, N, H')``."""
-        found = F.silu(F.linear(given, hidden, bias)).unflatten(-1, (len(self.sizes), -1)).transpose(0, 1)
+        found = F.silu(F.linear(parents, hidden, bias)).unflatten(-1, (len(self.sizes), -1)).transpose(0, 1)
         for inner_weight, inner_bias in inner:
             found = F.silu(torch.baddbmm(inner_bias.unsqueeze(1), found, inner_weight.mT))
         return found
 
-    def _condition(self, given: Tensor, use: _Conditioners) -> tuple[Tensor, Tensor]:
-        """Locations and log-scales of all conditional blocks from what they follow, in one pass."""
-        networks = self._networks(given.clamp(-INPUT_BOUND, INPUT_BOUND), use.hidden, use.hidden_bias, use.inner)
+    def _condition(self, parents: Tensor, use: _Conditioners) -> tuple[Tensor, Tensor]:
+        """Locations and log-scales of all conditional blocks from their parents, in one pass."""
+        networks = self._networks(parents.clamp(-INPUT_BOUND, INPUT_BOUND), use.hidden, use.hidden_bias, use.inner)
         if self.rank is None:
-            linear = F.linear(given, use.linear, use.bias)
+            linear = F.linear(parents, use.linear, use.bias)
         else:
-            parts = zip(F.linear(given, use.linear).split(self.rank, -1), use.outer, strict=True)
+            parts = zip(F.linear(parents, use.linear).split(self.rank, -1), use.outer, strict=True)
             linear = torch.cat([part @ weight.mT for part, weight in parts], -1) + use.bias
         found = []
         for rows, hidden, head, size in zip(

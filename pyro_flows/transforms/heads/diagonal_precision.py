@@ -37,8 +37,10 @@ class DiagonalPrecisionHead(LinearMixedHead, MultilevelHead):
         log_scale = log_scale + (away @ self.own_tilt.detach()).unsqueeze(-1)
         return super()._pool(parents, rows, loc, log_scale)
 
-    def _through(self, own: Tensor, weight: Tensor, spread: Tensor, pull: Tensor) -> Tensor:
+    def _score_in_parents(self, pooled_score: Tensor, weight: Tensor, to_log_scale: Tensor, to_loc: Tensor) -> Tensor:
         """Also by way of the likelihood factor, whose location b and log-scale s have d m / d b = w, d m / d s =
         -2 w (1 - w) (b - a) and d log sigma / d s = w."""
-        followed = (own * weight) @ self.own_slope + (weight * spread - pull).sum(-1, keepdim=True) * self.own_tilt
-        return super()._through(own, weight, spread, pull) + F.pad(followed, (0, self.sizes[1]))
+        by_prior = super()._score_in_parents(pooled_score, weight, to_log_scale, to_loc)
+        by_scale = (weight * to_log_scale - to_loc).sum(-1, keepdim=True) * self.own_tilt
+        by_likelihood = (pooled_score * weight) @ self.own_slope + by_scale
+        return by_prior + F.pad(by_likelihood, (0, self.sizes[1]))

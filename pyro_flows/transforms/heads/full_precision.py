@@ -196,18 +196,18 @@ class FullPrecisionHead(LinearMixedHead):
         return total
 
     def _conditional(self, free: Tensor, loc: Tensor, log_scale: Tensor) -> _Prior:
-        """What the coordinates with known priors follow."""
+        """What free coordinates say of the pooled ones."""
         prior_loc, prior_log_scale = self.prior(free)
         factors = self._correlations(free)
         prior_log_scale = prior_log_scale - 0.5 * powerprop(self.log_share)
         away = self._away(free)
         weight = (-log_scale).exp().unsqueeze(-1) * self.own_factor.detach()  # W_0 with K_0 = W_0 W_0^T
-        tilt = (away @ -self.own_tilt.detach()).exp()
+        root_precision = (away @ -self.own_tilt.detach()).exp()
         scale = prior_log_scale.exp()
-        root = (scale * tilt.unsqueeze(-1)).double().unsqueeze(-1) * weight.double()
+        root = (scale * root_precision.unsqueeze(-1)).double().unsqueeze(-1) * weight.double()
         root = self._correlate(root, [factor.double() for factor in factors], transpose=True)
         offset = loc + away @ self.own_slope.detach().mT - prior_loc
-        pull = tilt[..., None, None] * (weight.mT @ offset.unsqueeze(-1))
+        pull = root_precision[..., None, None] * (weight.mT @ offset.unsqueeze(-1))
         ladj = prior_log_scale.sum(-1) + self._log_det_correlations(factors)
         return _Prior(prior_loc, scale, factors, root, pull, ladj)
 

@@ -48,21 +48,21 @@ class MultilevelHead(ConditionalGaussianHead):
         prior_log_scale = prior_log_scale - 0.5 * powerprop(self.log_share[rows])
         return *pool(prior_loc, prior_log_scale, loc, log_scale), loc - prior_loc
 
-    def _through(self, own: Tensor, weight: Tensor, spread: Tensor, pull: Tensor) -> Tensor:
-        r"""What the pooled coordinates' densities say of the coordinates that they follow, :math:`-\partial \log q`.
+    def _score_in_parents(self, pooled_score: Tensor, weight: Tensor, to_log_scale: Tensor, to_loc: Tensor) -> Tensor:
+        r"""What the pooled coordinates' densities say of their parents, :math:`-\partial \log q`.
 
         With w the weight of the site approximation, at location b, and the prior at location a and log-scale t, the
         pooled location and log-scale have :math:`\partial m / \partial a = 1 - w`, :math:`\partial m / \partial t =
         2 w (1 - w) (b - a)` and :math:`\partial \log\sigma / \partial t = 1 - w`; both are linear in those coordinates.
 
         Args:
-            own: Their scores.
+            pooled_score: Their scores.
             weight: ``w``.
-            spread: Derivatives in :math:`\log\sigma`.
-            pull: Derivatives in :math:`m`, times that of :math:`m` in ``t``.
+            to_log_scale: Derivatives in :math:`\log\sigma`.
+            to_loc: Derivatives in :math:`m`, times that of :math:`m` in ``t``.
         """
         rest = 1.0 - weight
-        return torch.cat([own * rest, rest * spread + pull], -1) @ self.slope.flatten(0, 1)
+        return torch.cat([pooled_score * rest, rest * to_log_scale + to_loc], -1) @ self.slope.flatten(0, 1)
 
     def _draw(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """In order: values, summed log-scale, and what a score needs of the pooled coordinates."""
@@ -119,8 +119,9 @@ class MultilevelHead(ConditionalGaussianHead):
         y, total, (scale, sigma, weight, offset) = self._draw(x)
         with torch.no_grad():
             free = self.count_free
-            own = score[..., free:] / sigma
-            spread = 1.0 + score[..., free:] * x[..., free:]
-            through = self._through(own, weight, spread, 2.0 * own * offset * weight * (1.0 - weight))
-            score = torch.cat([score[..., :free] / scale, own], -1) - through
+            pooled_score = score[..., free:] / sigma
+            to_log_scale = 1.0 + score[..., free:] * x[..., free:]
+            to_loc = 2.0 * pooled_score * offset * weight * (1.0 - weight)
+            through = self._score_in_parents(pooled_score, weight, to_log_scale, to_loc)
+            score = torch.cat([score[..., :free] / scale, pooled_score], -1) - through
         return y, total, score

@@ -23,7 +23,7 @@ __all__ = ["PlateHead"]
 class PlateHead(AffineHead):
     r"""Elementwise :math:`y = m + \sigma \odot x`, where :math:`m, \sigma` pool two Gaussians by their precisions.
 
-    One Gaussian, :math:`N(a(g), s(g)^2)`, is shared by all items of a plate and follows the latents :math:`g` that
+    One Gaussian, :math:`N(a(g), s(g)^2)`, is shared by all items of a plate and depends on the latents :math:`g` that
     an item is given (globals, a parent group); the other, :math:`N(m_i, s_i^2)`, is the item's own:
 
     .. math::
@@ -33,7 +33,7 @@ class PlateHead(AffineHead):
     prior for the shared Gaussian, and the item's likelihood for its own. With :math:`\gamma \to 0` it is a free
     Gaussian for each item. The prior is used where it is known; where it is not, location and log-scale of the shared
     Gaussian are linear in :math:`g` (and :math:`\gamma = 1`), plus a part that is bilinear in :math:`g` and the
-    item's features, for covariates that tilt its prior. With a known prior these tilt the item's site approximation. A
+    item's features, for covariates in its prior. With a known prior these shift the item's site approximation. A
     small network of :math:`g` and the features bends the result.
 
     The context is an :class:`~pyro_flows.transforms.context.ItemContext` as one vector. Its site approximation is less
@@ -41,7 +41,7 @@ class PlateHead(AffineHead):
 
     Args:
         input_dim: Length of an item's vector.
-        parent_dim: Length of the latents that an item is given; may be 0.
+        parent_dim: Length of the latents that an item depends on; may be 0.
         feature_dim: Length of an item's features.
         known: Which coordinates have a known prior, ``(input_dim,)``; None means none.
         hidden_dims: Widths of the network; without any there is none.
