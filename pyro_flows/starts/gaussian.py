@@ -119,20 +119,20 @@ class Gaussian:
 
 
 @torch.no_grad()
-def best_gaussian(log_joint: LogJoint, start: Tensor, init_scale: float, *, correlated: bool) -> Gaussian:
+def best_gaussian(log_joint: LogJoint, init_loc: Tensor, init_scale: float, *, correlated: bool) -> Gaussian:
     r"""The best of many Gaussians by ELBO.
 
     - the guide's own start, :math:`N(z_0, s^2 I)`;
     - along ascents of the log joint from there, from around it and from draws of the prior, Gaussians with the local
       Hessian, and isotropic ones: the mode of a centered hierarchy is at a scale of zero, where a Laplace approximation
-      is worthless, but an early point of the climb is fine. Of several modes, the ELBO prefers that with most mass;
+      is worthless, but an early point of the ascent is fine. Of several modes, the ELBO prefers that with most mass;
     - where no local Hessian is any good, the best mean-field normal on fixed draws, and a Hessian there;
     - where the best so far has a gap, Newton's steps on its ELBO (see :func:`refined`);
     - where that is poor too, the best normal of any covariance on fixed draws.
 
     Args:
         log_joint: The target.
-        start: :math:`z_0`, ``(D,)``.
+        init_loc: :math:`z_0`, ``(D,)``.
         init_scale: :math:`s`.
         correlated: Whether the guide can hold a correlated Gaussian; if not, all are made of independent coordinates.
 
@@ -144,10 +144,10 @@ def best_gaussian(log_joint: LogJoint, start: Tensor, init_scale: float, *, corr
         Giordano, Ingram, Broderick. Black Box Variational Inference with a Deterministic Objective. JMLR 2024.
         arXiv:2304.05527, for mean-field fits on fixed draws.
     """
-    ones = torch.ones_like(start)
-    own = Gaussian(start, init_scale * ones)
+    ones = torch.ones_like(init_loc)
+    own = Gaussian(init_loc, init_scale * ones)
     found = [own]
-    for points in map(_distinct_points, ascents(log_joint, start)):
+    for points in map(_distinct_points, ascents(log_joint, init_loc)):
         found += [Gaussian(loc, scale * ones) for loc in points for scale in GAUSSIAN.isotropic_scales]
         found += local_gaussians(log_joint, points, correlated=correlated)
     best = _best(log_joint, found)
@@ -163,24 +163,24 @@ def best_gaussian(log_joint: LogJoint, start: Tensor, init_scale: float, *, corr
         and not best.log_weight_variance / 2 < GAUSSIAN.small_gap
     ):
         best = refined(log_joint, best)
-    small = len(start) <= GAUSSIAN.max_full_rank_dim and log_joint.cost_per_draw < GAUSSIAN.expensive
+    small = len(init_loc) <= GAUSSIAN.max_full_rank_dim and log_joint.cost_per_draw < GAUSSIAN.expensive
     if correlated and small and not best.log_weight_variance / 2 < GAUSSIAN.good_gap:
         full = _full_rank(log_joint, best)
         best = best if full is None else _best(log_joint, [best, full])
     if best.elbo == -math.inf:
-        raise RuntimeError(log_joint.without_density(start))
+        raise RuntimeError(log_joint.without_density(init_loc))
     return best
 
 
-def ascents(log_joint: LogJoint, start: Tensor, prior: int = GAUSSIAN.num_prior) -> list[Tensor]:
+def ascents(log_joint: LogJoint, init_loc: Tensor, prior: int = GAUSSIAN.num_prior) -> list[Tensor]:
     """Points on the way up, ``(number of ascents, D)`` at each look. From ``prior`` draws of the prior, if cheap.
 
     The last look is at where they have arrived.
     """
     many = log_joint.is_vectorized and log_joint.cost_per_draw == 1
     near, prior = (GAUSSIAN.num_near, prior) if many else (GAUSSIAN.num_near_expensive, GAUSSIAN.num_prior_expensive)
-    around = start + GAUSSIAN.spread * torch.randn(near, len(start), dtype=start.dtype, device=start.device)
-    begins = torch.stack([start, *around, *(draw.to(start) for draw in log_joint.from_prior(prior))])
+    around = init_loc + GAUSSIAN.spread * torch.randn(near, len(init_loc), dtype=init_loc.dtype, device=init_loc.device)
+    begins = torch.stack([init_loc, *around, *(draw.to(init_loc) for draw in log_joint.from_prior(prior))])
     begins = begins[begins.isfinite().all(-1)]
     looks, points = [], begins
     steps = lbfgs_paths(

@@ -53,7 +53,7 @@ Target = Callable[[Tensor], Tensor]
 
 
 def lbfgs_paths(
-    target: Target, start: Tensor, num_steps: int, tolerance: float = 0.0, patience: float = math.inf
+    target: Target, init_loc: Tensor, num_steps: int, tolerance: float = 0.0, patience: float = math.inf
 ) -> Iterator[Tensor]:
     """Points of L-BFGS ascents, all of them one gradient of the target a try.
 
@@ -61,7 +61,7 @@ def lbfgs_paths(
 
     Args:
         target: Log density, ``(R, N, d)`` to ``(R, N)``; each entry depends on its own vector only.
-        start: Where to begin, ``(R, N, d)``.
+        init_loc: Where to begin, ``(R, N, d)``.
         num_steps: Number of tries, at most.
         tolerance: Ends where no step promises to bring more than this.
         patience: How many times as many tries as the highest of R ascents took the others get, before they are given
@@ -71,7 +71,7 @@ def lbfgs_paths(
         Where they are after each try, ``(R, N, d)``.
     """
     evaluate = Replay(lambda z: _value_and_gradient(target, z))
-    z, (value, gradient) = start, evaluate(start)
+    z, (value, gradient) = init_loc, evaluate(init_loc)
     steps = gradient_differences = z.new_zeros((0, *z.shape))
     direction, slope, step = _next_step(gradient, steps, gradient_differences)
     cuts = torch.zeros_like(value)

@@ -70,7 +70,7 @@ class MixtureStart:
 
 
 @torch.no_grad()
-def best_mixture(log_joint: LogJoint, start: Tensor, count: int, *, correlated: bool) -> MixtureStart | None:
+def best_mixture(log_joint: LogJoint, init_loc: Tensor, count: int, *, correlated: bool) -> MixtureStart | None:
     r"""A component on each of the modes that ascents find, by their mass; None if they find one only,
     or if there are too many dimensions for Hessians.
 
@@ -81,16 +81,16 @@ def best_mixture(log_joint: LogJoint, start: Tensor, count: int, *, correlated: 
 
     Args:
         log_joint: The target.
-        start: Where the guide starts, ``(D,)``.
+        init_loc: Where the guide starts, ``(D,)``.
         count: Number of components K, >= 2.
         correlated: Whether the guide can hold a correlated ``L``.
     """
-    points = ascents(log_joint, start, SETTINGS.num_prior)[-1]
+    points = ascents(log_joint, init_loc, SETTINGS.num_prior)[-1]
     found = local_gaussians(log_joint, points, correlated=True)
     modes = _distinct(scored(log_joint, found, GAUSSIAN.num_elbo_draws), count) if found else []
     if len(modes) < 2:
         return None
-    weights = torch.tensor([mode.elbo for mode in modes], dtype=torch.float64, device=start.device).softmax(0)
+    weights = torch.tensor([mode.elbo for mode in modes], dtype=torch.float64, device=init_loc.device).softmax(0)
     locs = torch.stack([mode.loc for mode in modes]).double()
     factors = torch.stack([mode.factor for mode in modes]).double()
     precisions = torch.cholesky_inverse(factors)
@@ -105,13 +105,13 @@ def best_mixture(log_joint: LogJoint, start: Tensor, count: int, *, correlated: 
     locs, scales, factor = locs / spread, scales / spread, factor * spread
     copies = _copies(weights.tolist(), count)
     pieces = [spread_components(number, loc) for number in copies]
-    repeats = torch.tensor(copies, device=start.device)
+    repeats = torch.tensor(copies, device=init_loc.device)
     locs, scales = (rows.repeat_interleave(repeats, 0) for rows in (locs, scales))
     locs = locs + scales * torch.cat([piece[0] for piece in pieces])
     scales = scales * torch.cat([piece[1] for piece in pieces])
     weights = (weights / repeats).repeat_interleave(repeats, 0)
     parts = (loc, factor if correlated else factor.diagonal(), locs, scales, weights)
-    return MixtureStart(*(part.to(start.dtype) for part in parts))
+    return MixtureStart(*(part.to(init_loc.dtype) for part in parts))
 
 
 def _distinct(found: list[Gaussian], count: int) -> list[Gaussian]:

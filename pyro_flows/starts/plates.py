@@ -237,7 +237,7 @@ class _Items:
         self.prior = None if block.prior is None else like.new_zeros(count, 2 * size)
 
     def fit(self, batch: MiniBatch, latents: Latents, values: Mapping[str, Tensor]) -> None:
-        """Climb to the modes of the items at hand, all at once."""
+        """Ascend to the modes of the items at hand, all at once."""
         block, posterior = self.block, self.owner.posterior
         start = latents[block.layout.plate_names]
         log_density = _item_log_density(self.owner.model, block, batch, values, start.shape[:-1])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L1. The model-ordered affine map: each block of coordinates is an affine map of its own noise, conditional by the
+"""L1. The model-ordered affine map: each block of coordinates is an affine map of its own noise, given the
 blocks before it."""
 
 from __future__ import annotations
