@@ -87,9 +87,10 @@ def warm_start(
 class LocalStart:
     """Fits every item to the data that it has, given where the globals are; then the globals, given that.
 
-    An item's own Gaussian is what the likelihood says about it: mode and curvature of its log density, less the prior
-    that the head pools it with. For a Gaussian likelihood that is exact at once, whatever the globals; the ELBO with
-    such items is then the marginal density of the globals, whose best Gaussian is found as in a model without plates.
+    An item's site approximation is what the likelihood says about it: mode and curvature of its log density, less the
+    prior that the head pools it with. For a Gaussian likelihood that is exact at once, whatever the globals; the ELBO
+    with such items is then the marginal density of the globals, whose best Gaussian is found as in a model without
+    plates.
 
     Args:
         model: The model.

@@ -131,7 +131,7 @@ def _from_priors(block: JointBlock, log_joint: LogJoint, found: Gaussian) -> Sta
 
 
 def _from_likelihood(flow: Flow, log_joint: LogJoint, head: LinearMixedHead, found: Gaussian) -> Start | None:
-    """Let the head's own Gaussians be what the data say, and fit one to the other coordinates."""
+    """Let the head's likelihood factor be what the data say, and fit one to the other coordinates."""
     preconditioner = flow.preconditioner
     if not isinstance(preconditioner, FullRankPreconditioner):
         return None

@@ -26,7 +26,7 @@ def hierarchy(input_dim: int) -> FlowTransform:
     return T.MultilevelHead(known, slope.flatten(0, 1), torch.randn(2 * input_dim))
 
 
-def followed(input_dim: int, kind: type[T.LinearMixedHead]) -> FlowTransform:
+def likelihood_head(input_dim: int, kind: type[T.LinearMixedHead]) -> FlowTransform:
     """Known priors of the last half, two of which are correlated where there are five coordinates and matrices."""
     count = (input_dim + 1) // 2
     known = torch.arange(input_dim) >= input_dim - count
@@ -93,8 +93,8 @@ TRANSFORMS |= {
     "PlateHead": lambda d, c: T.PlateHead(d, parent_dim=c, feature_dim=2),
     "PlateHead (prior)": lambda d, c: T.PlateHead(d, parent_dim=c, feature_dim=2, known=torch.arange(d) % 2 == 0),
     "PyroTransform": lambda d, c: T.PyroTransform(pyro_transforms.spline(d), d, c),
-    "DiagonalPrecisionHead": lambda d, c: followed(d, T.DiagonalPrecisionHead),
-    "FullPrecisionHead": lambda d, c: followed(d, T.FullPrecisionHead),
+    "DiagonalPrecisionHead": lambda d, c: likelihood_head(d, T.DiagonalPrecisionHead),
+    "FullPrecisionHead": lambda d, c: likelihood_head(d, T.FullPrecisionHead),
     "MultilevelHead": lambda d, c: hierarchy(d),
     "SiteOrderedAffine": lambda d, c: T.SiteOrderedAffine(d, c, block_sizes=(1,) if d == 1 else (1, d - 1)),
     "SiteOrderedAffine (rank 1)": lambda d, c: T.SiteOrderedAffine(d, c, block_sizes=(1,) * d, rank=1),

@@ -24,7 +24,7 @@ def test_pyros_splines_start_far_from_the_identity_and_ours_at_it() -> None:
         torch.testing.assert_close(ladj, torch.zeros(200), atol=1e-5, rtol=0.0)
 
 
-def test_pyros_couplings_steer_one_half_and_ours_all() -> None:
+def test_pyros_couplings_condition_on_one_half_and_ours_on_all() -> None:
     """Row i of the Jacobian: what coordinate i depends on."""
     x = torch.randn(6)
     for pyros in (T.affine_coupling(6), T.spline_coupling(6)):

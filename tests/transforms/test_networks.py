@@ -20,7 +20,7 @@ def log_scale_after_one_step(transform: FlowTransform) -> float:
         return transform.forward_and_ladj(x)[1].abs().max().item()
 
 
-def test_steering_leaves_zero_slowly() -> None:
+def test_conditioners_leave_zero_slowly() -> None:
     """It grew by the learning rate times the input from the first step on: 0.15 and 0.04 here. With one particle all
     layers then overshot together, and one draw in forty steps had a loss of a million."""
     assert log_scale_after_one_step(SiteOrderedAffine(4, block_sizes=(1, 3))) < 0.03

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The head that pools several coordinates' own Gaussian with their priors given others, correlations included."""
+"""The head that pools a likelihood factor of several coordinates with correlated priors given others."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_derivatives_of_a_draw_given_a_factor() -> None:
     assert torch.autograd.gradgradcheck(_Conditional.apply, inputs)
 
 
-def test_initialize_undoes_following() -> None:
+def test_initialize_undoes_a_likelihood() -> None:
     matrix = head()
     randomize_parameters(matrix)
     matrix.initialize(torch.zeros(5).double(), torch.ones(5).double())

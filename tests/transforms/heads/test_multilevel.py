@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The head that pools a coordinate's own Gaussian with its prior given others."""
+"""The head that pools a coordinate's site approximation with its prior given others."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_raw_shares_rest_at_one() -> None:
     assert (head.log_share == inverse_powerprop(torch.zeros(2))).all()
 
 
-def test_settling_changes_units_and_nothing_else() -> None:
+def test_an_origin_changes_units_and_nothing_else() -> None:
     head = MultilevelHead(KNOWN, slopes(), torch.zeros(8)).double()
     head.initialize(torch.tensor([0.5, -0.3, 2.0, -7.0]).double(), torch.tensor([1.0, 0.1, 1e-3, 30.0]).double(), 0.9)
     noise = torch.randn(100, 4).double()
