@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L1. Adam's arithmetic as a part of a recorded step, with the optimiser's own state and options."""
+"""L1. Adam's arithmetic as a part of a recorded step, with the optimizer's own state and options."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["AdamRule", "limited_step"]
 class AdamRule:
     """The step of a torch or Pyro Adam on one parameter, as a function that can be recorded.
 
-    Moments, step count and learning rate stay where the optimiser keeps them, so that schedulers, ``get_state`` and an
+    Moments, step count and learning rate stay where the optimizer keeps them, so that schedulers, ``get_state`` and an
     ordinary ``optimizer.step`` find what they expect; only the arithmetic is done elsewhere, in one pass with the
     gradient's.
 

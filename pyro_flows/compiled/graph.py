@@ -73,7 +73,7 @@ class LossGraph:
 
     Attributes:
         num_operations: Size of the graph.
-        rule: The optimiser's step that is a part of the graph; None if that ends with the gradient.
+        rule: The optimizer's step that is a part of the graph; None if that ends with the gradient.
         is_fresh: Whether nobody has tried to compile it yet.
     """
 
@@ -124,7 +124,7 @@ class LossGraph:
 
     @property
     def is_current(self) -> bool:
-        """Whether the optimiser's options are those that it was compiled with."""
+        """Whether the optimizer's options are those that it was compiled with."""
         return self.rule is None or self.rule.is_current
 
     def matches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -167,7 +167,7 @@ class LossGraph:
         Args:
             args: Arguments like those that it was recorded with.
             kwargs: Likewise.
-            rule: An optimiser's step that becomes a part of the graph.
+            rule: An optimizer's step that becomes a part of the graph.
 
         Raises:
             RuntimeError: If there is no working C++ compiler, or torch's fails. The graph itself still runs.

@@ -40,7 +40,7 @@ class StepLimit(Protocol):
 
 
 class FlatParameter:
-    """Leaves of a model and a guide as views of one vector, so that an optimiser has a single tensor to move.
+    """Leaves of a model and a guide as views of one vector, so that an optimizer has a single tensor to move.
 
     The leaves stay what they are to everyone else (parameters of modules, entries of Pyro's store), but share memory
     with :attr:`flat` until :meth:`release`; so does :attr:`vector`, which is no parameter.

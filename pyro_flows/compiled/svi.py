@@ -38,7 +38,7 @@ class GraphSettings:
 
 
 GRAPHS = GraphSettings()
-# Optimisers that treat each entry of a parameter alike, so that one vector moves as its parts would.
+# Optimizers that treat each entry of a parameter alike, so that one vector moves as its parts would.
 ELEMENTWISE = {
     "ASGD", "Adadelta", "Adagrad", "AdagradRMSProp", "Adam", "AdamW", "Adamax", "ClippedAdam", "NAdam", "RAdam",
     "RMSprop", "Rprop", "SGD",
@@ -60,7 +60,7 @@ class CompiledSVI(SVI):
     Args:
         model: A Pyro model.
         guide: A Pyro guide.
-        optim: One of Pyro's optimisers that treats all entries of parameters alike, such as ``Adam``, ``ClippedAdam``
+        optim: One of Pyro's optimizers that treats all entries of parameters alike, such as ``Adam``, ``ClippedAdam``
             or ``ExponentialLR``, with the same options for all parameters. The first two are a part of the graph, and
             so is ``torch.optim.Adam`` under a scheduler; others step with the gradient that it gives.
         loss: An ELBO with a ``differentiable_loss``: ``Trace_ELBO``, ``TraceMeanField_ELBO`` or
@@ -68,7 +68,7 @@ class CompiledSVI(SVI):
             and so takes eager steps.
 
     Raises:
-        ValueError: If the optimiser or the loss is none of these.
+        ValueError: If the optimizer or the loss is none of these.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist
@@ -84,7 +84,7 @@ class CompiledSVI(SVI):
     """
 
     def __init__(self, model: Callable[..., Any], guide: Callable[..., Any], optim: PyroOptim, loss: ELBO) -> None:
-        _check_optimiser(optim)
+        _check_optimizer(optim)
         if not hasattr(loss, "differentiable_loss"):
             raise ValueError(
                 f"CompiledSVI: expected a loss with a differentiable_loss, such as Trace_ELBO(), but got "
@@ -210,12 +210,12 @@ class CompiledSVI(SVI):
         self._is_eager = True
 
     def _compile(self, graph: LossGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Go on with machine code; after a step, which made the optimiser's state."""
+        """Go on with machine code; after a step, which made the optimizer's state."""
         assert self._parameter is not None
-        optimiser = self.optim.optim_objs[self._parameter.flat]
-        optimiser = getattr(optimiser, "optimizer", optimiser)  # a scheduler's
+        optimizer = self.optim.optim_objs[self._parameter.flat]
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # a scheduler's
         clips = self.optim.grad_clip[self._parameter.flat] is not None
-        rule = AdamRule(optimiser) if AdamRule.applies_to(optimiser) and not clips else None
+        rule = AdamRule(optimizer) if AdamRule.applies_to(optimizer) and not clips else None
         try:
             with torch.random.fork_rng():
                 graph.compile(args, kwargs, rule)
@@ -226,26 +226,26 @@ class CompiledSVI(SVI):
         return tensor_loss(self._elbo)(self.model, self.guide, *args, **kwargs)
 
 
-def _check_optimiser(optim: PyroOptim) -> None:
+def _check_optimizer(optim: PyroOptim) -> None:
     """Whether it moves one vector as it would its parts.
 
     Raises:
         ValueError: If not.
     """
     if not isinstance(optim, PyroOptim):
-        raise ValueError(f"CompiledSVI: expected one of pyro.optim's optimisers, but got {type(optim).__name__}.")
+        raise ValueError(f"CompiledSVI: expected one of pyro.optim's optimizers, but got {type(optim).__name__}.")
     made = optim.pt_optim_args
     constructor = optim.pt_optim_constructor
     if isinstance(made, dict) and "optimizer" in made:  # a scheduler's
         constructor, made = made["optimizer"], made["optim_args"]
     if callable(made) or callable(optim.pt_clip_args) or "clip_norm" in optim.pt_clip_args:
         raise ValueError(
-            "CompiledSVI: expected an optimiser with the same options for all parameters and no clip_norm, which is a "
+            "CompiledSVI: expected an optimizer with the same options for all parameters and no clip_norm, which is a "
             "norm of each parameter. Pass a dictionary of options, or train with pyro.infer.SVI."
         )
     name = getattr(constructor, "__name__", str(constructor))
     if name not in ELEMENTWISE:
         raise ValueError(
-            f"CompiledSVI: expected an optimiser that treats all entries of a parameter alike, one of "
+            f"CompiledSVI: expected an optimizer that treats all entries of a parameter alike, one of "
             f"{', '.join(sorted(ELEMENTWISE))}, but got {name}. Train with pyro.infer.SVI."
         )

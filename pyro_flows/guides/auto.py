@@ -44,7 +44,7 @@ class AutoFlowGuide(SummarizedGuide):
 
     The guide starts exactly at the mean-field normal that ``AutoNormal`` starts at (for families with an identity
     start), and a flow closes the gap :math:`\log p(x) - \mathrm{ELBO} = \mathrm{KL}(q(z) \| p(z | x))` from there.
-    It trains with plain ``SVI``, with any ELBO whose guide may be reparameterised, and with the optimiser and the rate
+    It trains with plain ``SVI``, with any ELBO whose guide may be reparameterised, and with the optimizer and the rate
     that train ``AutoNormal``: location and scale move as they do there, all other parameters by small steps (see
     :class:`~pyro_flows.posterior.step_limit.StepLimit`), and what is not finite in the gradient of a draw does not
     reach them (see :class:`~pyro_flows.flows.gradient_filter.GradientFilter`). Gradients are path gradients by default

@@ -85,7 +85,7 @@ Run = Callable[[Values, _Task], dict[str, Tensor]]
 class BatchedModel:
     """A model, run at many values of its latents at once.
 
-    Tries draws as an outer plate first, as vectorised particles do, and ``torch.vmap`` next, for models that are not
+    Tries draws as an outer plate first, as vectorized particles do, and ``torch.vmap`` next, for models that are not
     written for outer dimensions: matrix products, indexing, loops, modules. Whichever gives the log densities of plain
     runs is used, and one run a draw if neither does. Sites that are enumerated in parallel are summed out.
 

@@ -172,7 +172,7 @@ def check_data(owner: str, trace: Trace) -> None:
         words = None if node["log_prob"].isfinite().all() else _wrong_data(node)
         if words is not None:
             raise ValueError(f"{owner}: expected the data of site '{name}' to {words}")
-    if is_validation_enabled():  # as SVI checks single particles; of vectorised ones it asks less
+    if is_validation_enabled():  # as SVI checks single particles; of vectorized ones it asks less
         for node in nodes.values():
             check_site_shape(node, max_plate_nesting=math.inf)
 

@@ -129,7 +129,7 @@ def sum_out(terms: Mapping[str, Tensor], packed: Mapping[str, PackedTerm]) -> li
     for name, (dims, plates, own) in packed.items():
         places.update(own)
         enumerated |= set(dims) - set(own)
-        term = terms[name].view_as(terms[name])  # a tensor of its own, to be labelled
+        term = terms[name].view_as(terms[name])  # a tensor of its own, to be labeled
         term._pyro_dims = DRAWS_SYMBOL + dims  # type: ignore[attr-defined]
         tree.setdefault(plates | {DRAWS_SYMBOL}, []).append(term)
     rank = max((-dim for dim in places.values()), default=0)

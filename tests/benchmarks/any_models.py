@@ -43,7 +43,7 @@ class Twins:
 
     Args:
         as_written: For one draw of the latents.
-        broadcasting: For vectorised particles too.
+        broadcasting: For vectorized particles too.
         args: What both are called with.
         enumerated: A site of values 0 and 1 that is summed out, in a plate; empty where there is none.
     """

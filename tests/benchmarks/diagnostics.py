@@ -128,7 +128,7 @@ def exact_moments() -> dict[str, tuple[float, float]]:
 
 
 def measure_neutra(seeds: int) -> tuple[Sequence[str], Rows]:
-    """Eight schools, centred: NUTS in the coordinates of a fitted guide, 1000 draws after 300 of warm-up."""
+    """Eight schools, centered: NUTS in the coordinates of a fitted guide, 1000 draws after 300 of warm-up."""
     exact = exact_moments()
     rows = []
     for seed in range(min(seeds, 2)):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well the guide knows a normalising constant that is known exactly.
+"""How well the guide knows a normalizing constant that is known exactly.
 
     python tests/benchmarks/evidence.py [funnel10] [--seeds 3] [--write]
 

@@ -76,7 +76,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def measure_gap(seeds: int) -> tuple[Sequence[str], Rows]:
-    """Eight schools centred, 3000 steps x 16 particles: gap to the exact log evidence."""
+    """Eight schools centered, 3000 steps x 16 particles: gap to the exact log evidence."""
     rows = []
     for name, make in GUIDES.items():
         gaps, times = [], []

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Centred hierarchies of 60 to 90 dimensions on public data, against long runs of NUTS.
+"""Centered hierarchies of 60 to 90 dimensions on public data, against long runs of NUTS.
 
     python tests/benchmarks/hierarchies.py [--only NAME ...] [--seeds 1] [--cache FOLDER] [--write]
 
 ``fit(model, AutoFlowGuide(model))`` with nothing set. Data come with statsmodels and scikit-learn. Each model is
-written once, for Pyro and for NumPyro, whose NUTS (float64, four chains; non-centred, or with Gaussian parts integrated
-out, where that helps) goes on until the Monte Carlo error of each mean is 0.015 sds; its draws stay in ``--cache``. Run
+written once, for Pyro and for NumPyro, whose NUTS (float64, four chains; non-centered, or with Gaussian parts
+integrated out, where that helps) goes on until the Monte Carlo error of each mean is 0.015 sds; its draws stay in
+``--cache``. Run
 by hand, never by pytest; needs ``pip install "pyro-flows[benchmarks]"``.
 """
 
@@ -87,7 +88,7 @@ def grunfeld(pp: Any, d: Any, x: Any, firm: Any, year: Any, y: Any) -> None:
 
 
 def grunfeld_data() -> Data:
-    """Logs, standardised: investment on value and capital."""
+    """Logs, standardized: investment on value and capital."""
     table = public.grunfeld.load_pandas().data
     x = np.stack([np.ones(len(table)), standard(np.log(table.value)), standard(np.log(table.capital))], -1)
     return {"x": x, "firm": codes(table.firm), "year": codes(table.year), "y": standard(np.log(table.invest))}
@@ -139,7 +140,7 @@ def anes96(pp: Any, d: Any, x: Any, y: Any, **level: Any) -> None:
 
 
 def anes96_data() -> Data:
-    """Age and log population standardised; levels as they are coded."""
+    """Age and log population standardized; levels as they are coded."""
     table = public.anes96.load_pandas().data
     levels = {name: codes(table[name]) for name in VOTE_LEVELS}
     x = np.stack([standard(table.age), standard(table.logpopul)], -1)
@@ -185,14 +186,14 @@ def wine(pp: Any, d: Any, group: Any, y: Any) -> None:
 
 
 def wine_data() -> Data:
-    """Standardised."""
+    """Standardized."""
     loaded = load_wine()
     return {"group": loaded.target, "y": standard(loaded.data)}
 
 
 @dataclass(frozen=True)
 class Hierarchy:
-    """A model, its data, and how NUTS takes it: with sites non-centred, or with a Gaussian part integrated out.
+    """A model, its data, and how NUTS takes it: with sites non-centered, or with a Gaussian part integrated out.
 
     For the latter, ``given`` draws that part from standard normals, ``count`` of them.
     """

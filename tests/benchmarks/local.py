@@ -168,7 +168,7 @@ def measure_effects(seeds: int) -> tuple[Sequence[str], Rows]:
 
 
 def funnel(counts: Tensor) -> None:
-    """500 groups around one mean with a small scale, centred, and Poisson counts."""
+    """500 groups around one mean with a small scale, centered, and Poisson counts."""
     mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
     tau = pyro.sample("tau", dist.HalfNormal(1.0))
     with pyro.plate("groups", len(counts)):
@@ -177,7 +177,7 @@ def funnel(counts: Tensor) -> None:
 
 
 def measure_funnel(seeds: int) -> tuple[Sequence[str], Rows]:
-    """Centred Poisson hierarchy of 500 groups, tau 0.1, 3000 steps x 8 particles: ELBO above AutoNormal's."""
+    """Centered Poisson hierarchy of 500 groups, tau 0.1, 3000 steps x 8 particles: ELBO above AutoNormal's."""
     guides: dict[str, Callable[[], AutoGuide]] = {
         "AutoNormal": lambda: AutoNormal(funnel),
         "AutoMultivariateNormal": lambda: AutoMultivariateNormal(funnel),

@@ -129,7 +129,7 @@ def linear(dim: int, correlation: float) -> Model:
 
 
 def hierarchy(groups: int, scale: float) -> Model:
-    """Centred random effects."""
+    """Centered random effects."""
     generator = torch.Generator().manual_seed(groups)
     y = 1.0 + scale * torch.randn(groups, generator=generator) + torch.randn(groups, generator=generator)
 

@@ -31,7 +31,7 @@ STEPS, PARTICLES, RATE = 5000, 16, 0.01
 
 
 def eight_schools(sigma: Any, y: Any) -> None:
-    """Centred."""
+    """Centered."""
     mu = numpyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = numpyro.sample("tau", dist.HalfCauchy(5.0))
     with numpyro.plate("schools", len(sigma)):
@@ -50,7 +50,7 @@ def ark(y: Any, K: int) -> None:
 
 
 def kidscore(mom_hs: Any, mom_iq: Any, kid_score: Any) -> None:
-    """Regression with an interaction, not centred."""
+    """Regression with an interaction, not centered."""
     beta = numpyro.sample("beta", dist.Normal(0.0, 1000.0).expand([4]).to_event(1))
     sigma = numpyro.sample("sigma", dist.HalfCauchy(2.5))
     mean = beta[0] + beta[1] * mom_hs + beta[2] * mom_iq + beta[3] * mom_hs * mom_iq

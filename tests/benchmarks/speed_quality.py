@@ -97,7 +97,7 @@ def least(runs: Sequence[Sequence[float]]) -> list[float]:
 
 
 def measure_quality(seeds: int) -> tuple[Sequence[str], Rows]:
-    """Eight schools centred: seconds from the call, compile included, until the gap is below so many nats."""
+    """Eight schools centered: seconds from the call, compile included, until the gap is below so many nats."""
     found: dict[str, list[float]] = {}
     numbers = [str(seed) for seed in range(seeds)]
     found["fit AutoFlowGuide, nothing set"] = medians([afresh("fit", "0", seed) for seed in numbers])

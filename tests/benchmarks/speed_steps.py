@@ -59,7 +59,7 @@ def logistic(x: torch.Tensor, y: torch.Tensor) -> None:
     """A logistic regression."""
     beta = pyro.sample("beta", dist.Normal(torch.zeros(x.shape[-1]), 1.0).to_event(1))
     with pyro.plate("rows", len(y)):
-        # Without beta's place for this plate, which is there if particles are vectorised: (particles, rows).
+        # Without beta's place for this plate, which is there if particles are vectorized: (particles, rows).
         logits = (beta @ x.mT).reshape(*beta.shape[:-2], len(y))
         pyro.sample("y", dist.Bernoulli(logits=logits), obs=y)
 
@@ -73,7 +73,7 @@ def logistic_case(num_rows: int = 1000) -> Case:
 
 
 def groups(y: torch.Tensor) -> None:
-    """Centred random effects: a mean and a scale over 500 groups."""
+    """Centered random effects: a mean and a scale over 500 groups."""
     mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
     tau = pyro.sample("tau", dist.HalfNormal(1.0))
     with pyro.plate("groups", len(y)):

@@ -4,10 +4,10 @@
     python tests/benchmarks/swap.py [clients|sweep] [--only NAME ...] [--guides NAME ...] [--seeds 4] [--write]
         [--jobs 1] [--flow NAME] [--families NAME ...] [--limit SECONDS]
 
-``clients`` (by default): the programs of ``swap_clients.py``, with their optimisers, rates, steps and one particle.
+``clients`` (by default): the programs of ``swap_clients.py``, with their optimizers, rates, steps and one particle.
 A guide that makes a loss that is not finite, or raises, has failed, whatever came of it. It is *below* another if on
 any seed its ELBO of fresh draws is lower by more than two standard errors and by more than half a nat. ``sweep``: two
-small models under four optimisers and five rates, with 1 and 16 particles. Run by hand, never by pytest. ``--write``
+small models under four optimizers and five rates, with 1 and 16 particles. Run by hand, never by pytest. ``--write``
 also puts the tables in ``docs/tables``.
 """
 
@@ -146,24 +146,24 @@ def stepper(client: Client, program: Program, guide: Callable[..., Any], elbo: E
     """A function of a step's arguments that takes the step and returns the loss."""
     if client.torch_loop:
         guide(*args)  # makes the parameters
-        optimiser = client.optimiser(guide.parameters())
+        optimizer = client.optimizer(guide.parameters())
 
         def torch_step(*args: Any) -> float:
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss = elbo.differentiable_loss(program.model, guide, *args)
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             return loss.item()
 
         return torch_step
-    optimiser = client.optimiser()
-    svi = SVI(program.model, guide, optimiser, elbo)
-    if not isinstance(optimiser, PyroLRScheduler):
+    optimizer = client.optimizer()
+    svi = SVI(program.model, guide, optimizer, elbo)
+    if not isinstance(optimizer, PyroLRScheduler):
         return svi.step
 
     def scheduled_step(*args: Any) -> float:
         loss = svi.step(*args)
-        optimiser.step()
+        optimizer.step()
         return loss
 
     return scheduled_step
@@ -402,16 +402,16 @@ def measure_clients(options: argparse.Namespace) -> tuple[Sequence[str], Rows]:
 
 # The sweep
 
-Setting = tuple[str, str, float, int]  # model, optimiser, rate, particles
+Setting = tuple[str, str, float, int]  # model, optimizer, rate, particles
 
 
 def run_setting(options: argparse.Namespace, setting: Setting) -> Outcomes:
     """Outcomes of ``AutoNormal`` and of each family, by its name."""
-    model, optimiser, rate, particles = setting
+    model, optimizer, rate, particles = setting
     client = Client(
-        name=f"{model}, {optimiser} {rate:g}",
+        name=f"{model}, {optimizer} {rate:g}",
         build=SWEEP_MODELS[model],
-        optimiser=partial(OPTIMISERS[optimiser], rate),
+        optimizer=partial(OPTIMISERS[optimizer], rate),
         steps=SWEEP_STEPS,
         loss=partial(Trace_ELBO, num_particles=particles, vectorize_particles=particles > 1),
     )
@@ -425,17 +425,17 @@ def run_setting(options: argparse.Namespace, setting: Setting) -> Outcomes:
 def measure_sweep(options: argparse.Namespace) -> tuple[Sequence[str], Rows]:
     """Every setting, a line as it finishes; families that fail where ``AutoNormal`` does not are counted."""
     settings: list[Setting] = [
-        (model, optimiser, rate, particles)
+        (model, optimizer, rate, particles)
         for model in SWEEP_MODELS
-        for optimiser in OPTIMISERS
-        for rate in (SGD_RATES[model] if optimiser == "SGD" else RATES)
+        for optimizer in OPTIMISERS
+        for rate in (SGD_RATES[model] if optimizer == "SGD" else RATES)
         for particles in (1, 16)
-        if not options.only or any(part in f"{model}, {optimiser} {rate:g}" for part in options.only)
+        if not options.only or any(part in f"{model}, {optimizer} {rate:g}" for part in options.only)
     ]
     rows: dict[int, list[str]] = {}
     failed, below = dict.fromkeys(options.families, 0), dict.fromkeys(options.families, 0)
     for place, outcomes in spread_out(partial(run_setting, options), settings, options.jobs):
-        model, optimiser, rate, particles = settings[place]
+        model, optimizer, rate, particles = settings[place]
         cells = []
         for family in options.families:
             pairs = zip(outcomes[family], outcomes[BASELINE], strict=True)
@@ -444,7 +444,7 @@ def measure_sweep(options: argparse.Namespace) -> tuple[Sequence[str], Rows]:
             failed[family] += any(outcome.failure for outcome in fair)
             below[family] += comparison.below
             cells.append(", ".join(filter(None, [str(comparison), failures(fair)])))
-        rows[place] = [model, optimiser, f"{rate:g}", str(particles), cell(outcomes[BASELINE]), *cells]
+        rows[place] = [model, optimizer, f"{rate:g}", str(particles), cell(outcomes[BASELINE]), *cells]
         print("  ".join(rows[place]), flush=True)
     for family in options.families:
         print(
@@ -453,7 +453,7 @@ def measure_sweep(options: argparse.Namespace) -> tuple[Sequence[str], Rows]:
         )
     header = (
         "model",
-        "optimiser",
+        "optimizer",
         "rate",
         "particles",
         BASELINE,

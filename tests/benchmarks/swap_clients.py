@@ -2,7 +2,7 @@
 """Client programs, after Pyro's tutorials and examples and as users write them: what ``swap.py`` swaps guides in.
 
 Nobody here thinks of guides. Models are written for one particle (``x @ w``, ``a[group]``, loops over time);
-optimisers, rates and steps are the authors'. Data are simulated from seeds of their own, so that a run's seed is the
+optimizers, rates and steps are the authors'. Data are simulated from seeds of their own, so that a run's seed is the
 guide's, or are small and well known. A client's program is built when it is run; the table is at the end.
 """
 
@@ -58,20 +58,20 @@ class Client:
     """A training loop.
 
     Args:
-        name: In its author's words, with optimiser and rate.
+        name: In its author's words, with optimizer and rate.
         build: Makes data, networks and model; called after the run's seed is set.
-        optimiser: Makes a fresh optimiser, of Pyro or, in a loop of torch, of the parameters.
+        optimizer: Makes a fresh optimizer, of Pyro or, in a loop of torch, of the parameters.
         steps: Steps of it.
         loss: Makes the ELBO.
         guide_options: Options of the guide, of those that a guide has.
         expose: The sites that the guide is for, where others are enumerated.
         peers: Whether ``AutoMultivariateNormal`` and ``AutoIAFNormal`` can be had.
-        torch_loop: Whether the loop is ``loss.backward()`` and an optimiser of torch.
+        torch_loop: Whether the loop is ``loss.backward()`` and an optimizer of torch.
     """
 
     name: str
     build: Callable[[], Program]
-    optimiser: Callable[..., Any]
+    optimizer: Callable[..., Any]
     steps: int
     loss: Callable[[], ELBO] = Trace_ELBO
     guide_options: Mapping[str, Any] = field(default_factory=dict)
@@ -223,7 +223,7 @@ HITS = torch.tensor([18.0, 17, 16, 15, 14, 14, 13, 12, 11, 11, 10, 10, 10, 10, 1
 
 
 def eight_schools() -> Program:
-    """The centred form."""
+    """The centered form."""
 
     def model(y: Tensor, sigma: Tensor) -> None:
         mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
@@ -774,7 +774,7 @@ def forecaster(steps: int, rate: float) -> Callable[[], optim.PyroOptim]:
 
 def exponential(rate: float, gamma: float) -> Callable[[], optim.PyroOptim]:
     """Adam under a schedule, a step of it after each step."""
-    # A fresh dictionary each time: Pyro takes the optimiser out of it.
+    # A fresh dictionary each time: Pyro takes the optimizer out of it.
     return lambda: optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": rate}, "gamma": gamma})
 
 

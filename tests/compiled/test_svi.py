@@ -102,11 +102,11 @@ def test_flows_equal_svi(interpreted, flow):
 
 @pytest.mark.parametrize("elbo", [Trace_ELBO(), TraceMeanField_ELBO(), Trace_ELBO(num_particles=3)])
 @pytest.mark.parametrize("optim", [ClippedAdam, ExponentialLR])
-def test_losses_and_optimisers(interpreted, elbo, optim):
+def test_losses_and_optimizers(interpreted, elbo, optim):
     made = {"lr": 0.02}
     if optim is ExponentialLR:
         made = {"optimizer": torch.optim.SGD, "optim_args": {"lr": 1e-4, "momentum": 0.9}, "gamma": 0.9}
-    # An optimiser keeps state, so each run needs its own.
+    # An optimizer keeps state, so each run needs its own.
     svi, *found = trained(CompiledSVI, schools, AutoNormal, *[(Y,)] * 20, elbo=elbo, optim=optim(dict(made)))
     _, *expected = trained(SVI, schools, AutoNormal, *[(Y,)] * 20, elbo=elbo, optim=optim(dict(made)))
     assert svi._graphs
@@ -321,7 +321,7 @@ def test_parameters_that_others_move_or_replace(interpreted):
         (pyro.optim.DCTAdam({"lr": 0.1}), "but got DCTAdam"),
     ],
 )
-def test_refuses_optimisers_that_would_move_otherwise(optim, message):
+def test_refuses_optimizers_that_would_move_otherwise(optim, message):
     with pytest.raises(ValueError, match=message):
         CompiledSVI(schools, AutoNormal(schools), optim, Trace_ELBO())
 

@@ -365,12 +365,12 @@ def test_reweighted_wake_sleep_trains(insomnia: float) -> None:
     loss = ReweightedWakeSleep(
         num_particles=10, vectorize_particles=True, max_plate_nesting=0, model_has_params=False, insomnia=insomnia
     )
-    optimiser = torch.optim.Adam(guide.parameters(), lr=0.05)
+    optimizer = torch.optim.Adam(guide.parameters(), lr=0.05)
     for _ in range(40):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.loss_and_grads(model, guide, data)
         assert all(p.grad is not None and p.grad.isfinite().all() for p in trained(guide))
-        optimiser.step()
+        optimizer.step()
     if insomnia == 1.0:
         assert guide.median(data)["loc"] > 0.3
 

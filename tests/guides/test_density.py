@@ -36,7 +36,7 @@ def funnel(dim: int) -> None:
         pyro.sample("x", dist.Normal(0.0, torch.exp(y / 2)))
 
 
-def randomised(fn: Any, *args: Any, **options: Any) -> AutoFlowGuide:
+def randomized(fn: Any, *args: Any, **options: Any) -> AutoFlowGuide:
     guide = AutoFlowGuide(fn, **options).setup(*args)
     randomize_parameters(guide)
     return guide
@@ -44,7 +44,7 @@ def randomised(fn: Any, *args: Any, **options: Any) -> AutoFlowGuide:
 
 @pytest.mark.parametrize("flow", FLOWS)
 def test_log_prob_is_that_of_the_trace(flow: str) -> None:
-    guide = randomised(model, flow=flow)
+    guide = randomized(model, flow=flow)
     trace = poutine.trace(guide).get_trace()
     values = {name: trace.nodes[name]["value"].detach() for name in ("x", "z")}
     torch.testing.assert_close(guide.log_prob(values), trace.log_prob_sum(), atol=1e-6, rtol=1e-6)
@@ -52,7 +52,7 @@ def test_log_prob_is_that_of_the_trace(flow: str) -> None:
 
 @pytest.mark.parametrize("flow", FLOWS)
 def test_log_prob_of_batches(flow: str) -> None:
-    guide = randomised(model, flow=flow)
+    guide = randomized(model, flow=flow)
     values = guide.sample_posterior(6)
     assert {name: tuple(value.shape) for name, value in values.items()} == {"x": (6,), "z": (6, 2, 3)}
     log_prob = guide.log_prob(values)
@@ -71,14 +71,14 @@ def test_one_dimensional_density_integrates_to_one(flow: str, site: str) -> None
         "positive": (dist.Gamma(2.0, 1.0), torch.logspace(-8, 4, 200_001, dtype=torch.double)),
         "unit": (dist.Beta(2.0, 2.0), torch.linspace(-30.0, 30.0, 200_001, dtype=torch.double).sigmoid()),
     }[site]
-    guide = randomised(lambda: pyro.sample("x", fn), flow=flow, init_scale=0.7).double()
+    guide = randomized(lambda: pyro.sample("x", fn), flow=flow, init_scale=0.7).double()
     density = guide.log_prob({"x": grid}).exp()
     # The trapezoidal rule is exact to about 1e-6 here; the rest is what lies outside of the grid.
     assert torch.trapezoid(density, grid).item() == pytest.approx(1.0, abs=1e-3)
 
 
 def test_draws_have_that_density() -> None:
-    guide = randomised(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)), init_scale=1.0)
+    guide = randomized(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)), init_scale=1.0)
     draws = guide.sample_posterior(20_000)["x"]
     grid = torch.linspace(draws.min().item() - 5, draws.max().item() + 5, 20_001)
     cdf = torch.cumulative_trapezoid(guide.log_prob({"x": grid}).exp(), grid)
@@ -88,7 +88,7 @@ def test_draws_have_that_density() -> None:
 
 
 def test_log_prob_is_differentiable_in_values_and_parameters() -> None:
-    guide = randomised(model)
+    guide = randomized(model)
     values = {name: value.requires_grad_() for name, value in guide.sample_posterior(3).items()}
     guide.log_prob(values).sum().backward()
     assert all(value.grad.isfinite().all() and value.grad.abs().sum() > 0 for value in values.values())
@@ -96,7 +96,7 @@ def test_log_prob_is_differentiable_in_values_and_parameters() -> None:
 
 
 def test_log_prob_takes_single_precision_for_a_double_guide() -> None:
-    guide = randomised(model)
+    guide = randomized(model)
     values = guide.sample_posterior(3)
     found = guide.log_prob({name: value.float() for name, value in values.items()})
     assert found.dtype == torch.double
@@ -123,7 +123,7 @@ def test_log_prob_says_what_is_wrong(values: Any, words: str) -> None:
 
 @pytest.mark.parametrize("flow", ["auto", "full_rank_normal", "realnvp"])
 def test_neutra_keeps_the_joint_density(flow: str) -> None:
-    guide = randomised(funnel, 4, flow=flow)
+    guide = randomized(funnel, 4, flow=flow)
     neutra = NeuTraReparam(guide)
     _, potential, transforms, _ = initialize_model(funnel, model_args=(4,))
     init, neutra_potential, _, _ = initialize_model(neutra.reparam(funnel), model_args=(4,))
@@ -151,7 +151,7 @@ def test_neutra_under_nuts() -> None:
 
 
 def test_base_dist_and_transform_make_the_posterior() -> None:
-    guide = randomised(model)
+    guide = randomized(model)
     eps = guide.get_base_dist().sample((5,))
     latent = guide.get_transform()(eps)
     assert eps.shape == latent.shape == (5, guide.latent_dim)

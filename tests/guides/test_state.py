@@ -293,18 +293,18 @@ def test_module_local_params(make: Callable[..., Any], local: bool) -> None:
 
 @pytest.mark.parametrize("local", [False, True], ids=["store", "module_local"])
 @each_guide
-def test_torch_optimiser(make: Callable[..., Any], local: bool) -> None:
+def test_torch_optimizer(make: Callable[..., Any], local: bool) -> None:
     with pyro.settings.context(module_local_params=local):
         guide = make(model, init_loc_fn=start)
         guide()
         loss_fn = Trace_ELBO(num_particles=2, vectorize_particles=True)(model, guide)
-        optimiser = torch.optim.Adam(loss_fn.parameters(), lr=0.02)
+        optimizer = torch.optim.Adam(loss_fn.parameters(), lr=0.02)
         before = [p.detach().clone() for p in guide.parameters()]
         for _ in range(3):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss = loss_fn()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
         assert loss.isfinite()
         assert any((p != q).any() for p, q in zip(guide.parameters(), before, strict=True))
 

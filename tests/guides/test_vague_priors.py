@@ -136,7 +136,7 @@ def test_a_start_without_density_gives_way_to_a_feasible_one() -> None:
 
 
 def test_the_start_is_where_auto_normal_is_if_the_density_is_higher_there() -> None:
-    """So that the guide is not below ``AutoNormal`` where an optimiser moves neither of them."""
+    """So that the guide is not below ``AutoNormal`` where an optimizer moves neither of them."""
 
     def model(y: Tensor) -> None:
         z = pyro.sample("z", dist.Normal(5.0, 10.0))

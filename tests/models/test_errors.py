@@ -141,7 +141,7 @@ def test_exceptions_that_come_with_a_later_mini_batch() -> None:
 # A start without density
 
 
-def penalised(x: Tensor, y: Tensor, penalty: float) -> None:
+def penalized(x: Tensor, y: Tensor, penalty: float) -> None:
     b = pyro.sample("b", dist.Normal(0.0, 1.0))
     pyro.factor("penalty", penalty + 0.0 * b)
     pyro.sample("y", dist.Normal(b * x, 1.0).to_event(1), obs=y)
@@ -153,7 +153,7 @@ def test_the_site_without_a_density_is_named(make: Callable[..., Any], penalty: 
     words = rf"site 'penalty' is {shown}\. Start where.*init_loc_fn"
     # Pyro itself refuses NaN where it validates.
     with pyro.validation_enabled(False), pytest.raises(RuntimeError, match=words) as caught:
-        fit(penalised, make(penalised), (X, Y, penalty), num_steps=20, progress=False, compile=False)
+        fit(penalized, make(penalized), (X, Y, penalty), num_steps=20, progress=False, compile=False)
     assert "'y'" not in str(caught.value)
 
 

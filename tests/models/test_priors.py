@@ -205,7 +205,7 @@ def counted() -> None:
 
 
 def chained() -> None:
-    """The data tell sums of neighbours."""
+    """The data tell sums of neighbors."""
     spread = pyro.sample("spread", dist.HalfNormal(1.0))
     with pyro.plate("rows", 20):
         effect = pyro.sample("effect", dist.Normal(0.0, spread))

@@ -152,7 +152,7 @@ def test_looks_between_steps_are_no_steps() -> None:
     torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
 
 
-def test_the_direction_is_the_optimisers() -> None:
+def test_the_direction_is_the_optimizers() -> None:
     guide, svi = new()
     svi.step(Y)
     guide.sample_posterior(1)

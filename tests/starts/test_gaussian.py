@@ -106,7 +106,7 @@ def test_log_joint_of_many_draws_is_that_of_each(case: str) -> None:
         torch.testing.assert_close(found, trace.log_prob_sum() + jacobian)
 
 
-def test_a_regression_that_is_not_vectorised_starts_well() -> None:
+def test_a_regression_that_is_not_vectorized_starts_well() -> None:
     torch.manual_seed(0)
     x = torch.randn(60, 2)
     y = 100.0 * x[:, 0] - 30.0 * x[:, 1] + 0.1 * torch.randn(60)

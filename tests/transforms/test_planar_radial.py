@@ -121,7 +121,7 @@ def test_solve_tanh() -> None:
     torch.testing.assert_close(value, target.expand(33, 5), atol=1e-13, rtol=0.0)
 
 
-def test_radial_at_its_centre() -> None:
+def test_radial_at_its_center() -> None:
     """The center stays where it is, with finite values and gradients."""
     transform = Radial(3)
     with torch.no_grad():
