@@ -28,10 +28,10 @@ __all__ = ["CompiledSVI"]
 
 @dataclass(frozen=True)
 class GraphSettings:
-    """What is kept of recorded steps.
+    """Limits of recorded steps.
 
     Attributes:
-        max_graphs: Graphs for arguments of different shapes; further shapes take eager steps.
+        max_graphs: Number of graphs that are kept, one for each structure of arguments; others take eager steps.
     """
 
     max_graphs: int = 4
@@ -48,27 +48,27 @@ ELEMENTWISE = {
 class CompiledSVI(SVI):
     """``pyro.infer.SVI`` whose loss, gradient and Adam are recorded once, as one graph, and compiled by torch.
 
-    Takes any model and guide whose shapes are fixed and whose latents are reparameterised. The first step records; data
-    are inputs of the graph, so that new data of the same shape take the same graph, and other shapes another one. Noise
-    comes from torch's generator, so that a seed gives the numbers of ``SVI``, up to rounding. What can't be recorded is
-    done by plain ``SVI``, after one warning that names the line of the model that stands in the way; without a C++
-    compiler, the graph runs as it is, which saves Pyro's share of the time. A graph is used only after it has given the
-    loss and the gradient of the eager code from the same noise.
+    Takes any model and guide whose shapes are fixed and whose latents are reparameterized. The first step is recorded.
+    Data are inputs of the graph, so that new data of the same shape use the same graph, and other shapes another one.
+    Noise comes from torch's generator, so that a seed gives the numbers of ``SVI``, up to rounding. A step that can't
+    be recorded is taken by plain ``SVI``, after one warning that names the line of the model that prevents it. Without
+    a C++ compiler, the graph runs uncompiled, which still saves Pyro's overhead. A graph is used only if it reproduces
+    the loss and the gradient of the eager code from the same noise.
 
-    The trained parameters become views of one vector for as long as this object moves them.
+    The trained parameters become views of one vector for as long as this object updates them.
 
     Args:
         model: A Pyro model.
         guide: A Pyro guide.
         optim: One of Pyro's optimizers that treats all entries of parameters alike, such as ``Adam``, ``ClippedAdam``
-            or ``ExponentialLR``, with the same options for all parameters. The first two are a part of the graph, and
-            so is ``torch.optim.Adam`` under a scheduler; others step with the gradient that it gives.
+            or ``ExponentialLR``, with the same options for all parameters. The first two are part of the graph, and
+            so is ``torch.optim.Adam`` under a scheduler; other optimizers run outside it, on the graph's gradient.
         loss: An ELBO with a ``differentiable_loss``: ``Trace_ELBO``, ``TraceMeanField_ELBO`` or
-            :class:`~pyro_flows.VectorizedTrace_ELBO`. ``TraceEnum_ELBO`` has one too, but looks at values on its way
-            and so takes eager steps.
+            :class:`~pyro_flows.VectorizedTrace_ELBO`. ``TraceEnum_ELBO`` has one too, but its control flow depends on
+            values, so that it takes eager steps.
 
     Raises:
-        ValueError: If the optimizer or the loss is none of these.
+        ValueError: If the optimizer or the loss is not one of these.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist
@@ -98,7 +98,7 @@ class CompiledSVI(SVI):
         self._has_warned = False
 
     def step(self, *args: Any, **kwargs: Any) -> float:
-        """One step; the loss before it, as ``SVI.step`` returns."""
+        """Take one step; returns the loss before it, as ``SVI.step`` does."""
         if self._is_eager:
             return float(super().step(*args, **kwargs))
         if self._parameter is None or not self._parameter.is_whole:  # others now, of a cleared store for instance
@@ -123,7 +123,7 @@ class CompiledSVI(SVI):
         return value
 
     def _first_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, LossGraph | None]:
-        """The loss of an eager step, which sets up what is set up at a first call, and a graph for the next ones."""
+        """Take an eager step, so that the guide and the optimizer are set up; returns its loss, and a graph."""
         self._parameter, self._graphs = None, []
         with poutine.trace(param_only=True) as capture:
             loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
@@ -147,16 +147,16 @@ class CompiledSVI(SVI):
         return float(loss), graph
 
     def run(self, num_steps: int, *args: Any, progress: bool = False, **kwargs: Any) -> list[float]:
-        """So many steps on the same arguments.
+        """Take ``num_steps`` steps on the same arguments.
 
         Args:
             num_steps: Number of steps, >= 1.
             args: The model's arguments.
-            progress: Whether to show a bar.
+            progress: Whether to show a progress bar.
             kwargs: The model's keyword arguments.
 
         Returns:
-            The losses.
+            The loss before each step.
         """
         check_int("CompiledSVI.run", "num_steps", num_steps, 1)
         losses = []
@@ -190,7 +190,7 @@ class CompiledSVI(SVI):
         return graph
 
     def _forget_steps(self) -> None:
-        """Limits are kept here: guides have nothing to put back."""
+        """Tell guides that the step limit was applied here, so that they do not shorten the step again."""
         for limit in limits_of(self.guide):
             limit.forget()
 
@@ -210,7 +210,7 @@ class CompiledSVI(SVI):
         self._is_eager = True
 
     def _compile(self, graph: LossGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Go on with machine code; after a step, which made the optimizer's state."""
+        """Compile the graph; after the first step, which created the optimizer's state."""
         assert self._parameter is not None
         optimizer = self.optim.optim_objs[self._parameter.flat]
         optimizer = getattr(optimizer, "optimizer", optimizer)  # a scheduler's
@@ -227,10 +227,10 @@ class CompiledSVI(SVI):
 
 
 def _check_optimizer(optim: PyroOptim) -> None:
-    """Whether it moves one vector as it would its parts.
+    """Refuse optimizers that would not update one vector as they would its parts.
 
     Raises:
-        ValueError: If not.
+        ValueError: If the optimizer is not elementwise, or its options differ between parameters.
     """
     if not isinstance(optim, PyroOptim):
         raise ValueError(f"CompiledSVI: expected one of pyro.optim's optimizers, but got {type(optim).__name__}.")

@@ -44,48 +44,48 @@ class AutoFlowGuide(SummarizedGuide):
 
     The guide starts exactly at the mean-field normal that ``AutoNormal`` starts at (for families with an identity
     start), and a flow closes the gap :math:`\log p(x) - \mathrm{ELBO} = \mathrm{KL}(q(z) \| p(z | x))` from there.
-    It trains with plain ``SVI``, with any ELBO whose guide may be reparameterised, and with the optimizer and the rate
-    that train ``AutoNormal``: location and scale move as they do there, all other parameters by small steps (see
-    :class:`~pyro_flows.posterior.step_limit.StepLimit`), and what is not finite in the gradient of a draw does not
-    reach them (see :class:`~pyro_flows.flows.gradient_filter.GradientFilter`). Gradients are path gradients by default
-    (see :class:`~pyro_flows.flows.FlowDistribution`), whose noise vanishes as q nears the posterior.
+    It trains with plain ``SVI``, with any ELBO that takes reparameterized guides, and with the optimizer and the
+    learning rate that train ``AutoNormal``: location and scale move as they do there, all other parameters by small
+    steps (see :class:`~pyro_flows.posterior.step_limit.StepLimit`), and entries of a draw's gradient that are not
+    finite count as zero (see :class:`~pyro_flows.flows.gradient_filter.GradientFilter`). Gradients are path gradients
+    by default (see :class:`~pyro_flows.flows.FlowDistribution`), whose noise vanishes as q nears the posterior.
 
     Latents inside a subsampled or amortized plate are *local*: each item gets a conditional flow given the globals and
-    its parent groups, with weights that all items share. What differs between items is a Gaussian of their own, which
-    with an unrestrained shared part is ``AutoNormal``'s, and a small embedding; or, in an amortized plate, what the
-    encoder says. See :class:`~pyro_flows.transforms.PlateHead`.
+    its parent groups, with weights that all items share. Each item has parameters of its own for a Gaussian site
+    approximation and a small embedding; in an amortized plate, both are computed from the encoder's output instead.
+    See :class:`~pyro_flows.transforms.PlateHead`.
 
     The structure of the model (sites, shapes, supports) must not change between calls, except for the sizes of
-    mini-batches and of amortized plates. Supports that depend on other latents are taken as they were at the first
-    call, as in all of Pyro's autoguides.
+    mini-batches and of amortized plates. Supports that depend on other latents are fixed at the first call, as in all
+    of Pyro's autoguides.
 
     Args:
         model: A Pyro model. Discrete sites marked for enumeration are left out; train with ``TraceEnum_ELBO``
             or :class:`~pyro_flows.VectorizedTrace_ELBO`.
         flow: The family: a name in ``flows.names()``, a :class:`~pyro_flows.flows.FlowSpec`, or a function
             ``input_dim -> transform(s)``, as ``AutoNormalizingFlow`` takes. ``"auto"`` suits any model.
-        init_loc_fn: Where the guide starts, site by site; see ``pyro.infer.autoguide.initialization``. The default is
-            :func:`init_to_prior_median`, or where ``AutoNormal`` starts if the model's density is higher there.
-        init_scale: Standard deviation at the start, in unconstrained space; > 0.
+        init_loc_fn: Initial location of each site; see ``pyro.infer.autoguide.initialization``. The default is
+            :func:`init_to_prior_median`, or ``AutoNormal``'s initial location if the model's density is higher there.
+        init_scale: Initial standard deviation in unconstrained space, > 0.
         create_plates: Function of the model's arguments that returns a plate or an iterable of plates.
         amortize: Plate -> encoder, any callable of the model's arguments that returns ``(batch, context_dim)``: the
             latents of that plate have no parameters of their own, and new data need no training. The encoder is called
-            inside the plate where the plate subsamples, so that ``pyro.subsample`` works in it. Such latents start at a
-            Gaussian encoder of the prior's scale (``init_scale`` where the prior is not Gaussian).
+            inside the plate where the plate subsamples, so that ``pyro.subsample`` works in it. Such latents are
+            initialized with a Gaussian encoder of the prior's scale (``init_scale`` where the prior is not Gaussian).
         structure: ``"plates"`` makes the latents of every plate local, ``"joint"`` none (no plate may then be
             subsampled), and ``"auto"`` those of subsampled and amortized plates, of plates from ``create_plates`` and,
             where a joint flow would have more than 10,000 dimensions, of the largest plates.
         path_gradient: Whether ELBO gradients leave out the score term.
-        name: Name in Pyro's parameter store. None takes a free one, so that several guides train in one process. A
-            guide with a name takes over parameters that it finds under that name, for instance in a store loaded
-            from a file.
+        name: Name in Pyro's parameter store. None takes a free one, so that several guides can train in one process. A
+            guide with a name takes over the parameters stored under that name, for instance in a store loaded from a
+            file.
 
     Raises:
         TypeError: If an encoder is not callable.
         ValueError: At the first call, if a site is discrete and not enumerated, spherical, circular or masked in part;
-            if it is in a plate that the model gives indices of its own and ``create_plates`` does not, or has bounds
-            that differ between items of a plate that takes mini-batches; if a plate to amortize has no latents, or an
-            encoder's output does not fit the plate.
+            if it is in a plate for which the model chooses indices and ``create_plates`` does not, or its bounds
+            differ between items of a subsampled plate; if a plate to amortize has no latents, or an encoder's output
+            does not fit the plate.
         NotImplementedError: At the first call, if a latent site is in a sequential plate.
         RuntimeError: At the first call, if there are no latents.
 
@@ -144,36 +144,38 @@ class AutoFlowGuide(SummarizedGuide):
     # Life cycle
 
     def setup(self, *args: Any, **kwargs: Any) -> AutoFlowGuide:
-        """Build every parameter, once; the first call of the guide does it otherwise.
+        """Build all parameters, once; otherwise the first call of the guide does so.
 
-        After this a ``state_dict`` loads into a fresh guide. Takes the model's arguments; returns the guide.
+        Afterwards a ``state_dict`` can be loaded. Takes the model's arguments; returns the guide.
         """
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         return self
 
     def warm_start(self, *args: Any, **kwargs: Any) -> AutoFlowGuide:
-        """Before training, start at the best Gaussian by ELBO among many that cost some hundred gradients.
+        """Before training, initialize at the best Gaussian by ELBO of many candidates, for some hundred gradients.
 
-        Where the model's priors are known and pooling them does better, as in a funnel, at that. Local latents start at
-        the mode and curvature of each item, of those that the arguments speak of. Takes the model's arguments; returns
-        the guide. See :mod:`pyro_flows.starts.select` and :mod:`pyro_flows.starts.plates`.
+        Where the model's priors are known and the Gaussian relative to them has a higher ELBO, as in a funnel, that
+        one is taken. Local latents of the items in the arguments are initialized at each item's mode and curvature.
+        Takes the model's arguments; returns the guide. See :mod:`pyro_flows.starts.select` and
+        :mod:`pyro_flows.starts.plates`.
 
         Raises:
             NotImplementedError: If a plate is amortized; if there are local latents and enumerated sites; if sites are
                 enumerated one value after another, or scaled.
             ValueError: If data are not finite or outside their support, or of another size than at set-up.
-            RuntimeError: If the model has no finite density near the start; names the sites.
+            RuntimeError: If the model has no finite density near the initial location; names the sites.
         """
         return self.warm_start_on([(args, kwargs)])
 
     def warm_start_on(
         self, calls: Sequence[Arguments], watch: Watch = unwatched, model: Callable[..., Any] | None = None
     ) -> AutoFlowGuide:
-        """As :meth:`warm_start`, from ``(args, kwargs)`` of many mini-batches, so that every item is in one.
+        """Warm start from ``(args, kwargs)`` of many mini-batches, which together hold every item.
 
-        ``watch`` wraps a pass over them, given with its title, for a progress bar. ``model`` is the model that will be
-        trained, where the guide's own is a part of it, as in ``AutoFlowGuide(poutine.block(model, expose=[...]))``.
+        See :meth:`warm_start`. ``watch`` takes a pass over the mini-batches and its title, and wraps it in a progress
+        bar. ``model`` is the model that will be trained, where the guide's own is a part of it, as in
+        ``AutoFlowGuide(poutine.block(model, expose=[...]))``.
         """
         args, kwargs = calls[0]
         posterior = self.setup(*args, **kwargs)._posterior
@@ -215,7 +217,7 @@ class AutoFlowGuide(SummarizedGuide):
         )
         self.add_module("posterior", posterior)
         self.latent_dim = posterior.latent_dim
-        self._spec = None  # A user's function need not be picklable, and is done with.
+        self._spec = None  # A user's function need not be picklable, and is no longer needed.
         self._encoders = {}
         self.prototype_trace = trace
 
@@ -245,7 +247,8 @@ class AutoFlowGuide(SummarizedGuide):
 
     @property
     def step_limit(self) -> StepLimit:
-        """The limit on steps of all but the Gaussian; see :class:`~pyro_flows.posterior.step_limit.StepLimit`."""
+        """Limit on steps of all parameters but the Gaussian's; see
+        :class:`~pyro_flows.posterior.step_limit.StepLimit`."""
         return self._posterior.step_limit
 
     def _trained(self) -> Posterior:
@@ -258,7 +261,7 @@ class AutoFlowGuide(SummarizedGuide):
 
     @property
     def num_refused(self) -> int:
-        """Number of draws' gradients that had entries that were not finite, which counted as zero."""
+        """Number of draws whose gradient had entries that were not finite; these entries counted as zero."""
         return sum(part.num_refused for part in self._posterior.filters)
 
     # Distribution
@@ -292,7 +295,7 @@ class AutoFlowGuide(SummarizedGuide):
     def _make_plates(
         self, encoded: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> dict[str, pyro.plate]:
-        """Pyro's plates for this call, as long as what was encoded."""
+        """Pyro's plates for this call; amortized ones have the size of the encoder's output."""
         frames = self._prototype_frames
         sizes = {name: len(rows) for name, rows in encoded.items()}
         resized = {name: frames[name]._replace(size=size, full_size=size) for name, size in sizes.items()}
@@ -312,7 +315,7 @@ class AutoFlowGuide(SummarizedGuide):
         """Draw all latents; takes the model's arguments.
 
         Returns:
-            Site name -> value; local ones for the items of the mini-batch.
+            Site name -> value; local sites have values for the items of the mini-batch only.
         """
         posterior = self.setup(*args, **kwargs)._posterior
         if self.num_refused and not self._has_warned and not is_recording():

@@ -23,7 +23,7 @@ def warn_of_refused(
         model: The model.
         posterior: The guide's distribution; its filters hold the draw.
         args: The model's arguments.
-        kwargs: Likewise.
+        kwargs: The model's keyword arguments.
     """
     values = posterior.refused_values()
     try:

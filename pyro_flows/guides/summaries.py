@@ -51,7 +51,7 @@ class SummarizedGuide(StoredGuide):
         Args:
             num_samples: Number of draws, >= 1.
             args: The model's arguments; needed if the guide is not set up yet, and for encoders.
-            kwargs: Likewise.
+            kwargs: The model's keyword arguments.
 
         Returns:
             Site name -> ``(num_samples, *site shape)``; over full plates, and for amortized plates over the items of
@@ -68,7 +68,7 @@ class SummarizedGuide(StoredGuide):
         Args:
             values: Site name -> ``batch_shape + site shape``, for every latent site, over full plates.
             args: The model's arguments; needed if the guide is not set up yet, and for encoders.
-            kwargs: Likewise.
+            kwargs: The model's keyword arguments.
 
         Returns:
             ``batch_shape``.
@@ -96,7 +96,7 @@ class SummarizedGuide(StoredGuide):
             args: The model's arguments; needed if the guide is not set up yet, and for encoders.
             num_samples: Number of draws, >= 1. None takes 4000, fewer (but 100 at least) with more than 100 latents, so
                 that they take tens of milliseconds for a thousand.
-            kwargs: As ``args``.
+            kwargs: The model's keyword arguments.
 
         Returns:
             Site name -> ``(len(quantiles), *site shape)``.

@@ -90,7 +90,7 @@ class BatchedModel:
     runs is used, and one run a draw if neither does. Sites that are enumerated in parallel are summed out.
 
     Args:
-        owner: Whom errors name.
+        owner: Name of the caller, for error messages.
         model: The model.
         call: Its arguments.
         probe: A few draws to choose by: latent site -> ``(S, *site shape)``.

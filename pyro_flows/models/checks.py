@@ -80,7 +80,7 @@ def first_run(
     """A run of a model at the first of a few draws that it does not refuse, as its user would run it.
 
     Args:
-        owner: Whom errors name.
+        owner: Name of the caller, for error messages.
         model: The model.
         call: Its arguments.
         draws: Latent site -> value, one or more.
@@ -109,7 +109,7 @@ def check_guide(owner: str, drawn: Nodes) -> None:
     """Refuse a model in place of a guide.
 
     Args:
-        owner: Whom errors name.
+        owner: Name of the caller, for error messages.
         drawn: The guide's sample sites.
 
     Raises:
@@ -127,7 +127,7 @@ def check_latents(owner: str, nodes: Nodes, drawn: Nodes) -> list[str]:
     """Refuse the guide of another model.
 
     Args:
-        owner: Whom errors name.
+        owner: Name of the caller, for error messages.
         nodes: The model's sample sites.
         drawn: The guide's.
 
@@ -151,7 +151,7 @@ def check_data(owner: str, trace: Trace) -> None:
     """Compute the log densities of a trace, with errors that name what is wrong about the data.
 
     Args:
-        owner: Whom errors name.
+        owner: Name of the caller, for error messages.
         trace: A run of the model.
 
     Raises:
@@ -212,7 +212,7 @@ def warn_without_data(owner: str, nodes: Nodes, call: Call) -> None:
     """Say that a model observes nothing, although it is given tensors.
 
     Args:
-        owner: Whom the warning names.
+        owner: Name of the caller, for the warning.
         nodes: The model's sample sites.
         call: Its arguments.
     """

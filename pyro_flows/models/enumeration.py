@@ -50,7 +50,7 @@ def check_enumeration(owner: str, nodes: Mapping[str, Mapping[str, Any]]) -> Non
     """Refuse what cannot be summed out exactly.
 
     Args:
-        owner: Whom errors name.
+        owner: Name of the caller, for error messages.
         nodes: The model's sample sites.
 
     Raises:

@@ -62,8 +62,8 @@ def trace_latents(
 
     Args:
         model: The model.
-        args: Its arguments.
-        kwargs: Likewise.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
         given: Names of the plates that the guide does not make itself.
 
     Raises:

@@ -48,8 +48,8 @@ class LogJoint:
     Args:
         model: The model.
         table: Its latent sites.
-        args: Its arguments.
-        kwargs: Likewise.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
 
     Raises:
         NotImplementedError: If the model has latents that are not in the table.

@@ -121,8 +121,8 @@ def read_prior(
 
     Args:
         model: The model.
-        args: Its arguments.
-        kwargs: Likewise.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
         layout: The block's sites.
         parents: Those of each block that this one is given, the joint block first.
 
@@ -205,8 +205,8 @@ def _conditionally_independent(
 
     Args:
         model: The model.
-        args: Its arguments.
-        kwargs: Likewise.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
         layout: The sites of the joint block.
         coordinates: Which ones, as indices, ``(P,)``.
     """

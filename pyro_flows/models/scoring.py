@@ -46,10 +46,10 @@ class ModelScorer:
     """Scores draws, in one run of the model where that works.
 
     Args:
-        owner: Whom errors name.
+        owner: Name of the caller, for error messages.
         model: The model.
-        args: Its arguments.
-        kwargs: Likewise.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
         structure: What is known of it.
         probe: A few draws to choose by, ``(S, *site shape)`` each.
 

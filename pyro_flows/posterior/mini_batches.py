@@ -31,7 +31,7 @@ class MiniBatch:
 
     Attributes:
         args: The model's arguments.
-        kwargs: Likewise.
+        kwargs: The model's keyword arguments.
         indices: Plate -> items at hand.
         drawn: Those plates among them whose items the model would draw at random.
     """

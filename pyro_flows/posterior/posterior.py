@@ -57,7 +57,7 @@ class Posterior(nn.Module):
         varying: Names of the plates that may hold other items in other calls.
         amortize: Plate -> encoder, for the amortized ones among them.
         args: The model's arguments, which tell what the encoders return.
-        kwargs: Likewise.
+        kwargs: The model's keyword arguments.
     """
 
     def __init__(
@@ -219,7 +219,7 @@ class Posterior(nn.Module):
         Args:
             num_samples: Number of draws S.
             args: The model's arguments, for encoders.
-            kwargs: Likewise.
+            kwargs: The model's keyword arguments.
             repeatable: Use noise that is the same at each call and (but for a mixture) symmetric about zero, so that
                 summaries repeat, leave the global random state alone, and have an exact median where a flow is affine.
 

@@ -25,23 +25,23 @@ OWNER = "VectorizedTrace_ELBO"
 
 
 class VectorizedTrace_ELBO(Trace_ELBO):
-    """``Trace_ELBO`` whose particles take one run of the model, whether it is written for that or not.
+    """``Trace_ELBO`` whose particles share one run of the model, even if the model was not written for that.
 
     ``Trace_ELBO(num_particles=16, vectorize_particles=True)`` needs a model that broadcasts over an outer plate. Most
     do not: ``x @ w``, ``a[group]``, a loop over time, an ``nn.Module``. Here the guide runs in an outer plate, and the
     model too if that gives the log densities of plain runs; if not, it runs under ``torch.vmap``. Sites that the model
     enumerates in parallel are summed out, as by ``TraceEnum_ELBO``. Works with ``SVI`` and
-    :class:`~pyro_flows.CompiledSVI`, with Pyro's guides and ours.
+    :class:`~pyro_flows.CompiledSVI`, with Pyro's guides and those of this library.
 
-    Particles that the model refuses (a Cholesky factorization that fails) are left out, up to a tenth of them.
+    Particles at which the model raises (a Cholesky factorization that fails, say) are left out, up to a tenth of them.
 
     Args:
         num_particles: Number of particles, >= 1.
-        max_plate_nesting: Number of batch dimensions in use; infinity finds out.
-        options: As of ``Trace_ELBO``.
+        max_plate_nesting: Number of batch dimensions in use; with infinity it is read off the first run.
+        options: Other options of ``Trace_ELBO``.
 
     Raises:
-        RuntimeError: At the first step, if a model can't be run so; names the line of the model that prevents it.
+        RuntimeError: At the first step, if the model can't be vectorized; names the line of the model that prevents it.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist
@@ -66,7 +66,7 @@ class VectorizedTrace_ELBO(Trace_ELBO):
 
     @classmethod
     def of(cls, batched: BatchedModel, num_particles: int) -> VectorizedTrace_ELBO:
-        """The loss of models that differ from one that was looked at by scales only."""
+        """The loss of models that differ only by scales from one that was analyzed before."""
         made = cls(num_particles)
         made._batched, made._is_given = batched, True
         made.max_plate_nesting = batched.nesting + (num_particles > 1)
@@ -105,7 +105,7 @@ class VectorizedTrace_ELBO(Trace_ELBO):
 
 
 def _leave_out_refused(model_trace: Trace, guide_trace: Trace, count: int) -> None:
-    """Average over those draws that the model does not refuse."""
+    """Average over the draws at which the model does not raise."""
     terms = [by_draw(node["log_prob"]) for node in sample_nodes(model_trace).values()]
     usable = ~torch.stack([term.detach() for term in terms]).sum(0).isnan()
     refused = count - int(usable.sum())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L7. :func:`fit`: trains any Pyro guide, and says how it went."""
+"""L7. :func:`fit`: trains any Pyro guide and reports the result."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ class FitSettings:
         rate_warm: Learning rate from a warm start, > 0.
         rate_warm_many: The same for guides of more than ``many_dimensions``.
         rate_cold: Learning rate without a warm start, > 0.
-        rate_annealed: Learning rate where modes are to be found, which lie far apart, > 0.
+        rate_annealed: Learning rate with annealing, which has to find modes that lie far apart, > 0.
         rate_amortized: Learning rate of encoders, > 0.
-        many_dimensions: Number of global latents.
-        warm_start_batches: Number of mini-batches that items are warm-started from, at most.
-        min_particles: Particles of a step that sees all of the data, >= 1: as many as share its operations at next to
-            no cost, within this and ``max_particles``.
-        max_particles: See there.
+        many_dimensions: Number of global latents above which ``rate_warm_many`` holds.
+        warm_start_batches: Number of mini-batches from which local latents are warm-started, at most.
+        min_particles: Smallest number of particles per step on the full data, >= 1. Between this and
+            ``max_particles``, a step has as many particles as can share its operations at next to no cost.
+        max_particles: Largest number of particles per step on the full data, >= ``min_particles``.
         values_per_step: Number of values of sites, and of elements of a triangular matrix that each draw has, that a
             step takes at next to no cost.
-        minibatch_particles: Particles of a step in mini-batches, >= 1.
-        few_particles: Particles of a step where they run one by one, or in mini-batches of more than ``many_items``,
+        minibatch_particles: Particles per step with mini-batches, >= 1.
+        few_particles: Particles per step where they run one by one, or with mini-batches of more than ``many_items``,
             >= 1.
         many_items: Size of the largest latent site in a mini-batch.
         checkpoint_interval: Seconds between two checkpoints within a cycle, >= 0.
-        estimates: Of the ELBO.
-        trainer: Of optimizer steps.
-        schedule: Of cycles and convergence.
+        estimates: Settings of ELBO estimates.
+        trainer: Settings of optimizer steps.
+        schedule: Settings of learning-rate cycles and convergence.
     """
 
     rate_warm: float = 2e-2
@@ -88,7 +88,7 @@ class FitSettings:
         return self.rate_amortized if amortized else self.rate_annealed if anneal else self.rate_cold
 
     def num_particles(self, objective: Objective) -> int:
-        """Draws a step."""
+        """Number of particles per step."""
         if not objective.vectorized or (objective.subsampled and objective.num_items > self.many_items):
             return self.few_particles
         if objective.subsampled:
@@ -101,22 +101,24 @@ class FitSettings:
 
 @dataclass(frozen=True)
 class FitResult:
-    """What :func:`fit` did; prints as a summary.
+    """Result of :func:`fit`; prints as a summary.
 
     Attributes:
         elbo: ELBO of the guide as it is now, from fresh draws, in nats.
         elbo_se: Its standard error (over mini-batches too, if there are any).
-        start_elbo: ELBO at the start, from as many draws.
+        start_elbo: ELBO of the initial guide, after the warm start if there was one, from as many draws.
         steps: Number of optimizer steps.
         seconds: Wall time.
-        kept: ``"flow"`` (the trained guide) or ``"start"``, where training did not gain anything.
-        reason: Why it stopped.
-        skipped: Number of steps that were left out since the gradient was not finite, or 20 times its running median.
+        kept: ``"flow"`` (the trained guide), or ``"start"`` (the initial guide) where training did not improve the
+            ELBO.
+        reason: Why training stopped.
+        skipped: Number of skipped steps, whose gradient was not finite or above 20 times its running median norm.
         rollbacks: Number of times that, on divergence, the best parameters were restored and the learning rate halved.
-        num_particles: Draws a step.
+        num_particles: Number of particles per step.
         learning_rate: Peak learning rate of the first cycle.
-        losses: Negative ELBO estimates, one a step.
-        obstacle: What keeps the draws of a step from sharing a run of the model, with the line; empty if nothing does.
+        losses: Negative ELBO estimates in nats, one per step.
+        obstacle: Reason why the particles of a step cannot share a run of the model, with the line of the model; empty
+            if they can.
     """
 
     elbo: float
@@ -151,7 +153,7 @@ class FitResult:
 
     @property
     def advice(self) -> str:
-        """What to do next, in a sentence."""
+        """Recommended next step, in a sentence."""
         if self.kept == "start" and self.steps:
             return "Next: training gained nothing over the Gaussian start; compare another family, such as flow='iaf'."
         if self.rollbacks > 1:
@@ -177,46 +179,48 @@ def fit(
     checkpoint: str | os.PathLike[str] | None = None,
     settings: FitSettings | None = None,
 ) -> FitResult:
-    """Train a guide; everything that is None is chosen from the model.
+    """Train a guide; every option that is None is chosen from the model.
 
-    An :class:`~pyro_flows.AutoFlowGuide` that has not seen data yet gets a warm start where it can have one; a guide
-    that has goes on from where it is. Adam with gradients clipped at twice their running median norm, in learning-rate
-    cycles with decay, each as long as all previous ones, until log weights hardly vary or the ELBO gain of a cycle is
-    below tolerance: 0.005 nats in 250 steps, or two standard errors. On divergence the best parameters are restored,
-    and the learning rate is halved. In the end the trained guide has to have a higher ELBO than it had before, on
-    fresh draws, or its initial parameters are restored. Ctrl-C stops early and keeps the best parameters so far.
+    An :class:`~pyro_flows.AutoFlowGuide` that has not seen data yet gets a warm start where the model allows one; a
+    guide that has seen data continues from its current parameters. The optimizer is Adam, with gradients clipped at
+    twice their running median norm, in learning-rate cycles with decay, each as long as all previous ones. Training
+    has converged when the log weights hardly vary, or when the ELBO gain of a cycle is below tolerance: 0.005 nats in
+    250 steps, or two standard errors. On divergence the best parameters are restored, and the learning rate is halved.
+    If, in the end, the ELBO on fresh draws is not higher than that of the initial guide, the initial parameters are
+    restored. Ctrl-C stops early and keeps the best parameters so far.
 
-    With mini-batches, parameters of items move when their item is seen (lazy Adam), gradients have a control variate
-    (:meth:`~pyro_flows.flows.FlowDistribution.centered`), and estimates are compared mini-batch by mini-batch, so that
-    the data's share in their variance cancels; there, only a significantly lower ELBO counts as lower.
+    With mini-batches, the parameters of a local latent are updated only in steps that see its item (lazy Adam),
+    gradients have a control variate (:meth:`~pyro_flows.flows.FlowDistribution.centered`), and ELBO estimates are
+    paired by mini-batch, so that the variance due to the data cancels; there, only a significantly lower ELBO counts
+    as lower.
 
     Args:
-        model: Any Pyro model; its own parameters (a decoder) are trained along.
+        model: Any Pyro model; its own parameters (a decoder, say) are trained along with the guide.
         guide: Any Pyro guide.
         args: The model's arguments, as a tuple; or mini-batches: a list of tuples or anything else that can be
             iterated over again and again, such as a ``DataLoader``.
         kwargs: The model's keyword arguments, the same for each mini-batch.
-        num_steps: Number of steps, >= 1; None stops on convergence, after 4000 at most, or 8000 in
-            mini-batches and annealed.
-        num_particles: Draws a step, >= 1.
+        num_steps: Number of steps, >= 1; None stops on convergence, after about 4000 steps at most, or 8000 with
+            mini-batches or annealing.
+        num_particles: Number of particles per step, >= 1.
         learning_rate: Peak learning rate of Adam, > 0.
-        anneal: Whether to flatten the log joint at first, for a posterior of several modes: the guide sees them all
-            before it converges. There is no warm start then, which would choose one.
-        compile: Whether to compile a step (see :class:`CompiledSVI`): True, False, or ``"auto"``, where eager steps
-            would take longer than the compiler does.
-        progress: Whether to show a bar.
-        seed: Makes the run repeatable and leaves torch's global random state alone.
-        checkpoint: A file that is written once a minute and at the end. If it is there, the run that wrote it goes on:
-            call again with the same model, guide and options. A run that was done is not trained again.
+        anneal: Whether to flatten the log joint at first, for a multimodal posterior, so that the guide finds all
+            modes before it converges. There is no warm start then, since it would choose one mode.
+        compile: Whether to compile a step (see :class:`CompiledSVI`): True, False, or ``"auto"``, which compiles where
+            that is expected to save time.
+        progress: Whether to show a progress bar.
+        seed: Random seed; makes the run reproducible and leaves torch's global random state alone.
+        checkpoint: A file that is written once a minute and at the end. If the file exists, its run is resumed: call
+            again with the same model, guide and options. A finished run is not trained again.
         settings: Constants of the algorithm, which rarely need a change; None takes :class:`FitSettings`.
 
     Raises:
         TypeError: If ``args`` is an iterator, which would be used up.
-        ValueError: If a number is out of range, the mini-batches are none, or the checkpoint is of other parameters.
+        ValueError: If a number is out of range, there are no mini-batches, or the checkpoint has other parameters.
         ValueError: If observed values are not finite or outside their support; if model and guide were swapped, or the
-            guide is another model's, or of data of another size.
-        RuntimeError: If the model has no finite density where the guide starts; names the sites.
-        Exception: Whatever the model raises in plain runs, and Pyro about the shapes of its sites.
+            guide is for another model or for data of another size.
+        RuntimeError: If the model has no finite density at the initial guide; names the sites.
+        Exception: Any exception that the model raises in plain runs, or that Pyro raises about the shapes of its sites.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist
@@ -275,16 +279,16 @@ def fit(
 def _warm_start(
     model: Callable[..., Any], guide: Callable[..., Any], batches: Batches, settings: FitSettings, *, progress: bool
 ) -> bool:
-    """Warm-start a flow guide that has not seen data yet; returns whether it has been."""
+    """Warm-start a flow guide that has not seen data yet; returns whether it was warm-started."""
     if not isinstance(guide, AutoFlowGuide) or guide.prototype_trace is not None:
         return False
     calls = batches.one_pass(settings.warm_start_batches, settings.estimates.max_elements)
     guide.setup(*calls[0][0], **calls[0][1])
     if len(calls) > 1 and not len(guide.posterior.local):
-        return False  # the posterior given a part of the data is too wide, and elsewhere
+        return False  # the posterior given a part of the data is too wide, and in another place
 
     def watch(passed: Iterator[MiniBatch], title: str) -> Iterable[MiniBatch]:
-        total = len(calls) if batches.many else None  # a plate that draws its own mini-batches has so many as it has
+        total = len(calls) if batches.many else None  # unknown for plates that draw their own
         return tqdm(passed, desc=f"warm start, {title}", total=total, disable=not progress, mininterval=0.5)
 
     try:
@@ -296,7 +300,7 @@ def _warm_start(
 
 @contextmanager
 def without_step_limit(guide: Callable[..., Any]) -> Iterator[None]:
-    """A guide whose steps are not limited: the learning rates here suit a flow, and divergence is rolled back."""
+    """Lift a guide's step limit: the learning rates here suit a flow, and divergence is rolled back."""
     parts = guide.modules() if isinstance(guide, torch.nn.Module) else ()
     flows = [part for part in parts if isinstance(part, AutoFlowGuide)]  # several in an AutoGuideList
     try:
@@ -312,7 +316,7 @@ def without_step_limit(guide: Callable[..., Any]) -> Iterator[None]:
 
 @contextmanager
 def sparse_tables(guide: Callable[..., Any], *, enabled: bool) -> Iterator[list[Tensor]]:
-    """The items' tables of a guide, whose gradients are sparse here."""
+    """The parameter tables of a guide's local latents, with sparse gradients within this context."""
     blocks = list(guide.posterior.blocks()) if enabled and isinstance(guide, AutoFlowGuide) else []
     blocks = [block for block in blocks if block.items is not None]
     try:
