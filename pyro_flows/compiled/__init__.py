@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L1. A step of inference as one graph, and its compilation: a library of its own, for any Pyro model and guide."""
+"""L1. Recording an inference step as one graph, and compiling it; independent of flows, for any model and guide."""
 
 from pyro_flows.compiled.svi import CompiledSVI
 

@@ -17,11 +17,10 @@ class AdamRule:
     """The step of a torch or Pyro Adam on one parameter, as a function that can be recorded.
 
     Moments, step count and learning rate stay where the optimizer keeps them, so that schedulers, ``get_state`` and an
-    ordinary ``optimizer.step`` find what they expect; only the arithmetic is done elsewhere, in one pass with the
-    gradient's.
+    ordinary ``optimizer.step`` still work; only the arithmetic is moved into the graph of the gradient.
 
     Args:
-        optimizer: See :meth:`applies_to`.
+        optimizer: An optimizer for which :meth:`applies_to` is true.
 
     References:
         Kingma, Ba. Adam: A Method for Stochastic Optimization. ICLR 2015. arXiv:1412.6980, algorithm 1.
@@ -37,9 +36,9 @@ class AdamRule:
 
     @staticmethod
     def applies_to(optimizer: torch.optim.Optimizer) -> bool:
-        """Whether it is torch's ``Adam`` or Pyro's ``ClippedAdam``, without the options that are rarely used, of one
-        parameter that it has moved before, on a CPU: CUDA graphs do not bear inputs that change, and there Adam is one
-        kernel anyway."""
+        """Whether an optimizer can be recorded: torch's ``Adam`` or Pyro's ``ClippedAdam`` without rarely used options,
+        after its first step, of one parameter on a CPU. CUDA graphs do not allow inputs that change, and on a GPU Adam
+        is one kernel anyway."""
         if type(optimizer) not in (torch.optim.Adam, pyro.optim.clipped_adam.ClippedAdam):
             return False
         (group,) = optimizer.param_groups
@@ -52,16 +51,17 @@ class AdamRule:
 
     @property
     def is_current(self) -> bool:
-        """Whether the options that are constants of :meth:`update` are what they were."""
+        """Whether the options that are constants of :meth:`update` have not changed."""
         return self.options == self._options()
 
     @property
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Averages of the gradient and of its square."""
+        """Running averages of the gradient and of its square, ``(N,)`` each."""
         return self._state["exp_avg"], self._state["exp_avg_sq"]
 
     def next_rates(self) -> Tensor:
-        """Count a step; the rate and the scale of the second moment's root for it, ``(2,)``, until the next call."""
+        """Count a step; returns its learning rate and its scale of the second moment's root, ``(2,)``, in memory that
+        the next call overwrites."""
         group, state = self._group, self._state
         count = state["step"]
         if torch.is_tensor(count):  # by NumPy: an operation of torch's on one number takes longer than many a kernel
@@ -78,22 +78,22 @@ class AdamRule:
         return self._next
 
     def rates(self, rate: float, root: float) -> Tensor:
-        """Any rate and scale, as :meth:`next_rates` gives them."""
+        """A given learning rate and scale, in the form of :meth:`next_rates`."""
         like = self._state["exp_avg"]
         return torch.tensor((rate, root), dtype=like.dtype, device=like.device)
 
     def update(
         self, parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rates: Tensor, per_limit: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The new parameter and moments; can be recorded.
+        """Return the new parameter and moments; can be recorded.
 
         Args:
             parameter: ``(N,)``.
             gradient: ``(N,)``; entries that are not finite count as zero, since moments would never forget them.
-            first: From :attr:`moments`.
-            second: Likewise.
-            rates: From :meth:`next_rates`.
-            per_limit: See :func:`limited_step`.
+            first: First moment, from :attr:`moments`, ``(N,)``.
+            second: Second moment, from :attr:`moments`, ``(N,)``.
+            rates: Learning rate and scale, from :meth:`next_rates`, ``(2,)``.
+            per_limit: Inverse step limits, ``(N,)``; see :func:`limited_step`.
         """
         gradient = gradient.nan_to_num(0.0, 0.0, 0.0)
         (beta1, beta2), eps, bound = self.options
@@ -107,11 +107,11 @@ class AdamRule:
 
 
 def limited_step(step: Tensor, per_limit: Tensor) -> Tensor:
-    """A step with its limited entries shortened, all by one factor, so that none is longer than its limit.
+    """Shorten the limited entries of a step, all by one factor, so that none is longer than its limit.
 
     Args:
         step: ``(N,)``.
-        per_limit: One over the limit of each entry, and zero where there is none, ``(N,)``.
+        per_limit: One over the limit of each entry, ``(N,)``; zero where there is no limit.
     """
     excess = (step.abs() * per_limit).amax().clamp_min(1.0)
     return torch.where(per_limit > 0.0, step / excess, step)

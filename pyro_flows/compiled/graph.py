@@ -27,10 +27,10 @@ __all__ = ["LossGraph", "used_leaves"]
 
 @dataclass(frozen=True)
 class AgreementSettings:
-    """How closely a graph has to give the loss and the gradient of the eager code from the same noise.
+    """How closely a graph has to reproduce the loss and the gradient of the eager code from the same noise.
 
     Attributes:
-        double: Largest norm of a difference in float64, relative to that of the result: rounding.
+        double: Largest norm of a difference in float64, relative to the norm of the result; allows for rounding.
         single: The same in other precisions.
     """
 
@@ -38,7 +38,7 @@ class AgreementSettings:
     single: float = 2e-3
 
     def tolerance(self, dtype: torch.dtype) -> float:
-        """Of results of a type."""
+        """Largest relative difference of results of a dtype."""
         return self.double if dtype == torch.float64 else self.single
 
 
@@ -47,7 +47,7 @@ Loss = Callable[..., Tensor]
 
 
 def used_leaves(loss: Loss, leaves: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Those leaves that the loss has a gradient in, once each, found by an eager step."""
+    """The leaves with respect to which the loss has a gradient, without duplicates, found by an eager step."""
     trained = list({id(leaf): leaf for leaf in leaves if leaf.requires_grad}.values())
     with _unchecked():
         gradients = torch.autograd.grad(loss(*args, **kwargs), trained, allow_unused=True)
@@ -55,26 +55,26 @@ def used_leaves(loss: Loss, leaves: Sequence[Tensor], args: tuple[Any, ...], kwa
 
 
 class LossGraph:
-    """A loss and its gradient, for arguments of one structure.
+    """A loss and its gradient as a recorded graph, for arguments of one structure.
 
-    Tensors among the arguments are inputs: new data of the same shapes take no recording. Those that the code finds by
-    itself (in a closure, buffers of a module) are read at each call from where they were, and noise is drawn afresh.
-    Everything else, such as numbers and flags, is as it was when recording.
+    Tensors among the arguments are inputs: new data of the same shapes need no new recording. Tensors that the code
+    reads from elsewhere (a closure, buffers of a module) are read again at each call, and noise is drawn afresh.
+    Everything else, such as numbers and flags, is fixed at recording.
 
     Args:
-        loss: Differentiable; takes the arguments.
-        parameter: What to differentiate in.
-        args: Arguments to record with.
-        kwargs: Likewise.
-        state: Tensors that the loss may change in place, such as running means. Trials leave them as they were.
+        loss: The loss, differentiable; a function of the arguments.
+        parameter: The parameter with respect to which to differentiate.
+        args: Positional arguments to record with.
+        kwargs: Keyword arguments to record with.
+        state: Tensors that the loss may change in place, such as running means. Trials restore them.
 
     Raises:
-        RecordingError: If the loss is no fixed sequence of tensor operations, or the graph does not agree with it.
+        RecordingError: If the loss is not a fixed sequence of tensor operations, or the graph does not agree with it.
 
     Attributes:
         num_operations: Size of the graph.
-        rule: The optimizer's step that is a part of the graph; None if that ends with the gradient.
-        is_fresh: Whether nobody has tried to compile it yet.
+        rule: The optimizer's step that is a part of the graph; None if the graph ends with the gradient.
+        is_fresh: Whether compilation has not been tried yet.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class LossGraph:
                     graph, self._captured = tracer.trace_operations(
                         lambda _, *data: gradient(*data), [parameter.vector, *data], parameter.leaves
                     )
-            except Exception as error:  # whatever torch says of code that it can't follow
+            except Exception as error:  # torch reports code that it can't trace in many ways
                 raise RecordingError(blame(error, __file__, tracer.__file__)) from error
         self._run: Callable[..., Sequence[Tensor]] = graph
         self._graph = graph
@@ -118,33 +118,34 @@ class LossGraph:
         try:
             with trial(self._state):
                 found = self(args, kwargs)
-        except RuntimeError as error:  # a draw that the model refuses
+        except RuntimeError as error:  # a draw at which the model raises
             raise RecordingError(blame(error, __file__, tracer.__file__)) from error
         self._verify(expected, found)
 
     @property
     def is_current(self) -> bool:
-        """Whether the optimizer's options are those that it was compiled with."""
+        """Whether the optimizer's options are those that the graph was compiled with."""
         return self.rule is None or self.rule.is_current
 
     def matches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether it is for arguments like these."""
+        """Whether the graph is for arguments of this structure."""
         return self.is_current and _structure(args, kwargs) == self._structure
 
     @torch.no_grad()
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Loss, ``()``, and gradient in the flat parameter, which has moved if :attr:`rule` is not None."""
+        """Loss, ``()``, and gradient with respect to the flat parameter, ``(N,)``; also takes the optimizer's step if
+        :attr:`rule` is not None."""
         state = () if self.rule is None else (*self.rule.moments, self.rule.next_rates(), self._parameter.per_limit)
         loss, gradient = self._run(self._parameter.vector, *state, *_tensors(args, kwargs), *self._captured)
         return loss, gradient
 
     @torch.no_grad()
     def script(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Have TorchScript run the graph, in half the time; takes a second or two. Leaves it as it is if that fails.
+        """Have TorchScript run the graph, in half the time; takes a second or two. On failure the graph is unchanged.
 
         Args:
-            args: Arguments like those that it was recorded with.
-            kwargs: Likewise.
+            args: Positional arguments of the structure that was recorded.
+            kwargs: Keyword arguments of the structure that was recorded.
         """
         inputs = [self._parameter.vector, *_tensors(args, kwargs), *self._captured]
         try:
@@ -154,23 +155,24 @@ class LossGraph:
                 expected = self._graph(*inputs)
             with trial(self._state):
                 self._verify(expected, run(*inputs))
-        except Exception:  # whatever torch says of a graph that it can't take down
+        except Exception:  # torch reports a graph that it can't script in many ways
             return
         self._run = run
 
     @torch.no_grad()
     def compile(self, args: tuple[Any, ...], kwargs: dict[str, Any], rule: AdamRule | None = None) -> None:
-        """Have torch's compiler turn the graph into machine code; takes seconds to minutes, unless it did so before.
+        """Compile the graph with torch's compiler; takes seconds to minutes, unless the result is in its cache.
 
         Noise is drawn by the same functions as in eager code, so that the same seed gives the same numbers.
 
         Args:
-            args: Arguments like those that it was recorded with.
-            kwargs: Likewise.
+            args: Positional arguments of the structure that was recorded.
+            kwargs: Keyword arguments of the structure that was recorded.
             rule: An optimizer's step that becomes a part of the graph.
 
         Raises:
-            RuntimeError: If there is no working C++ compiler, or torch's fails. The graph itself still runs.
+            RuntimeError: If there is no working C++ compiler, or torch's compiler fails. The graph still runs
+                uncompiled.
         """
         assert self.is_fresh
         self.is_fresh = False
@@ -195,10 +197,10 @@ class LossGraph:
         self._run = run
 
     def _verify(self, expected: Sequence[Tensor], found: Sequence[Tensor]) -> None:
-        """Whether two runs from the same noise agree.
+        """Check that two runs from the same noise agree.
 
         Raises:
-            RecordingError: If not.
+            RecordingError: If they do not agree.
         """
         tolerance = AGREEMENT.tolerance(self._parameter.flat.dtype)
         for name, one, other in zip(("loss", "gradient", "step"), expected, found):  # the last is not always there
@@ -212,7 +214,7 @@ class LossGraph:
 
 
 def _append_step(graph: GraphModule, rule: AdamRule, vector: Tensor) -> None:
-    """Have the graph move its parameter, in place, by what it gives as the gradient."""
+    """Append the optimizer's step to a graph: an in-place update of its parameter by the gradient."""
     nodes = graph.graph
     values = [*(torch.zeros_like(vector) for _ in range(4)), rule.rates(1.0, 1.0), torch.zeros_like(vector)]
     step, _ = tracer.trace_operations(rule.update, values)
@@ -233,7 +235,7 @@ def _append_step(graph: GraphModule, rule: AdamRule, vector: Tensor) -> None:
 
 
 def _flat_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Sequence[Any], Any]:
-    """All leaves of arguments, and how these hold them. A tuple of tensors is the common case, and its own leaves."""
+    """All leaves of the arguments, and their tree structure; a tuple of tensors, the common case, is its own leaves."""
     if not kwargs and all(torch.is_tensor(value) for value in args):
         return args, len(args)
     inputs, spec = pytree.tree_flatten((args, kwargs))
@@ -245,7 +247,7 @@ def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
 
 
 def _structure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What arguments have to share to share a graph."""
+    """Structure of arguments: calls with equal structures share a graph."""
     inputs, spec = _flat_arguments(args, kwargs)
     kinds: list[Any] = []
     for value in inputs:
@@ -260,7 +262,7 @@ def _structure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, .
 
 @contextmanager
 def _unchecked() -> Iterator[None]:
-    """Without what looks at values only to check them."""
+    """Disable validation, which reads values only to check them."""
     with pyro.validation_enabled(False), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning)
         yield

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L1. From a graph of tensor operations to machine code, by torch's inductor."""
+"""L1. Compilation of a graph of tensor operations by torch's inductor."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 __all__ = ["to_machine_code", "without_collector"]
 
-# What inductor is told. Noise comes from torch's own generator. On a CPU, the kernels are called from C++: in Python,
-# that would take as long as they do; they share one piece of memory; and no patterns put sums and products together
-# again, see below. The rest saves time of compiling: the instruction set that the processor says it has is not tried
-# out; calls are compiled apart from the kernels, and less hard; headers are not compiled for another time; and what is
-# left over at the end of a loop has no code with masks, which is no faster either.
+# Inductor's options. Noise comes from torch's own generator. On a CPU, the kernels are called from C++, since calls
+# from Python would take as long as the kernels; they share one memory pool; and no patterns fuse sums and products
+# again, see below. The rest saves compile time: the instruction set that the processor reports is not tested; calls are
+# compiled apart from the kernels, with less optimization; headers are not precompiled; and the remainder of a loop has
+# no masked code, which is no faster either.
 GPU_OPTIONS: dict[str, Any] = {"fallback_random": True, "triton.cudagraphs": True}
 CPU_OPTIONS: dict[str, Any] = {
     "fallback_random": True,
@@ -46,23 +46,23 @@ CPU_OPTIONS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class CompilerSettings:
-    """What is changed about a graph before it is compiled.
+    """Changes to a graph before it is compiled.
 
     Attributes:
-        max_unfused: Numbers in the result of a product up to which what is added to it is a sum of its own; of larger
-            ones, that costs a pass through memory.
+        max_unfused: Number of elements of a matrix product up to which a sum with it is an operation of its own; for
+            larger products, that costs a pass through memory.
     """
 
     max_unfused: int = 4096
 
 
 COMPILER = CompilerSettings()
-# What is replaced in inductor meanwhile is so for all threads.
+# Replacing functions of inductor affects all threads, so that they compile one at a time.
 ONE_AT_A_TIME = threading.RLock()
 
 
 def to_machine_code(graph: GraphModule, inputs: list[Any]) -> Callable[..., Sequence[Tensor]]:
-    """The graph as a function of inputs like these, from inductor's cache if that has it."""
+    """Compile a graph for inputs of these shapes and dtypes; uses inductor's cache."""
     is_cuda = inputs[0].is_cuda
     if not is_cuda:
         _unfuse(graph)
@@ -72,7 +72,7 @@ def to_machine_code(graph: GraphModule, inputs: list[Any]) -> Callable[..., Sequ
             patched.enter_context(patch.applied())
         try:
             return _inductor(graph, inputs, options)
-        except Exception:  # perhaps of a compiler that is older than the processor
+        except Exception:  # perhaps the compiler is older than the processor
             if is_cuda:
                 raise
             return _inductor(graph, inputs, {**options, "cpp.vec_isa_ok": None})
@@ -85,7 +85,7 @@ def _inductor(graph: GraphModule, inputs: list[Any], options: dict[str, Any]) ->
     # A context of tracing, without which inductor does not look into its cache.
     with tracing(TracingContext(fake)), torch._inductor.config.patch(options):
         if not inputs[0].is_cuda:
-            # Inductor tries out what the processor knows, in other processes: meanwhile, there is a graph to trace.
+            # Inductor tests the processor's instruction sets in other processes; the graph is traced meanwhile.
             trial = contextvars.copy_context()
             threading.Thread(target=trial.run, args=(_instructions,), daemon=True).start()
         shapes: list[Any] = [fake.from_tensor(value, static_shapes=True) for value in inputs]
@@ -94,13 +94,14 @@ def _inductor(graph: GraphModule, inputs: list[Any], options: dict[str, Any]) ->
 
 
 def _instructions() -> None:
-    """Have inductor look for instructions on vectors, and remember them."""
-    with suppress(Exception):  # of which inductor will hear when it needs them
+    """Have inductor look up the processor's vector instructions, and cache them."""
+    with suppress(Exception):  # inductor will raise it again when it needs them
         importlib.import_module("torch._inductor.cpu_vec_isa").pick_vec_isa()
 
 
 def _unfuse(graph: GraphModule) -> None:
-    """Take sums out of products: torch copies what is added, where a compiler adds as it goes on with the result."""
+    """Split fused multiply-adds into a product and a sum: torch's kernel copies the summand, while the compiler fuses
+    the sum with the operations that follow."""
     aten = torch.ops.aten
     products = {aten.addmm.default: aten.mm.default, aten.baddbmm.default: aten.bmm.default}
     for node in list(graph.graph.nodes):
@@ -118,7 +119,7 @@ def _unfuse(graph: GraphModule) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's warnings and log entries, which are about torch."""
+    """Suppress torch's warnings and log entries, which are about torch's internals."""
     logger = logging.getLogger("torch._inductor")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -132,7 +133,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def without_collector() -> Iterator[None]:
-    """Without Python's garbage collector, which a compiler's millions of objects keep busy for a tenth of the time."""
+    """Disable Python's garbage collector, which the compiler's many objects keep busy for a tenth of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -143,10 +144,10 @@ def without_collector() -> Iterator[None]:
 
 
 def _side_by_side(build_all: Callable[..., None]) -> Callable[..., None]:
-    """Builds the parts of a C++ library at the same time, and then links them; torch builds one after the other."""
+    """Build the parts of a C++ library in parallel, then link them; torch builds them one after another."""
 
     def build(lock_path: str, builders: Any, *others: Any) -> None:
-        if others or not isinstance(builders, Sequence):  # as another version of torch calls it
+        if others or not isinstance(builders, Sequence):  # the signature of another version of torch
             return build_all(lock_path, builders, *others)
         *parts, library = builders
         with ThreadPoolExecutor(max(1, len(parts))) as pool:
@@ -159,7 +160,7 @@ def _side_by_side(build_all: Callable[..., None]) -> Callable[..., None]:
 
 
 def _where_needed(simplify: Callable[..., Any]) -> Callable[..., Any]:
-    """Simplifies an index for an analysis only where there is something to simplify: divisions."""
+    """Simplify an index only where there is something to simplify: divisions."""
     functions = importlib.import_module("torch.utils._sympy.functions")
 
     def simplified(index: Any, *others: Any) -> Any:
@@ -170,14 +171,14 @@ def _where_needed(simplify: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Patch:
-    """A function of inductor's that is replaced while a graph is compiled, if this version of torch has it.
+    """Replacement of a function of inductor while a graph is compiled, if this version of torch has that function.
 
-    docs/speed.rst has what each one saves. They are for inductor of torch 2.13 to 2.15.
+    docs/speed.rst lists the time that each one saves. They are for inductor of torch 2.13 to 2.15.
 
     Attributes:
-        module: Where the function lives, below ``torch._inductor``.
-        name: The function.
-        replacement: Makes the replacement of the original.
+        module: Module of the function, below ``torch._inductor``.
+        name: Name of the function.
+        replacement: Takes the original function and returns its replacement.
     """
 
     module: str
@@ -186,7 +187,7 @@ class Patch:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """With the function replaced."""
+        """Replace the function within this context."""
         place = importlib.import_module(f"torch._inductor.{self.module}")
         original = getattr(place, self.name, None)
         if original is None:

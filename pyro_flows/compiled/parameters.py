@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L1. What a step of a model and a guide moves or changes: parameters as one vector, and state in place."""
+"""L1. Parameters of a model and a guide as one vector, and the state that a step changes in place."""
 
 from __future__ import annotations
 
@@ -18,42 +18,42 @@ __all__ = ["FlatParameter", "RecordingError", "StepLimit", "leaves_of", "limits_
 
 
 class RecordingError(RuntimeError):
-    """A step that is no fixed sequence of tensor operations; the message says which line makes it so."""
+    """A step is not a fixed sequence of tensor operations; the message names the line that prevents it."""
 
 
 @runtime_checkable
 class StepLimit(Protocol):
-    """How far a step may move some parameters of a guide: what any of its modules may have, as ``self.step_limit``.
+    """Limit on the step of some parameters of a guide; any module of a guide may have one, as ``self.step_limit``.
 
-    Who moves the parameters keeps to it, and says so by :meth:`forget`.
+    Code that updates the parameters within the limit then calls :meth:`forget`.
 
     Attributes:
-        parameters: Those whose steps are limited.
-        largest_step: How far an entry of them may move in a step, > 0.
+        parameters: Parameters whose steps are limited.
+        largest_step: Largest change of an entry in a step, > 0.
     """
 
     parameters: list[Tensor]
     largest_step: float
 
     def forget(self) -> None:
-        """What moved until now needs no shortening."""
+        """Accept the parameters as they are: changes until now are not shortened."""
 
 
 class FlatParameter:
-    """Leaves of a model and a guide as views of one vector, so that an optimizer has a single tensor to move.
+    """Leaves of a model and a guide as views of one vector, so that an optimizer has a single tensor to update.
 
-    The leaves stay what they are to everyone else (parameters of modules, entries of Pyro's store), but share memory
-    with :attr:`flat` until :meth:`release`; so does :attr:`vector`, which is no parameter.
+    The leaves remain parameters of modules and entries of Pyro's store, but share memory with :attr:`flat` until
+    :meth:`release`; so does :attr:`vector`, which is a plain tensor.
 
     Args:
         leaves: Unconstrained parameters, of one dtype and on one device.
-        limits: Those of guides, which who moves the vector keeps.
+        limits: Step limits of the guide; code that updates the vector has to apply them.
 
     Attributes:
         per_limit: One over the largest step of each entry, ``(N,)``; 0 where there is no limit.
 
     Raises:
-        RecordingError: If there are none, or they are of several dtypes or on several devices.
+        RecordingError: If there are no leaves, or they have several dtypes or are on several devices.
     """
 
     def __init__(self, leaves: Sequence[Tensor], limits: Sequence[StepLimit] = ()) -> None:
@@ -73,7 +73,7 @@ class FlatParameter:
 
     @contextmanager
     def limited(self) -> Iterator[None]:
-        """Shortens what moves meanwhile; see :func:`limited_step`."""
+        """Shorten the step that is taken within this context; see :func:`limited_step`."""
         before = self.vector.clone()
         yield
         with torch.no_grad():
@@ -81,7 +81,7 @@ class FlatParameter:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all leaves still share memory with the vector: nobody has given one other memory."""
+        """Whether all leaves still share memory with the vector."""
         step = self.flat.element_size()
         address = self.flat.data_ptr()
         for leaf, size in zip(self.leaves, self.sizes, strict=True):
@@ -111,7 +111,7 @@ def leaves_of(run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[st
 
 
 def state_of(*programs: Any) -> list[Tensor]:
-    """Buffers of the modules that a model and a guide are made of: what a run may change in place."""
+    """Buffers of the modules of a model and a guide, which a run may change in place."""
     modules = [module for program in programs for module in modules_of(program)]
     return list({id(buffer): buffer for module in modules for buffer in module.buffers()}.values())
 
@@ -133,14 +133,14 @@ def modules_of(program: Any, depth: int = 4) -> Iterator[torch.nn.Module]:
 def limits_of(program: Any) -> list[StepLimit]:
     """The limits on steps of a guide's modules; see :class:`StepLimit`."""
     parts = [part for module in modules_of(program) for part in module.modules()]
-    # What a module holds itself: a guide may show that of a part of it, once it is set up.
+    # Limits in a module's own dictionary only: a guide may also expose the limit of one of its parts.
     held = [vars(part).get("step_limit") for part in parts]
     return list({id(limit): limit for limit in held if isinstance(limit, StepLimit)}.values())
 
 
 @contextmanager
 def trial(state: Sequence[Tensor]) -> Iterator[None]:
-    """Leaves torch's generator and a state as they were before."""
+    """Restore torch's generator and a state on exit."""
     generator, before = torch.random.get_rng_state(), [value.clone() for value in state]
     try:
         yield

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L1. A function that is called hundreds of times with tensors of one shape, most of them without Python."""
+"""L1. Recording a function that is called hundreds of times with tensors of one shape, to replay it without Python."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class ReplaySettings:
     """When a function is recorded.
 
     Attributes:
-        recorded_call: Which call, counted from 1. To record takes as long as some twenty calls, and each later one
-            saves most of its time.
-        tolerance: How far a replay may be from the function, relative to one plus its result.
+        recorded_call: Number of the call, from 1, that is recorded. Recording takes as long as some twenty calls, and
+            each later call saves most of its time.
+        tolerance: Largest difference of a replay from the function, relative to one plus its result.
     """
 
     recorded_call: int = 10
@@ -39,13 +39,13 @@ class Replay:
     """A function of tensors whose operations, once recorded, are repeated by TorchScript's interpreter.
 
     A function of many small operations, such as the log density of a model with a site per time step, spends most of
-    its time in Python. What the first replay gives is compared with the function's own results, from other inputs than
-    those it was recorded with. Where these differ, or Python looks at a value, the function itself is called from then
-    on; where a replay raises an exception, it is for that call.
+    its time in Python. The result of the first replay is compared with that of the function, from other inputs than
+    those it was recorded with. If they differ, or Python reads a value, the function itself is called from then on; if
+    a replay raises an exception, the function is called in its place that time.
 
     Args:
-        function: Takes tensors that need no gradient, and returns such tensors. It may read others, which are expected
-            to stay where they are in memory, and compute gradients on its way.
+        function: Takes tensors that need no gradient, and returns such tensors. It may read other tensors, which have
+            to stay in place in memory, and may compute gradients internally.
     """
 
     def __init__(self, function: Function) -> None:
@@ -57,7 +57,7 @@ class Replay:
         self._gave_up = False
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
-        """What the function returns."""
+        """Result of the function."""
         self._calls += 1
         found = self._replayed(inputs)
         if found is not None and self._is_checked:
@@ -81,7 +81,7 @@ class Replay:
             with trial(()):
                 graph, captured = trace_operations(self._function, inputs)
                 run = to_script(graph, [*inputs, *captured])
-        except Exception:  # whatever the function or torch says of it: the function goes on as it is
+        except Exception:  # can't be recorded, for any reason: the function is called as it is
             self._gave_up = True
         else:
             self._replay = lambda *values: run(*values, *captured)
@@ -92,7 +92,7 @@ class Replay:
         try:
             with torch.no_grad():
                 return self._replay(*inputs)
-        except RuntimeError:  # an index out of range, say, which the function has its way with
+        except RuntimeError:  # an index out of range, say, which the function handles itself
             return None
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L1. From a function of tensors to the graph of its operations, gradients included."""
+"""L1. Tracing a function of tensors into the graph of its operations, gradients included."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from pyro_flows._recording import recording
 __all__ = ["OperationTracer", "trace_operations"]
 
 aten = torch.ops.aten
-# What marks nodes that depend on nothing but numbers in the code, and those that are tensors which the code holds.
+# Marks of nodes: constants, which depend only on numbers in the code, and tensors that the code holds.
 CONSTANT, HELD = "constant", "held"
 
 
 class OperationTracer(TorchDispatchMode):
-    """Appends each operation of torch's that is done meanwhile to a graph.
+    """Appends each torch operation within this context to a graph.
 
-    As ``torch.fx.experimental.proxy_tensor.make_fx`` does, in a sixth of the time: that keeps a fake of each tensor.
-    Operations that only look at a tensor in another way, and in the same way as before, are left out.
+    As ``torch.fx.experimental.proxy_tensor.make_fx`` does, but in a sixth of the time, since that keeps a fake of each
+    tensor. Views that repeat an earlier view of the same tensor are left out.
 
     Args:
-        graph: The graph.
+        graph: The graph to append to.
 
     Attributes:
-        captured: Tensors that were found elsewhere than in the inputs, each of which is a placeholder after those.
+        captured: Tensors that the code reads from elsewhere than its inputs; each is a placeholder, after the inputs'.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -44,7 +44,7 @@ class OperationTracer(TorchDispatchMode):
         self._last_placeholder: Node | None = None
 
     def placeholder(self, name: str) -> Node:
-        """A further input."""
+        """Add an input to the graph."""
         if self._last_placeholder is None:
             self._last_placeholder = self.graph.placeholder(name)
         else:
@@ -53,11 +53,11 @@ class OperationTracer(TorchDispatchMode):
         return self._last_placeholder
 
     def identify(self, tensor: Tensor, node: Node) -> None:
-        """Take a tensor for the value of a node from now on."""
+        """Register a tensor as the value of a node."""
         self._nodes[tensor] = node
 
     def node_of(self, value: Any) -> Any:
-        """Node of a tensor; lists, tuples and slices of such; everything else as it is."""
+        """Replace a tensor, or the tensors in lists and tuples, by their nodes; other values are unchanged."""
         if isinstance(value, Tensor):
             node = self._nodes.get(value)
             if node is None:
@@ -94,7 +94,7 @@ class OperationTracer(TorchDispatchMode):
         return found
 
     def _identify_all(self, found: Any, node: Node) -> None:
-        """The same for all tensors of an operation's result."""
+        """Register all tensors of an operation's result as values of a node and its items."""
         if isinstance(found, Tensor):
             node.meta["numel"] = found.numel()
             self._nodes[found] = node
@@ -106,10 +106,10 @@ class OperationTracer(TorchDispatchMode):
                     self._identify_all(part, item)
 
     def _refuse_by_nan(self, info: Tensor) -> None:
-        """Have results for matrices that an algorithm fails for be NaN, where eager code raises an exception for all.
+        """Set results to NaN for matrices at which an algorithm fails, where eager code raises for the whole batch.
 
         Args:
-            info: What the algorithm says of each matrix, ``batch_shape``; not zero where it failed.
+            info: The algorithm's status for each matrix, ``batch_shape``; not zero where it failed.
         """
         known = self.node_of(info)
         has_failed = self.graph.call_function(aten.ne.Scalar, (known, 0))
@@ -120,7 +120,7 @@ class OperationTracer(TorchDispatchMode):
                 self._nodes[tensor] = self.graph.call_function(aten.where.ScalarSelf, (refused, math.nan, node))
 
     def _check_readable(self, values: Iterable[Any]) -> None:
-        """Refuse to have Python look at what was computed; see :mod:`pyro_flows._blame` for what becomes of the text.
+        """Refuse to let Python read computed values; :mod:`pyro_flows._blame` turns the error into a message.
 
         Raises:
             RuntimeError: If one of the values is a tensor that a call of the graph would compute.
@@ -147,16 +147,16 @@ def trace_operations(
 
     Args:
         function: Takes tensors and returns tensors.
-        inputs: What to run it with; those are the graph's placeholders.
-        parts: Tensors that the function finds by itself, and that the graph takes from its first input: consecutive
-            parts of that, a vector.
+        inputs: Inputs to run it with, which become the graph's placeholders.
+        parts: Tensors that the function reads from elsewhere and that the graph takes from its first input, a vector,
+            of which they are consecutive parts.
 
     Returns:
-        The graph, and the tensors that are its further inputs: those that the function found by itself.
+        The graph, and the tensors that are its further inputs: those that the function reads from elsewhere.
 
     Raises:
-        RuntimeError: If it has Python look at what it computed.
-        Exception: Whatever the function raises.
+        RuntimeError: If Python reads a value that the function computed.
+        Exception: Any exception that the function raises.
     """
     graph = Graph()
     tracer = OperationTracer(graph)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L1. Pyro's ELBOs as tensors all the way: what they look at on their way is left a tensor."""
+"""L1. Pyro's ELBOs without conversions of tensors to Python numbers, so that they can be recorded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["tensor_loss"]
 
 
 class _Unread:
-    """A tensor, but ``item()`` leaves it one, detached, and it is said to be free of NaN; sums with it likewise."""
+    """A tensor whose ``item()`` returns a detached tensor and that claims to be free of NaN; so do sums with it."""
 
     def __init__(self, tensor: Any) -> None:
         self.tensor = tensor
@@ -54,11 +54,11 @@ def _plain(value: Any) -> Any:
 def tensor_loss(elbo: ELBO) -> Callable[..., Tensor]:
     """The ``differentiable_loss`` of one of Pyro's ELBOs without Python numbers in it, so that it can be recorded.
 
-    These read the log densities of sites, for a loss that is not to be differentiated, and look for NaN. Here they get
-    log densities that stay tensors when they are read.
+    Pyro's ELBOs convert log densities of sites to numbers, for the loss's value and to check for NaN. Here they get
+    log densities that remain tensors.
 
     Args:
-        elbo: Has a ``differentiable_loss`` that sums over ``_get_traces``, as Pyro's do.
+        elbo: An ELBO with a ``differentiable_loss`` that sums over ``_get_traces``, as Pyro's do.
 
     Returns:
         A function of a model, a guide and their arguments.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L2. Many draws of a model's latents in one run of the model, whichever way it was written."""
+"""L2. Many draws of a model's latents in one run of the model, even if it was not written for that."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ from pyro_flows.models.traces import (
 
 __all__ = ["ENUMERATED", "BatchedModel"]
 
-# What a sum over enumerated sites is called among the sites.
+# Site name of terms in which enumerated sites are summed out.
 ENUMERATED = "_pyro_flows_enumerated"
 
 
 @dataclass(frozen=True)
 class AgreementSettings:
-    """How closely many draws at once have to agree with one run a draw.
+    """How closely a vectorized run has to agree with one run per draw.
 
     Attributes:
-        relative: Largest difference relative to the log density: rounding in float32.
-        nats: And beside that, in nats.
-        num_averaged: Draws of models that draw numbers of their own, which agree on average only.
-        num_errors: Within so many standard errors of the difference of means.
+        relative: Largest difference relative to the log density; allows for rounding in float32.
+        nats: Largest absolute difference, in nats, in addition to the relative one.
+        num_averaged: Number of draws for models that draw random numbers of their own, which agree on average only.
+        num_errors: Largest difference of such averages, in standard errors.
     """
 
     relative: float = 1e-4
@@ -69,14 +69,14 @@ Pick = Callable[[Trace], Mapping[str, Tensor]]
 
 
 class _Task(NamedTuple):
-    """What is to be read off which model; see :meth:`BatchedModel.read`."""
+    """A model, its arguments, and the tensors to read off its traces; see :meth:`BatchedModel.read`."""
 
     model: Callable[..., Any]
     call: Call
     pick: Pick
     shapes: Mapping[str, Sequence[int]] | None = None
     packed: Mapping[str, PackedTerm] = {}
-    splits: bool = True  # whether a draw that the model refuses costs itself only
+    splits: bool = True  # whether a draw at which the model raises is dropped alone, not its whole batch
 
 
 Run = Callable[[Values, _Task], dict[str, Tensor]]
@@ -86,26 +86,27 @@ class BatchedModel:
     """A model, run at many values of its latents at once.
 
     Tries draws as an outer plate first, as vectorized particles do, and ``torch.vmap`` next, for models that are not
-    written for outer dimensions: matrix products, indexing, loops, modules. Whichever gives the log densities of plain
-    runs is used, and one run a draw if neither does. Sites that are enumerated in parallel are summed out.
+    written for outer dimensions: matrix products, indexing, loops, modules. The first that reproduces the log densities
+    of plain runs is used, and one run per draw if neither does. Sites that are enumerated in parallel are summed out.
 
     Args:
         owner: Name of the caller, for error messages.
         model: The model.
         call: Its arguments.
-        probe: A few draws to choose by: latent site -> ``(S, *site shape)``.
+        probe: A few draws at which to compare: latent site -> ``(S, *site shape)``.
         nesting: Number of batch dimensions in use, if a guide has more than the model.
 
     Attributes:
         nodes: The model's sample sites in a plain run.
         nesting: Number of batch dimensions in use.
         enumerated: Names of the sites that are summed out.
-        obstacle: What keeps draws from being run at once, with the line of the model; empty if nothing does.
+        obstacle: Reason why draws cannot be run at once, with the line of the model; empty if they can.
 
     Raises:
-        NotImplementedError: If sites are enumerated one value after another, or scaled besides.
+        NotImplementedError: If sites are enumerated sequentially, or enumerated sites are scaled.
         ValueError: If observed values have no density, or draws have other shapes than the model's sites.
-        Exception: Whatever the model raises in plain runs at all draws, or Pyro about the shapes of its sites.
+        Exception: Any exception that the model raises in plain runs at all draws, or that Pyro raises about the shapes
+            of its sites.
     """
 
     def __init__(self, owner: str, model: Callable[..., Any], call: Call, probe: Values, nesting: int = 0) -> None:
@@ -129,7 +130,7 @@ class BatchedModel:
 
     @property
     def is_mapped(self) -> bool:
-        """Whether that is by ``torch.vmap``."""
+        """Whether draws share a run of the model by ``torch.vmap``."""
         return self._run in (self._by_vmap, self._by_vmap_in_place)
 
     def rows(self, name: str, value: Tensor, count: int) -> Tensor:
@@ -139,18 +140,18 @@ class BatchedModel:
     def __call__(self, values: Values, call: Call | None = None, model: Callable[..., Any] | None = None) -> Trace:
         """Score draws; differentiable.
 
-        Runs without validation, which would refuse all draws for the sake of one. Where the model has no density, log
-        densities are NaN or minus infinity; a draw that it refuses by an exception costs itself only.
+        Runs without validation, since one invalid draw would fail them all. Where the model has no density, log
+        densities are NaN or minus infinity; if the model raises at a draw, only that draw's are NaN.
 
         Args:
             values: Latent site -> ``(S, *site shape)``.
-            call: Arguments other than those at first.
-            model: A model with the same sites to run in place of the own one.
+            call: Arguments of the model; None takes those of the constructor.
+            model: A model with the same sites to run instead; None takes that of the constructor.
 
         Returns:
-            Parameters and sample sites, these with ``log_prob``, scaled and masked, of ``nesting + 1`` dimensions, the
-            first of which has length S. In place of all that enumerated sites have a part in there are sites named
-            after :data:`ENUMERATED`, in which these are summed out.
+            A trace of parameters and sample sites. Sample sites have a ``log_prob``, scaled and masked, of
+            ``nesting + 1`` dimensions, the first of length S. Sites that depend on enumerated ones are replaced by
+            sites named after :data:`ENUMERATED`, with the enumerated ones summed out.
         """
         seen: dict[str, dict[str, Any]] = {}
 
@@ -177,14 +178,14 @@ class BatchedModel:
         call: Call | None = None,
         model: Callable[..., Any] | None = None,
     ) -> dict[str, Tensor]:
-        """Tensors of runs at many draws.
+        """Read tensors off runs at many draws.
 
         Args:
             values: Latent site -> ``(S, *site shape)``.
-            pick: Takes tensors from a trace, by name.
+            pick: Function from a trace to the tensors by name.
             shapes: Their shapes in a run of one draw.
-            call: Arguments other than those at first.
-            model: A model with the same sites to run in place of the own one.
+            call: Arguments of the model; None takes those of the constructor.
+            model: A model with the same sites to run instead; None takes that of the constructor.
 
         Returns:
             Name -> ``(S, *shape)``.
@@ -194,12 +195,12 @@ class BatchedModel:
             if self.is_mapped:
                 try:
                     return self._by_vmap_in_place(values, task)
-                except RuntimeError:  # numbers that are drawn in a way of their own
+                except RuntimeError:  # random numbers that vmap does not allow
                     return self._one_by_one(values, task)
             return self._run_or_split(values, task)
 
     def _log_probs(self, values: Values, task: _Task) -> dict[str, Tensor]:
-        """Log densities, with what enumerated sites have a part in summed out; ``task.pick`` sees the traces."""
+        """Log densities, with enumerated sites summed out; ``task.pick`` gets the traces."""
         packed: dict[str, PackedTerm] = {}
 
         def pick(trace: Trace) -> dict[str, Tensor]:
@@ -226,7 +227,7 @@ class BatchedModel:
             if not task.splits:
                 raise
             if _count(values) == 1:
-                # NaN as a function of the draw, for those who ask for a gradient.
+                # NaN as a function of the draw, so that a gradient exists.
                 nan = math.nan + torch.stack([0.0 * value.sum() for value in values.values()]).sum()
                 return {name: nan.expand(1) for name in task.shapes or self.nodes}
         halves = zip(*(value.tensor_split(2) for value in values.values()), strict=True)
@@ -261,7 +262,7 @@ class BatchedModel:
         return found
 
     def _by_vmap_in_place(self, values: Values, task: _Task) -> dict[str, Tensor]:
-        """For models that write what differs between draws into memory that they made; random numbers, say."""
+        """For models that write values that differ between draws into tensors that they create."""
         return self._by_vmap(values, task, in_place=True)
 
     def _one_by_one(self, values: Values, task: _Task) -> dict[str, Tensor]:
@@ -279,7 +280,8 @@ class BatchedModel:
     # Which of them
 
     def _choose(self, probe: Values, drawn: Mapping[str, Any]) -> Run:
-        """The first way that agrees with plain runs, on one mini-batch: else these agree on average only."""
+        """The first way to run the model that agrees with plain runs. All use one mini-batch: with different ones they
+        would agree on average only."""
         call = self.call._replace(fixed={**drawn, **self.call.fixed})
         task = _Task(self.model, call, lambda trace: {})
         self._run = self._one_by_one
@@ -287,7 +289,7 @@ class BatchedModel:
         if all(torch.equal(again[name].nan_to_num(), expected[name].nan_to_num()) for name in expected):
             agree = _agree
             kept = torch.stack([by_draw(term) for term in expected.values()]).sum(0).isfinite()
-            if kept.any():  # a draw that the model refuses says nothing
+            if kept.any():  # draws at which the model raises can't be compared
                 probe = {name: value[kept] for name, value in probe.items()}
                 expected = {name: term[kept] for name, term in expected.items()}
         else:
@@ -310,7 +312,7 @@ class BatchedModel:
         return self._one_by_one
 
 
-# What makes new memory.
+# Functions that allocate new tensors.
 FACTORIES = {
     *(torch.empty, torch.zeros, torch.ones, torch.full, torch.empty_like, torch.zeros_like, torch.ones_like),
     *(torch.full_like, Tensor.new, Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full),  # type: ignore[attr-defined]
@@ -318,7 +320,7 @@ FACTORIES = {
 
 
 class _BatchedMemory(TorchFunctionMode):
-    """Has each draw its own new memory, so that what differs between draws can be written into it."""
+    """Gives each draw its own copy of newly created tensors, so that values that differ between draws fit in."""
 
     def __init__(self, batched: Tensor) -> None:
         super().__init__()
@@ -350,12 +352,12 @@ def _count(values: Values) -> int:
 
 
 def _padded(term: Tensor, rank: int) -> Tensor:
-    """``(S, ...)`` with so many dimensions beside the first, the new ones in front of the others."""
+    """``(S, ...)`` with ``rank`` dimensions beside the first; new ones come right after the first."""
     return term.reshape(len(term), *(1,) * (rank + 1 - term.dim()), *term.shape[1:])
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Parts of different draws as one; those without a density have a number each."""
+    """Concatenate terms of different draws; parts without a density are ``(count,)`` and are broadcast."""
     shape = torch.broadcast_shapes(*(part.shape[1:] for part in parts))
     return torch.cat([_padded(part, len(shape)).expand(-1, *shape) for part in parts])
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L2. What can be wrong between a model, its data and a guide, as the model's first run tells it."""
+"""L2. Checks of a model, its data and a guide in the model's first run."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ Nodes = Mapping[str, Mapping[str, Any]]
 
 
 class _SameShapes(Messenger):
-    """Refuses latents and mini-batches of other shapes than the model's own, before the model fails in its own way.
+    """Refuses latents and mini-batches of other shapes than the model's own, before the model itself fails on them.
 
-    Innermost, so that it sees what a plate would take before that is replaced.
+    Innermost, so that it sees the indices of a plate before they are replaced.
     """
 
     def __init__(self, owner: str, names: Iterable[str]) -> None:
@@ -77,18 +77,18 @@ def first_run(
     draws: Iterable[Mapping[str, Any]],
     check: Callable[[Trace], Any] = lambda trace: None,
 ) -> Trace:
-    """A run of a model at the first of a few draws that it does not refuse, as its user would run it.
+    """Run a model as its user would, at the first of a few draws at which it does not raise.
 
     Args:
         owner: Name of the caller, for error messages.
         model: The model.
         call: Its arguments.
         draws: Latent site -> value, one or more.
-        check: Raises an exception if a run is not as it should be.
+        check: Raises an exception if a trace is invalid.
 
     Raises:
         ValueError: If the draws have other shapes than the model's sites.
-        Exception: Whatever the model or the check raises; if it refuses all draws, what it says of the first.
+        Exception: Any exception of the model or the check; if it raises at all draws, that of the first.
     """
     refused: Exception | None = None
     for values in draws:
@@ -106,7 +106,7 @@ def first_run(
 
 
 def check_guide(owner: str, drawn: Nodes) -> None:
-    """Refuse a model in place of a guide.
+    """Refuse a model that is passed in place of a guide.
 
     Args:
         owner: Name of the caller, for error messages.
@@ -124,12 +124,12 @@ def check_guide(owner: str, drawn: Nodes) -> None:
 
 
 def check_latents(owner: str, nodes: Nodes, drawn: Nodes) -> list[str]:
-    """Refuse the guide of another model.
+    """Refuse a guide for another model.
 
     Args:
         owner: Name of the caller, for error messages.
         nodes: The model's sample sites.
-        drawn: The guide's.
+        drawn: The guide's sample sites.
 
     Returns:
         Names of the model's latent sites that are neither drawn by the guide nor enumerated.
@@ -155,14 +155,14 @@ def check_data(owner: str, trace: Trace) -> None:
         trace: A run of the model.
 
     Raises:
-        ValueError: If an observed value is NaN, infinite or outside the support of its site, and has no density for it;
-            or Pyro's, about shapes, where validation is on.
+        ValueError: If an observed value is NaN, infinite or outside the support of its site, and has no density there;
+            or, with validation on, if Pyro finds wrong shapes.
     """
     nodes = sample_nodes(trace)
     try:
         trace.compute_log_prob()
     except ValueError as error:
-        # Pyro goes site by site: the first without a log density is the one that it refuses.
+        # Pyro goes site by site: the first without a log density is the one at which it raises.
         name = next((name for name, node in nodes.items() if "log_prob" not in node), None)
         words = None if name is None else _wrong_data(nodes[name])
         if words is None:
@@ -172,13 +172,13 @@ def check_data(owner: str, trace: Trace) -> None:
         words = None if node["log_prob"].isfinite().all() else _wrong_data(node)
         if words is not None:
             raise ValueError(f"{owner}: expected the data of site '{name}' to {words}")
-    if is_validation_enabled():  # as SVI checks single particles; of vectorized ones it asks less
+    if is_validation_enabled():  # as SVI checks single particles; it checks vectorized ones less
         for node in nodes.values():
             check_site_shape(node, max_plate_nesting=math.inf)
 
 
 def _wrong_data(node: Mapping[str, Any]) -> str | None:
-    """What is expected of the data of a site, what came, and what to write; None if nothing is wrong with them."""
+    """Error message for invalid data of a site: what was expected, what was found, and a remedy; None if valid."""
     value, fn, name = node["value"], node["fn"], node["name"]
     if not (node["is_observed"] and torch.is_tensor(value)) or isinstance(fn, dist.Unit):
         return None
@@ -201,7 +201,7 @@ def _wrong_data(node: Mapping[str, Any]) -> str | None:
 
 
 def _first(wrong: Tensor, value: Tensor, kind: str) -> str:
-    """As ``3 of 20 values that are NaN, the first at [7]: nan``."""
+    """Description of wrong values, such as ``3 of 20 values that are NaN, the first at [7]: nan``."""
     index = wrong.nonzero()[0].tolist()
     first = value[tuple(index)]
     shown = f"{first.item():g}" if first.dim() == 0 else str(first.tolist())
@@ -209,7 +209,7 @@ def _first(wrong: Tensor, value: Tensor, kind: str) -> str:
 
 
 def warn_without_data(owner: str, nodes: Nodes, call: Call) -> None:
-    """Say that a model observes nothing, although it is given tensors.
+    """Warn that a model observes nothing, although its arguments have tensors.
 
     Args:
         owner: Name of the caller, for the warning.
@@ -230,10 +230,10 @@ def warn_without_data(owner: str, nodes: Nodes, call: Call) -> None:
 
 @torch.no_grad()
 def without_density(model: Callable[..., Any], values: Mapping[str, Any], call: Call) -> dict[str, float]:
-    """Sites whose log density is not finite in a run at a draw, and the first number that it is there.
+    """Sites whose log density is not finite in a run at a draw, with the first such value of each.
 
     Raises:
-        Exception: Whatever the model raises there.
+        Exception: Any exception that the model raises there.
     """
     found: dict[str, float] = {}
     with pyro.validation_enabled(False), poutine.block():
@@ -248,7 +248,8 @@ def without_density(model: Callable[..., Any], values: Mapping[str, Any], call: 
 
 
 def start_elsewhere(owner: str, sites: Mapping[str, float]) -> str:
-    """What to say where a guide starts at no density; ``sites`` as of :func:`without_density`, one or more."""
+    """Error message for an initial location without density; ``sites`` are those of :func:`without_density`, one or
+    more."""
     found = " and ".join(f"that of site '{name}' is {number}" for name, number in sites.items())
     return (
         f"{owner}: expected the model to have a finite log density where the guide starts, but {found}. Start where it "

@@ -15,12 +15,13 @@ from torch import Tensor
 
 __all__ = ["EnumerateSites", "PackedTerm", "check_enumeration", "enumerated_sites", "packed_terms", "sum_out"]
 
-# Of the dimension of the draws; Pyro takes letters from the beginning of the alphabet.
+# Symbol of the dimension of the draws; Pyro takes letters from the beginning of the alphabet.
 DRAWS_SYMBOL = "Z"
 
 
 class EnumerateSites(EnumMessenger):
-    """Pyro's enumeration, under ``torch.vmap`` too, which does not allow ``Tensor.data``; it asks that for a shape."""
+    """Pyro's enumeration, but also under ``torch.vmap``, which does not allow ``Tensor.data``; Pyro reads a shape from
+    that."""
 
     def _pyro_post_sample(self, msg: Any) -> None:
         value = msg["value"]
@@ -31,7 +32,7 @@ class EnumerateSites(EnumMessenger):
 
 
 class _Shaped:
-    """The shape of a tensor, and no more."""
+    """Stand-in for a tensor, with only its shape."""
 
     def __init__(self, shape: torch.Size) -> None:
         self.shape = shape
@@ -42,20 +43,20 @@ class _Shaped:
 
 
 def enumerated_sites(nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Names of the sites that the model marks for enumeration, and how they are to be enumerated."""
+    """Names of the sites that the model marks for enumeration -> ``"parallel"`` or ``"sequential"``."""
     return {name: node["infer"]["enumerate"] for name, node in nodes.items() if node["infer"].get("enumerate")}
 
 
 def check_enumeration(owner: str, nodes: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse what cannot be summed out exactly.
+    """Refuse models whose enumerated sites cannot be summed out exactly.
 
     Args:
         owner: Name of the caller, for error messages.
         nodes: The model's sample sites.
 
     Raises:
-        NotImplementedError: If a site is enumerated one value after another, or scaled besides, since the sum does not
-            commute with the scale.
+        NotImplementedError: If a site is enumerated sequentially, or an enumerated site is scaled, since the sum does
+            not commute with the scale.
     """
     ways = enumerated_sites(nodes)
     for name, way in ways.items():
@@ -73,11 +74,11 @@ def check_enumeration(owner: str, nodes: Mapping[str, Mapping[str, Any]]) -> Non
 
 
 class PackedTerm(NamedTuple):
-    """What is known of the log density of a site that enumerated sites have a part in.
+    """Dimensions of the log density of a site that depends on enumerated sites.
 
     Attributes:
         dims: Symbols of its dimensions beside that of the draws.
-        plates: Those of the plates that the site is in.
+        plates: Symbols of the plates that the site is in.
         places: Symbol of a plate -> its dimension.
     """
 
@@ -89,7 +90,7 @@ class PackedTerm(NamedTuple):
 def packed_terms(
     trace: Trace, nodes: Mapping[str, Mapping[str, Any]], draws: str
 ) -> dict[str, tuple[Tensor, PackedTerm]]:
-    """Log densities of sites that enumerated sites have a part in, draws first if they are in a plate.
+    """Log densities of sites that depend on enumerated sites, draws first if they are in a plate.
 
     Args:
         trace: A trace with log densities.
@@ -117,11 +118,11 @@ def packed_terms(
 
 
 def sum_out(terms: Mapping[str, Tensor], packed: Mapping[str, PackedTerm]) -> list[Tensor]:
-    """Terms of the log density with enumerated sites summed out, draws first and then dimensions in Pyro's places.
+    """Sum out enumerated sites; the resulting terms have draws first and then the plates' dimensions in Pyro's order.
 
     Args:
         terms: Site -> log density, ``(S, ...)``.
-        packed: What is known of them.
+        packed: Site -> its dimensions.
     """
     tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
     places: dict[str, int] = {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L2. From a model to the trace that a guide is built on: which sites are latent, and which cannot be."""
+"""L2. The trace of a model's latent sites on which a guide is built, and checks of sites that it cannot handle."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from pyro_flows.models.sites import full_size
 __all__ = ["checked_init", "hide_from_guide", "log_density", "trace_latents"]
 
 OWNER = "AutoFlowGuide"
-# Their support is the circle, though torch declares the real line.
+# Distributions whose support is the circle, though torch declares the real line.
 CIRCULAR = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
 
 
 def hide_from_guide(site: dict[str, Any]) -> bool:
-    """Whether a site is no business of the guide: not a sample, observed, a subsample, or enumerated by the ELBO."""
+    """Whether the guide has no part in a site: not a sample, observed, a subsample, or enumerated by the ELBO."""
     return (
         site["type"] != "sample"
         or site["is_observed"]
@@ -39,7 +39,7 @@ def hide_from_guide(site: dict[str, Any]) -> bool:
 
 
 def checked_init(init_loc_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """An ``init_loc_fn`` that is asked about the guide's own sites only, and whose errors say what to write."""
+    """Wrap an ``init_loc_fn`` so that it is called for the guide's own sites only and its errors name a remedy."""
 
     @functools.wraps(init_loc_fn)
     def init(site: dict[str, Any]) -> Any:
@@ -55,23 +55,23 @@ def checked_init(init_loc_fn: Callable[..., Any]) -> Callable[..., Any]:
 def trace_latents(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], given: Collection[str] = ()
 ) -> Trace:
-    """Run the model once and keep its latent sites, all of which the guide can handle.
+    """Run the model once and return the trace of its latent sites; refuses sites that the guide can't handle.
 
-    Runs apart from any handler that is active outside (particles, replays) and without gradients, so that the trace
-    holds no graph and can be copied and pickled.
+    The run is hidden from active handlers (particles, replays) and has no gradients, so that the trace holds no
+    autograd graph and can be copied and pickled.
 
     Args:
         model: The model.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
-        given: Names of the plates that the guide does not make itself.
+        given: Names of the plates that the user creates for the guide.
 
     Raises:
         RuntimeError: If there are no latents.
-        ValueError: If a site is discrete and not enumerated, or spherical, or circular, or masked in part, or starts at
-            a value that is not inside its support; if it is in a plate whose items the guide would not know.
+        ValueError: If a site is discrete and not enumerated, spherical, circular, or masked in part, or its initial
+            value is not inside its support; if it is in a plate whose indices the guide would not know.
         NotImplementedError: If a site is in a sequential plate.
-        Exception: Whatever the model raises.
+        Exception: Any exception that the model raises.
     """
     chosen = _ChosenItems()
     hidden = poutine.block(chosen(model), hide_fn=hide_from_guide)
@@ -95,9 +95,9 @@ def trace_latents(
 
 @torch.no_grad()
 def log_density(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    """Log joint density of a run of a model in unconstrained space, apart from all handlers; -inf if it is no number.
+    """Log joint density of a run of a model in unconstrained space, hidden from active handlers; -inf if not finite.
 
-    Leaves the random state alone, and the exceptions of a model to the run that follows.
+    Restores the random state. If the model raises, returns -inf, and leaves the error to the run that follows.
     """
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -122,7 +122,7 @@ def _check_plates(name: str, site: dict[str, Any], unknown: Collection[str]) -> 
                 f"'{frame.name}'. Write `with pyro.plate('{frame.name}', {frame.size}):` instead of iterating over "
                 "it, or use a Python range and name each site by its index."
             )
-        # The guide would draw others, which would take the place of the model's own (Pyro's issue 3468).
+        # The guide would draw other indices, which would replace the model's own (Pyro's issue 3468).
         if frame.name in unknown:
             raise ValueError(
                 f"{OWNER}: expected the guide to be told which items are at hand, but latent site '{name}' is in the "
@@ -133,7 +133,7 @@ def _check_plates(name: str, site: dict[str, Any], unknown: Collection[str]) -> 
 
 
 class _ChosenItems(Messenger):
-    """Takes down the plates whose items the model chooses itself, all of them in order apart."""
+    """Records the plates whose indices the model chooses itself, unless these are all items in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ def _check_mask(name: str, site: dict[str, Any]) -> None:
 
 
 def _detach(fn: torch.distributions.Distribution) -> None:
-    """Cut a distribution off from the model's parameters, whose weak references to one another cannot be pickled."""
+    """Detach a distribution from the model's parameters, whose weak references to one another cannot be pickled."""
     for name, value in vars(fn).items():
         if isinstance(value, torch.Tensor):
             vars(fn)[name] = value.detach()
@@ -206,7 +206,7 @@ def _check_support(name: str, site: dict[str, Any]) -> None:
 
 @contextmanager
 def _remedies(name: str) -> Iterator[None]:
-    """Pyro's message names the site and the cause; ours adds the line to write with this guide."""
+    """Add a remedy for this guide to Pyro's message, which names the site and the cause."""
     try:
         yield
     except ValueError as error:

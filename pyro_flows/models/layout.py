@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L2. The way between the values of latent sites and packed unconstrained vectors: one for all, or one for each item of
-some plates."""
+"""L2. The map between values of latent sites and packed unconstrained vectors: one vector in all, or one for each item
+of some plates."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ OWNER = "AutoFlowGuide"
 
 class Layout:
     """Latent sites, in order, packed into one unconstrained vector for each item of some plates; without plates, into
-    one vector for all.
+    a single vector.
 
-    Pyro counts batch dimensions from the right. Here ``lead`` means those from the outermost of the plates on: as many
-    items as are at hand (a mini-batch, say) in each plate's, and size 1 in any other. The sites' other batch dimensions
-    are packed into the vector, before their event dimensions.
+    Pyro counts batch dimensions from the right. Here ``lead`` is the shape of those from the outermost of the plates
+    on: the number of items in use (a mini-batch's, say) in each plate's dimension, and size 1 in any other. The sites'
+    other batch dimensions are packed into the vector, before their event dimensions.
 
     Args:
         sites: The sites, one or more; all are in the plates.
@@ -36,7 +36,7 @@ class Layout:
         names: Names of the sites.
         plate_names: Names of the plates.
         rank: Number of dimensions of ``lead``.
-        sizes: How many coordinates of the packed vector each site has.
+        sizes: Number of coordinates of the packed vector for each site.
         latent_dim: Length D of the packed vector.
     """
 
@@ -63,7 +63,7 @@ class Layout:
 
     @property
     def slices(self) -> dict[str, slice]:
-        """Where each site's coordinates are in the packed vector."""
+        """Site name -> slice of its coordinates in the packed vector."""
         ends = itertools.accumulate(self.sizes)
         return {name: slice(end - size, end) for name, size, end in zip(self.names, self.sizes, ends, strict=True)}
 
@@ -79,7 +79,7 @@ class Layout:
 
     @property
     def init_loc(self) -> Tensor:
-        """Packed values of the trace that the sites are from, ``lead + (D,)``."""
+        """Packed values of the trace that the sites were read from, ``lead + (D,)``."""
         return self.pack_unconstrained({site.name: site.init_loc for site in self.sites})
 
     def _packed_dims(self, site: Site) -> dict[int, int]:
@@ -89,12 +89,12 @@ class Layout:
         return {dim: size for dim, size in sizes.items() if dim not in self._dims and size != 1}
 
     def split(self, packed: Tensor, batch_dim: int = 0) -> Iterator[tuple[Site, Tensor]]:
-        """Give each site its part of packed vectors, unconstrained, in the site's own layout.
+        """Split packed vectors into the unconstrained values of each site, in the site's own shape.
 
         Args:
             packed: ``batch_shape + lead + (D,)``. Any dimensions between ``batch_shape`` and ``lead`` are Pyro's: they
                 broadcast against a site's other batch dimensions (particles, outer plates).
-            batch_dim: Length of ``batch_shape``, which stays in front of all batch dimensions that a site has.
+            batch_dim: Length of ``batch_shape``, which stays in front of all batch dimensions of a site.
         """
         batch_shape, lead = packed.shape[:batch_dim], packed.shape[batch_dim:-1]
         for site, part in zip(self.sites, packed.split(self.sizes, -1), strict=True):
@@ -110,7 +110,8 @@ class Layout:
 
         Args:
             values: Site name -> ``batch_shape + unconstrained shape``, over the full plates or any part of them.
-            rank: Number of dimensions to give ``lead``, by others of size 1 on its left.
+            rank: Number of dimensions of ``lead`` in the result, with dimensions of size 1 added on its left; None adds
+                none.
 
         Returns:
             ``batch_shape + lead + (D,)``.
@@ -121,7 +122,7 @@ class Layout:
         return torch.cat(parts, -1)
 
     def _by_item(self, site: Site, value: Tensor, event_dim: int, rank: int | None) -> Tensor:
-        """``batch_shape + batch dimensions of the site + event_shape`` to ``batch_shape + lead + (size,)``."""
+        """Reshape ``batch_shape + batch dimensions of the site + event_shape`` to ``batch_shape + lead + (size,)``."""
         inner, end = self._packed_dims(site), value.dim() - event_dim
         lead = [value.shape[end + dim] if dim in self._dims else 1 for dim in range(-self.rank, 0)]
         fill = (1,) * ((self.rank if rank is None else rank) - self.rank)
@@ -131,7 +132,7 @@ class Layout:
         return value.reshape((*value.shape[: end - site.batch_rank], *fill, *lead, size))
 
     def unpack(self, packed: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Values on the supports.
+        """Map packed vectors to values on the sites' supports.
 
         Args:
             packed: ``batch_shape + lead + (D,)``.
@@ -153,7 +154,7 @@ class Layout:
         Args:
             values: Site name -> tensor of shape ``batch_shape + site shape``, over the full plates or any part of them;
                 every site, one common batch shape.
-            rank: As for :meth:`pack_unconstrained`.
+            rank: Number of dimensions of ``lead`` in the result; see :meth:`pack_unconstrained`.
 
         Returns:
             ``batch_shape + lead + (D,)``, and ``log|det d packed / d values|`` of shape ``batch_shape + lead``.
@@ -180,7 +181,7 @@ class Layout:
         return packed, total.to(packed).expand(packed.shape[:-1])
 
     def _batch_shape(self, site: Site, value: Tensor) -> torch.Size:
-        """What a value has in front of the site's shape, from which it may differ along the plates only."""
+        """Batch shape of a value, in front of the site's shape; the latter may differ along the plates only."""
         batch_dim = value.dim() - len(site.shape)
         own = value.shape[max(batch_dim, 0) :]
         differs = {axis - site.batch_rank for axis, sizes in enumerate(zip(own, site.shape)) if len(set(sizes)) > 1}
@@ -193,12 +194,12 @@ class Layout:
         return value.shape[:batch_dim]
 
     def place(self, features: Tensor, plate: str) -> Tensor:
-        """Put ``(size of the plate, F)`` where the plate's dimension is: ``lead + (F,)``."""
+        """Reshape ``(size of the plate, F)`` to ``lead + (F,)``, with the plate in its own dimension."""
         dim = self.plates[self.plate_names.index(plate)].dim
         return features.reshape((features.shape[0],) + (1,) * (-dim - 1) + features.shape[1:])
 
     def flat_index(self, indices: Mapping[str, Tensor]) -> Tensor:
-        """Row of each item in a table of all items, ``lead``, from indices into each plate."""
+        """Row index of each item in a table of all items, ``lead``, from indices into each plate."""
         row = torch.zeros((), dtype=torch.long)
         for name, size in zip(self.plate_names, self.full_sizes, strict=True):
             row = row * size + self.place(indices[name].unsqueeze(-1), name).squeeze(-1)
@@ -218,7 +219,7 @@ class Layout:
         decreasing = [torch.full((size,), site.is_decreasing) for site, size in zip(self.sites, self.sizes)]
         wanted = torch.where(torch.cat(decreasing).to(draws.device), 1 - levels, levels)  # (count, D)
         # torch.quantile takes at most 16 million elements; interpolation between order statistics is the same.
-        # Contiguous along what is sorted: else most of the time is spent on fetching.
+        # Contiguous along the sorted dimension: else memory access takes most of the time.
         ordered = draws.movedim(0, -1).contiguous().sort(-1).values.movedim(-1, 0)
         shape = (len(levels),) + (1,) * (draws.dim() - 2) + draws.shape[-1:]
         position = (wanted * (len(draws) - 1)).reshape(shape).expand((len(levels), *draws.shape[1:]))
@@ -235,8 +236,8 @@ def partition(sites: Iterable[Site], local: Collection[str]) -> list[Layout]:
         local: Names of the local plates.
 
     Returns:
-        One layout for each set of local plates that some site is in, the global sites' without plates; fewest plates
-        first: what a block may condition on comes before it.
+        One layout for each set of local plates that some site is in, that of the global sites without plates; fewest
+        plates first, so that a block comes after all that it may condition on.
     """
     groups: dict[tuple[str, ...], list[Site]] = {}
     frames: dict[tuple[str, ...], tuple[CondIndepStackFrame, ...]] = {}
@@ -249,7 +250,7 @@ def partition(sites: Iterable[Site], local: Collection[str]) -> list[Layout]:
 
 
 def check_names(names: Collection[str], values: Mapping[str, Any]) -> None:
-    """Refuse values that are not of just these sites.
+    """Refuse values whose sites are not exactly these.
 
     Raises:
         ValueError: If sites are missing or unknown.
@@ -263,5 +264,5 @@ def check_names(names: Collection[str], values: Mapping[str, Any]) -> None:
 
 
 def _axes(inner: Collection[int], event_dim: int) -> tuple[list[int], list[int]]:
-    """Axes of batch dimensions in their place, and just before the event dimensions."""
+    """Axes of batch dimensions in their own place, and their axes just before the event dimensions."""
     return [dim - event_dim for dim in inner], list(range(-event_dim - len(inner), -event_dim))

@@ -27,9 +27,9 @@ class EvaluationSettings:
     """How a log joint is evaluated.
 
     Attributes:
-        num_probes: Draws by which ways of running a model are compared.
-        distance: Standard deviation of these about the start, in unconstrained space.
-        max_rows: Draws times items of a model that are in flight at once; bounds memory.
+        num_probes: Number of draws at which ways of running a model are compared.
+        distance: Standard deviation of these about the initial location, in unconstrained space.
+        max_rows: Largest number of draws times items of a model in one evaluation; bounds memory.
     """
 
     num_probes: int = 3
@@ -47,16 +47,16 @@ class LogJoint:
 
     Args:
         model: The model.
-        table: Its latent sites.
+        table: Layout of its latent sites.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
 
     Raises:
-        NotImplementedError: If the model has latents that are not in the table.
-        Exception: As of :class:`~pyro_flows.models.batching.BatchedModel`.
+        NotImplementedError: If the model has latents that are not in the layout.
+        Exception: Those of :class:`~pyro_flows.models.batching.BatchedModel`.
     """
 
-    # Items of plates that a draw runs over, beyond the model's own cost.
+    # Number of plate items per draw, in addition to the model's own cost.
     cost_per_draw = 1
 
     def __init__(
@@ -76,7 +76,7 @@ class LogJoint:
 
     @property
     def chunk(self) -> int:
-        """Draws that may be in flight at once."""
+        """Number of draws that may be evaluated at once."""
         return max(1, EVALUATION.max_rows // self.cost_per_draw)
 
     @property
@@ -85,21 +85,21 @@ class LogJoint:
         return self.batched.is_vectorized
 
     def from_prior(self, count: int) -> Iterator[Tensor]:
-        """Up to so many draws of the prior, ``(D,)``; none where a likelihood does not bear its own prior."""
+        """Up to ``count`` draws of the prior, ``(D,)`` each; skips those at which the model raises."""
         call = self.batched.call
         for _ in range(count):
             try:
                 trace = run_quietly(self.batched.model, call)
                 packed, _ = self.table.pack({site.name: trace.nodes[site.name]["value"] for site in self.table})
-            except Exception:  # many a likelihood does not bear its own prior, each in its own way
+            except Exception:  # many likelihoods raise at draws of their own prior, in many ways
                 continue
             yield packed
 
     def without_density(self, start: Tensor) -> str:
-        """What to say if nothing around a start, ``(D,)``, has a density: which sites have none, or what it overflows.
+        """Error message if no draw around an initial location, ``(D,)``, has a density; names the sites without one.
 
         Raises:
-            Exception: Whatever the model raises there.
+            Exception: Any exception that the model raises there.
         """
         values, _ = self.table.unpack(start)
         sites = without_density(self.batched.model, values, self.batched.call)
@@ -111,7 +111,7 @@ class LogJoint:
         )
 
     def __call__(self, draws: Tensor) -> Tensor:
-        """``(S, D)`` to ``(S,)``; differentiable. Minus infinity or NaN where the model has no density."""
+        """Evaluate at ``(S, D)`` draws, to ``(S,)``; differentiable. -inf or NaN where the model has no density."""
         values, log_det = self.table.unpack(draws)
         nodes = sample_nodes(self.batched(values))
         return torch.stack([log_det, *(by_draw(node["log_prob"]).to(draws) for node in nodes.values())]).sum(0)
@@ -123,7 +123,7 @@ class PulledBack:
 
     Attributes:
         log_joint: The log joint.
-        push: ``x``, ``(S, D)``, to ``f(x)`` and its log-determinant.
+        push: The map from ``x``, ``(S, D)``, to ``f(x)``, ``(S, D)``, and its log-determinant, ``(S,)``.
     """
 
     log_joint: LogJoint
@@ -131,26 +131,26 @@ class PulledBack:
 
     @property
     def cost_per_draw(self) -> int:
-        """As of the log joint."""
+        """Cost of a draw of the log joint."""
         return self.log_joint.cost_per_draw
 
     @property
     def chunk(self) -> int:
-        """As of the log joint."""
+        """Number of draws that may be evaluated at once."""
         return self.log_joint.chunk
 
     @property
     def is_vectorized(self) -> bool:
-        """As of the log joint."""
+        """Whether many draws take one run of the model."""
         return self.log_joint.is_vectorized
 
     def __call__(self, draws: Tensor) -> Tensor:
-        """``(S, D)`` to ``(S,)``; differentiable."""
+        """Evaluate at ``(S, D)`` draws, to ``(S,)``; differentiable."""
         pushed, ladj = self.push(draws)
         return self.log_joint(pushed) + ladj
 
 
-# What Gaussians are fitted to.
+# Log densities to which Gaussians are fitted.
 Target = LogJoint | PulledBack
 
 
