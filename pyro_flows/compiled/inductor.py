@@ -100,8 +100,8 @@ def _instructions() -> None:
 
 
 def _unfuse(graph: GraphModule) -> None:
-    """Split fused multiply-adds into a product and a sum: torch's kernel copies the summand, while the compiler fuses
-    the sum with the operations that follow."""
+    """Split ``addmm`` and ``baddbmm`` into a product and a sum: torch's kernels copy the summand, while the compiler
+    fuses the sum with the operations that follow."""
     aten = torch.ops.aten
     products = {aten.addmm.default: aten.mm.default, aten.baddbmm.default: aten.bmm.default}
     for node in list(graph.graph.nodes):

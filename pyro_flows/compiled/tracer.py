@@ -27,7 +27,7 @@ class OperationTracer(TorchDispatchMode):
     """Appends each torch operation within this context to a graph.
 
     As ``torch.fx.experimental.proxy_tensor.make_fx`` does, but in a sixth of the time, since that keeps a fake of each
-    tensor. Views that repeat an earlier view of the same tensor are left out.
+    tensor. Views that do not change a tensor's shape, strides, offset or dtype are left out.
 
     Args:
         graph: The graph to append to.

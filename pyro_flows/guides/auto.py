@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L5. AutoFlowGuide: the guide that users swap for AutoNormal."""
+"""L5. AutoFlowGuide: a drop-in replacement for AutoNormal."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ __all__ = ["AutoFlowGuide"]
 
 
 class AutoFlowGuide(SummarizedGuide):
-    r"""A normalizing flow over the latents of a model; takes the place of ``AutoNormal``.
+    r"""A normalizing flow over the latents of a model; a drop-in replacement for ``AutoNormal``.
 
-    The guide starts exactly at the mean-field normal that ``AutoNormal`` starts at (for families with an identity
-    start), and a flow closes the gap :math:`\log p(x) - \mathrm{ELBO} = \mathrm{KL}(q(z) \| p(z | x))` from there.
+    The initial guide is exactly the mean-field normal of ``AutoNormal`` (for families that are initialized to the
+    identity), and a flow closes the gap :math:`\log p(x) - \mathrm{ELBO} = \mathrm{KL}(q(z) \| p(z | x))` from there.
     It trains with plain ``SVI``, with any ELBO that takes reparameterized guides, and with the optimizer and the
     learning rate that train ``AutoNormal``: location and scale move as they do there, all other parameters by small
     steps (see :class:`~pyro_flows.posterior.step_limit.StepLimit`), and entries of a draw's gradient that are not
@@ -199,7 +199,7 @@ class AutoFlowGuide(SummarizedGuide):
         }
         if self.master is None:
             with poutine.block():
-                self._create_plates(*args, **kwargs)  # NeuTraReparam reads them, perhaps before any call.
+                self._create_plates(*args, **kwargs)  # NeuTraReparam may read them before any call.
         plates = self.plates if self.master is None else getattr(self.master(), "plates", {})
         own = given if self.create_plates is not None else ()
         subsampled = {name for name, plate in plates.items() if plate.subsample_size < plate.size}
@@ -222,7 +222,7 @@ class AutoFlowGuide(SummarizedGuide):
         self.prototype_trace = trace
 
     def _given_plates(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-        """Names of the plates that the user makes for the guide, or for the list of guides that it is in."""
+        """Names of the plates that the user creates for the guide, or for the ``AutoGuideList`` that it is in."""
         make = self.create_plates
         if make is None and self.master is not None:
             make = self.master().create_plates
@@ -256,7 +256,7 @@ class AutoFlowGuide(SummarizedGuide):
 
     @property
     def _joint(self) -> JointBlock:
-        """The one block of a guide without local latents."""
+        """The joint block, which is the only block of a guide without local latents."""
         return self._posterior.only_block
 
     @property

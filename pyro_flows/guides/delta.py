@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L5. How a guide says what it drew: a point, with the density of the map that took it to its support."""
+"""L5. The distribution of a guide's sample statements: a point mass, with the log density of the draw."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ __all__ = ["DensityDelta"]
 
 
 class DensityDelta(dist.Delta):  # type: ignore[misc]
-    """Pyro's ``Delta``, whose log density counts in Kullback-Leibler divergences too.
+    """Pyro's ``Delta``, but with its log density included in Kullback-Leibler divergences.
 
-    ``TraceMeanField_ELBO`` takes these of every pair of sites. Pyro's for a ``Delta`` leaves its log density out, and
-    so the Jacobian of the map to the support: the loss of Pyro's own autoguides is off by it there, and has no bound.
+    ``TraceMeanField_ELBO`` takes the divergence of every pair of sites. Pyro's divergence for a ``Delta`` leaves out
+    its log density, and so the Jacobian of the map to the support: with Pyro's own autoguides that loss is wrong by
+    this term, and is no bound.
     """
 
 

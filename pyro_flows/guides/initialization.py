@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L5. Where a guide starts by default."""
+"""L5. The default initialization of a guide."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["init_to_prior_median"]
 
 @dataclass(frozen=True)
 class MedianSettings:
-    """What a prior says about where a site is.
+    """Constants of initialization at the prior's median.
 
     Attributes:
-        probabilities: Of the quartiles.
-        max_central_half: Distance of quartiles in unconstrained space beyond which a prior says nothing: a factor of
-            20,000 for a positive site.
-        num_draws: Draws by which quartiles are known where there is no quantile function, 4 n - 1 of them.
+        probabilities: Probabilities of the quartiles.
+        max_central_half: Distance of the quartiles in unconstrained space above which a prior is uninformative: a
+            factor of 20,000 for a positive site.
+        num_draws: Number of draws for the quartiles of priors without a quantile function, of the form 4 n - 1.
     """
 
     probabilities: tuple[float, float, float] = (0.25, 0.5, 0.75)
@@ -33,7 +33,7 @@ class MedianSettings:
 
     @property
     def places(self) -> list[int]:
-        """Of the quartiles among the draws in order."""
+        """Indices of the quartiles among the sorted draws."""
         return [round(p * (self.num_draws + 1)) - 1 for p in self.probabilities]
 
 
@@ -41,14 +41,14 @@ MEDIAN = MedianSettings()
 
 
 def init_to_prior_median(site: dict[str, Any]) -> Tensor:
-    """Start at the prior's exact median where its quantile function is known, else at the median of 15 draws.
+    """Initialize at the prior's exact median where its quantile function is known, else at the median of 15 draws.
 
-    Pyro takes 15 draws always, whose median's noise is a third of the prior's standard deviation. In a hierarchy that
-    scatters members around their parent, which the guide must first unlearn.
+    Pyro always takes the median of 15 draws, whose standard error is a third of the prior's standard deviation. In a
+    hierarchy, that scatters the members of a group around their parent, which the guide must first unlearn.
 
-    Where a prior of a bounded site says nothing about it, as ``Gamma(0.001, 0.001)``, whose median is below the
-    smallest number, and where it has no median in one dimension, this starts where ``AutoNormal`` does: at zero in
-    unconstrained space.
+    Two kinds of sites are initialized as by ``AutoNormal``, at zero in unconstrained space: bounded sites with an
+    uninformative prior, such as ``Gamma(0.001, 0.001)``, whose median is below the smallest floating-point number; and
+    sites with a multivariate prior.
 
     Args:
         site: A site of a Pyro trace.
@@ -58,7 +58,7 @@ def init_to_prior_median(site: dict[str, Any]) -> Tensor:
     """
     fn = site["fn"]
     while hasattr(fn, "base_dist") and hasattr(fn, "reinterpreted_batch_ndims"):
-        fn = fn.base_dist  # to_event() only says how dimensions are counted
+        fn = fn.base_dist  # to_event() does not change quantiles
     if fn.event_shape:
         feasible: Tensor = init_to_feasible(site)
         return feasible
@@ -66,7 +66,7 @@ def init_to_prior_median(site: dict[str, Any]) -> Tensor:
     low, median, high = _quartiles(fn)
     usable = median.isfinite() & fn.support.check(median)
     if fn.support is not constraints.real:
-        # Quartiles that are no numbers in floating point come out as its smallest or largest, all alike.
+        # Quartiles outside the range of floating point are all clamped to its smallest or largest number.
         unconstrained = to_support.inv(median)
         is_number = unconstrained == unconstrained.clamp(*unconstrained_limits(median.dtype))
         usable &= is_number & ((to_support.inv(high) - to_support.inv(low)).abs() < MEDIAN.max_central_half)
@@ -76,7 +76,7 @@ def init_to_prior_median(site: dict[str, Any]) -> Tensor:
 
 
 def _quartiles(fn: Any) -> Tensor:
-    """``(3, *batch_shape)``."""
+    """Quartiles of a prior, ``(3, *batch_shape)``."""
     try:
         return torch.stack([fn.icdf(torch.tensor(p)).expand(fn.batch_shape) for p in MEDIAN.probabilities])
     except (NotImplementedError, ValueError, AttributeError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L5. A guide's parameters in Pyro's store: found by SVI, under names of their own, saved and loaded with the store."""
+"""L5. A guide's parameters in Pyro's store: found by SVI, under unique names, saved and loaded with the store."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ __all__ = ["StoredGuide"]
 
 
 class StoredGuide(AutoContinuous):
-    """An autoguide of plain ``nn.Parameter``s that settles which names in Pyro's parameter store are its own.
+    """An autoguide with plain ``nn.Parameter``s, which it registers under unique names in Pyro's parameter store.
 
     Args:
         model: A Pyro model.
         init_loc_fn: See ``AutoContinuous``.
-        name: Name in Pyro's parameter store. None takes a free one. A guide with a name takes over parameters that it
-            finds under that name.
+        name: Name in Pyro's parameter store. None takes a free one. A guide with a name takes over the parameters
+            stored under that name.
     """
 
     _model: tuple[Callable[..., Any], ...] | None
@@ -38,10 +38,10 @@ class StoredGuide(AutoContinuous):
     def __init__(self, model: Any, init_loc_fn: Any, name: str | None) -> None:
         super().__init__(model, init_loc_fn=init_loc_fn)
         assert self._model is not None
-        self._model = (model, *self._model)  # the second one has its latents at their start
+        self._model = (model, *self._model)  # the second has its latents at their initial values
         self._given_name = name
         self._registered = False
-        # Found once: looking for them takes as long as many an operation.
+        # Found once, since looking for them takes as long as an operation.
         self._own: list[tuple[str, nn.Parameter]] | None = None
         if name is not None:
             self._pyro_name = name
@@ -53,7 +53,8 @@ class StoredGuide(AutoContinuous):
 
     @property
     def started_model(self) -> Callable[..., Any]:
-        """The model with its latents at their start. What sets latents itself need not ask an ``init_loc_fn``."""
+        """The model with its latents at their initial values. Code that sets the latents itself uses :attr:`model`,
+        which does not call ``init_loc_fn``."""
         return self._models()[1]
 
     def _models(self) -> tuple[Callable[..., Any], ...]:
@@ -83,14 +84,14 @@ class StoredGuide(AutoContinuous):
         return new
 
     def _declare_parameters(self) -> None:
-        """Run a param statement for every trainable parameter, so that SVI finds it."""
+        """Run a ``pyro.param`` statement for every trainable parameter, so that SVI finds it."""
         if self._own is None:
             self._own = list(self._trained().named_parameters("posterior"))
         params = [(name, p) for name, p in self._own if p.requires_grad]
         if _is_module_local_param_enabled():
             for name, param in params:
                 fullname = f"{self._pyro_name}.{name}"
-                # What Pyro does for a PyroParam; for a plain nn.Parameter it omits `unconstrained`, and SVI fails.
+                # As Pyro does for a PyroParam; for a plain nn.Parameter it omits `unconstrained`, and SVI fails.
                 value = param.detach()
                 value.unconstrained = weakref.ref(param)  # type: ignore[attr-defined]
                 statement = poutine.runtime.effectful(type="param")(lambda *_, value=value, **__: value)
@@ -102,13 +103,13 @@ class StoredGuide(AutoContinuous):
             pyro.param(f"{self._pyro_name}.{name}", param, event_dim=param.dim())
 
     def _is_displaced(self, params: Sequence[tuple[str, Tensor]], prefix: str | None = None) -> bool:
-        """Whether the store holds another tensor under one of our names."""
+        """Whether the store holds another tensor under the name of one of the guide's parameters."""
         store = pyro.get_param_store()._params
         prefix = self._pyro_name if prefix is None else prefix
         return any(store.get(f"{prefix}.{name}", param) is not param for name, param in params)
 
     def _register(self, params: Sequence[tuple[str, Tensor]]) -> None:
-        """Settle which names in the store are ours; see the constructor's ``name``."""
+        """Choose the guide's names in the store; see the constructor's ``name``."""
         if self._is_displaced(params):
             if self._pyro_name == self._given_name:
                 self._adopt(params)
@@ -152,7 +153,7 @@ class StoredGuide(AutoContinuous):
         look_again(self._trained())
 
     def _convert_stored(self) -> None:
-        """Have this version's parameters in the store, where version 0.1.0's are."""
+        """Replace stored parameters of version 0.1.0 by those of this version."""
         store = pyro.get_param_store()
         prefix = f"{self._pyro_name}.posterior."
         stored = {name.removeprefix(prefix): store[name].detach() for name in store if name.startswith(prefix)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L5. What is said of gradients that are not finite, which guides leave out: once, with the site to blame."""
+"""L5. The warning about gradients that are not finite, which guides leave out: once, with the site that caused it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["warn_of_refused"]
 def warn_of_refused(
     model: Callable[..., Any], posterior: Posterior, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> None:
-    """Say that the gradient of a draw was not finite, and which site's log density is not where it was drawn.
+    """Warn that the gradient of a draw was not finite, and name the site whose log density is not finite there.
 
     Args:
         model: The model.
@@ -28,7 +28,7 @@ def warn_of_refused(
     values = posterior.refused_values()
     try:
         sites = {} if values is None else without_density(model, values, Call(args, kwargs))
-    except Exception:  # what a model does at such values is no news; that the gradient was not finite is
+    except Exception:  # the model raises at these values; the warning is about the gradient only
         sites = {}
     cause = f": the log density of {' and '.join(map(repr, sites))} is not finite there" if sites else ""
     warnings.warn(

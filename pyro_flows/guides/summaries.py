@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L5. What one asks a trained guide for: draws, densities, quantiles."""
+"""L5. Summaries of a trained guide: draws, densities, quantiles."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["SummarizedGuide"]
 
 @dataclass(frozen=True)
 class SummarySettings:
-    """Draws of which a summary is made.
+    """Number of draws of a summary.
 
     Attributes:
-        max_values: Values of latents in all of them, so that many latents take fewer draws.
-        min_draws: At least so many.
+        max_values: Largest number of draws times latents, so that many latents take fewer draws.
+        min_draws: Smallest number of draws.
     """
 
     max_values: int = 400_000
@@ -34,10 +34,10 @@ SUMMARY = SummarySettings()
 
 
 class SummarizedGuide(StoredGuide):
-    """A guide that answers from its distribution alone, without a run of the model."""
+    """A guide with draws, densities and quantiles of its distribution, without runs of the model."""
 
     def setup(self, *args: Any, **kwargs: Any) -> SummarizedGuide:
-        """Build every parameter, once; takes the model's arguments."""
+        """Build all parameters, once; takes the model's arguments."""
         raise NotImplementedError
 
     @property
@@ -54,8 +54,8 @@ class SummarizedGuide(StoredGuide):
             kwargs: The model's keyword arguments.
 
         Returns:
-            Site name -> ``(num_samples, *site shape)``; over full plates, and for amortized plates over the items of
-            the arguments.
+            Site name -> ``(num_samples, *site shape)``, over full plates; amortized plates have the items of the
+            arguments.
         """
         check_int("sample_posterior", "num_samples", num_samples, 1)
         return self.setup(*args, **kwargs)._posterior.sample(num_samples, args, kwargs)
@@ -71,7 +71,7 @@ class SummarizedGuide(StoredGuide):
             kwargs: The model's keyword arguments.
 
         Returns:
-            ``batch_shape``.
+            Log densities, ``batch_shape``.
 
         Raises:
             ValueError: If sites are missing or a shape does not fit.
@@ -85,17 +85,17 @@ class SummarizedGuide(StoredGuide):
     ) -> dict[str, Tensor]:
         r"""Quantiles of each coordinate of each site, from draws.
 
-        Taken in unconstrained space and mapped to the support, so that the result is on it. The noise is the same at
-        each call, symmetric (as far as the base is), and its coordinates are spread evenly over a normal's quantiles:
-        results repeat, and of a mean-field Gaussian they are right up to the interpolation between draws. Elsewhere the
+        Quantiles are taken in unconstrained space and mapped to the support, so that the result is on it. The noise is
+        the same at each call, symmetric (as far as the base is), and stratified in each coordinate: results are
+        reproducible, and exact for a mean-field Gaussian up to the interpolation between draws. For other guides the
         standard error of the p-quantile is at most :math:`\sqrt{p (1 - p) / S} / f`, with :math:`f` the density there:
-        for a normal 2 % of a standard deviation at the median and 3 % at 5 %, with 4000 draws.
+        with 4000 draws of a normal, 2 % of a standard deviation at the median and 3 % at the 5 % quantile.
 
         Args:
             quantiles: Probabilities in [0, 1].
             args: The model's arguments; needed if the guide is not set up yet, and for encoders.
             num_samples: Number of draws, >= 1. None takes 4000, fewer (but 100 at least) with more than 100 latents, so
-                that they take tens of milliseconds for a thousand.
+                that a thousand latents take tens of milliseconds.
             kwargs: The model's keyword arguments.
 
         Returns:
@@ -111,14 +111,14 @@ class SummarizedGuide(StoredGuide):
         return posterior.quantiles(levels, num_samples, args, kwargs)
 
     def median(self, *args: Any, num_samples: int | None = None, **kwargs: Any) -> dict[str, Tensor]:
-        """Median of each coordinate of each site, from few draws: in about the time of a step.
+        """Median of each coordinate of each site, from few draws, in about the time of a training step.
 
-        See :meth:`quantiles` for the noise and the error. Of Gaussian guides with any covariance it is exact.
+        See :meth:`quantiles` for the noise and the error. For Gaussian guides with any covariance it is exact.
 
         Args:
-            args: As for :meth:`quantiles`.
+            args: The model's arguments; needed if the guide is not set up yet, and for encoders.
             num_samples: Number of draws, >= 1. None takes 400, fewer (but 100 at least) with more than 1000 latents.
-            kwargs: As ``args``.
+            kwargs: The model's keyword arguments.
 
         Returns:
             Site name -> value of the site's shape.
@@ -130,6 +130,6 @@ class SummarizedGuide(StoredGuide):
 
 
 def _num_draws(posterior: Posterior, most: int) -> int:
-    """How many draws summaries take by default: as many as take about as long as those of few latents."""
+    """Default number of draws of a summary: ``most``, or fewer with many latents, to bound the time."""
     num_latents = posterior.latent_dim + sum(b.layout.num_items * b.layout.latent_dim for b in posterior.blocks())
     return max(SUMMARY.min_draws, min(most, SUMMARY.max_values // num_latents))

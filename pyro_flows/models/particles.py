@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L2. How a model and a guide are run together: at one draw, and at many in one run."""
+"""L2. Running a model and a guide together: at one draw, and at many draws in one run."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class ProbeSettings:
     """How ways of running a guide are compared.
 
     Attributes:
-        num_runs: Runs of the guide at whose draws the densities are compared.
-        relative: Largest difference of a log density, relative to it: flows are inverted for that.
-        nats: And beside that, in nats.
+        num_runs: Number of runs of the guide, at whose draws the densities are compared.
+        relative: Largest difference of a log density, relative to it; allows for the numerical inverse of flows.
+        nats: Largest absolute difference, in nats, in addition to the relative one.
     """
 
     num_runs: int = 3
@@ -49,7 +49,7 @@ PROBES = ProbeSettings()
 
 
 def at_a_draw(model: Callable[..., Any], guide: Callable[..., Any]) -> Callable[..., Any]:
-    """The model at a draw of the guide, made anew for each run."""
+    """Wrap a model so that each run is at a fresh draw of the guide."""
 
     def run(*args: Any, **kwargs: Any) -> None:
         trace = run_quietly(guide, Call(args, kwargs))
@@ -61,11 +61,11 @@ def at_a_draw(model: Callable[..., Any], guide: Callable[..., Any]) -> Callable[
 def look_at(
     owner: str, model: Callable[..., Any], guide: Callable[..., Any], call: Call, least_nesting: int = 0
 ) -> BatchedModel:
-    """How to run a model at draws of a guide.
+    """Find out how to run a model at many draws of a guide.
 
     Raises:
-        ValueError: If the two were swapped, the guide is another model's, or observed values have no density.
-        Exception: Whatever the model or the guide raises in plain runs, or Pyro about their shapes.
+        ValueError: If the two were swapped, the guide is for another model, or observed values have no density.
+        Exception: Any exception that the model or the guide raises in plain runs, or that Pyro raises about shapes.
     """
     traces = [run_quietly(guide, call) for _ in range(PROBES.num_runs)]
     drawn = [sample_nodes(found) for found in traces]
@@ -91,7 +91,7 @@ def look_at(
 
 @torch.no_grad()
 def runs_in_a_plate(guide: Callable[..., Any], call: Call, nesting: int, count: int = 3) -> bool:
-    """Whether a guide runs in an outer plate, with the densities that its single runs have at the same values."""
+    """Whether a guide runs in an outer plate, with the same densities as single runs at the same values."""
     with poutine.block(), pyro.validation_enabled(False):
         try:
             plain = sample_nodes(poutine.trace(guide).get_trace(*call.args, **call.kwargs))
@@ -103,7 +103,7 @@ def runs_in_a_plate(guide: Callable[..., Any], call: Call, nesting: int, count: 
                 name: rows_of(node["value"], plain[name]["value"].dim(), count)
                 for name, node in sample_nodes(together).items()
             }
-        except Exception:  # each guide fails in its own way at dimensions that it never meant to see
+        except Exception:  # guides that are not written for outer dimensions fail in many ways
             return False
         expected = []
         for row in range(count):
@@ -119,6 +119,6 @@ def runs_in_a_plate(guide: Callable[..., Any], call: Call, nesting: int, count: 
 
 
 def _in_front(term: Tensor, nesting: int, count: int) -> Tensor:
-    """A term of a run in an outermost plate, or of one without draws, summed to ``(count,)``."""
+    """Sum a term of a run in an outermost plate, or a term without that dimension, to ``(count,)``."""
     term = term.reshape((1,) * (nesting + 1 - term.dim()) + term.shape)
     return by_draw(term).expand(count)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L2. Reading off a model how the priors of its latents follow the latents before them."""
+"""L2. Reading off a model how the priors of its latents depend on other latents."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class ReadingSettings:
     """How priors are read off a model.
 
     Attributes:
-        max_parents: Unconstrained dimension of the latents that a prior may follow: a run of the model for each.
-        num_spare_runs: Runs beyond the number of unknowns, by which a linear fit can be seen to fail.
-        max_items: Items of a mini-batch that are looked at; enough to see whether the prior differs between items.
-        tolerance: Relative error up to which a fit is exact, as rounding in float32 is.
-        shift: Standard deviation by which coordinates are moved to see which others notice, in unconstrained space.
+        max_parents: Largest unconstrained dimension of a prior's parents; each dimension takes a run of the model.
+        num_spare_runs: Number of runs beyond the number of unknowns, which show whether a linear fit fails.
+        max_items: Number of items of a mini-batch that are used; enough to see whether the prior differs between items.
+        tolerance: Relative error below which a fit counts as exact; allows for rounding in float32.
+        shift: Standard deviation by which coordinates are moved to test dependence, in unconstrained space.
     """
 
     max_parents: int = 200
@@ -49,15 +49,16 @@ READING = ReadingSettings()
 
 @dataclass(frozen=True, eq=False)
 class LinearPrior:
-    r"""Gaussian priors, in unconstrained space, with location and log-scale that are linear in the given latents.
+    r"""Gaussian priors, in unconstrained space, with location and log-scale that are linear in the parents.
 
     Attributes:
-        known: Which coordinates of the item's vector have such a prior, ``(n,)``.
-        active: Which entries of the given latents matter, ``(A,)``.
-        slope: Of locations, then of log-scales, ``(2 n, A)``.
-        bias: Likewise, ``(2 n,)``.
-        correlated: Those that are marginals of multivariate normals whose correlations are a latent.
-        conditionally_independent: Whether those with a known prior are, given all others and the data.
+        known: Mask of the coordinates of the block's vector that have such a prior, ``(n,)``.
+        active: Indices of the A entries of the parents that these depend on, ``(A,)``.
+        slope: Slopes of the n locations, then of the n log-scales, ``(2 n, A)``.
+        bias: Biases of the n locations, then of the n log-scales, ``(2 n,)``.
+        correlated: Coordinates that are marginals of multivariate normals whose correlations are a latent.
+        conditionally_independent: Whether the coordinates with a known prior are independent given all others and the
+            data.
     """
 
     known: Tensor
@@ -68,11 +69,12 @@ class LinearPrior:
     conditionally_independent: bool = False
 
     def __call__(self, parents: Tensor) -> Tensor:
-        """Locations and log-scales, ``(..., 2 n)``, from packed given latents, ``(..., G)``."""
+        """Locations and log-scales, ``(..., 2 n)``, from packed parents, ``(..., G)``."""
         return torch.nn.functional.linear(parents[..., self.active], self.slope, self.bias)
 
     def dense(self, count: int) -> tuple[Tensor, Tensor]:
-        """Slopes in all of ``count`` given latents, ``(2 n, count)``, and biases; zero where nothing is known."""
+        """Slopes with respect to all ``count`` entries of the parents, ``(2 n, count)``, and biases, ``(2 n,)``; zero
+        for unknown priors."""
         rows = self.known.repeat(2)
         slope = self.slope.new_zeros(len(self.bias), count)
         slope[:, self.active] = self.slope
@@ -80,11 +82,11 @@ class LinearPrior:
 
 
 class _Done(Exception):
-    """Ends a run of the model once the priors of interest were seen."""
+    """Raised to end a run of the model once all requested priors were seen."""
 
 
 class _Watch(Messenger):
-    """Sets some latents to given values, draws the rest, and takes down the distributions of those that are wanted."""
+    """Sets some latents to given values, draws the rest, and records the distributions of the requested sites."""
 
     def __init__(self, values: Mapping[str, Tensor], wanted: Sequence[str]) -> None:
         super().__init__()
@@ -94,7 +96,7 @@ class _Watch(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] or site_is_subsample(msg):
             return
-        # Anything else is drawn afresh, though the guide's model comes with a handler that sets it to its start.
+        # All others are drawn afresh, although a handler of the guide's model would set them to their initial values.
         msg["value"] = self.values[msg["name"]] if msg["name"] in self.values else msg["fn"]()
         msg["done"] = True
 
@@ -113,18 +115,18 @@ def read_prior(
     layout: Layout,
     parents: Sequence[Layout],
 ) -> LinearPrior | None:
-    """Find the priors of a block's sites that are Gaussian, and linear in what the block is given.
+    """Find the priors of a block's sites that are Gaussian, and linear in the block's parents.
 
-    Runs the model a few times at random values of the given latents, with everything else drawn afresh. A prior that
-    also depends on anything else (a discrete latent, a covariate of the item, a site of the same block) does not come
-    out linear, and is left out; so is a prior of another form.
+    Runs the model a few times at random values of the parents, with everything else drawn afresh. A prior that also
+    depends on anything else (a discrete latent, a covariate of the item, a site of the same block) does not fit a
+    linear function of the parents, and is left out; so is a prior of another form.
 
     Args:
         model: The model.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
-        layout: The block's sites.
-        parents: Those of each block that this one is given, the joint block first.
+        layout: Layout of the block's sites.
+        parents: Layouts of the blocks that this one is conditional on, the joint block first.
 
     Returns:
         None if no site has such a prior.
@@ -148,7 +150,9 @@ def read_prior(
 def read_joint_prior(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], layout: Layout
 ) -> LinearPrior | None:
-    """As :func:`read_prior` for the sites of the joint block, each given the others; priors that follow none left out.
+    """Find the priors of the joint block's sites that are Gaussian, and linear in other sites of the block.
+
+    See :func:`read_prior`. Priors that depend on no other site are left out.
 
     Returns:
         None if no site has such a prior.
@@ -170,7 +174,7 @@ def read_joint_prior(
             pairs = _correlations(layout, found, values)
             shared = pairs if len(rows) == 1 else shared & pairs
             if len(rows) == 2 and not (rows[0][1] != rows[1][1]).logical_and(y.isfinite()).any():
-                return None  # no Gaussian prior that follows anything
+                return None  # no Gaussian prior depends on another site
     prior = _fit(torch.stack([x for x, _ in rows]), torch.stack([y for _, y in rows]), layout.init_loc)
     if prior is None:
         return None
@@ -199,16 +203,16 @@ def _conditionally_independent(
 ) -> bool:
     """Whether some coordinates are independent of each other given all others and the data.
 
-    Moves half of them and looks at the gradient of the log joint in the other half, for so many halves that each two
-    coordinates are in different ones at least once: as many gradients as their number has binary digits. A model that
-    can't be looked at in this way counts as one in which they are not.
+    Moves one half of them and compares the gradient of the log joint with respect to the other half, for one split into
+    halves per binary digit of a coordinate's number, so that any two coordinates are in different halves at least once.
+    If the model raises there, they count as dependent.
 
     Args:
         model: The model.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
-        layout: The sites of the joint block.
-        coordinates: Which ones, as indices, ``(P,)``.
+        layout: Layout of the joint block's sites.
+        coordinates: Indices of the coordinates, ``(P,)``.
     """
 
     def gradient(packed: Tensor) -> Tensor:
@@ -254,7 +258,7 @@ def _correlations(layout: Layout, found: Mapping[str, Any], values: Mapping[str,
 
 
 def _unwrapped(fn: Any) -> Any:
-    """A distribution without what only changes its shape or its weight."""
+    """Base distribution, without wrappers that only change its shape or its weight."""
     while isinstance(fn, (dist.Independent, dist.torch_distribution.ExpandedDistribution, dist.MaskedDistribution)):
         fn = fn.base_dist
     return fn
@@ -267,20 +271,20 @@ def _watch(
     values: Mapping[str, Tensor],
     wanted: Sequence[str],
 ) -> dict[str, Any] | None:
-    """Distributions of sites in a run at given values; None if the model does not bear these values."""
+    """Distributions of sites in a run at given values; None if the model raises at these values."""
     watch = _Watch(values, wanted)
     try:
         with poutine.block(), watch:
             model(*args, **kwargs)
     except _Done:
         pass
-    except Exception:  # whatever a model does at values it never meant to see, its priors are merely not known
+    except Exception:  # a model may raise anything at unlikely values; its priors are then unknown
         return None
     return watch.found
 
 
 def _random_parents(parents: Sequence[Layout]) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Random packed values of what a block is given, and the same by site."""
+    """Random values of a block's parents, packed, and by site."""
     drawn: list[Tensor] = []
     values: dict[str, Tensor] = {}
     for layout in parents:
@@ -291,7 +295,7 @@ def _random_parents(parents: Sequence[Layout]) -> tuple[list[Tensor], dict[str, 
 
 
 def _row(layout: Layout, parents: Sequence[Tensor], found: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Given latents and the Gaussian of the first items: ``(items, G)`` and ``(items, 2 n)``; NaN for another prior."""
+    """Parents and the Gaussian prior of the first items: ``(items, G)`` and ``(items, 2 n)``; NaN for other priors."""
     gaussians = {site.name: _gaussian(site, found[site.name]) for site in layout}
     y = [layout.pack_unconstrained({name: pair[i] for name, pair in gaussians.items()}) for i in range(2)]
     lead = y[0].shape[:-1]
@@ -304,8 +308,8 @@ def _row(layout: Layout, parents: Sequence[Tensor], found: Mapping[str, Any]) ->
 def _gaussian(site: Site, fn: Any) -> tuple[Tensor, Tensor]:
     """Location and log-scale in unconstrained space, in the site's unconstrained shape.
 
-    Of a multivariate normal these are the marginals': with a matrix of covariances they often follow other latents
-    linearly, unlike its conditionals, and pooling with them is what takes the funnel away.
+    For a multivariate normal these are the marginals': with a covariance matrix they often depend linearly on other
+    latents, unlike its conditionals, and a parametrization relative to them removes the funnel.
     """
     fn = _unwrapped(fn)
     if isinstance(fn, dist.LogNormal):
@@ -321,7 +325,7 @@ def _gaussian(site: Site, fn: Any) -> tuple[Tensor, Tensor]:
 
 
 def _fit(x: Tensor, y: Tensor, like: Tensor) -> LinearPrior | None:
-    """Least squares; keeps the coordinates that it fits to rounding."""
+    """Linear prior by least squares, for the coordinates that it fits up to rounding."""
     size = y.shape[-1] // 2
     design = torch.cat([x, x.new_ones(len(x), 1)], -1)
     finite = y.isfinite().all(0)

@@ -19,12 +19,12 @@ Values = Mapping[str, Tensor]
 
 
 class Score(NamedTuple):
-    """Log densities of S draws, by item, in float64; NaN for draws that the model refuses.
+    """Log densities of S draws, by item, in float64; NaN for draws at which the model raises.
 
     Attributes:
-        log_likelihood: Of what is observed, and of all that depends on an enumerated site, ``(S, N)``.
-        log_priors: Latent site -> its log density given those before it, ``(S, N)``; none whose prior follows an
-            enumerated site.
+        log_likelihood: Log density of observed sites and of all sites that depend on an enumerated one, ``(S, N)``.
+        log_priors: Latent site -> its log density given the sites before it, ``(S, N)``; without sites whose prior
+            depends on an enumerated site.
     """
 
     log_likelihood: Tensor
@@ -37,7 +37,7 @@ class Score(NamedTuple):
 
 
 def concatenate(scores: Sequence[Score]) -> Score:
-    """Scores of several draws as one, in order."""
+    """Concatenate scores along the draws, in order."""
     priors = {name: torch.cat([score.log_priors[name] for score in scores]) for name in scores[0].log_priors}
     return Score(torch.cat([score.log_likelihood for score in scores]), priors)
 
@@ -50,11 +50,11 @@ class ModelScorer:
         model: The model.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
-        structure: What is known of it.
-        probe: A few draws to choose by, ``(S, *site shape)`` each.
+        structure: Structure of the model and the guide.
+        probe: A few draws at which to compare ways of running the model: latent site -> ``(S, *site shape)``.
 
     Attributes:
-        model: The model, as it is run.
+        model: The model.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class ModelScorer:
         probe: Values,
     ) -> None:
         self._structure = structure
-        # The same mini-batch for all, or else nothing could agree.
+        # The same mini-batch for all runs, or else their densities could not agree.
         call = Call(args, kwargs, structure.indices)
         self.model = BatchedModel(owner, model, call, probe, structure.nesting)
 
@@ -81,10 +81,10 @@ class ModelScorer:
 
         Args:
             values: Latent site -> ``(S, *site shape)``.
-            indices: Plate -> mini-batch; plates that are not named draw their own.
+            indices: Plate -> indices of its mini-batch; other plates draw their own.
 
         Returns:
-            NaN for draws that the model refuses; minus infinity where its density is zero.
+            The log densities; NaN for draws at which the model raises, minus infinity where its density is zero.
         """
         count = len(next(iter(values.values())))
         nodes = sample_nodes(self.model(values, self.model.call._replace(fixed=indices or {})))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L2. One trace of a model becomes an immutable list of its latent sites: their shapes, supports and plates."""
+"""L2. The latent sites of a trace of a model as immutable records: their shapes, supports and plates."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ __all__ = ["Site", "full_size", "read_sites"]
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """One latent site, as it is in one trace.
+    """One latent site of a trace.
 
     Attributes:
         name: Its name in the model.
         shape: Shape of its value, batch dimensions first.
         event_dim: Number of event dimensions of its value.
-        init_loc: Its unconstrained value in the trace; of another shape than ``shape`` for a simplex, say.
+        init_loc: Its unconstrained value in the trace; may have another shape than ``shape``, as for a simplex.
         to_support: The bijection from unconstrained values to the support; see :class:`Representable`.
         is_real: Whether that bijection is the identity.
-        frames: The plates it is in.
+        frames: Frames of the plates that it is in.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Site:
 
     @classmethod
     def read(cls, node: Mapping[str, Any], to_support: Transform) -> Site:
-        """The site of a trace's node, given the bijection to its support."""
+        """Read a site off a node of a trace, given the bijection to its support."""
         value = node["value"].detach()
         return cls(
             name=node["name"],
@@ -69,12 +69,12 @@ class Site:
 
     @property
     def unconstrained_event_shape(self) -> torch.Size:
-        """That shape without the batch dimensions."""
+        """Shape of its unconstrained value without the batch dimensions."""
         return self.unconstrained_shape[self.batch_rank :]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its value; a packed vector has the widest of all."""
+        """Dtype of its value; a packed vector has the widest of its sites' dtypes."""
         return self.init_loc.dtype
 
     @property
@@ -82,7 +82,7 @@ class Site:
         """Whether the bijection reverses the order of each coordinate, as for ``less_than``."""
         try:
             return bool(torch.as_tensor(_base_transform(self.to_support).sign < 0).all())
-        except NotImplementedError:  # The simplex and its kin have no order of coordinates to keep.
+        except NotImplementedError:  # Coordinates of a simplex, say, have no order.
             return False
 
     def constrain(self, unconstrained: Tensor) -> tuple[Tensor, Tensor | float]:
@@ -106,15 +106,15 @@ class Site:
 
 
 def read_sites(trace: Trace, varying: Collection[str] = ()) -> list[Site]:
-    """The sites of a trace that holds latent sites only, in its order.
+    """Read the sites of a trace that holds latent sites only, in its order.
 
     Args:
         trace: The trace.
-        varying: Names of the plates that may hold other items in other calls.
+        varying: Names of the plates that may have other items in other calls.
 
     Raises:
-        NotImplementedError: If a support has no bijection; ask for the site's name before.
-        ValueError: If a support differs between the items of a plate that may hold others.
+        NotImplementedError: If a support has no bijection from unconstrained space.
+        ValueError: If a support differs between the items of a plate in ``varying``.
     """
     sites = []
     for _, node in trace.iter_stochastic_nodes():
@@ -135,7 +135,11 @@ def full_size(frame: CondIndepStackFrame) -> int:
 
 
 def _for_any_item(support: Any, frame: CondIndepStackFrame, node: Mapping[str, Any]) -> Any:
-    """A support that does not depend on which items of a plate are at hand."""
+    """The support that all items of a plate share.
+
+    Raises:
+        ValueError: If it differs between items.
+    """
     shared, axis = copy.copy(support), frame.dim - node["fn"].event_dim
     for name, value in vars(support).items():
         if isinstance(value, constraints.Constraint):

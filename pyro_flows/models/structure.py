@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L2. What a run of the guide and one of the model tell: latents and their layout, plates, and what has no weights."""
+"""L2. Structure of a model and a guide, read off their runs: latents and their layout, plates, and refusals."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ __all__ = ["Structure", "common_plate", "read_structure"]
 
 @dataclass(frozen=True, eq=False)
 class Structure:
-    """What is known of a model and a guide before any weights are computed.
+    """Structure of a model and a guide, known before any importance weights are computed.
 
     Attributes:
-        layout: The model's latent sites that the guide draws, in the model's order, and ``items``.
+        layout: Layout of the model's latent sites that the guide draws, in the model's order, by :attr:`items`.
         nesting: Number of batch dimensions in use.
-        subsampled: Names of the plates that take mini-batches.
+        subsampled: Names of the subsampled plates.
         is_continuous: Whether all latents have an unconstrained space.
         enumerates: Whether the model has discrete sites to be summed out.
-        indices: The mini-batch of each plate of the model in the run that was looked at.
-        elements: Numbers that one draw takes, roughly.
+        indices: Plate of the model -> indices of its mini-batch in the run that was read.
+        elements: Approximate number of elements of the tensors of one draw.
     """
 
     layout: Layout
@@ -56,25 +56,25 @@ class Structure:
 
     @property
     def items(self) -> CondIndepStackFrame | None:
-        """The plate that every site is in, over which the log weights fall apart; None if there is none."""
+        """The plate that every site is in, over which the log weights factorize; None if there is none."""
         return next(iter(self.layout.plates), None)
 
     @property
     def num_items(self) -> int:
-        """Number of items N; 1 where the log weights do not fall apart."""
+        """Number of items N; 1 where the log weights do not factorize."""
         return self.layout.num_items
 
     @property
     def item_dim(self) -> int:
-        """Unconstrained dimensions of an item (of all latents where there are no items)."""
+        """Number of unconstrained dimensions of an item (of all latents where there are no items)."""
         return self.layout.latent_dim
 
     def item_axis(self, latent: Site) -> int | None:
-        """Which axis of a latent's value, constrained or not, runs along the items; None where there are none."""
+        """Axis of the items in a latent's value, constrained or not; None where there are no items."""
         return None if self.items is None else latent.batch_rank + self.items.dim
 
     def per_draw(self, log_prob: Tensor, count: int) -> Tensor:
-        """Log density of a site, draws in the outermost plate (if any), to float64 sums of shape ``(count, N)``."""
+        """Sum the log density of a site, with draws in the outermost plate (if any), to ``(count, N)`` in float64."""
         rank = self.nesting + 1
         log_prob = log_prob.double().reshape((1,) * (rank - log_prob.dim()) + log_prob.shape)
         keep = [0] if self.items is None else [0, rank + self.items.dim]
@@ -83,7 +83,7 @@ class Structure:
         return summed.reshape(len(summed), -1).expand(count, self.num_items)
 
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Unconstrained vectors ``(S, N, item_dim)`` of values ``(S, *shape)``; discrete ones as they are."""
+        """Map values ``(S, *shape)`` to unconstrained vectors ``(S, N, item_dim)``; discrete values are unchanged."""
         unconstrained = {site.name: site.to_support.inv(values[site.name]) for site in self.latents}
         packed = self.layout.pack_unconstrained(unconstrained)
         return packed.reshape(len(packed), self.num_items, self.item_dim)
@@ -103,17 +103,17 @@ def read_structure(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Structure:
-    """Run the guide twice and the model once.
+    """Read the structure off two runs of the guide and one of the model.
 
     Raises:
-        NotImplementedError: If the guide holds a site at a point, enumerates, or leaves a latent out; if the model
-            enumerates what is scaled, or one value after another.
+        NotImplementedError: If the guide is a point mass at a site, enumerates, or leaves a latent out; if the model
+            enumerates sequentially, or scales an enumerated site.
         TypeError: If ``args`` is not a tuple.
-        ValueError: If the two were swapped, or the guide is another model's, or of data of another size.
+        ValueError: If the two were swapped, or the guide is for another model or for data of another size.
     """
     if not isinstance(args, tuple):
         raise TypeError(f"{owner}: expected args to be a tuple, but got a {type(args).__name__}. Write args=(x,).")
-    with poutine.block(), pyro.validation_enabled(False):  # only the structure is looked at
+    with poutine.block(), pyro.validation_enabled(False):  # only the structure is read
         guide_trace, again = (poutine.trace(guide).get_trace(*args, **kwargs) for _ in range(2))
     check_guide(owner, sample_nodes(guide_trace))
     drawn = {name: node for name, node in sample_nodes(guide_trace).items() if not node["is_observed"]}
@@ -173,7 +173,7 @@ def _check_guide(owner: str, drawn: Mapping[str, dict[str, Any]], again: Trace) 
 
 
 def common_plate(frames: list[list[CondIndepStackFrame]]) -> CondIndepStackFrame | None:
-    """The largest plate that every site is in: given it, densities are sums over items that share nothing."""
+    """The largest plate that every site is in: log densities are then sums over independent items."""
     common = set.intersection(*({(f.name, f.dim, f.size) for f in stack} for stack in frames))
     largest = max(common, key=lambda plate: plate[2], default=None)
     if largest is None or largest[2] < 2:
@@ -182,8 +182,8 @@ def common_plate(frames: list[list[CondIndepStackFrame]]) -> CondIndepStackFrame
 
 
 def _bijection(support: Any) -> Transform | None:
-    """From unconstrained values to a support; None to that of a discrete site and its like."""
-    if type(support).__name__ == "MixtureSameFamilyConstraint":  # that of its components, unknown to biject_to
+    """Bijection from unconstrained space to a support; None if there is none, as for discrete sites."""
+    if type(support).__name__ == "MixtureSameFamilyConstraint":  # unknown to biject_to, unlike its components'
         support = support.base_constraint
     try:
         return biject_to(support)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L2. What runs of a model are made of: arguments, values to replay, sample sites and mini-batches."""
+"""L2. Runs of a model: arguments, values to replay, sample sites and mini-batches."""
 
 from __future__ import annotations
 
@@ -29,19 +29,20 @@ __all__ = [
     "sample_nodes",
 ]
 
-# The plate of many draws in one run of a model.
+# Name of the plate of draws, where many share one run of a model.
 DRAWS = "_pyro_flows_draws"
 
-# What a model raises where it has no density: a distribution refuses its parameters, a covariance is not one.
+# Exceptions of a model where it has no density: invalid parameters of a distribution, or a matrix that is not positive
+# definite.
 NO_DENSITY = (ValueError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
 class RefusalSettings:
-    """What becomes of a mean over draws, some of which a model refuses.
+    """Means over draws at some of which a model raises.
 
     Attributes:
-        max_share: Share of all draws that may be left out; with more, the mean is NaN.
+        max_share: Largest share of draws that may be left out; above it the mean is NaN.
     """
 
     max_share: float = 0.1
@@ -51,12 +52,12 @@ REFUSALS = RefusalSettings()
 
 
 class Call(NamedTuple):
-    """Arguments of a model, and what its plates are to take.
+    """Arguments of a model, and mini-batches of its plates.
 
     Attributes:
         args: Positional arguments.
         kwargs: Keyword arguments.
-        fixed: What is the same for all draws: plate -> indices of its mini-batch.
+        fixed: Plate -> indices of its mini-batch, the same for all draws.
     """
 
     args: tuple[Any, ...]
@@ -65,7 +66,7 @@ class Call(NamedTuple):
 
 
 def replay_trace(values: Mapping[str, Any]) -> Trace:
-    """A trace to replay: these values, still as latents."""
+    """A trace that replays these values as latents."""
     trace = Trace()
     for name, value in values.items():
         trace.add_node(name, name=name, type="sample", value=value, is_observed=False, infer={})
@@ -74,12 +75,12 @@ def replay_trace(values: Mapping[str, Any]) -> Trace:
 
 @torch.no_grad()
 def run_quietly(program: Callable[..., Any], call: Call, values: Trace | None = None) -> Trace:
-    """A run of a model or a guide, without gradients, that handlers around it do not see.
+    """Run a model or a guide without gradients, hidden from active handlers.
 
     Args:
         program: The model or the guide.
         call: Its arguments.
-        values: Values to replay; its plates draw mini-batches that are not among them.
+        values: Values to replay; plates whose indices are not among them draw their own.
     """
     with poutine.block():
         program = program if values is None else poutine.replay(program, trace=values)
@@ -87,12 +88,12 @@ def run_quietly(program: Callable[..., Any], call: Call, values: Trace | None = 
 
 
 def sample_nodes(trace: Trace) -> dict[str, dict[str, Any]]:
-    """The sample sites of a trace, without those that choose mini-batches."""
+    """Sample sites of a trace, without those that draw mini-batches."""
     return {n: node for n, node in trace.nodes.items() if node["type"] == "sample" and not site_is_subsample(node)}
 
 
 def mini_batches(trace: Trace) -> dict[str, Any]:
-    """Plate -> indices, of a trace's plates."""
+    """Plate -> indices of its mini-batch, from a trace."""
     return {name: node["value"] for name, node in trace.nodes.items() if site_is_subsample(node)}
 
 
@@ -102,12 +103,12 @@ def nesting_of(nodes: Iterable[Mapping[str, Any]]) -> int:
 
 
 def by_draw(term: Tensor) -> Tensor:
-    """``(S, ...)`` summed to ``(S,)``."""
+    """Sum ``(S, ...)`` to ``(S,)``."""
     return term.reshape(len(term), -1).sum(-1)
 
 
 def mean_of_kept(terms: Tensor) -> Tensor:
-    """Mean of ``(..., S)`` over the draws that a model does not refuse, whose terms are not NaN."""
+    """Mean of ``(..., S)`` over the draws whose terms are not NaN; those at which the model raises are."""
     refused = terms.isnan()
     share = refused.to(terms.dtype).mean(-1)
     mean = torch.where(refused, 0.0, terms).mean(-1) / (1.0 - share)
@@ -115,6 +116,6 @@ def mean_of_kept(terms: Tensor) -> Tensor:
 
 
 def rows_of(value: Tensor, rank: int, count: int) -> Tensor:
-    """A value of ``rank`` dimensions in a run in an outermost plate, or in one without draws, as ``(count, ...)``."""
+    """Reshape a value of ``rank`` dimensions, with or without the outermost plate's, to ``(count, ...)``."""
     shape = value.shape[max(value.dim() - rank, 0) :]
     return value.reshape(-1, *shape).expand(count, *shape)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L3. Encoders: where the latents of an amortized plate get their context."""
+"""L3. Encoders, which map the model's arguments to the context of the latents of an amortized plate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EXAMPLE = 'amortize={"plate": encoder} with `encoder(*args, **kwargs)` of shape 
 
 
 def checked_encoders(amortize: Mapping[str, Callable[..., Any]] | None) -> dict[str, Callable[..., Any]]:
-    """Plate name -> encoder, of the constructor's argument.
+    """Check the guide's ``amortize`` argument, and return it as a dictionary: plate name -> encoder.
 
     Raises:
         TypeError: If it is not a mapping from names to callables.
@@ -34,10 +34,10 @@ def checked_encoders(amortize: Mapping[str, Callable[..., Any]] | None) -> dict[
 
 
 class Encoder(nn.Module):
-    """A user's encoder of the model's arguments, with its output checked.
+    """A user's encoder of the model's arguments, with checks of its output.
 
     Args:
-        plate: Name of the plate that it serves.
+        plate: Name of the amortized plate.
         function: Any module or callable; a module's parameters are trained with the guide.
     """
 
@@ -63,15 +63,15 @@ class Encoder(nn.Module):
         return context
 
     def rows(self, context: Tensor, size: int, indices: Tensor) -> Tensor:
-        """Rows of the items at hand, from an output that has those only or all of the plate's.
+        """Select the context of a mini-batch's items, from an output for these items or for all of the plate's.
 
         Args:
             context: This encoder's output.
             size: The plate's full size.
-            indices: Items at hand.
+            indices: Indices of the mini-batch.
 
         Raises:
-            ValueError: If the output has another number of rows.
+            ValueError: If the output has neither as many rows as the mini-batch nor as many as the plate.
         """
         if len(context) == len(indices):
             return context
@@ -87,5 +87,5 @@ class Encoder(nn.Module):
 
 @torch.no_grad()
 def probe(encoder: Encoder, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """Length of an encoder's context."""
+    """Length of an encoder's context, found by calling it."""
     return int(encoder(args, kwargs).shape[-1])

@@ -28,13 +28,13 @@ __all__ = ["JOINT", "JointBlock", "build_reproducibly"]
 
 @dataclass(frozen=True)
 class JointSettings:
-    """What a joint flow is made of, by its dimension.
+    """Dimensions that decide on the parts of a joint flow.
 
     Attributes:
-        max_precision_dim: Coordinates with known priors that have a full precision, at most.
-        max_full_rank_dim: Dimension above which a start has a few correlated directions only.
-        rank: How many these are.
-        max_correlated_dim: Dimension above which there are none.
+        max_precision_dim: Largest number of coordinates with known priors for a head with a precision matrix.
+        max_full_rank_dim: Dimension above which the preconditioner is of low rank.
+        rank: Rank of that preconditioner.
+        max_correlated_dim: Dimension above which there is no preconditioner.
     """
 
     max_precision_dim: int = 64
@@ -49,7 +49,7 @@ JOINT = JointSettings()
 def build_reproducibly(build: Callable[[], Flow]) -> Flow:
     """Build a flow whose buffers (random permutations, say) are the same each time.
 
-    Pyro's parameter store keeps no buffers, so parameters that are taken from a store must mean what they meant.
+    Pyro's parameter store does not save buffers, and stored parameters are valid only with the same buffers.
     """
     flow = build()
     if any(True for _ in flow.buffers()):
@@ -61,7 +61,7 @@ def build_reproducibly(build: Callable[[], Flow]) -> Flow:
 
 
 def _preconditioner(dim: int) -> Preconditioner | None:
-    """What a warm start can set; memory grows linearly above a few hundred dimensions."""
+    """The preconditioner, which a warm start sets; its memory is linear in the dimension above a few hundred."""
     if dim > JOINT.max_correlated_dim:
         return None
     if dim > JOINT.max_full_rank_dim:
@@ -70,8 +70,8 @@ def _preconditioner(dim: int) -> Preconditioner | None:
 
 
 def _conditional_head(prior: LinearPrior, dim: int) -> ConditionalGaussianHead:
-    """The head that knows a prior: the exact one for linear mixed models, if few priors are known and follow no others,
-    with matrices where it takes them."""
+    """The head for a known prior: a Gaussian with a precision matrix, exact for linear mixed models, if few priors are
+    known and none depends on another; a diagonal one if these coordinates are conditionally independent."""
     slope, bias = prior.dense(dim)
     chained = (slope[:, prior.known] != 0).any()
     if chained or prior.known.sum() > JOINT.max_precision_dim:
@@ -84,14 +84,14 @@ def _conditional_head(prior: LinearPrior, dim: int) -> ConditionalGaussianHead:
 class JointBlock(nn.Module):
     """A flow over the packed unconstrained values of several sites.
 
-    Starts at ``N(init_loc, init_scale^2)`` in unconstrained space (families with an identity start), in the dtype and
-    on the device of the model's own trace.
+    Initialized to ``N(init_loc, init_scale^2)`` in unconstrained space (for families that are initialized to the
+    identity), in the dtype and on the device of the model's own trace.
 
     Args:
-        layout: The sites.
-        spec: Recipe of the flow; told the sites' sizes, in order.
-        init_scale: Standard deviation at the start, > 0.
-        prior: Priors that follow others of the sites, for families that make use of them.
+        layout: Layout of the sites.
+        spec: Recipe of the flow; gets the sites' sizes, in order.
+        init_scale: Initial standard deviation in unconstrained space, > 0.
+        prior: Priors that depend on other sites of the block, for families that make use of them.
     """
 
     def __init__(
@@ -114,11 +114,12 @@ class JointBlock(nn.Module):
         self.gradient_filter = GradientFilter(layout.latent_dim).to(init_loc)
 
     def distribution(self, *, path_gradient: bool, filtered: bool = False) -> FlowDistribution:
-        """The distribution of the packed vector; ``filtered``: with the filter of the gradients of its draws."""
+        """The distribution of the packed vector, event shape ``(latent_dim,)``; ``filtered`` adds the gradient filter
+        to its draws."""
         gradient_filter = self.gradient_filter if filtered else None
         distribution: FlowDistribution = self.flow(path_gradient=path_gradient, gradient_filter=gradient_filter)
         return distribution
 
     def standardize(self, packed: Tensor) -> Tensor:
-        """Packed values as input for those who condition on them."""
+        """Standardize packed values, as input of flows that condition on them."""
         return self.flow.standardize(packed)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L3. The mini-batches that warm starts pass over: of a user's calls, or of plates that draw their own."""
+"""L3. The mini-batches of a warm start: from a user's calls, or from plates that draw their own."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ MakePlates = Callable[[tuple[Any, ...], Mapping[str, Any]], dict[str, pyro.plate
 
 @dataclass(frozen=True, eq=False)
 class MiniBatch:
-    """The model's arguments, and the items that they stand for.
+    """The model's arguments, and the items that they hold.
 
     Attributes:
         args: The model's arguments.
         kwargs: The model's keyword arguments.
-        indices: Plate -> items at hand.
-        drawn: Those plates among them whose items the model would draw at random.
+        indices: Plate -> indices of its mini-batch.
+        drawn: The same, for the plates whose indices the model would draw at random.
     """
 
     args: tuple[Any, ...]
@@ -43,25 +43,25 @@ class MiniBatch:
 
     @property
     def call(self) -> Call:
-        """What the model is to be run with."""
+        """Arguments and indices to run the model with."""
         return Call(self.args, self.kwargs, self.drawn)
 
     def scale(self, layout: Layout) -> float:
-        """What subsampled plates multiply the terms of these items by."""
+        """Factor by which subsampled plates scale the log densities of these items, >= 1."""
         return layout.num_items / math.prod(len(self.indices[name]) for name in layout.plate_names)
 
 
-# Wraps a pass over mini-batches, given with its title.
+# Wraps a pass over mini-batches in a progress bar, with a title.
 Watch = Callable[[Iterator[MiniBatch], str], Iterable[MiniBatch]]
 
 
 def unwatched(batches: Iterator[MiniBatch], title: str) -> Iterable[MiniBatch]:
-    """No progress bar."""
+    """A pass over mini-batches without a progress bar."""
     return batches
 
 
 class _Drawn(Messenger):
-    """Takes down the plates that draw their items, and are not given any."""
+    """Records the plates that draw their own indices."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,11 +73,11 @@ class _Drawn(Messenger):
 
 
 def mini_batches(call: Arguments, make_plates: MakePlates) -> Iterator[MiniBatch]:
-    """What a call's arguments stand for: one mini-batch, or, where plates draw their own, one for each of their parts.
+    """The mini-batches of a call: a single one, or, where plates draw their own, one for each part of these plates.
 
     Args:
         call: The model's arguments.
-        make_plates: The guide's plates for these.
+        make_plates: Function from the arguments to the guide's plates.
     """
     args, kwargs = call
     with poutine.block(), _Drawn() as drawn:

@@ -26,11 +26,12 @@ __all__ = ["Item", "LocalBlock"]
 
 @dataclass(frozen=True)
 class ItemSettings:
-    """What the items of a plate share and have of their own.
+    """Dimensions of a local block.
 
     Attributes:
         embedding_dim: Length of an item's learned embedding, by which the shared flow can differ from item to item.
-        max_parent_dim: Globals beyond this many are projected, so that the cost of an item does not grow with them.
+        max_parent_dim: Dimension of the globals above which they are projected to it, so that the cost of an item does
+            not grow with them.
     """
 
     embedding_dim: int = 4
@@ -41,11 +42,11 @@ ITEMS = ItemSettings()
 
 
 class Item(NamedTuple):
-    """What an item has of its own; see :class:`~pyro_flows.transforms.context.ItemContext`.
+    """Features and site approximation of each item; see :class:`~pyro_flows.transforms.context.ItemContext`.
 
     Attributes:
-        features: ``lead + (feature_dim,)``.
-        site: ``lead + (2 * latent_dim,)``.
+        features: Features, ``lead + (feature_dim,)``.
+        site: Parameters of the site approximation, ``lead + (2 * latent_dim,)``.
     """
 
     features: Tensor
@@ -60,21 +61,21 @@ class Item(NamedTuple):
 class LocalBlock(nn.Module):
     """The conditional flow q(local latents of an item | globals, parent groups), for all items of a plate.
 
-    What differs between items is their site approximation and a few features: from a table with a row for each item, or
-    from an encoder's output. Items of a table start at ``N(init_loc, init_scale^2)`` in unconstrained space (families
-    with an identity start); those of an encoder at a Gaussian of the prior's scale, where that is known, around a
-    location that varies with the encoder's output.
+    Items differ in their site approximation and a few features: from a table with a row for each item, or from an
+    encoder's output. Items of a table are initialized to ``N(init_loc, init_scale^2)`` in unconstrained space (for
+    families that are initialized to the identity); those of an encoder to a Gaussian of the prior's scale, where that
+    is known, around a location that varies with the encoder's output.
 
     Args:
-        layout: The sites, and the plates.
-        spec: Recipe of the flow; told the sites' sizes, in order.
-        init_loc: Start of the items of the full plate, ``lead + (latent_dim,)``.
-        init_scale: Standard deviation at the start, > 0.
+        layout: Layout of the sites, with the plates.
+        spec: Recipe of the flow; gets the sites' sizes, in order.
+        init_loc: Initial location of the items of the full plate, ``lead + (latent_dim,)``.
+        init_scale: Initial standard deviation in unconstrained space, > 0.
         joint: The block of the globals, if there are any.
-        parents: Blocks whose latents each item depends on: those of a part of its plates.
+        parents: Blocks whose latents each item depends on: those in a subset of its plates.
         encoder_dim: Length of the encoders' output, or None for a table.
         prior: The items' priors, where they were found in the model.
-        is_long: Whether a mini-batch has so many items that their flows are to be Gaussians, without networks.
+        is_long: Whether a mini-batch is so large that each item gets a Gaussian, without networks.
     """
 
     def __init__(
@@ -122,13 +123,13 @@ class LocalBlock(nn.Module):
         self.items: nn.Parameter | None = None
         self.encoded: ContextParameters | None = None
         if encoder_dim is None:
-            # The shared layers learn to tell items apart by these; from zero neither would have a gradient.
+            # The shared layers learn to distinguish items by these; initialized to zero, neither would have a gradient.
             embedding = torch.randn_like(own[:, :1].expand(-1, self.embedding_dim))
             self.items = nn.Parameter(torch.cat([embedding, own], -1))  # (items, embedding + site approximation)
         else:
             self.encoded = ContextParameters(own, encoder_dim, refines=False).to(own)
-            # An encoder tells items apart from the first step on. From a narrow start that is the same for all, a
-            # decoder that learns along first learns to ignore the latents.
+            # An encoder distinguishes items from the first step on. From a narrow initialization that is the same for
+            # all, a decoder that is trained along first learns to ignore the latents.
             head = self.encoded.head
             assert head is not None
             nn.init.normal_(head.weight, std=head.in_features**-0.5)
@@ -140,13 +141,13 @@ class LocalBlock(nn.Module):
 
     @torch.no_grad()
     def initialize_items(self, loc: Tensor, scale: Tensor, prior: Tensor | None) -> None:
-        """Make every item of a table start at a Gaussian of its own.
+        """Initialize every item of a table to a Gaussian of its own.
 
         Args:
-            loc: ``(items, latent_dim)``, in the order of the full plates.
-            scale: Likewise.
-            prior: Locations and log-scales of their priors, ``(items, 2 * latent_dim)``, where they are known; these
-                have their full weight.
+            loc: Locations, ``(items, latent_dim)``, in the order of the full plates.
+            scale: Standard deviations, ``(items, latent_dim)``, > 0.
+            prior: Locations and log-scales of the items' priors, ``(items, 2 * latent_dim)``, where they are known;
+                these enter with full weight.
         """
         assert self.items is not None
         self.items[:, self.embedding_dim :] = self.head.initialize_items(
@@ -162,11 +163,11 @@ class LocalBlock(nn.Module):
         return self.prior(join(values)) if values else self.prior.bias
 
     def item_context(self, indices: Mapping[str, Tensor], encoded: Mapping[str, Tensor]) -> Item:
-        """Features and site approximation of the items at hand.
+        """Features and site approximations of a mini-batch's items.
 
         Args:
-            indices: Plate -> items at hand, for plates without an encoder.
-            encoded: Plate -> encoder's output for the items at hand, for plates with one.
+            indices: Plate -> indices of the mini-batch, for plates without an encoder.
+            encoded: Plate -> encoder's output for the mini-batch, for plates with one.
         """
         if self.items is not None:
             index = self.layout.flat_index(indices).to(self.items.device)
@@ -181,7 +182,7 @@ class LocalBlock(nn.Module):
             self.layout.place(encoded[name].to(dtype), name) for name in self.layout.plate_names if name in encoded
         ]
         features = join(outputs)
-        # Plates of this block without an encoder: their items are alike given the rest.
+        # Items of this block's plates without an encoder share their parameters.
         return Item(features, self.encoded(features))
 
     def context(
@@ -191,7 +192,7 @@ class LocalBlock(nn.Module):
         joint: JointBlock | None,
         parents: Sequence[LocalBlock],
     ) -> ItemContext:
-        """What the flow is conditional on; see :meth:`distribution`."""
+        """Context of the conditional flow; see :meth:`distribution`."""
         standard = [parent.head.standardize(latents[parent.layout.plate_names]) for parent in parents]
         if joint is not None:
             first = joint.standardize(latents[()])
@@ -213,11 +214,12 @@ class LocalBlock(nn.Module):
         """The distribution of the items' packed vectors, batch shape ``lead``, event shape ``(latent_dim,)``.
 
         Args:
-            items: From :meth:`item_context`.
-            latents: Packed unconstrained latents of the globals, under ``()``, and of the parents.
-            joint: As in the constructor.
-            parents: As in the constructor.
-            path_gradient: See :class:`~pyro_flows.flows.FlowDistribution`.
+            items: Result of :meth:`item_context`.
+            latents: Packed unconstrained latents of the globals, under ``()``, and of the parents, under their plates.
+            joint: The block of the globals, as in the constructor.
+            parents: The parent blocks, as in the constructor.
+            path_gradient: Whether gradients leave out the score term; see
+                :class:`~pyro_flows.flows.FlowDistribution`.
             filtered: Whether the gradients of draws pass the block's filter.
         """
         values = _parent_values(latents, joint, parents) if torch.is_grad_enabled() else []

@@ -28,12 +28,12 @@ __all__ = ["Posterior"]
 
 @dataclass(frozen=True)
 class PlateSettings:
-    """Limits of what is computed for all items of a plate.
+    """Limits on computations for all items of a plate.
 
     Attributes:
-        max_flows: Items of a mini-batch beyond which each has a Gaussian in place of a flow: a network of every
-            item would cost a hundred times what AutoNormal does.
-        max_rows: Draws times items that are in flight at once in summaries.
+        max_flows: Number of items of a mini-batch above which each has a Gaussian in place of a flow: networks for
+            every item would cost a hundred times as much as ``AutoNormal``.
+        max_rows: Largest number of draws times items that summaries compute at once; bounds memory.
     """
 
     max_flows: int = 20_000
@@ -46,17 +46,17 @@ Latents = dict[tuple[str, ...], Tensor]
 
 
 class Posterior(nn.Module):
-    """q(globals) times, for each set of local plates, q(an item's latents | globals, its parents).
+    """The product of q(globals) and, for each set of local plates, q(an item's latents | globals, its parents).
 
     Args:
         model: The model.
-        trace: Its latent sites, from one run.
+        trace: Trace of its latent sites.
         spec: Recipe of every block's flow.
-        init_scale: Standard deviation at the start, > 0.
+        init_scale: Initial standard deviation in unconstrained space, > 0.
         local: Names of the local plates.
-        varying: Names of the plates that may hold other items in other calls.
+        varying: Names of the plates that may have other items in other calls.
         amortize: Plate -> encoder, for the amortized ones among them.
-        args: The model's arguments, which tell what the encoders return.
+        args: The model's arguments, on which encoders are called to find the length of their output.
         kwargs: The model's keyword arguments.
     """
 
@@ -86,7 +86,7 @@ class Posterior(nn.Module):
         self.order = tuple(site.name for site in sites)
         self.joint: JointBlock | None = None
         if joint is not None:
-            # A single global under a family of two dimensions or more: as in `FlowSpec.build_local`.
+            # A single global, while the family needs two dimensions or more: as in `FlowSpec.build_local`.
             small = bool(layouts) and joint.latent_dim < spec.min_dim
             joint_spec = DiagonalNormal(base=spec.base) if small else spec
             prior = read_joint_prior(model, args, kwargs, joint) if joint_spec.knows_priors else None
@@ -114,7 +114,7 @@ class Posterior(nn.Module):
         self.step_limit = StepLimit(self, self.filters)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any module, after the last step was limited."""
+        """State of the module, after the step limit was applied to the last step."""
         self.step_limit.apply()
         return super().state_dict(*args, **kwargs)
 
@@ -144,7 +144,7 @@ class Posterior(nn.Module):
         return next((encoder for encoder in self._encoders() if encoder.plate == plate), None)
 
     def blocks(self) -> Iterator[LocalBlock]:
-        """The local blocks; parents come before those who condition on them."""
+        """The local blocks; a block comes after its parents."""
         for block in self.local.values():
             assert isinstance(block, LocalBlock)
             yield block
@@ -175,14 +175,14 @@ class Posterior(nn.Module):
         return self.joint.layout.latent_dim if self.joint is not None else 0
 
     def layouts(self) -> Iterator[Layout]:
-        """Of all blocks, parents first."""
+        """Layouts of all blocks, parents first."""
         if self.joint is not None:
             yield self.joint.layout
         for block in self.blocks():
             yield block.layout
 
     def split(self, latents: Latents) -> Iterator[tuple[Site, Tensor]]:
-        """Each site's part of packed latents, unconstrained; see :meth:`Layout.split`."""
+        """Split packed latents into the unconstrained values of each site; see :meth:`Layout.split`."""
         for layout in self.layouts():
             yield from layout.split(latents[layout.plate_names])
 
@@ -191,7 +191,7 @@ class Posterior(nn.Module):
         return max(layout.rank for layout in self.layouts())
 
     def _full_items(self, block: LocalBlock, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Item:
-        """What all items have of their own that the arguments speak of."""
+        """Features and site approximations of all items of the full plates; for amortized ones, of the arguments'."""
         encoded, indices = {}, {}
         for name, size in zip(block.layout.plate_names, block.layout.full_sizes, strict=True):
             encoder = self.encoder(name)
@@ -220,11 +220,12 @@ class Posterior(nn.Module):
             num_samples: Number of draws S.
             args: The model's arguments, for encoders.
             kwargs: The model's keyword arguments.
-            repeatable: Use noise that is the same at each call and (but for a mixture) symmetric about zero, so that
-                summaries repeat, leave the global random state alone, and have an exact median where a flow is affine.
+            repeatable: Whether to use noise that is the same at each call and (except for mixtures) symmetric about
+                zero, so that summaries are reproducible, leave the global random state alone, and have an exact median
+                where a flow is affine.
 
         Returns:
-            Names of the plates of each block, ``()`` for the joint one, -> ``(S, *lead, D)``.
+            Names of a block's plates, ``()`` for the joint block -> its draws, ``(S, *lead, D)``.
         """
         items = {block.layout.plate_names: self._full_items(block, args, kwargs) for block in self.blocks()}
         rows = max((item.lead.numel() for item in items.values()), default=1)
@@ -260,7 +261,7 @@ class Posterior(nn.Module):
     def _draw_items(
         self, block: LocalBlock, items: Item, latents: Latents, count: int, generator: torch.Generator | None
     ) -> Tensor:
-        """So many packed draws of some items, ``(count, *lead, D)``."""
+        """Packed draws of some items, ``(count, *lead, D)``."""
         distribution = block.distribution(items, latents, self.joint, self.parents(block), path_gradient=False)
         lead = distribution.batch_shape
         if len(lead) <= len(items.lead):  # nothing that was drawn is given: all draws share the context
@@ -318,17 +319,17 @@ class Posterior(nn.Module):
 
 
 def _key(names: tuple[str, ...]) -> str:
-    """A module's name for a set of plates; the prefix keeps a plate named "items" apart from a dictionary's method."""
+    """A module's name for a set of plates; the prefix avoids names of a ``ModuleDict``'s methods, such as "items"."""
     return "_".join(("plate", *names)).replace(".", "_")
 
 
 def _title(layout: Layout) -> str:
-    """A layout's plates as messages name them."""
+    """Names of a layout's plates, for messages."""
     return " and ".join(f"'{name}'" for name in layout.plate_names)
 
 
 def _full_init_loc(layout: Layout, amortized: Collection[str]) -> Tensor:
-    """Where the items of the full plates start, ``lead + (D,)``: the mini-batch's values, repeated."""
+    """Initial locations of the items of the full plates, ``lead + (D,)``: the mini-batch's values, repeated."""
     init_loc = layout.init_loc
     for frame in layout.plates:
         if frame.name not in amortized:
@@ -339,7 +340,7 @@ def _full_init_loc(layout: Layout, amortized: Collection[str]) -> Tensor:
 
 
 def _narrow(value: Tensor, axis: int, first: int, length: int) -> Tensor:
-    """A part along an axis, counted from the right; all of it where the axis is of size 1 or missing."""
+    """Narrow a tensor along an axis, counted from the right; unchanged if the axis is of size 1 or missing."""
     if value.dim() < -axis or value.shape[axis] == 1:
         return value
     return value.narrow(axis, first, min(length, value.shape[axis] - first))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L3. The pace of a guide's nonlinear layers, whatever the user's optimizer and rate."""
+"""L3. A limit on the steps of a guide's nonlinear layers, for any optimizer and learning rate of the user."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = ["StepLimit"]
 
 @dataclass(frozen=True)
 class StepSettings:
-    """How fast nonlinear layers move.
+    """Step size of nonlinear layers.
 
     Attributes:
-        largest_step: How far an entry of a parameter may move in a step. Layers start as the identity, and their
-            sums of H terms are scaled down by the root of H at least, so that a step bends a draw by a few
+        largest_step: Largest change of an entry of a parameter in a step. Layers are initialized to the identity, and
+            their sums of H terms are scaled down by at least the root of H, so that a step changes a draw by a few
             thousandths of its scale.
     """
 
@@ -35,22 +35,24 @@ STEPS = StepSettings()
 
 
 class StepLimit:
-    """A trust region around where parameters were at the draw before.
+    """A trust region around the parameters of the previous draw.
 
-    ``AutoNormal`` trains at rates of 0.01 to 0.1. A flow does not: thousands of weights that all follow the noise of
-    one draw bend its tails until a rare draw ends the run. Steps of what ``AutoNormal`` has too, location and scale of
-    the head, are the user's. Steps of everything else are shortened, all by one factor, so that no entry moves by more
-    than 0.002: their directions remain the optimizer's, and a low rate is not touched.
+    ``AutoNormal`` trains at learning rates of 0.01 to 0.1. A flow does not: thousands of weights that all follow the
+    noise of one draw distort its tails until a rare draw ends the run. The head's location and scale, which
+    ``AutoNormal`` has too, take the optimizer's full steps. Steps of all other parameters are shortened, by one factor,
+    so that no entry changes by more than 0.002: their direction remains the optimizer's, and a low learning rate is not
+    affected.
 
-    A guide sees no optimizer. What moved between two of its draws, the first of which got a gradient, was a step.
+    A guide does not see the optimizer. It takes any change of parameters between two of its draws for a step, if the
+    first draw got a gradient.
 
     Args:
-        module: Holds the flows, each with a trained head.
-        filters: What their gradients pass through.
+        module: Module that holds the flows, each with a trained head.
+        filters: Gradient filters of the flows.
 
     Attributes:
-        parameters: Those whose steps are limited.
-        largest_step: How far an entry of them may move in a step.
+        parameters: Parameters whose steps are limited.
+        largest_step: Largest change of an entry of these in a step, > 0.
     """
 
     def __init__(self, module: nn.Module, filters: Sequence[GradientFilter]) -> None:
@@ -69,36 +71,36 @@ class StepLimit:
             self.forget()
             return
         steps = torch._foreach_sub(self.parameters, before)
-        # The infinity norm of torch takes twenty times as long.
+        # Torch's infinity norm takes twenty times as long.
         ends = [end for step in steps for end in torch.aminmax(step)]
         longest = torch.stack(ends).abs().max().item()
         if longest == 0.0:
-            return  # the step is still to come
+            return  # the optimizer has not stepped yet
         self.forget()
-        # A parameter that is not finite stays for the user to see.
+        # A parameter that is not finite is left as it is, for the user to see.
         if longest > self.largest_step:
             torch._foreach_add_(before, steps, alpha=self.largest_step / longest)
             torch._foreach_copy_(self.parameters, before)
 
     def forget(self) -> None:
-        """What moved was no step: parameters were loaded, or set."""
+        """Accept the parameters as they are, since they were loaded or set, not changed by a step."""
         self._before = None
         for part in self._filters:
             part.is_fresh = False
 
     def mark(self) -> None:
-        """A draw is about to be made that may get a gradient."""
+        """Remember the parameters, before a draw that may get a gradient."""
         if self.parameters and torch.is_grad_enabled() and not _is_traced():
             self._before = [parameter.detach().clone() for parameter in self.parameters]
 
 
 def _is_traced() -> bool:
-    """Whether operations are taken down, to be repeated without this code."""
+    """Whether operations are being recorded, to be replayed without this code."""
     return is_recording() or is_jit_tracing()
 
 
 def _limited(module: nn.Module) -> Iterator[nn.Parameter]:
-    """All that moves in a flow, but for the Gaussian of its head, and the share of the prior in that."""
+    """Trainable parameters of all flows, except those of the head's Gaussian and the prior's share in it."""
     for flow in module.modules():
         if isinstance(flow, Flow):
             own = set(flow.head.gaussian_parameters())

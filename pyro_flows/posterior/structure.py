@@ -22,10 +22,10 @@ STRUCTURES = ("auto", "joint", "plates")
 
 @dataclass(frozen=True)
 class StructureSettings:
-    """When plates are factored out.
+    """When plates are made local.
 
     Attributes:
-        max_joint_dim: Dimensions beyond which there is no joint flow if plates can be factored out.
+        max_joint_dim: Largest dimension of a joint flow if plates can be made local.
     """
 
     max_joint_dim: int = 10_000
@@ -46,8 +46,8 @@ def local_plates(
     Args:
         trace: The model's latent sites.
         plates: The guide's plates.
-        user_plates: Names of those that the user gave by ``create_plates``: later calls may subsample what this one
-            does not.
+        user_plates: Names of the plates from ``create_plates``, which later calls may subsample though this one does
+            not.
         amortized: Names of the plates to amortize.
         structure: One of :data:`STRUCTURES`.
 
@@ -96,7 +96,7 @@ def _joint_dim(trace: Trace, local: Collection[str]) -> int:
 
 
 def check_plate(plate: Any, frame: CondIndepStackFrame, *, local: bool) -> None:
-    """Refuse what a plate that is not amortized may not become after the guide was set up.
+    """Refuse changes of a plate that is not amortized since the guide was set up.
 
     Raises:
         ValueError: If a plate that is not local is subsampled, or a local one has another size or indices outside it.
@@ -115,7 +115,7 @@ def check_plate(plate: Any, frame: CondIndepStackFrame, *, local: bool) -> None:
             f"guide was set up, each with parameters of its own, but got {plate.size}. Set up a new guide, or write "
             f'amortize={{"{frame.name}": encoder}} for a posterior that carries over to new items.'
         )
-    if plate.subsample_size < plate.size and not is_recording():  # machine code checks what it looks up by itself
+    if plate.subsample_size < plate.size and not is_recording():  # compiled code checks indices itself
         low, high = int(plate.indices.min()), int(plate.indices.max())
         if low < 0 or high >= plate.size:
             raise ValueError(
