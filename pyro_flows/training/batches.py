@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L7. Where the data of a run come from: one tuple of arguments, or mini-batches that are passed over repeatedly."""
+"""L7. The data of a run: one tuple of arguments, or mini-batches that are passed over repeatedly."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Batches:
-    """The model's arguments, again and again.
+    """An endless sequence of the model's arguments.
 
     Args:
-        args: A tuple of arguments; or something that can be iterated over repeatedly, whose items are tuples of
-            arguments, lists of them (as a ``DataLoader`` gives), or single arguments.
-        kwargs: Keyword arguments.
+        args: A tuple of arguments; or mini-batches: an iterable that can be iterated over repeatedly, of tuples or
+            lists of arguments (as a ``DataLoader`` gives), or of single arguments.
+        kwargs: Keyword arguments, the same for each mini-batch.
 
     Attributes:
-        many: Whether they are mini-batches.
-        first: Arguments of the first one.
+        many: Whether there are mini-batches.
+        first: Positional and keyword arguments of the first one.
 
     Raises:
-        TypeError: If ``args`` is an iterator, which would be used up, or no collection of arguments.
+        TypeError: If ``args`` is an iterator, which would be used up, or not a collection of arguments.
         ValueError: If there is no mini-batch.
     """
 
@@ -69,8 +69,8 @@ class Batches:
         """The mini-batches of one pass.
 
         Args:
-            limit: Number of mini-batches at most.
-            max_elements: Number of elements of their tensors after which no more are taken.
+            limit: Largest number of mini-batches.
+            max_elements: Number of elements of their tensors in all after which no more mini-batches are taken.
         """
         calls: list[Arguments] = []
         held = 0

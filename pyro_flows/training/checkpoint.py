@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L7. The file from which a run of :func:`~pyro_flows.fit` goes on after its process is gone."""
+"""L7. The file from which an interrupted run of :func:`~pyro_flows.fit` is resumed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pyro_flows.training.state import Point, TrainingState
 
 __all__ = ["Checkpoint"]
 
-# Of the file; those of version 0.1.0 have none.
+# Version of the file's format; files of 0.1.0 have none.
 FORMAT = 2
 # Name in 0.1.0 -> attribute of TrainingState.
 NAMES_0_1_0 = {
@@ -44,8 +44,8 @@ class Checkpoint:
     """A file with the state of a run, in types that ``torch.load(weights_only=True)`` reads.
 
     Args:
-        path: The file; None keeps no checkpoint.
-        interval: Seconds after which a checkpoint is due to be replaced within a cycle, >= 0.
+        path: Path of the file; None writes no checkpoint.
+        interval: Seconds between two checkpoints within a cycle, >= 0.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, interval: float) -> None:
@@ -55,7 +55,7 @@ class Checkpoint:
 
     @property
     def exists(self) -> bool:
-        """Whether there is a run to go on with."""
+        """Whether there is a run to resume."""
         return self.path is not None and self.path.exists()
 
     @property
@@ -73,14 +73,14 @@ class Checkpoint:
         self._saved = time.monotonic()
 
     def load(self, leaves: Sequence[Tensor], guide: Callable[..., Any]) -> TrainingState:
-        """The state in the file, which version 0.1.0 may have written.
+        """Load the state in the file, which version 0.1.0 may have written.
 
         Args:
             leaves: Unconstrained parameters of the guide and the model, in order.
             guide: The guide, set up.
 
         Raises:
-            ValueError: If it is of other parameters, or no state of a run.
+            ValueError: If the state has other parameters, or the file does not hold the state of a run.
         """
         assert self.path is not None
         values: dict[str, Any] = torch.load(self.path, map_location=leaves[0].device, weights_only=True)
@@ -102,7 +102,7 @@ class Checkpoint:
 
 
 def _point_from_0_1_0(values: Sequence[Tensor], leaves: Sequence[Tensor], guide: Callable[..., Any]) -> Point:
-    """A point of version 0.1.0, whose flow guides had other parameters; unchanged if their number is not right."""
+    """Convert a point of version 0.1.0, whose flow guides had other parameters; unchanged if their number is wrong."""
     parts = guide.modules() if isinstance(guide, nn.Module) else ()
     flows = [part.posterior for part in parts if isinstance(part, AutoFlowGuide)]  # several in an AutoGuideList
     formers = [names_in_0_1_0(flow) for flow in flows]
@@ -118,7 +118,7 @@ def _point_from_0_1_0(values: Sequence[Tensor], leaves: Sequence[Tensor], guide:
         if index is None:
             point.append(next(rest))
             continue
-        if index not in converted:  # a flow's parameters follow one another
+        if index not in converted:  # a flow's parameters are consecutive
             converted[index] = from_0_1_0({name: next(rest) for name in formers[index]}, flows[index])
         point.append(converted[index][names[id(leaf)]])
     return point

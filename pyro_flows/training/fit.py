@@ -28,13 +28,13 @@ __all__ = ["FitResult", "FitSettings", "fit"]
 
 @dataclass(frozen=True)
 class FitSettings:
-    """The constants of :func:`fit`: what it chooses where its arguments are None, and those of its parts.
+    """Constants of :func:`fit`: values of its arguments where these are None, and constants of its parts.
 
-    Values without a source are heuristics; ``tests/benchmarks/`` measures what they do together.
+    Values without a source are heuristics; ``tests/benchmarks/`` measures their joint effect.
 
     Attributes:
         rate_warm: Learning rate from a warm start, > 0.
-        rate_warm_many: The same for guides of more than ``many_dimensions``.
+        rate_warm_many: The same for guides of more than ``many_dimensions`` dimensions.
         rate_cold: Learning rate without a warm start, > 0.
         rate_annealed: Learning rate with annealing, which has to find modes that lie far apart, > 0.
         rate_amortized: Learning rate of encoders, > 0.

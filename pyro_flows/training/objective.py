@@ -45,20 +45,21 @@ __all__ = ["Estimate", "EstimateSettings", "Objective"]
 
 @dataclass(frozen=True)
 class EstimateSettings:
-    """How many draws estimates of the ELBO take.
+    """Number of draws of ELBO estimates.
 
     Attributes:
-        num_runs: Runs of an estimate, >= 2; its standard error is that of their mean. With mini-batches, one for each
-            of a pass if they are more.
-        num_particles: Draws a run, >= 2. With ``num_runs`` 10,000 draws in all, which tell 0.005 nats apart where log
-            weights vary by half a nat.
-        max_values: Runs times particles times the size of the largest latent site, at most; bounds memory.
-        num_sequential_runs: Runs of a single draw each, of a model that can't be run at many draws at once.
-        max_batches: Number of mini-batches of a pass that estimates go through.
-        max_elements: Number of elements of the tensors of the mini-batches that are held for that; 128 MiB in float32.
-        num_tail_draws: Draws from which the tail of importance weights is judged, at which k-hat has a standard error
-            of about 0.1.
-        max_khat: k-hat below which the tail is light: that standard error below 0.7, the bound of Vehtari, Simpson,
+        num_runs: Number of runs of an estimate, >= 2; its standard error is that of their mean. With mini-batches, one
+            run for each mini-batch of a pass if these are more.
+        num_particles: Number of draws per run, >= 2. With ``num_runs`` this makes 10,000 draws, for a standard error of
+            0.005 nats where log weights have a standard deviation of half a nat.
+        max_values: Largest number of runs times particles times the size of the largest latent site; bounds memory.
+        num_sequential_runs: Number of runs, of a single draw each, of a model that can't be run at many draws at once.
+        max_batches: Largest number of mini-batches of a pass that estimates go through.
+        max_elements: Largest number of elements of the tensors of these mini-batches, which are kept in memory; 128 MiB
+            in float32.
+        num_tail_draws: Number of draws from which the tail of importance weights is estimated, at which k-hat has a
+            standard error of about 0.1.
+        max_khat: k-hat below which the tail is light: one such standard error below 0.7, the bound of Vehtari, Simpson,
             Gelman, Yao, Gabry. Pareto smoothed importance sampling. JMLR 25(72), 2024.
     """
 
@@ -75,7 +76,7 @@ class EstimateSettings:
 class Estimate(NamedTuple):
     """A Monte Carlo estimate of an ELBO: mean, its standard error, the variance of one draw, and the values of runs.
 
-    A run whose draws the model refuses is NaN, and left out of the mean.
+    A run at whose draws the model raises is NaN, and left out of the mean.
     """
 
     mean: float
@@ -84,7 +85,7 @@ class Estimate(NamedTuple):
     values: Tensor
 
     def gain_over(self, other: Estimate) -> tuple[float, float]:
-        """Difference of the means and its standard error; runs are paired, in case that they share anything."""
+        """Difference of the means and its standard error, with paired runs, which may share noise or mini-batches."""
         difference = self.values - other.values
         difference = difference[difference.isfinite()]
         if not (math.isfinite(self.mean) and math.isfinite(other.mean) and len(difference)):
@@ -94,8 +95,8 @@ class Estimate(NamedTuple):
 
 
 class _VarianceReduction(Messenger):
-    """Less variance of gradients: the particles' noise is a Latin hypercube, and a control variate removes what a
-    mini-batch does to all particles alike, as far as that is noise."""
+    """Variance reduction of gradients: the particles' noise is a Latin hypercube sample, and a control variate removes
+    noise that all particles of a mini-batch share."""
 
     def __init__(self, *, centered: bool) -> None:
         super().__init__()
@@ -109,27 +110,27 @@ class _VarianceReduction(Messenger):
 
 
 class Objective:
-    """The ELBO, by :class:`VectorizedTrace_ELBO`, and by Pyro's where draws cannot share a run of the model.
+    """The ELBO, by :class:`VectorizedTrace_ELBO`, or by Pyro's ELBOs where draws cannot share a run of the model.
 
     Args:
         model: Any Pyro model.
         guide: Any Pyro guide.
         batches: Their arguments.
-        settings: How many draws estimates take.
+        settings: Number of draws of estimates.
 
     Attributes:
         model: The model.
         guide: The guide.
         batches: Their arguments.
-        subsampled: Whether a step sees a part of the data.
-        scale: What the terms of a mini-batch are multiplied by, the largest such factor.
+        subsampled: Whether a step sees a part of the data only.
+        scale: Largest factor by which log densities of a mini-batch are scaled, >= 1.
         num_items: Size of the largest latent site in a mini-batch.
         num_values: Number of latent and observed values in a mini-batch.
-        batched: How the model is run at many draws.
+        batched: The model at many draws; None if only Pyro can enumerate its sites.
         trains_model: Whether the model has parameters of its own.
-        inverse_temperature: What the log joint is multiplied by in gradients, in (0, 1]; 1 is the model itself.
+        inverse_temperature: Factor of the log joint in gradients, in (0, 1]; 1 is the model itself.
         leaves: Unconstrained leaves of the guide's and the model's parameters.
-        parameters: The same; or, once a step is recorded, one vector of those in use.
+        parameters: The leaves; or, once a step is recorded, one vector of those in use.
         graph: The recorded step, if there is one.
     """
 
@@ -164,7 +165,7 @@ class Objective:
         self.graph: LossGraph | None = None
 
     def _look(self) -> tuple[BatchedModel | None, list[dict[str, Any]]]:
-        """How to run the model at many draws, None if sites are enumerated as Pyro alone can; and its sites."""
+        """The model at many draws, None if only Pyro can enumerate its sites; and its sample sites."""
         args, kwargs = self.batches.first
         try:
             batched = look_at("fit", self.model, self.guide, Call(args, kwargs))
@@ -176,7 +177,7 @@ class Objective:
 
     @property
     def obstacle(self) -> str:
-        """What keeps draws from being run at once; empty if nothing does."""
+        """Reason why draws cannot be run at once; empty if they can."""
         return "its sites are not enumerated in parallel" if self.batched is None else self.batched.obstacle
 
     @property
@@ -185,7 +186,7 @@ class Objective:
         return not self.obstacle
 
     def elbo(self, num_particles: int) -> Trace_ELBO | TraceEnum_ELBO:
-        """The loss with so many particles."""
+        """The loss with ``num_particles`` particles."""
         if self.batched is not None and (self.vectorized or num_particles == 1):
             return VectorizedTrace_ELBO.of(self.batched, num_particles)
         kind = TraceEnum_ELBO if self.enumerates else Trace_ELBO
@@ -202,17 +203,17 @@ class Objective:
         return model, guide
 
     def gradient(self, elbo: Trace_ELBO | TraceEnum_ELBO) -> float:
-        """Loss of the next mini-batch; its gradient is left in the ``grad`` of :attr:`parameters`, which has none."""
+        """Loss of the next mini-batch; its gradient is left in ``grad`` of :attr:`parameters`, which must be None."""
         args, kwargs = self.batches.next()
         if self._flat is not None and self.graph is not None and self.graph.matches(args, kwargs):
             try:
                 loss, gradient = self.graph(args, kwargs)
-            except RuntimeError:  # of linear algebra: there is no other code in it
+            except RuntimeError:  # from linear algebra, since a graph has no other code that raises
                 loss = torch.tensor(math.nan)
             if loss.isfinite():
                 self._flat.flat.grad = gradient
                 return float(loss)
-            # A draw that the model refuses voids a recorded step, and costs itself alone in an eager one.
+            # A draw at which the model raises makes a recorded step NaN; an eager step leaves out only that draw.
         with _quiet():
             value = float(elbo.loss_and_grads(*self._programs(elbo), *args, **kwargs))
         if self._flat is not None:  # a mini-batch of another shape, say
@@ -220,10 +221,10 @@ class Objective:
         return value
 
     def record(self, elbo: Trace_ELBO | TraceEnum_ELBO) -> LossGraph:
-        """Go on with a recorded step (see :class:`LossGraph`) and with a single parameter, until :meth:`release`.
+        """Record the step (see :class:`LossGraph`); there is a single parameter then, until :meth:`release`.
 
         Raises:
-            RecordingError: If that can't be done.
+            RecordingError: If the step can't be recorded.
         """
         args, kwargs = self.batches.first
         loss = partial(tensor_loss(elbo), *self._programs(elbo))
@@ -244,7 +245,7 @@ class Objective:
         """Compile the recorded step.
 
         Raises:
-            RuntimeError: If there is no working compiler; the graph runs as it is.
+            RuntimeError: If there is no working compiler; the graph runs uncompiled then.
         """
         assert self.graph is not None
         with torch.random.fork_rng():
@@ -252,7 +253,7 @@ class Objective:
 
     @property
     def recorded_leaves(self) -> list[Tensor]:
-        """What the single parameter of a recorded step is made of, in order."""
+        """Leaves that make up the single parameter of a recorded step, in order."""
         assert self._flat is not None
         return self._flat.leaves
 
@@ -262,10 +263,10 @@ class Objective:
             self._flat.release()
 
     def estimate(self, seed: int | None = None) -> Estimate:
-        """The ELBO without gradients, on mini-batches that are the same each time.
+        """Estimate the ELBO without gradients, on mini-batches that are the same each time.
 
         Args:
-            seed: Of the noise; None draws it afresh.
+            seed: Seed of the noise; None draws it afresh.
         """
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
@@ -278,7 +279,7 @@ class Objective:
             return self._estimate(runs, max(2, min(settings.num_particles, affordable)))
 
     def has_light_tails(self) -> bool:
-        """Whether the importance weights of the guide's draws have a k-hat well below what a guide may have."""
+        """Whether the importance weights of the guide's draws have a k-hat below ``max_khat``."""
         args, kwargs = self.batches.first
         num_draws = self.settings.num_tail_draws
         weights, _ = log_weights(self.model, self.guide, num_draws, args, kwargs)
@@ -288,10 +289,10 @@ class Objective:
         return smoothed.khat < self.settings.max_khat or nearly_constant(largest, ess, num_draws)
 
     def without_density(self) -> str:
-        """What to say if no loss is finite: which sites of the model have no density at a draw of the guide.
+        """Error message if no loss is finite; names the sites of the model without density at a draw of the guide.
 
         Raises:
-            Exception: Whatever the model raises there.
+            Exception: Any exception that the model raises there.
         """
         call = Call(*self.batches.first)
         trace = run_quietly(self.guide, call)
@@ -305,9 +306,9 @@ class Objective:
         )
 
     def prefers(self, now: Estimate, before: Estimate) -> bool:
-        """Whether an estimate is good enough to go on from: higher, or with mini-batches not significantly lower.
+        """Whether an estimate is accepted over an earlier one: higher, or with mini-batches not significantly lower.
 
-        A part of the data prefers what was fitted to it.
+        The latter since a part of the data favors parameters that were fitted to it.
         """
         gain, error = now.gain_over(before)
         return gain > (-2 * error if self.subsampled else 0.0)
@@ -318,7 +319,7 @@ class Objective:
         values = []
         for args, kwargs in itertools.islice(itertools.cycle(self._calls), runs):
             try:
-                # Without validation, by which a draw of no density would look like one that is refused.
+                # Without validation, which would raise at draws of zero density.
                 with _quiet(), pyro.validation_enabled(False):
                     values.append(-float(elbo.loss(self.model, self.guide, *args, **kwargs)))
             except NO_DENSITY:
@@ -333,7 +334,7 @@ class Objective:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Pyro's warnings about losses that are not finite: these are looked at and counted."""
+    """Suppress Pyro's warnings about losses that are not finite, which are checked and counted here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Encountered (NaN|infinite|[+-]?inf)", category=UserWarning)
         yield

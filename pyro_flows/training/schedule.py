@@ -25,28 +25,29 @@ INTERRUPTED = "interrupted"
 
 @dataclass(frozen=True)
 class ScheduleSettings:
-    """Lengths of cycles, and when the ELBO has converged.
+    """Lengths of cycles, and criteria of convergence.
 
-    A cycle is the last one if its gain is below a tolerance or below two standard errors, or if the next one, by the
-    rate at which gains fall, is expected to bring less than half of its own tolerance. Values without a source are
-    heuristics; ``tests/benchmarks/`` measures what they do together.
+    A cycle is the last one if its gain is below a tolerance or below two standard errors, or if the next one, by
+    geometric extrapolation of the gains, is expected to gain less than half of its own tolerance. Values without a
+    source are heuristics; ``tests/benchmarks/`` measures their joint effect.
 
     Attributes:
         first_cycle: Number of steps of the first cycle, >= 1.
-        first_cycle_long: The same with mini-batches, to average over more of their noise; annealed, to cool slowly.
-        max_steps: Number of steps of all cycles, at most, about: the last one is not cut short.
-        max_steps_long: The same with mini-batches and annealed.
-        patience: Number of steps before a cycle whose gain is below tolerance is the last.
-        min_gain: Tolerance of the ELBO's gain in the first cycle, in nats, > 0; for longer cycles in proportion to
-            their length. Welandawe, Andersen, Vehtari, Huggins. A framework for improving the reliability of black-box
+        first_cycle_long: The same with mini-batches, to average over more of their noise, and with annealing, to cool
+            slowly.
+        max_steps: Approximate number of steps of all cycles at most; a cycle that has begun is finished.
+        max_steps_long: The same with mini-batches or annealing.
+        patience: Number of steps after which a cycle whose gain is below tolerance is the last.
+        min_gain: Tolerance of the ELBO gain of the first cycle, in nats, > 0; for longer cycles in proportion to their
+            length. Welandawe, Andersen, Vehtari, Huggins. A framework for improving the reliability of black-box
             variational inference. JMLR 25, 2024. arXiv:2203.15945, for stopping where the predicted gain is less than
             its cost.
-        min_gain_per_latent: The same for every local latent, in nats; the larger tolerance holds.
-        max_gap_of_start: Gap in nats below which the initial guide is kept as it is. The gap is half the variance of
-            log weights, where they are nearly constant. Lower than ``min_gain``, since all of the gap of a Gaussian may
-            be in a mean.
-        max_gap_without_tail: Gap in nats below which there is no room for a tail that matters. Between this and
-            ``min_gain`` a guide has converged if its importance weights have a light tail.
+        min_gain_per_latent: The same for each local latent, in nats; the larger of the two tolerances holds.
+        max_gap_of_start: Gap in nats below which the initial guide is not trained. The gap is half the variance of log
+            weights, where they are nearly constant. Lower than ``min_gain``, since the whole gap of a Gaussian may be
+            an error of one mean.
+        max_gap_without_tail: Gap in nats below which the tail of the importance weights is not checked. Between this
+            and ``min_gain`` a guide has converged if its importance weights have a light tail.
     """
 
     first_cycle: int = 250
@@ -63,7 +64,7 @@ class ScheduleSettings:
         """Numbers of steps of all cycles.
 
         Args:
-            num_steps: Number of steps, in one cycle; None makes several.
+            num_steps: Number of steps of a single cycle, >= 1; None makes several cycles.
             long: Whether there are mini-batches, or annealing.
         """
         lengths = [num_steps or (self.first_cycle_long if long else self.first_cycle)]
@@ -76,16 +77,16 @@ class Schedule:
     """Trains in cycles, keeps the best point, and stops on convergence.
 
     Args:
-        trainer: Takes the steps.
-        num_steps: Number of steps, in one cycle; None stops on convergence.
-        checkpoint: Where to go on from, and to write to.
+        trainer: The trainer that takes the steps.
+        num_steps: Number of steps of a single cycle, >= 1; None stops on convergence.
+        checkpoint: The file to resume from and to write to.
         anneal: Whether the first cycle begins with a flattened log joint.
-        progress: Whether to show a bar.
-        settings: Constants.
+        progress: Whether to show a progress bar.
+        settings: Lengths of cycles, and criteria of convergence.
 
     Attributes:
-        initial_estimate: The ELBO before training.
-        best_estimate: The highest one so far.
+        initial_estimate: ELBO estimate before training.
+        best_estimate: Highest ELBO estimate so far.
         lengths: Numbers of steps of the cycles.
     """
 
@@ -107,7 +108,7 @@ class Schedule:
         self.progress = progress
         self.num_steps = num_steps
         self.lengths = self.settings.lengths(num_steps, long=self.objective.subsampled or anneal)
-        # With mini-batches the same noise each time: differences between estimates would drown any gain.
+        # With mini-batches the same noise each time, since the noise of estimates would exceed any gain.
         trainer.state.seed = int(torch.randint(2**31, ())) if self.objective.subsampled else None
         if checkpoint.exists:
             self._resume()
@@ -121,7 +122,7 @@ class Schedule:
             state.reason = ""
         trainer.restore(state.initial_point)
         if isinstance(self.objective.guide, AutoFlowGuide):
-            look_again(self.objective.guide)  # the warm start was another process's
+            look_again(self.objective.guide)  # the warm start was in another process
         self.initial_estimate = self.best_estimate = self._estimate()
         if not state.initial_is_best:
             trainer.restore(state.best_point)
@@ -185,7 +186,7 @@ class Schedule:
         state.cycle, state.step = state.cycle + 1, 0
 
     def _is_worth_more(self, gain: float, error: float) -> bool:
-        """Whether a cycle was worth its steps, and the next one will be if gains go on falling as they did."""
+        """Whether a cycle gained more than the tolerance, and the next one will, if gains go on falling as they did."""
         state = self.trainer.state
         tolerance = self._min_gain() / self.lengths[0]  # a step
         if gain < max(tolerance * self.lengths[state.cycle], 2 * error):
@@ -201,7 +202,7 @@ class Schedule:
         return max(self.settings.min_gain, self.settings.min_gain_per_latent * num_local)
 
     def _has_converged(self, now: Estimate) -> bool:
-        """Whether log weights hardly vary; that of rare draws does not show in their variance, but in the tail."""
+        """Whether log weights hardly vary; since rare draws do not show in the variance, the tail is checked too."""
         gap = now.variance / 2
         if gap >= self.settings.min_gain or gap < self.settings.max_gap_without_tail:
             return gap < self.settings.min_gain
@@ -212,7 +213,7 @@ class Schedule:
         self.trainer.state.best_point, self.trainer.state.initial_is_best = self.trainer.snapshot(), False
 
     def _after_step(self, bar: Any) -> None:
-        """Move the bar, and write the checkpoint."""
+        """Update the progress bar, and write a checkpoint if one is due."""
         bar.update()
         if self.checkpoint.is_due:
             self._save()
@@ -224,10 +225,11 @@ class Schedule:
             bar.set_postfix_str(f"ELBO {-statistics.fmean(recent[half:]):.3f}, trend {trend:+.3f}")
 
     def finish(self, compare: bool) -> tuple[str, Estimate]:
-        """Which of the initial and the trained point is kept, and its ELBO.
+        """Keep the initial or the trained point; returns ``"start"`` or ``"flow"``, and its ELBO.
 
         Args:
-            compare: Whether the higher ELBO on fresh draws, from the same noise and mini-batches, decides.
+            compare: Whether to choose the point with the higher ELBO on fresh draws, from the same noise and
+                mini-batches; otherwise the current one is kept.
         """
         state = self.trainer.state
         kept, best = "start" if state.initial_is_best else "flow", self.best_estimate

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L7. All that a run of :func:`~pyro_flows.fit` needs to go on."""
+"""L7. The state of a run of :func:`~pyro_flows.fit`, from which it can be resumed."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ Point = list[Tensor]
 
 @dataclass
 class TrainingState:
-    """Where a run is. The trainer and the schedule share one and write to it; a checkpoint is one in a file.
+    """State of a run. The trainer and the schedule share one and write to it; a checkpoint is one in a file.
 
-    Optimizers are not part of it: a run that goes on starts with fresh moments, as a cycle does.
+    Optimizers are not part of it: a resumed run begins with fresh moments, as a cycle does.
 
     Attributes:
         learning_rate: Peak learning rate of the current cycle, > 0.
         initial_point: Parameters before training.
-        best_point: Those with the best ELBO so far.
-        point: The current ones, when the state was saved; empty in a run, whose parameters are the leaves themselves.
+        best_point: Parameters with the best ELBO so far.
+        point: Parameters when the state was saved; empty during a run, whose parameters are the leaves themselves.
         initial_is_best: Whether no cycle has improved on the initial point.
-        cycle: Number of cycles that are done.
-        step: Number of steps of the current cycle that are done.
-        num_steps: Number of steps of all cycles.
-        losses: Finite negative ELBO estimates, one a step, in nats.
-        num_skipped: Number of steps that were left out.
+        cycle: Number of finished cycles.
+        step: Number of steps of the current cycle that were taken.
+        num_steps: Number of steps of all cycles that were taken.
+        losses: Negative ELBO estimates in nats, one per step; only those that are finite.
+        num_skipped: Number of steps that were skipped.
         num_rollbacks: Number of returns to an earlier point, each of which halved the learning rate.
         last_gain: ELBO gain of the last cycle in nats; 0 after the first, whose gain depends on the initial point.
-        seed: Of the noise of ELBO estimates, where they share it; None draws it afresh.
-        reason: Why the run stopped; empty while it goes on.
+        seed: Seed of the noise of ELBO estimates, where they share it; None draws it afresh.
+        reason: Why the run stopped; empty while it is in progress.
     """
 
     learning_rate: float
@@ -54,12 +54,12 @@ class TrainingState:
     reason: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Numbers, strings, and lists of numbers and tensors, by the attributes' names."""
+        """Convert to a dictionary of numbers, strings, and lists of numbers and tensors, by the attributes' names."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainingState:
-        """The inverse of :meth:`to_dict`.
+        """Invert :meth:`to_dict`.
 
         Raises:
             ValueError: If an attribute is missing or unknown.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L7. Optimizer steps that survive rare gradients: adaptive clipping, and a rollback on divergence."""
+"""L7. Optimizer steps that are robust to rare large gradients: adaptive clipping, and a rollback on divergence."""
 
 from __future__ import annotations
 
@@ -26,34 +26,36 @@ __all__ = ["Trainer", "TrainerSettings"]
 class TrainerSettings:
     """Adam, its clipping and its learning-rate schedule within a cycle; when steps are recorded and compiled.
 
-    Values without a source are heuristics; ``tests/benchmarks/`` measures what they do together.
+    Values without a source are heuristics; ``tests/benchmarks/`` measures their joint effect.
 
     Attributes:
-        clip: Gradient norm in running medians above which a gradient is shortened to it, > 0.
-        skip: Gradient norm in running medians above which a step is left out, > ``clip``.
-        norm_memory: Number of steps whose gradient norms the running median is of, >= 1.
+        clip: Largest gradient norm, in running medians, > 0; longer gradients are scaled down to it.
+        skip: Gradient norm, in running medians, above which a step is skipped, > ``clip``.
+        norm_memory: Number of steps over which the running median of gradient norms is taken, >= 1.
         warmup: Fraction of a cycle in which the learning rate rises linearly, in (0, 1).
-        final_rate: Learning rate at the end of a cycle over the peak, in (0, 1]; the fall is half a cosine. Loshchilov,
-            Hutter. SGDR: Stochastic gradient descent with warm restarts. ICLR 2017. arXiv:1608.03983, eq. (5).
-        window: Number of steps after which their mean loss is compared with the best one, >= 2.
-        divergence: Standard deviations of a loss that this mean may be above the best one, plus a nat, > 0.
-        betas: Of Adam. The default second one, 0.999, remembers the first gradients, which are the largest by far, for
-            thousands of steps.
-        table_eps: Adam's eps for items' tables, in nats per unit of their parameters, > 0. Gradients below this move a
-            row in proportion to their size. A row is seen once in a pass; by the sign of its gradient it would not
-            converge.
-        max_failures: Number of steps without a finite loss and gradient, before there was any, after which training
-            gives up, >= 1.
+        final_rate: Ratio of the learning rate at the end of a cycle to its peak, in (0, 1]; it falls by half a cosine.
+            Loshchilov, Hutter. SGDR: Stochastic gradient descent with warm restarts. ICLR 2017. arXiv:1608.03983,
+            eq. (5).
+        window: Number of steps whose mean loss is compared with that of the best such window, >= 2.
+        divergence: Number of standard deviations of a loss by which this mean may exceed the best one, in addition to
+            one nat, > 0; above that, training has diverged.
+        betas: Adam's betas. With the default second one, 0.999, the first gradients, which are the largest by far,
+            would affect thousands of steps.
+        table_eps: Adam's eps for the parameter tables of local latents, in nats per unit of their parameters, > 0. A
+            row is updated once per pass; gradients below eps move it in proportion to their size, since steps by the
+            gradient's sign would not converge.
+        max_failures: Number of steps, from the first on, without a finite loss and gradient after which training gives
+            up, >= 1.
         initial_temperature: Temperature at which annealing begins, >= 1; it falls geometrically to 1 in half of the
             cycle. Rezende, Mohamed. Variational inference with normalizing flows. ICML 2015. arXiv:1505.05770,
             eq. (20), for annealing.
-        timed_steps: Number of steps after which steps are timed, the later half of them, >= 2.
-        min_steps_to_record: Steps that must be left for a step to be recorded: recording takes as long as a hundred
-            eager steps, and halves those that follow.
-        min_seconds_to_record: Seconds that these must take.
-        eager_saving: Share of an eager step's time that compilation saves.
-        recorded_saving: Share of a recorded step's time that compilation saves.
-        compile_seconds: Seconds that the compiler takes for an operation of the graph, on two cores.
+        timed_steps: Number of steps, the later half of which is timed, before steps may be recorded, >= 2.
+        min_steps_to_record: Smallest number of remaining steps for which a step is recorded: recording takes as long as
+            a hundred eager steps, and halves the time of those that follow.
+        min_seconds_to_record: Smallest time in seconds that the remaining steps would take.
+        eager_saving: Fraction of an eager step's time that compilation saves.
+        recorded_saving: Fraction of a recorded step's time that compilation saves.
+        compile_seconds: Seconds that the compiler takes per operation of the graph, on two cores.
     """
 
     clip: float = 2.0
@@ -75,30 +77,31 @@ class TrainerSettings:
     compile_seconds: float = 0.009
 
     def rate(self, progress: float) -> float:
-        """Learning rate over its peak, after a share of the cycle in [0, 1]: linear up, then half a cosine down."""
+        """Ratio of the learning rate to its peak, after a fraction of the cycle in [0, 1]: rises linearly, then falls
+        by half a cosine."""
         if progress < self.warmup:
             return (progress + 1e-3) / (self.warmup + 1e-3)
         down = (progress - self.warmup) / (1.0 - self.warmup)
         return self.final_rate + (1.0 - self.final_rate) * 0.5 * (1.0 + math.cos(math.pi * down))
 
     def inverse_temperature(self, progress: float) -> float:
-        """What the log joint is multiplied by after a share of an annealed cycle in [0, 1]."""
+        """Factor of the log joint, in (0, 1], after a fraction of an annealed cycle in [0, 1]."""
         return min(1.0, self.initial_temperature ** (2 * progress - 1))
 
 
 class Trainer:
-    """Adam on an objective.
+    """Trains an objective by Adam.
 
     Args:
-        objective: What to maximize.
-        num_particles: Draws a step, >= 1.
+        objective: The objective to maximize.
+        num_particles: Number of particles per step, >= 1.
         learning_rate: Peak learning rate of the first cycle, > 0.
-        tables: Those parameters whose gradient is sparse: a step moves the rows that it has seen.
-        compile: Whether steps are compiled: True, False, or ``"auto"`` where that saves time.
-        settings: Constants.
+        tables: Parameters with sparse gradients: a step updates the rows of its mini-batch only.
+        compile: Whether steps are compiled: True, False, or ``"auto"``, which compiles where that saves time.
+        settings: Constants of the optimizer, and of recording and compilation.
 
     Attributes:
-        state: Where the run is.
+        state: State of the run.
     """
 
     def __init__(
@@ -134,8 +137,8 @@ class Trainer:
         return made
 
     def _continued(self, before: Sequence[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
-        """Adam of the vector that parameters have become, with their moments: without these its first steps would be
-        as long as in a fresh run, at a learning rate that is not that of one."""
+        """Adam for the vector of the parameters, with their moments; with fresh moments the next steps would be as long
+        as the first ones of a cycle, but without a warmup of the learning rate."""
         made = self._fresh_optimizers()
         states: dict[Tensor, dict[str, Tensor]] = {}
         for optimizer in before:
@@ -155,7 +158,8 @@ class Trainer:
         return self.objective.parameters
 
     def _record_or_compile(self, steps_left: int) -> bool:
-        """Record steps, or compile what was recorded, if that pays; returns whether the parameters are others now."""
+        """Record the step, or compile the recorded one, if that saves time; returns whether the parameters changed to a
+        single vector."""
         settings = self.settings
         asked = self._compile is True
         if self._compile is False or not (asked or len(self._seconds) == self._seconds.maxlen):
@@ -197,29 +201,29 @@ class Trainer:
 
     @torch.no_grad()
     def restore(self, point: Point) -> None:
-        """Go back to a snapshot."""
+        """Set all parameters to a snapshot."""
         for leaf, value in zip(self.objective.leaves, point, strict=True):
             leaf.copy_(value)
 
     def roll_back(self, point: Point) -> None:
-        """On divergence, restore an earlier point and halve the learning rate, from here on."""
+        """On divergence, restore an earlier point and halve the learning rate of all later steps."""
         self.restore(point)
         self.state.learning_rate /= 2
         self.state.num_rollbacks += 1
 
     def cycle(self, length: int, after_step: Callable[[], None] = lambda: None, *, anneal: bool = False) -> None:
-        """Take the steps that are left of a cycle, whose learning rate rises to its peak and then decays.
+        """Take the remaining steps of a cycle, whose learning rate rises to its peak and then decays.
 
-        Where the mean loss diverges from the best in the cycle, parameters are rolled back to those of the best.
+        If the mean loss exceeds the best one in the cycle by too much, parameters are rolled back to those of the best.
 
         Args:
-            length: Number of steps of the cycle; those before ``state.step`` are done.
-            after_step: Is called after each.
+            length: Number of steps of the cycle, of which ``state.step`` were already taken.
+            after_step: Function that is called after each step.
             anneal: Whether the log joint is flattened at first, by a temperature that falls to 1 in half of the steps.
 
         Raises:
-            RuntimeError: If none of the first steps ever has a finite loss and gradient.
-            Exception: Whatever the model raises then.
+            RuntimeError: If none of the first ``max_failures`` steps has a finite loss and gradient.
+            Exception: Any exception that the model raises then.
         """
         state, settings = self.state, self.settings
         best_loss, best_spread, best_point = math.inf, 0.0, self.snapshot()
@@ -264,7 +268,7 @@ class Trainer:
         state.losses.append(loss)
         median = statistics.median(self._norms) if self._norms else norm
         longest = settings.skip * median
-        self._norms.append(min(norm, longest))  # so that the median follows where gradients grow for good
+        self._norms.append(min(norm, longest))  # so that the median adapts if gradients stay large
         if norm > longest:
             state.num_skipped += 1
             return
@@ -277,7 +281,7 @@ class Trainer:
 
 
 def _entries(parameter: Tensor) -> Tensor:
-    """A gradient's entries, or those that are stored, in place."""
+    """Entries of a parameter's gradient, or its stored entries if it is sparse; may be changed in place."""
     assert parameter.grad is not None
     if not parameter.grad.is_sparse:
         return parameter.grad
