@@ -200,7 +200,7 @@ def fit(
         args: The model's arguments, as a tuple; or mini-batches: a list of tuples or anything else that can be
             iterated over again and again, such as a ``DataLoader``.
         kwargs: The model's keyword arguments, the same for each mini-batch.
-        num_steps: Number of steps, >= 1; None stops on convergence, after about 4000 steps at most, or 8000 with
+        num_steps: Number of steps, >= 1; None stops on convergence, after 4000 steps at most, or 8000 with
             mini-batches or annealing.
         num_particles: Number of particles per step, >= 1.
         learning_rate: Peak learning rate of Adam, > 0.
