@@ -60,11 +60,11 @@ class AdamRule:
         return self._state["exp_avg"], self._state["exp_avg_sq"]
 
     def next_rates(self) -> Tensor:
-        """Count a step; returns its learning rate and its scale of the second moment's root, ``(2,)``, in memory that
-        the next call overwrites."""
+        """Count a step; returns its bias-corrected learning rate, and the bias correction of the second moment's root,
+        ``(2,)``, in memory that the next call overwrites."""
         group, state = self._group, self._state
         count = state["step"]
-        if torch.is_tensor(count):  # by NumPy: an operation of torch's on one number takes longer than many a kernel
+        if torch.is_tensor(count):  # by NumPy: torch's overhead for one number exceeds many a kernel's time
             count = count.numpy()
             count += 1
         else:
@@ -78,7 +78,7 @@ class AdamRule:
         return self._next
 
     def rates(self, rate: float, root: float) -> Tensor:
-        """A given learning rate and scale, in the form of :meth:`next_rates`."""
+        """A learning rate and a bias correction in the form of :meth:`next_rates`."""
         like = self._state["exp_avg"]
         return torch.tensor((rate, root), dtype=like.dtype, device=like.device)
 
@@ -88,11 +88,11 @@ class AdamRule:
         """Return the new parameter and moments; can be recorded.
 
         Args:
-            parameter: ``(N,)``.
-            gradient: ``(N,)``; entries that are not finite count as zero, since moments would never forget them.
+            parameter: Parameter, ``(N,)``.
+            gradient: Gradient, ``(N,)``; entries that are not finite count as zero, since moments would retain them.
             first: First moment, from :attr:`moments`, ``(N,)``.
             second: Second moment, from :attr:`moments`, ``(N,)``.
-            rates: Learning rate and scale, from :meth:`next_rates`, ``(2,)``.
+            rates: Learning rate and bias correction, from :meth:`next_rates`, ``(2,)``.
             per_limit: Inverse step limits, ``(N,)``; see :func:`limited_step`.
         """
         gradient = gradient.nan_to_num(0.0, 0.0, 0.0)
@@ -110,7 +110,7 @@ def limited_step(step: Tensor, per_limit: Tensor) -> Tensor:
     """Shorten the limited entries of a step, all by one factor, so that none is longer than its limit.
 
     Args:
-        step: ``(N,)``.
+        step: Step, ``(N,)``.
         per_limit: One over the limit of each entry, ``(N,)``; zero where there is no limit.
     """
     excess = (step.abs() * per_limit).amax().clamp_min(1.0)

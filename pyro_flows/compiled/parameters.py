@@ -117,7 +117,7 @@ def state_of(*programs: Any) -> list[Tensor]:
 
 
 def modules_of(program: Any, depth: int = 4) -> Iterator[torch.nn.Module]:
-    """A module; or those that a function holds, such as ``poutine.block(guide)`` or ``lambda x: guide(x)``."""
+    """A module itself, or the modules that a function holds, as ``poutine.block(guide)`` or ``lambda x: guide(x)``."""
     if isinstance(program, torch.nn.Module):
         yield program
     elif depth:
@@ -131,7 +131,7 @@ def modules_of(program: Any, depth: int = 4) -> Iterator[torch.nn.Module]:
 
 
 def limits_of(program: Any) -> list[StepLimit]:
-    """The limits on steps of a guide's modules; see :class:`StepLimit`."""
+    """Step limits of a guide's modules; see :class:`StepLimit`."""
     parts = [part for module in modules_of(program) for part in module.modules()]
     # Limits in a module's own dictionary only: a guide may also expose the limit of one of its parts.
     held = [vars(part).get("step_limit") for part in parts]

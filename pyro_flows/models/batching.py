@@ -134,7 +134,7 @@ class BatchedModel:
         return self._run in (self._by_vmap, self._by_vmap_in_place)
 
     def rows(self, name: str, value: Tensor, count: int) -> Tensor:
-        """A latent site of a run in an outermost plate, or of one without draws, as ``(count, *site shape)``."""
+        """Reshape a latent's value, with or without the outermost plate's dimension, to ``(count, *site shape)``."""
         return rows_of(value, self.nodes[name]["value"].dim(), count)
 
     def __call__(self, values: Values, call: Call | None = None, model: Callable[..., Any] | None = None) -> Trace:
@@ -262,7 +262,7 @@ class BatchedModel:
         return found
 
     def _by_vmap_in_place(self, values: Values, task: _Task) -> dict[str, Tensor]:
-        """For models that write values that differ between draws into tensors that they create."""
+        """Run by ``torch.vmap``, for models that create tensors and write values to them that differ between draws."""
         return self._by_vmap(values, task, in_place=True)
 
     def _one_by_one(self, values: Values, task: _Task) -> dict[str, Tensor]:
@@ -289,7 +289,7 @@ class BatchedModel:
         if all(torch.equal(again[name].nan_to_num(), expected[name].nan_to_num()) for name in expected):
             agree = _agree
             kept = torch.stack([by_draw(term) for term in expected.values()]).sum(0).isfinite()
-            if kept.any():  # draws at which the model raises can't be compared
+            if kept.any():  # draws without a finite density can't be compared
                 probe = {name: value[kept] for name, value in probe.items()}
                 expected = {name: term[kept] for name, term in expected.items()}
         else:
@@ -320,7 +320,7 @@ FACTORIES = {
 
 
 class _BatchedMemory(TorchFunctionMode):
-    """Gives each draw its own copy of newly created tensors, so that values that differ between draws fit in."""
+    """Gives each draw its own copy of newly created tensors, so that the model can write each draw's values to them."""
 
     def __init__(self, batched: Tensor) -> None:
         super().__init__()
