@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """L2. Flow families: recipes that build flows, by name or as a dataclass."""
 
-# A line for each family; its module registers it.
+# One import for each family; the family's module registers it.
 from pyro_flows.flows.affine import DiagonalNormal as DiagonalNormal
 from pyro_flows.flows.affine import FullRankNormal as FullRankNormal
 from pyro_flows.flows.affine import LowRankNormal as LowRankNormal

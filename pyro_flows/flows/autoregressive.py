@@ -25,10 +25,11 @@ __all__ = ["IAF", "MAF", "NAF", "AutoregressiveSpec", "BlockNAF", "SplineAutoreg
 
 @dataclass(frozen=True, kw_only=True)
 class AutoregressiveSpec(FlowSpec):
-    """Layers in which each coordinate follows those before it, in alternating order.
+    """Base of autoregressive families: layers in which each coordinate depends on those before it.
 
-    First to last in even layers, last to first in odd ones, so that every coordinate meets every other. A family is a
-    subclass that gives :meth:`layer`. One pass to draw; parameters grow as the square of the dimension.
+    The order alternates: first to last in even layers, last to first in odd ones, so that every coordinate can depend
+    on every other. A family is a subclass that implements :meth:`layer`. Sampling takes one pass; parameters grow as the
+    square of the dimension.
 
     Args:
         num_transforms: Number of layers, >= 1.
@@ -45,7 +46,7 @@ class AutoregressiveSpec(FlowSpec):
         return [part for order in orders for part in self.layer(input_dim, context_dim, order)]
 
     def layer(self, input_dim: int, context_dim: int, order: Sequence[int]) -> list[FlowTransform]:
-        """The maps of one layer, in which coordinates follow each other in ``order``."""
+        """The maps of one layer, autoregressive in ``order``."""
         raise NotImplementedError
 
 
@@ -55,13 +56,13 @@ class IAF(AutoregressiveSpec):
     """Inverse autoregressive flow (IAF): each coordinate affine given the noise of those before it, layer by layer in
     alternating order.
 
-    One pass to draw and to score the draw; up to a pass per dimension and layer to score another value. Contains
+    One pass to sample and to score the sample; up to one pass per dimension and layer to score another value. Contains
     every full-rank Gaussian. Parameters grow as the square of the dimension.
 
     Args:
         num_transforms: Number of layers, >= 1.
         hidden_dims: Widths of each masked network's hidden layers, at least one; raised to twice the flow's
-            dimension where below it.
+            dimension if smaller.
         log_scale_bound: Largest absolute log-scale of one layer, > 0.
 
     References:
@@ -94,8 +95,8 @@ class IAF(AutoregressiveSpec):
 class MAF(IAF):
     """Masked autoregressive flow (MAF): the inverse of an IAF, for densities of given values.
 
-    One pass to score any value; up to a pass per dimension and layer to draw. Use it inside a model, as a learned
-    prior or likelihood of observed data. A guide draws at every step, so ``AutoFlowGuide`` refuses it: use
+    One pass to score any value; up to one pass per dimension and layer to sample. Use it inside a model, as a learned
+    prior or likelihood of observed data. A guide is sampled at every step, so ``AutoFlowGuide`` refuses it: use
     ``"iaf"`` there. Takes the hyper-parameters of :class:`IAF`.
 
     References:
@@ -115,16 +116,16 @@ class MAF(IAF):
 @register("spline_autoregressive")
 @dataclass(frozen=True, kw_only=True)
 class SplineAutoregressiveFlow(AutoregressiveSpec):
-    """Neural spline flow (NSF), autoregressive: each coordinate through a spline that follows the noise of those before
-    it, layer by layer in alternating order.
+    """Autoregressive neural spline flow (NSF): each coordinate is mapped by a spline that depends on the noise of those
+    before it, layer by layer in alternating order.
 
-    The most flexible conditionals at one pass to draw; up to a pass per dimension and layer to score another value.
-    Parameters grow as the square of the dimension.
+    The most flexible conditionals with one pass to sample; up to one pass per dimension and layer to score another
+    value. Parameters grow as the square of the dimension.
 
     Args:
         num_transforms: Number of layers, >= 1.
         hidden_dims: Widths of each masked network's hidden layers, at least one; raised to twice the flow's
-            dimension where below it.
+            dimension if smaller.
         count_bins: Bins per spline, in [2, 128].
         bound: Half-width of the warped box in base standard deviations, > 0.
 
@@ -156,16 +157,16 @@ class SplineAutoregressiveFlow(AutoregressiveSpec):
 @register("neural_autoregressive")
 @dataclass(frozen=True, kw_only=True)
 class NAF(AutoregressiveSpec):
-    """Neural autoregressive flow (NAF, deep sigmoidal flow): each coordinate through a mixture of sigmoids that follows
-    the noise of those before it, layer by layer in alternating order.
+    """Neural autoregressive flow (NAF, deep sigmoidal flow): each coordinate is mapped by a mixture of sigmoids that
+    depends on the noise of those before it, layer by layer in alternating order.
 
-    One pass to draw; cannot score values other than its own draws. No box, unlike splines. Starts within 0.01 of the
-    Gaussian, not at it. Parameters grow as the square of the dimension.
+    One pass to sample; cannot score values other than its own draws. Unlike splines, not limited to a box. Initialized
+    within 0.01 of the Gaussian, not at it. Parameters grow as the square of the dimension.
 
     Args:
         num_transforms: Number of layers, >= 1.
         hidden_dims: Widths of each masked network's hidden layers, at least one; raised to twice the flow's
-            dimension where below it.
+            dimension if smaller.
         num_units: Sigmoids per coordinate, >= 2; one alone is affine.
 
     References:
@@ -199,8 +200,8 @@ class BlockNAF(AutoregressiveSpec):
     """Block neural autoregressive flow (BNAF): monotone block triangular networks as gated residuals, layer by layer in
     alternating order.
 
-    One pass to draw; cannot score values other than its own draws. Starts near the Gaussian, not at it. Parameters grow
-    as the square of the dimension.
+    One pass to sample; cannot score values other than its own draws. Initialized near the Gaussian, not at it.
+    Parameters grow as the square of the dimension.
 
     Args:
         num_transforms: Number of layers, >= 1.
@@ -223,6 +224,6 @@ class BlockNAF(AutoregressiveSpec):
         block = BlockAutoregressive(input_dim, context_dim, hidden_factors=self.hidden_factors)
         if list(order) == list(range(input_dim)):
             return [block]
-        # There and back, so that coordinates keep their places for the head. Backwards is its own inverse.
+        # Reverse and restore the order, so that the head sees coordinates in place. Reversal is its own inverse.
         there, back = (Permutation(input_dim, context_dim, permutation=order) for _ in range(2))
         return [there, block, back]

@@ -55,8 +55,9 @@ class Flow(nn.Module):
     Args:
         layers: Transforms from the base outwards; may be empty.
         head: The outermost trained transform, which is affine.
-        preconditioner: What a warm start may put around it, or inside of a head that knows priors.
-        base: Where the noise comes from; None is a standard normal.
+        preconditioner: Fixed affine map that a warm start may set, outside of the head, or inside of one that knows
+            priors.
+        base: Distribution of the noise; None means standard normal.
 
     Example:
         >>> from pyro_flows import flows
@@ -81,11 +82,11 @@ class Flow(nn.Module):
         if head.is_outermost:
             outer.reverse()
         self.transform = Chain([*layers, *outer], head.context_layout)
-        # In a tuple, since the chain has them as modules, whose parameters go by one name.
+        # In a tuple, since the chain registers them as modules, and parameters must have one name each.
         self._parts = _Parts(tuple(layers), head, preconditioner)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """As of any module; what version 0.1.0 stored is converted, before the layers look at it."""
+        """As for any module; a state of version 0.1.0 is converted before the layers load it."""
         own = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
         if is_from_0_1_0(own, self):
             for name in own:
@@ -100,23 +101,23 @@ class Flow(nn.Module):
 
     @property
     def head(self) -> Head:
-        """The trained transform behind all layers."""
+        """The trained transform that follows all layers."""
         return self._parts.head
 
     @property
     def preconditioner(self) -> Preconditioner | None:
-        """What a warm start may put around the head, or inside of it where it knows the latents' priors."""
+        """Affine map that a warm start may set: outside of the head, or inside of one that knows the priors."""
         return self._parts.preconditioner
 
     def standardize(self, y: Tensor) -> Tensor:
-        """Values as input for those who condition on them; see :meth:`Head.standardize`."""
+        """Standardized values, as input of flows that are conditional on them; see :meth:`Head.standardize`."""
         if self.preconditioner is None or self.head.is_outermost:
             return self.head.standardize(y)
         return self.preconditioner.standardize(y, *self.head.gaussian())
 
     @property
     def base_dist(self) -> dist.TorchDistribution:
-        """Noise of event shape ``(input_dim,)``, where the parameters live."""
+        """Noise of event shape ``(input_dim,)``, on the parameters' device."""
         base_dist: dist.TorchDistribution = self.base(self.head.raw.value)
         return base_dist
 
@@ -132,12 +133,12 @@ class Flow(nn.Module):
 
         Args:
             context: ``batch_shape + (context_dim,)``, or None for an unconditional flow.
-            path_gradient: See :class:`FlowDistribution`.
-            parents: Likewise.
-            gradient_filter: Likewise.
+            path_gradient: Whether draws carry the path gradient; see :class:`FlowDistribution`.
+            parents: Latents of which the context is a function; see :class:`FlowDistribution`.
+            gradient_filter: Filter of the gradients in draws; see :class:`FlowDistribution`.
 
         Raises:
-            ValueError: If the context is missing, unasked for, or of the wrong length.
+            ValueError: If the context is missing, given to an unconditional flow, or of the wrong length.
         """
         found = 0 if context is None else context.shape[-1]
         if found != self.context_dim:
@@ -156,29 +157,29 @@ class Flow(nn.Module):
 class FlowSpec:
     """Recipe of a flow: hyper-parameters only, so it compares, prints and pickles as data.
 
-    A family is a subclass that says which layers stand between the noise and the affine head. Its hyper-parameters are
+    A family is a subclass that defines the layers between the noise and the affine head. Its hyper-parameters are
     fields of :mod:`pyro_flows.flows.fields`, which are checked when a recipe is made.
 
     Args:
         head: Outermost affine layer: ``"diagonal"``, ``"low_rank"`` or ``"full_rank"``.
-        base: Where the noise comes from: ``"normal"``; ``"student_t"`` or a :class:`~pyro_flows.flows.StudentT`, for
+        base: Distribution of the noise: ``"normal"``; ``"student_t"`` or a :class:`~pyro_flows.flows.StudentT`, for
             heavy tails; ``"mixture"`` or a :class:`~pyro_flows.flows.Mixture`, for several modes.
 
     Attributes:
         has_inverse: Whether values other than the flow's own draws can be scored.
-        min_dim: Smallest dimension that the family takes.
-        identity_start: Whether a fresh flow is exactly the normal of its head.
-        one_pass_sampling: Whether a draw takes one pass, not one per dimension; a guide needs it.
-        correlates: Whether layers correlate coordinates, so that a warm start with correlations is of the family.
-        knows_priors: Whether the priors of a model's sites are of use to it.
+        min_dim: Smallest dimension that the family supports.
+        identity_start: Whether a new flow is exactly the Gaussian of its head.
+        one_pass_sampling: Whether a draw takes one pass, not one per dimension; required in a guide.
+        correlates: Whether layers correlate coordinates, so that the family contains a warm start with correlations.
+        knows_priors: Whether the family makes use of the priors of a model's sites.
         best_for: When to use the family, in a few words.
-        practical_dim: About the largest dimension at which parameters and steps are affordable. None is any.
-        draw_cost: What a draw takes, with the default hyper-parameters.
-        tails: Those of a coordinate in unconstrained space, from normal noise.
-        parameters: How their number grows with the dimension D.
+        practical_dim: Approximate largest dimension at which parameters and steps are affordable. None means any.
+        draw_cost: Cost of a draw with the default hyper-parameters.
+        tails: Tails of a coordinate in unconstrained space, from normal noise.
+        parameters: How the number of parameters grows with the dimension D.
     """
 
-    # What a family can do: the guide asks, and tests check.
+    # Capabilities of a family: used by the guide and checked by tests.
     has_inverse: ClassVar[bool] = True
     min_dim: ClassVar[int] = 1
     identity_start: ClassVar[bool] = True
@@ -203,7 +204,7 @@ class FlowSpec:
         raise NotImplementedError
 
     def with_blocks(self, block_sizes: Sequence[int]) -> FlowSpec:
-        """This recipe for a vector made of blocks in a meaningful order, such as a model's sites."""
+        """This recipe for a vector that consists of blocks in a meaningful order, such as a model's sites."""
         return self
 
     def build(self, input_dim: int, context_dim: int = 0) -> Flow:
@@ -214,7 +215,7 @@ class FlowSpec:
             context_dim: Length of the context vector. 0 means unconditional.
 
         Raises:
-            ValueError: If ``input_dim`` is below what the family needs.
+            ValueError: If ``input_dim`` is less than ``min_dim``.
         """
         check_int(type(self).__name__, "context_dim", context_dim, 0)
         self._check_input_dim(input_dim)
@@ -232,8 +233,9 @@ class FlowSpec:
 
         Args:
             block_sizes: The sites' sizes, in order; they add up to the flow's ``input_dim``.
-            head: One that knows the priors of a hierarchy. Families that make no use of them take their own.
-            preconditioner: What a warm start with correlations sets. Families without any leave it out.
+            head: A head that knows the priors of a hierarchy. Families that do not use priors replace it by their own.
+            preconditioner: Fixed affine map that a warm start with correlations sets. Families without correlations
+                omit it.
         """
         dim = sum(block_sizes)
         self._check_input_dim(dim)
@@ -250,15 +252,15 @@ class FlowSpec:
     ) -> Flow:
         """Make a flow for one item of a plate, with weights that all items share and a partially pooled head.
 
-        A vector that is too short for the family (one latent an item, under couplings) gets the head alone. A head
-        other than the diagonal one mixes the item's noise below the pooled head.
+        A vector that is too short for the family (one latent per item, with couplings) gets the head alone. A head
+        other than the diagonal one mixes the item's noise before the partially pooled head.
 
         Args:
             input_dim: Length of an item's vector.
-            parent_dim: See :class:`~pyro_flows.transforms.PlateHead`.
-            feature_dim: Likewise.
-            known: Likewise.
-            plain: Whether items are so many that the head has to do, without networks.
+            parent_dim: Length of the latents that an item depends on; may be 0.
+            feature_dim: Length of an item's features.
+            known: Which coordinates have a known prior, ``(input_dim,)``; None means none.
+            plain: Whether to use the head alone, without networks, because there are too many items.
         """
         if plain:
             head = PlateHead(input_dim, parent_dim=parent_dim, feature_dim=feature_dim, known=known, hidden_dims=())

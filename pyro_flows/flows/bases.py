@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L2. Bases: the noise that a flow starts from, as data for a recipe and as a module with parameters."""
+"""L2. Base distributions of a flow, as data for a recipe and as a module with parameters."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ __all__ = [
 # Degrees of freedom stay above this, so that the noise has a mean.
 MIN_DF = 1.0
 # Adam moves each parameter by the learning rate at a step. Logarithms of degrees of freedom are stored in this unit, as
-# log-scales of the head are, so that tails settle before the layers between have bent themselves into a likeness.
+# log-scales of the head are, so that tails converge before the layers in between have learned to imitate them.
 LOG_DF_RATE = 5.0
-# Components of a mixture start about this far from the origin: alike ones would stay alike.
+# Components of a mixture are initialized about this far from the origin: identical ones would stay identical.
 SPREAD = 0.2
 
 
 class Base(nn.Module):
-    """Standard normal noise; and what every base can do.
+    """Standard normal base, and the interface of all bases.
 
     Args:
         input_dim: Length D of the noise.
@@ -46,19 +46,19 @@ class Base(nn.Module):
         self.input_dim = input_dim
 
     def forward(self, like: Tensor) -> dist.TorchDistribution:
-        """The distribution, event shape ``(D,)``, of the dtype and on the device of a tensor."""
+        """The distribution, of event shape ``(D,)``, with the dtype and device of a tensor."""
         zeros = like.new_zeros(self.input_dim)
-        # Constants of ours: checking them at every step would cost more than drawing.
+        # Constants: validating them at every step would cost more than sampling.
         return StandardNormal(zeros, torch.ones_like(zeros), validate_args=False).to_event(1)
 
     @torch.no_grad()
     def sample(self, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draws of the shape, the dtype and the device of a tensor, ``(..., D)``.
+        """Draws with the shape, dtype and device of a tensor, ``(..., D)``.
 
         Args:
             like: The tensor.
-            generator: Where the randomness comes from; None is the global one. With a generator the second half of the
-                draws mirrors the first, as far as the base is symmetric.
+            generator: Source of randomness; None means the global one. With a generator the second half of the draws
+                mirrors the first, as far as the base is symmetric (antithetic draws).
         """
         return _normal(like, generator)
 
@@ -116,9 +116,9 @@ class MixtureBase(Base):
 
 @dataclass(frozen=True, kw_only=True)
 class BaseSpec:
-    """Recipe of a base distribution; data, as a :class:`~pyro_flows.flows.FlowSpec` is."""
+    """Recipe of a base distribution; plain data, like :class:`~pyro_flows.flows.FlowSpec`."""
 
-    # Whether items of a plate, which share a flow, can have noise of this kind.
+    # Whether the flow that items of a plate share may have this base.
     suits_items: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -134,12 +134,12 @@ class StudentT(BaseSpec):
     r"""Student-t noise, with trained degrees of freedom for each coordinate: polynomial tails.
 
     Location 0 and scale 1, not variance 1: near the origin the density hardly changes with the degrees of freedom, so
-    tails adapt while the head holds the body. They stay above 1; the largest that are worth telling from a normal are
-    about 100.
+    tails adapt while the head keeps fitting the body. Degrees of freedom stay above 1; above about 100 the density is
+    practically normal.
 
     Args:
-        df: Degrees of freedom at the start, > 1. With the default the first ELBO on a normal posterior is 0.023 nats a
-            coordinate below the Gaussian's (0.002 with 30); from much larger ones tails are learned slowly.
+        df: Initial degrees of freedom, > 1. With the default the initial ELBO on a normal posterior is 0.023 nats per
+            coordinate below the Gaussian's (0.002 with 30); from much larger values tails are learned slowly.
 
     References:
         Liang, Mahoney, Hodgkinson. Fat-Tailed Variational Inference with Anisotropic Tail Adaptive Flows. ICML 2022.
@@ -156,12 +156,12 @@ class StudentT(BaseSpec):
 class Mixture(BaseSpec):
     """A mixture of diagonal normals with trained locations, scales and weights: several modes.
 
-    A flow is continuous, and from one mode it can make two only with a bridge of mass between them. Starts near one
-    standard normal; ``AutoFlowGuide.warm_start``, which ``fit`` calls, puts components on the modes that it finds.
-    Without that all components find the same mode, as every guide does that is trained by an ELBO.
+    A flow is continuous, so from a unimodal base it can make two modes only with a bridge of mass between them.
+    Initialized near a standard normal; ``AutoFlowGuide.warm_start``, which ``fit`` calls, places components on the
+    modes that it finds. Without a warm start all components find the same mode, since the ELBO is mode-seeking.
 
     Args:
-        num_components: Number of components, >= 2. More than there are modes do no harm: those left over share one.
+        num_components: Number of components, >= 2. More components than modes do no harm: the excess ones share a mode.
     """
 
     suits_items: ClassVar[bool] = False
@@ -176,7 +176,7 @@ _BASES = {"normal": BaseSpec(), "student_t": StudentT(), "mixture": Mixture()}
 
 
 def resolve_base(owner: str, base: str | BaseSpec) -> BaseSpec:
-    """A name or a recipe as a recipe.
+    """Convert a name or a recipe to a recipe.
 
     Raises:
         ValueError: If it is neither.
@@ -192,7 +192,7 @@ def resolve_base(owner: str, base: str | BaseSpec) -> BaseSpec:
 
 
 def spread_components(count: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Locations and scales of so many equal components, ``(count, D)``, that make about one standard normal.
+    """Locations and scales, ``(count, D)``, of ``count`` equal components that together approximate a standard normal.
 
     Mean and variances are exact, correlations within 0.04.
     """
@@ -206,8 +206,8 @@ def spread_components(count: int, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard normal noise of a tensor's shape; with a generator, along the first dimension symmetric and, coordinate
-    by coordinate, the quantiles of a normal in random order."""
+    """Standard normal noise of a tensor's shape; with a generator, symmetric along the first dimension and, for each
+    coordinate, the quantiles of a normal in random order."""
     if generator is None:
         return torch.randn_like(like, memory_format=torch.contiguous_format)
     shape = (len(like) // 2, *like.shape[1:])
@@ -219,7 +219,7 @@ def _normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _paired(rows: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draws with the second half like the first, if there is a generator: what mirrored noise goes with."""
+    """Draws with the second half equal to the first, if there is a generator, to go with antithetic noise."""
     if generator is None:
         return rows
     half = len(rows) // 2

@@ -21,10 +21,10 @@ def _check_callable(owner: str, name: str, value: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class CustomFlow(FlowSpec):
-    """Transforms that a function makes, such as ``AutoNormalizingFlow`` takes, under the affine head.
+    """Family of user-defined transforms, made by a function as for ``AutoNormalizingFlow``, with an affine head.
 
-    Gradients are ordinary ones where a part is not this library's: path gradients need a score through every part. A
-    context, where there is one, reaches this library's parts and the head; foreign transforms ignore it.
+    If any part is not one of this library's, ordinary gradients are used: path gradients need a score through every
+    part. The context, if any, is passed to this library's parts and the head; foreign transforms ignore it.
 
     Args:
         function: Takes ``input_dim`` and returns a Pyro or torch transform, a composition, one of this library's
@@ -42,7 +42,7 @@ class CustomFlow(FlowSpec):
         torch.Size([5, 3])
     """
 
-    # What the transforms can do is known once they exist; see `has_inverse` of the built flow's transform.
+    # Capabilities are known only once the transforms are built; see `has_inverse` of the flow's transform.
     has_inverse: ClassVar[bool] = False
     identity_start: ClassVar[bool] = False
 

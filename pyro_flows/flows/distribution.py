@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L2. The distribution that a flow gives (:class:`FlowDistribution`). The only file that knows how path gradients reach
-Pyro."""
+"""L2. The distribution of a flow (:class:`FlowDistribution`). The only file that knows how Pyro receives path
+gradients."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ __all__ = ["FlowDistribution"]
 
 @dataclass(frozen=True)
 class MeanSettings:
-    """How the mean of a flow is known, where gradients are centered.
+    """How the mean of a flow is estimated, where gradients are centered.
 
     Attributes:
-        num_draws: By so many draws.
+        num_draws: Number of draws of the estimate.
     """
 
     num_draws: int = 128
@@ -38,18 +38,18 @@ MEAN = MeanSettings()
 
 
 class FlowDistribution(dist.TransformedDistribution):
-    r"""Noise through a flow: standard normal, or another base's.
+    r"""Distribution of base noise that is transformed by a flow.
 
-    ``log_prob`` is the ordinary density, differentiable in the value and in the parameters. What Pyro's ELBOs take
-    their gradient from is ``score_parts(value).entropy_term``; for this distribution's own draw it has the value
+    ``log_prob`` is the ordinary density, differentiable in the value and in the parameters. Pyro's ELBOs take their
+    gradient from ``score_parts(value).entropy_term``; for this distribution's own draw it has the value
     :math:`\log q(z)` and the *path* gradient
 
     .. math::
         \nabla_\theta = \Big(\frac{\partial z}{\partial \theta}\Big)^{\!\top} \nabla_z \log q(z),
 
-    which leaves out the score term: its mean is zero, its variance is not, and without it the gradient of the ELBO
-    vanishes draw by draw where q is the posterior ("sticking the landing"). Parameters of the base count by the way
-    that they move the noise. Any other value, such as a replayed one, gets the ordinary density.
+    which omits the score term: its mean is zero, its variance is not, and without it the gradient of the ELBO
+    vanishes for every draw where q is the posterior ("sticking the landing"). Parameters of the base enter through
+    their effect on the noise. Any other value, such as a replayed one, gets the ordinary density.
 
     Args:
         base_dist: Noise with event shape ``(input_dim,)``; its draws have path derivatives.
@@ -57,9 +57,9 @@ class FlowDistribution(dist.TransformedDistribution):
         context: Optional context, ``batch_shape + (context_dim,)``.
         path_gradient: Whether draws carry the path gradient. Needs grad mode; skipped under ``torch.no_grad()``
             and where ``transform.has_score`` is false.
-        parents: Latents drawn before, of which the context is a function. The path gradient then counts how they act on
-            this density, and leaves out how parameters act on it by way of the context.
-        gradient_filter: What the gradients that come back to draws pass through.
+        parents: Latents drawn earlier, of which the context is a function. The path gradient then includes their effect
+            on this density, and omits the effect that parameters have on it through the context.
+        gradient_filter: Filter that is applied to the gradients in draws in the backward pass.
 
     References:
         Roeder, Wu, Duvenaud. Sticking the Landing. NeurIPS 2017. arXiv:1703.09194, eq. (8).
@@ -95,27 +95,27 @@ class FlowDistribution(dist.TransformedDistribution):
         return other
 
     def centered(self) -> FlowDistribution:
-        r"""The same with a control variate for a noise that all draws along the first dimension share.
+        r"""This distribution with a control variate for the noise that all draws along the first dimension share.
 
-        The gradients :math:`u_p` that come back to the draws :math:`z_p` of one mini-batch have most of their noise in
-        common: how far the mini-batch pulls. It enters by way of :math:`\sum_p (\partial z_p / \partial\theta)^\top
-        u_p`; here by way of
+        The gradients :math:`u_p` in the draws :math:`z_p` of one mini-batch share most of their noise, which is that of
+        subsampling. It enters the estimator :math:`\sum_p (\partial z_p / \partial\theta)^\top u_p`, which is replaced
+        by
 
         .. math::
             \sum_p \Big(\frac{\partial z_p}{\partial\theta}\Big)^{\!\top} \Big(u_p - \frac{1}{P - 1}
             \sum_{r \neq p} u_r\Big) + \Big(\frac{\partial \bar z}{\partial\theta}\Big)^{\!\top} \sum_p u_p,
 
-        with :math:`\bar z` the mean of many more draws that the model does not see. The mean is the same, and no
-        parameter but a location is pulled by chance.
+        with :math:`\bar z` the mean of many more draws, on which the model is not run. The expectation is the same, and
+        the shared noise affects locations only.
         """
         other = self.expand(self.base_dist.batch_shape)
         other._centered = True
         return other
 
     def stratified(self) -> FlowDistribution:
-        """The same with draws that are spread evenly along the first dimension; see ``StratifiedNormal``.
+        """This distribution with draws stratified along the first dimension; see ``StratifiedNormal``.
 
-        Each by itself is distributed as before. Another base than the normal stays as it is.
+        The marginal distribution of each draw is unchanged. A base other than the normal is left unchanged.
         """
         other = self.expand(self.base_dist.batch_shape)
         if other._is_normal:
@@ -173,8 +173,8 @@ class FlowDistribution(dist.TransformedDistribution):
         return value + (mean - mean.detach())
 
     def _conditioned(self, eps: Tensor, value: Tensor, score: Tensor) -> tuple[Tensor, Tensor] | None:
-        r"""The context, with a gradient in the latents that it is given alone; and :math:`\nabla_c \log q(z | c)` at
-        fixed z: the derivative at fixed noise, less what comes through z."""
+        r"""The context, with a gradient in the parent latents only; and :math:`\nabla_c \log q(z | c)` at fixed z: the
+        derivative at fixed noise, less the part through z."""
         context = self._bound.context
         if not self._parents or context is None or not context.requires_grad:
             return None
@@ -203,16 +203,16 @@ class FlowDistribution(dist.TransformedDistribution):
         return ScoreParts(log_prob=log_prob, score_function=0, entropy_term=entropy_term)
 
     def _frozen_log_prob(self, value: Tensor) -> Tensor:
-        """Log density whose gradient goes through values only: the path gradient at the cost of an inverse pass."""
+        """Log density whose gradient flows through values only: the path gradient, for one inverse pass."""
         context = self._bound.context
         with _frozen(self._bound.transform) as transform:
             eps, ladj = transform.inverse_and_ladj(value, None if context is None else context.detach())
-        path = (eps * base_score(self.base_dist, eps)).sum(-1)  # and nothing through parameters of the base
+        path = (eps * base_score(self.base_dist, eps)).sum(-1)  # no gradient in parameters of the base
         return self.base_dist.log_prob(eps).detach() + (path - path.detach()) + ladj
 
 
 class _WithScores(torch.autograd.Function):
-    """Log densities as they are, ``(...)``, with given derivatives in vectors: pairs of the two, ``(..., D)``."""
+    """Log densities, ``(...)``, unchanged, with given derivatives in vectors: pairs of the two, ``(..., D)``."""
 
     @staticmethod
     def forward(ctx: Any, log_prob: Tensor, *pairs: Tensor) -> Tensor:
@@ -226,7 +226,7 @@ class _WithScores(torch.autograd.Function):
 
 
 class _Through(torch.autograd.Function):
-    """A tensor as it is, with a gradient in some tensors that it is a function of, and in nothing else."""
+    """A tensor, unchanged, with a gradient in some tensors that it is a function of, and in nothing else."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, *sources: Tensor) -> Tensor:

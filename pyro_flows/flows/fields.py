@@ -46,7 +46,7 @@ def check_fields(recipe: Any) -> None:
     """Check every field of a dataclass. A subclass that gives a field another default keeps the field's check.
 
     Raises:
-        ValueError: If a value is out of its range; the message says which range.
+        ValueError: If a value is out of range; the message states the range.
     """
     owner = type(recipe)
     for known in fields(recipe):

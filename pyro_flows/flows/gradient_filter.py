@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L2. What a flow learns from the gradients that come back to its own draws, whatever the optimizer makes of them."""
+"""L2. Clipping and variance reduction of the gradients in a flow's draws, independent of the optimizer."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["GradientFilter"]
 
 @dataclass(frozen=True)
 class FilterSettings:
-    """What counts as an outlier.
+    """Threshold for outliers in gradients, and the weight of running means.
 
     Attributes:
-        largest: Running root mean squares beyond which entries are clipped. Much lower a bound would do harm: that
-            a site overflows shows in rare large gradients only, and where these are cut, draws spread until it
-            overflows every day.
-        weight: What a new gradient weighs in running means, as soon as there are enough.
+        largest: Entries are clipped beyond this multiple of their running root mean square. A much lower bound would do
+            harm: only rare large gradients show that a site overflows, and if these are cut, draws spread until it
+            overflows often.
+        weight: Weight of a new gradient in the exponential running means, after an initial phase of plain averages.
     """
 
     largest: float = 1e3
@@ -33,11 +33,11 @@ FILTER = FilterSettings()
 
 
 class GradientFilter(nn.Module):
-    r"""Looks at the gradient :math:`u` of a loss in draws :math:`z`, and passes it on with less noise.
+    r"""Reduces the noise of the gradient :math:`u` of a loss in draws :math:`z`.
 
-    *Clipping.* Entries that are not finite become zero, and those out of all proportion are clipped, draw by draw: an
-    optimizer with moments remembers one absurd gradient for thousands of steps, and NaN for ever. The proportion is
-    that of the gradients before, so that units, a scale of the loss and the distance to the posterior do not matter.
+    *Clipping.* Entries that are not finite become zero, and outliers are clipped, draw by draw: an optimizer with
+    moments remembers one extreme gradient for thousands of steps, and NaN forever. Outliers are relative to previous
+    gradients, so that units, a scale of the loss and the distance to the posterior do not matter.
 
     *A control variate.* The path gradient of :math:`\log q` and the ordinary one, of :math:`\log q_\theta(z(\theta))`,
     differ by the score term, whose mean is zero; any multiple c of their difference may be added:
@@ -48,23 +48,23 @@ class GradientFilter(nn.Module):
 
     With precisions :math:`\Lambda_j` of the posterior and variances :math:`\sigma_j^2` of q, the noise of :math:`u_j`
     is proportional to :math:`\Lambda_j \sigma_j^2 - 1`, and that of the ordinary gradient to
-    :math:`\Lambda_j \sigma_j^2`. The former vanishes at the posterior; where q is narrow still, as guides are at first,
-    it is all that there is. The multiple with the least noise is the regression of u on s, and is learned.
+    :math:`\Lambda_j \sigma_j^2`. The former vanishes at the posterior; while q is too narrow, as guides are initially,
+    the latter is smaller. The multiple with the least noise is the regression coefficient of u on s, and is learned.
 
     Args:
         dim: Length of a draw.
 
     Attributes:
-        largest_multiple: Bound on c: the weight that the entropy of a draw has in the loss, at most.
-        num_refused: Number of gradients that had entries that were not finite.
+        largest_multiple: Upper bound on c: the largest weight of a draw's entropy in the loss.
+        num_refused: Number of gradients with entries that are not finite.
         refused_draw: The first draw with such a gradient, ``(D,)``; None if there was none.
-        is_fresh: Whether a gradient has come since somebody set this to false.
+        is_fresh: Whether a gradient has arrived since this was last set to false.
 
     References:
         [1] Roeder, Wu, Duvenaud. Sticking the Landing. NeurIPS 2017. arXiv:1703.09194, section 4, for the path
             gradient, and for scaling the score term.
         [2] Geffner, Domke. Using Large Ensembles of Control Variates for Variational Inference. NeurIPS 2018.
-            arXiv:1810.12482, for control variates whose weights come from the gradients before.
+            arXiv:1810.12482, for control variates whose weights come from previous gradients.
     """
 
     count: Tensor
@@ -77,7 +77,7 @@ class GradientFilter(nn.Module):
         self.num_refused = 0
         self.refused_draw: Tensor | None = None
         self.is_fresh = False
-        # Not a part of what is saved: they come back within some dozens of steps.
+        # Not saved: they are re-estimated within some dozens of steps.
         self.register_buffer("count", torch.zeros(()), persistent=False)
         self.register_buffer("square", torch.zeros(dim), persistent=False)  # of the gradient
         # Running means of the gradient, of its product with the score of q, and of that score's square.
@@ -90,21 +90,21 @@ class GradientFilter(nn.Module):
             value: The draws.
             score: ``s``, ``(..., D)``.
             log_q: Their log density up to a constant, differentiable in all parameters, ``(...)``.
-            through: The context of which the density is a function by way of latents before it, or an empty tensor.
+            through: The context through which the density depends on earlier latents, or an empty tensor.
             by_context: The score in that context.
         """
         draws: Tensor = _Filtered.apply(value, log_q, through, score, by_context, self)  # type: ignore[no-untyped-call]
         return draws
 
     def clip(self, value: Tensor) -> None:
-        """Clip the gradient of draws that carry no score, ``(..., D)``."""
+        """Clip the gradient of draws without a score, ``(..., D)``."""
         if value.requires_grad:
             draw = value.detach()  # not the draw itself, which would hold on to its own graph
             value.register_hook(lambda gradient: self._clipped(gradient, draw))
 
     @torch.no_grad()
     def _clipped(self, gradient: Tensor, draw: Tensor) -> Tensor:
-        """The gradient, ``(..., D)``, without what is absurd."""
+        """The gradient, ``(..., D)``, with outliers clipped."""
         if not is_recording():
             self.is_fresh = True
             finite = gradient.isfinite()
@@ -124,10 +124,10 @@ class GradientFilter(nn.Module):
 
     @torch.no_grad()
     def _multiple(self, gradient: Tensor, score: Tensor) -> Tensor:
-        """``c``, ``()``; remembers these gradients and scores, ``(..., D)``."""
-        # By the draws before, so that it is no function of these: the mean of the gradient stays what it is.
+        """``c``, ``()``; updates the running means by these gradients and scores, ``(..., D)``."""
+        # From previous draws, so that it does not depend on these: the mean of the gradient is unchanged.
         _, product, square = before = self.moments.clone()
-        # All coordinates count alike, as soon as there were draws enough to tell how large their scores are.
+        # All coordinates have equal weight, once there were enough draws to estimate the size of their scores.
         units = square + square.mean() / self.count.clamp_min(1.0)
         multiple = (product / units).sum() / (square / units).sum()
         rows, score = gradient.reshape(-1, gradient.shape[-1]), score.reshape(-1, score.shape[-1])
@@ -139,7 +139,7 @@ class GradientFilter(nn.Module):
 
 
 class _Filtered(torch.autograd.Function):
-    """Draws as they are, with the gradient of :class:`GradientFilter`."""
+    """Draws, unchanged, with the gradient of :class:`GradientFilter`."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, log_q: Tensor, through: Tensor, *others: Any) -> Tensor:

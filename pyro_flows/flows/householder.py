@@ -27,7 +27,7 @@ def _check_reflections(owner: str, name: str, value: Any) -> None:
 @register("householder")
 @dataclass(frozen=True, kw_only=True)
 class HouseholderFlow(FlowSpec):
-    """Householder flow: a scaled normal, turned by learnt reflections: a Gaussian. O(D num_reflections) parameters.
+    """Householder flow: a Gaussian, a scaled normal rotated by learned reflections. O(D num_reflections) parameters.
 
     Args:
         num_reflections: Number of reflections; even, >= 2.
@@ -43,7 +43,7 @@ class HouseholderFlow(FlowSpec):
     num_reflections: int = field(default=8, metadata={"check": _check_reflections})
 
     def layers(self, input_dim: int, context_dim: int) -> list[FlowTransform]:
-        # The reflections turn a standard normal into itself: without a scale before them they do nothing.
+        # Reflections leave a standard normal unchanged: without a scale before them they have no effect.
         return [
             DiagonalAffine(input_dim, context_dim),
             Householder(input_dim, context_dim, num_reflections=self.num_reflections),

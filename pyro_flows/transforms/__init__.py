@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L1. Transforms that Pyro lacks or gets wrong: one map, one file."""
+"""L1. Transforms that Pyro lacks or implements incorrectly, one per file."""
 
 from pyro_flows.transforms.adapter import PyroTransform, adapt
 from pyro_flows.transforms.affine_autoregressive import AffineAutoregressive

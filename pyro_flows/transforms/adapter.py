@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L1. Other people's transforms, Pyro's and torch's, as parts of a flow."""
+"""L1. Adapters that make transforms of Pyro and torch parts of a flow."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pyro_flows.transforms.permutation import Permutation
 
 __all__ = ["PyroTransform", "adapt"]
 
-# What would give a wrong density: class, reason, remedy.
+# Transforms that would give a wrong density: class, reason, remedy.
 _REFUSED: tuple[tuple[type, str, str], ...] = (
     (
         T.Sylvester,
@@ -39,10 +39,10 @@ _REFUSED: tuple[tuple[type, str, str], ...] = (
 
 
 def adapt(transform: Any, input_dim: int, context_dim: int = 0) -> list[FlowTransform]:
-    """What a user's function returned, as transforms of this library, base side first.
+    """Convert what a user's function returned to transforms of this library, base side first.
 
-    Compositions and lists are flattened; this library's transforms stay as they are; Pyro's ``Permute`` becomes a
-    :class:`Permutation`, which a ``state_dict`` keeps; everything else is wrapped in a :class:`PyroTransform`.
+    Compositions and lists are flattened; this library's transforms are left unchanged; Pyro's ``Permute`` becomes a
+    :class:`Permutation`, which is saved in the ``state_dict``; everything else is wrapped in a :class:`PyroTransform`.
 
     Args:
         transform: A transform, or a list or tuple of them.
@@ -50,7 +50,7 @@ def adapt(transform: Any, input_dim: int, context_dim: int = 0) -> list[FlowTran
         context_dim: Length of the flow's context vector. Foreign transforms ignore the context.
 
     Raises:
-        TypeError: If something in it is not a transform.
+        TypeError: If any part is not a transform.
         ValueError: If a transform does not map vectors of length ``input_dim`` onto such vectors, or its density is
             known to be wrong.
     """
@@ -72,12 +72,12 @@ def adapt(transform: Any, input_dim: int, context_dim: int = 0) -> list[FlowTran
 
 
 class PyroTransform(FlowTransform):
-    r"""One transform of Pyro or torch.
+    r"""Wrapper of a single Pyro or torch transform.
 
-    Each log-determinant is asked for right after its map, and the transform's caches are emptied afterwards: Pyro's
-    keep the last graph alive, which breaks ``copy.deepcopy``, and some answer with a stale value. Elementwise
+    Each log-determinant is computed right after its map, and the transform's caches are cleared afterwards: Pyro's
+    caches keep the last graph alive, which breaks ``copy.deepcopy``, and some return a stale value. Elementwise
     log-slopes are summed. Tensors of a transform that is not a module are kept as buffers, so that they are saved and
-    moved with the flow. There is no path gradient (``has_score`` is false); the ordinary one is used.
+    moved with the flow. There is no path gradient (``has_score`` is false); the ordinary gradient is used.
 
     Args:
         transform: A bijection of real vectors or, elementwise, of reals.
@@ -118,7 +118,7 @@ class PyroTransform(FlowTransform):
         self._probe()
 
     def _probe(self) -> None:
-        """Map two points each way, to see that dimensions fit and whether there is an inverse."""
+        """Map two points each way, to check dimensions and find out whether there is an inverse."""
         declared = getattr(self.wrapped, "input_dim", self.input_dim)
         if isinstance(declared, int) and declared != self.input_dim:
             raise _wrong_dims(self.wrapped, self.input_dim, declared)
@@ -139,14 +139,14 @@ class PyroTransform(FlowTransform):
                 self.has_inverse = False  # type: ignore[misc]
 
     def _ladj(self, x: Tensor, y: Tensor) -> Tensor:
-        """The transform's log-determinant, one number a vector."""
+        """The transform's log-determinant, one number per vector."""
         ladj: Tensor = self.wrapped.log_abs_det_jacobian(x, y)
         if self.wrapped.domain.event_dim == 0:
             ladj = ladj.expand(x.shape).sum(-1)
         return ladj.expand(x.shape[:-1])
 
     def _there(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map and log-determinant in the transform's own direction."""
+        """Map and log-determinant in the wrapped transform's forward direction."""
         for name in self._values:
             setattr(self.wrapped, name, getattr(self, f"value_{name}"))
         try:
@@ -156,7 +156,7 @@ class PyroTransform(FlowTransform):
             _clear_caches(self.wrapped)
 
     def _back(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The other direction; the log-determinant comes from mapping there again, so that no cache can be stale."""
+        """Inverse direction; the log-determinant comes from a new forward pass, so that no cache can be stale."""
         for name in self._values:
             setattr(self.wrapped, name, getattr(self, f"value_{name}"))
         try:
@@ -238,7 +238,7 @@ def _check_domain(transform: Transform) -> None:
 
 
 def _clear_caches(transform: Transform) -> None:
-    """Drop what Pyro's transforms, and those inside them, remember of the last call."""
+    """Clear what Pyro's transforms, and those nested in them, cache from the last call."""
     for part in transform.modules() if isinstance(transform, nn.Module) else (transform,):
         for name in list(vars(part)):
             if name == "_cached_x_y":

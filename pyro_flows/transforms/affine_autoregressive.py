@@ -14,22 +14,22 @@ __all__ = ["AffineAutoregressive"]
 
 
 class AffineAutoregressive(MaskedAutoregressive):
-    r"""Each coordinate affine in its own noise given the noise of the coordinates before it:
+    r"""Autoregressive map in which each coordinate is affine in its noise, given the noise of those before it:
 
     .. math::
         y_i = t_i(x_{<i}) + e^{l_i(x_{<i})} x_i, \qquad l = c \tanh(\tilde l / c).
 
-    One pass to draw; up to ``input_dim`` passes to score another value. Its linear skip contains every full-rank
-    Gaussian. Pyro's ``AffineAutoregressive`` clamps the log-scale but lets the gradient pass as if it did not, and its
-    inverse fails in float64; here the bound is smooth and the inverse keeps the value's dtype.
+    Sampling takes one pass; scoring any other value takes up to ``input_dim`` passes. The linear skip contains every
+    full-rank Gaussian. Pyro's ``AffineAutoregressive`` clamps the log-scale but passes the gradient through unclamped,
+    and its inverse fails in float64; here the bound is smooth and the inverse keeps the value's dtype.
 
-    Starts at the identity.
+    Initialized to the identity.
 
     Args:
-        input_dim: Length of the transformed vector, at least 1; one coordinate has nothing to condition on but the
-            context.
+        input_dim: Length of the transformed vector, at least 1; a single coordinate is conditional on the context
+            only.
         context_dim: Length of the context vector. 0 means unconditional.
-        hidden_dims: Widths of the masked network's hidden layers; raised to ``2 * input_dim`` where below it.
+        hidden_dims: Widths of the masked network's hidden layers; raised to ``2 * input_dim`` if smaller.
         log_scale_bound: Bound :math:`c` on the absolute log-scale, > 0.
         order: Coordinates from first to last. None means 0 to ``input_dim - 1``.
 

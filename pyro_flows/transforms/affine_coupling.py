@@ -16,8 +16,8 @@ __all__ = ["AffineCouplings"]
 class AffineCouplings(Couplings):
     r"""A stack of affine couplings: :math:`y_b = x_b \odot e^{s(x_a)} + t(x_a)`, :math:`y_a = x_a`.
 
-    Log-scales are bounded by :math:`c \tanh(\cdot / c)`; Pyro clamps them, with a gradient that is not the derivative
-    of the value. Starts at the identity.
+    Log-scales are bounded by :math:`c \tanh(\cdot / c)`; Pyro clamps them, with a gradient that is not that
+    of the value. Initialized to the identity.
 
     Shape:
         As in :class:`FlowTransform`.
@@ -28,7 +28,7 @@ class AffineCouplings(Couplings):
         num_transforms: Number of couplings; at least 1.
         hidden_dims: Widths of each network's hidden layers.
         log_scale_bound: Largest absolute log-scale of one coupling, > 0.
-        num_parts: Number of parts that take turns in moving; see :class:`~pyro_flows.transforms.coupling.Couplings`.
+        num_parts: Number of parts that are transformed in turn; see :class:`~pyro_flows.transforms.coupling.Couplings`.
 
     References:
         Dinh, Sohl-Dickstein, Bengio. Density estimation using Real NVP. ICLR 2017. arXiv:1605.08803, eq. (7)-(8).
@@ -56,7 +56,7 @@ class AffineCouplings(Couplings):
 
     def _shift_log_scale(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         shift, log_scale = raw.chunk(2, -1)
-        if self.log_scale_bound == 1.0:  # the default, at two operations less
+        if self.log_scale_bound == 1.0:  # the default, with two operations fewer
             return shift, torch.tanh(log_scale)
         return shift, self.log_scale_bound * torch.tanh(log_scale / self.log_scale_bound)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L1. What autoregressive maps share: the masked network, the inverse by fixed-point iteration and the score through
+"""L1. Base of autoregressive maps: the masked network, the inverse by fixed-point iteration and the score through
 a triangular Jacobian."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pyro_flows.transforms.networks import ContextParameters
 
 __all__ = ["AutoregressiveTransform", "MaskedAutoregressive", "MaskedNetwork", "propagate_score"]
 
-# Above this dimension the Jacobian that a recorded score takes is too large.
+# Above this dimension the dense Jacobian that a score needs while tracing is too large.
 MAX_RECORDED_DIM = 128
 
 
@@ -27,11 +27,11 @@ class AutoregressiveTransform(FlowTransform):
     r"""Base of the maps :math:`y_i = f(x_i;\, h_i(x_{<i}, c))`, increasing in :math:`x_i`, in some order of the
     coordinates.
 
-    Drawing and scoring one's own draw is one pass of the network. The log-determinant is the sum of
+    Sampling, with the density of the sample, takes one pass of the network. The log-determinant is the sum of
     :math:`\log \partial f / \partial x_i`. Scoring any other value takes up to :math:`D` passes.
 
-    A subclass gives :meth:`_map`, and :meth:`_unmap` where :math:`f` has an inverse; one whose :math:`h` is a masked
-    network extends :class:`MaskedAutoregressive` instead.
+    A subclass implements :meth:`_map`, and :meth:`_unmap` where :math:`f` has an inverse; one whose :math:`h` is a
+    masked network extends :class:`MaskedAutoregressive` instead.
 
     Args:
         input_dim: Length of the transformed vector.
@@ -39,7 +39,7 @@ class AutoregressiveTransform(FlowTransform):
         order: Coordinates from first to last. None means 0 to ``input_dim - 1``.
 
     Raises:
-        ValueError: If ``order`` does not hold each coordinate once.
+        ValueError: If ``order`` does not contain each coordinate once.
     """
 
     one_pass_inverse: ClassVar[bool] = False
@@ -64,13 +64,13 @@ class AutoregressiveTransform(FlowTransform):
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         r"""Map latent to base by the iteration :math:`x \leftarrow f^{-1}(y;\, h(x))`.
 
-        After k steps the first k coordinates (in the map's order) are exact, so D steps suffice; it stops before
-        where nothing changes any more. Gradients go through the iteration. Returns ``(x, log|det dx/dy|)``.
+        After k steps the first k coordinates (in the map's order) are exact, so D steps suffice; it stops earlier
+        once nothing changes. Gradients flow through the iteration. Returns ``(x, log|det dx/dy|)``.
         """
         if not self.has_inverse:
             return super().inverse_and_ladj(y, context)
         tolerance = 4.0 * torch.finfo(y.dtype).eps
-        # Coordinates that are not exact yet may be anything; finite, they meet only zeros of the masks.
+        # Coordinates that are not exact yet may take any value; if finite, the masks multiply them by zero.
         limit = torch.finfo(y.dtype).max ** 0.5
         x, log_slope = self._unmap(y, torch.zeros_like(y), context)
         for _ in range(self.input_dim - 1):
@@ -91,14 +91,15 @@ class AutoregressiveTransform(FlowTransform):
 class MaskedAutoregressive(AutoregressiveTransform):
     r"""Base of the maps whose parameters :math:`h_i(x_{<i}, c)` come from one :class:`MaskedNetwork`.
 
-    A subclass gives the map of one coordinate, :meth:`_univariate`, and :meth:`_univariate_inverse` where it has one.
+    A subclass implements the map of one coordinate, :meth:`_univariate`, and :meth:`_univariate_inverse` if that has
+    an inverse.
 
     Args:
-        input_dim: Length of the transformed vector, at least 1; one coordinate has nothing to condition on but the
-            context.
+        input_dim: Length of the transformed vector, at least 1; a single coordinate is conditional on the context
+            only.
         context_dim: Length of the context vector. 0 means unconditional.
-        init: Parameters of each coordinate at the start, ``(input_dim, P)``.
-        hidden_dims: Widths of the masked network's hidden layers; raised to ``2 * input_dim`` where below it.
+        init: Initial parameters of each coordinate, ``(input_dim, P)``.
+        hidden_dims: Widths of the masked network's hidden layers; raised to ``2 * input_dim`` if smaller.
         order: Coordinates from first to last. None means 0 to ``input_dim - 1``.
     """
 
@@ -133,8 +134,8 @@ def propagate_score(x: Tensor, y: Tensor, ladj: Tensor, slope: Tensor, score: Te
 
     Solves :math:`J^\top g_y = v`, :math:`v = g_x - \nabla_x \log|\det J|`, by the Jacobi iteration
     :math:`g \leftarrow g + (v - J^\top g) / d` with :math:`d = \mathrm{diag}\, J`. Each step is one vector-Jacobian
-    product. :math:`D - 1` steps are exact; a few are enough for most maps, whatever :math:`D` is, so the iteration
-    stops where the residual is rounding.
+    product. :math:`D - 1` steps are exact; a few suffice for most maps, whatever :math:`D` is, so the iteration
+    stops once the residual is at rounding level.
 
     Shape:
         - x, y, slope, score, output: ``batch_shape + (D,)``.
@@ -170,7 +171,7 @@ def propagate_score(x: Tensor, y: Tensor, ladj: Tensor, slope: Tensor, score: Te
         (product,) = torch.autograd.grad(y, x, result, retain_graph=True)
         with torch.no_grad():
             residual = target - product
-            # Against the size of the terms: where they cancel, rounding is all that is left of the residual.
+            # Relative to the size of the terms: where they cancel, the residual is pure rounding error.
             size = target.norm(dim=-1) + (slope * result).norm(dim=-1)
             result = result + residual / slope
             if bool((residual.norm(dim=-1) <= tolerance * size).all()):
@@ -179,7 +180,7 @@ def propagate_score(x: Tensor, y: Tensor, ladj: Tensor, slope: Tensor, score: Te
 
 
 def _solve(x: Tensor, y: Tensor, target: Tensor, order: Tensor) -> Tensor:
-    """The same by all rows of the Jacobian at once: how many steps are enough is not known beforehand."""
+    """As above, from the full Jacobian: while tracing, the number of steps needed is not known in advance."""
     dim = x.shape[-1]
     if dim > MAX_RECORDED_DIM:
         raise NotImplementedError(
@@ -216,11 +217,11 @@ def _resolve_order(owner: str, input_dim: int, order: Sequence[int] | Tensor | N
 class MaskedNetwork(nn.Module):
     r"""Network whose i-th row of outputs depends on the coordinates before the i-th, and on the context (MADE).
 
-    Pyro's masks and masked layers, with SiLU, a linear skip from the input to the output, and outputs that start at
-    ``init`` for every input: last layer and skip are zero. Both are scaled by the root of their fan-in, because
-    an Adam step moves every weight by the learning rate.
+    Uses Pyro's masks and masked layers, with SiLU and a linear skip from the input to the output. Outputs are
+    initialized to ``init`` for every input: the last layer and the skip are zero. Both are scaled by the root of
+    their fan-in, because an Adam step moves every weight by the learning rate.
 
-    A single coordinate has nothing before it: then this is a free tensor, or a network of the context.
+    A single coordinate has no predecessors: then this is a free tensor, or a network of the context.
 
     Shape:
         - x: ``batch_shape + (D,)``; context: ``(..., context_dim)``.
@@ -229,8 +230,8 @@ class MaskedNetwork(nn.Module):
     Args:
         input_dim: Number of coordinates :math:`D`.
         context_dim: Length of the context vector. 0 means unconditional.
-        init: Outputs at the start, ``(D, P)``.
-        hidden_dims: Widths of the hidden layers, at least one; raised to ``2 * input_dim`` where below it, since every
+        init: Initial outputs, ``(D, P)``.
+        hidden_dims: Widths of the hidden layers, at least one; raised to ``2 * input_dim`` if smaller, since every
             coordinate needs units of its own.
         order: Coordinates from first to last.
 
@@ -258,7 +259,7 @@ class MaskedNetwork(nn.Module):
         network_dim = input_dim + context_dim
         hidden = [max(width, 2 * input_dim) for width in hidden_dims]
         masks, mask_skip = create_mask(input_dim, context_dim, hidden, order, count_params)  # type: ignore[arg-type]
-        # Pyro's rows are (P, D); ours are (D, P), so that the parameters of a coordinate lie together.
+        # Pyro's rows are (P, D); ours are (D, P), so that the parameters of a coordinate are contiguous.
         rows = torch.arange(count_params * input_dim).reshape(count_params, input_dim).T.flatten()
         masks[-1], mask_skip = masks[-1][rows], mask_skip[rows]
         sizes = [network_dim, *hidden, count_params * input_dim]

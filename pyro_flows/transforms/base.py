@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L1. The contract of a flow transform, and the two objects that every caller meets: the transform
+"""L1. The interface of a flow transform, and the two objects that callers use: the transform
 and the transform bound to a context. Forward always means base noise -> latent."""
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ __all__ = [
 
 
 def is_jit_tracing() -> bool:
-    """Whether ``torch.jit.trace`` takes operations down, as Pyro's ``JitTrace_ELBO`` has it do."""
+    """Whether ``torch.jit.trace`` is recording operations, as under Pyro's ``JitTrace_ELBO``."""
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def is_readable(x: Tensor) -> bool:
-    """Whether Python may look at the values of a tensor: not while they are recorded, nor under ``torch.func``."""
+    """Whether Python may read the values of a tensor: not while tracing, nor under ``torch.func``."""
     return not (is_recording() or torch._C._functorch.is_functorch_wrapped_tensor(x))
 
 
@@ -48,9 +48,9 @@ class FlowTransform(TransformModule):
     - :meth:`inverse_and_ladj` is required unless ``has_inverse`` is false.
     - :meth:`forward_with_score` is optional where an inverse exists, and required where none does, unless
       ``has_score`` is false; flows with such a part use ordinary gradients.
-    - What a warm start sets and training leaves as it is is a :class:`~pyro_flows.transforms.FixedParameter`, which the
-      map detaches.
-    - ``one_pass_inverse`` says whether an inverse takes one pass whatever the value, as ``torch.jit.trace`` needs.
+    - A parameter that a warm start sets and training does not change is a
+      :class:`~pyro_flows.transforms.FixedParameter`, which the map detaches.
+    - ``one_pass_inverse`` says whether an inverse takes one pass for any value, as ``torch.jit.trace`` requires.
 
     Shape:
         - x, y, score: ``batch_shape + (input_dim,)``.
@@ -88,7 +88,7 @@ class FlowTransform(TransformModule):
     def forward_with_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        r"""Map base to latent and carry the score along.
+        r"""Map base to latent and propagate the score.
 
         With :math:`g_x = \nabla_x \log q(x)` the density of ``y`` has the score
         :math:`g_y = J^{-\top}(g_x - \nabla_x \log|\det J|)` (Vaitl et al. 2024, algorithm 1).
@@ -119,7 +119,7 @@ class FlowTransform(TransformModule):
 
     @property
     def sign(self) -> int:
-        """Not known. An AttributeError, since torch.jit.trace_module asks every module whether it has this."""
+        """Not known. Raises AttributeError, since torch.jit.trace_module asks every module whether it has this."""
         raise AttributeError(f"{type(self).__name__} does not know the sign of its Jacobian's determinant.")
 
     # Pyro's interface, for use without a context.
@@ -135,9 +135,9 @@ class FlowTransform(TransformModule):
 
 
 class BoundTransform(Transform):
-    """A :class:`FlowTransform` with its context fixed, which remembers the last pair that it mapped.
+    """A :class:`FlowTransform` with its context fixed, which caches the last pair that it mapped.
 
-    It is made afresh for each distribution, so the memory (which holds a graph) dies with that distribution, and
+    A new one is made for each distribution, so the cache (which holds a graph) is freed with that distribution, and
     ``transform(x)`` followed by ``transform.log_abs_det_jacobian(x, y)`` costs one pass.
     """
 
@@ -163,7 +163,7 @@ class BoundTransform(Transform):
         return y, score
 
     def replace_last(self, y: Tensor) -> Tensor:
-        """Take a tensor, which has the same value, for the last ``y``; returns it."""
+        """Replace the cached ``y`` by a tensor of the same value; returns it."""
         assert self._last is not None
         self._last = (self._last[0], y, self._last[2])
         return y
@@ -188,6 +188,6 @@ def expand_context(context: Tensor, x: Tensor) -> Tensor:
 
 
 def as_rows(x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Vectors as ``(N, D)``, and a context for each; linear layers of one vector alone would reshape it each time."""
+    """Vectors as ``(N, D)``, and a context for each; else every linear layer would reshape a single vector."""
     around = None if context is None else expand_context(context, x).reshape(-1, context.shape[-1])
     return x.reshape(-1, x.shape[-1]), around

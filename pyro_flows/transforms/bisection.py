@@ -16,8 +16,8 @@ def solve_tanh(target: Tensor, outer: Tensor, inner: Tensor, shift: Tensor) -> T
     r"""Solve :math:`z + r \tanh(s z + c) = t` for :math:`z`, elementwise and to the precision of the dtype.
 
     The left side increases in :math:`z` if :math:`r s > -1`, and the root lies within :math:`|r|` of :math:`t`, so
-    bisection needs one step a bit of precision. Gradients are the caller's business: one Newton step on the result,
-    with gradients, has the derivatives of the root.
+    bisection needs one step per bit of precision. Gradients are left to the caller: one Newton step on the result,
+    with gradients enabled, has the derivatives of the root.
 
     Args:
         target: :math:`t`.

@@ -16,8 +16,8 @@ from pyro_flows.transforms.autoregressive import AutoregressiveTransform
 
 __all__ = ["BlockAutoregressive"]
 
-# Weight of the network beside the identity at the start, and how fast its logarithm moves: an Adam step changes every
-# parameter by the learning rate, and the gate has two decades to go.
+# Initial weight of the network relative to the identity, and the factor by which its logarithm is trained faster: an
+# Adam step changes every parameter by the learning rate, and the gate may have to change by two decades.
 INIT_GATE = 0.05
 GATE_RATE = 3.0
 
@@ -38,7 +38,7 @@ class _BlockLinear(nn.Module):
         group_in = torch.arange(dim).repeat_interleave(size_in)
         self.register_buffer("on_diagonal", group_out == group_in)
         self.register_buffer("below_diagonal", group_out > group_in)
-        # The deviation keeps the sum over a row's free entries of order one, whichever group it belongs to.
+        # This standard deviation keeps the sum over a row's free entries of order one in every group.
         fan_in = (group_out + 1) * size_in
         below = torch.randn(dim * size_out, dim * size_in) / fan_in.to(torch.get_default_dtype()).sqrt()
         self.weight_below = nn.Parameter(below.masked_fill(~self.below_diagonal, 0.0))
@@ -61,7 +61,7 @@ class _BlockLinear(nn.Module):
         """Map ``(..., dim * size_in)`` to ``(..., dim * size_out)``.
 
         ``log_slope`` holds the log-derivatives of each group's units in the group's own coordinate,
-        ``(..., dim, size_in)``; None for the coordinates themselves. Comes back as ``(..., dim, size_out)``.
+        ``(..., dim, size_in)``; None for the coordinates themselves. It is returned as ``(..., dim, size_out)``.
         """
         weight, log_diagonal = self.weights()
         out = F.linear(x, weight, self.bias)
@@ -88,11 +88,12 @@ class BlockAutoregressive(AutoregressiveTransform):
     where :math:`L` is strictly lower triangular and :math:`f` is a tanh network whose weights are block triangular
     (:math:`f_i` sees :math:`x_{\le i}`) with positive diagonal blocks, so that :math:`f_i` increases in :math:`x_i`.
     The residual makes the map onto :math:`\mathbb{R}^D`: :math:`f` is bounded, and Pyro's ``BlockAutoregressive``,
-    which is :math:`f` alone, gives a density that is zero outside a box. Slopes are at least 1; an affine head takes
-    care of the overall scale. The linear part, which is not in the paper, makes correlated Gaussians easy; :math:`f`
+    which is :math:`f` alone, gives a density that is zero outside a box. Slopes are at least 1; an affine head sets
+    the overall scale. The linear part, which is not in the paper, makes correlated Gaussians easy to learn; :math:`f`
     alone, being bounded, is slow to learn them.
 
-    Starts near the identity (gates of 0.05), not at it. One pass to draw; no inverse in closed form.
+    Initialized near the identity (gates of 0.05), not at it. Sampling takes one pass; there is no inverse in closed
+    form.
 
     Args:
         input_dim: Length of the transformed vector, at least 1.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L1. Composition: several transforms as one, with the context and the score handed through."""
+"""L1. Composition of several transforms, which passes the context and the score through."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ class Chain(FlowTransform):
     """The composition ``parts[-1] o ... o parts[0]``.
 
     Args:
-        parts: At least one transform, all with the same ``input_dim``, base side first. The context is the last part's,
-            and that of all that have one.
-        layout: Parts of the context, of which all but the last transform see the network input only. None if it is one.
+        parts: At least one transform, all with the same ``input_dim``, base side first. The last part defines the
+            context, which all conditional parts receive.
+        layout: Layout of a context with several parts, of which all transforms but the last receive the network input
+            only. None if the context is a single vector.
     """
 
     def __init__(self, parts: Iterable[FlowTransform], layout: ContextLayout | None = None) -> None:
@@ -37,13 +38,13 @@ class Chain(FlowTransform):
             yield part
 
     def _maps(self, context: Tensor | None) -> list[tuple[FlowTransform, Tensor | None]]:
-        """Each part with the context that it sees."""
+        """Each part with the context that it receives."""
         *inner, last = self
         maps = [(part, self._inner_context(context) if part.context_dim else None) for part in inner]
         return [*maps, (last, context)]
 
     def _inner_context(self, context: Tensor | None) -> Tensor | None:
-        """What all parts but the last see of a context."""
+        """The portion of a context that all parts but the last receive."""
         return context if context is None or self.layout is None else self.layout.network_input(context)
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L1. What the flow of a plate's item is conditional on, by name; and as the one vector that networks take."""
+"""L1. The context of a plate item's flow, as named parts and as the single vector that networks take."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ __all__ = ["ContextLayout", "ItemContext", "join"]
 
 
 class ItemContext(NamedTuple):
-    """What an item is conditional on; leading dimensions broadcast.
+    """Context of an item's flow; leading dimensions broadcast.
 
     Attributes:
         parents: Standardized values of the latents that its density depends on, ``(..., parent_dim)``.
-        features: What tells items apart: an encoder's output, or an item's row of a table, ``(..., feature_dim)``.
-        site: Location and log-scale of the item's site approximation, as its head takes them, ``(..., 2 * input_dim)``.
+        features: Features of the item: an encoder's output, or the item's row of an embedding table,
+            ``(..., feature_dim)``.
+        site: Location and log-scale of the item's site approximation, as parametrized by its head,
+            ``(..., 2 * input_dim)``.
         prior: Location and log-scale of the prior, ``(..., 2 * input_dim)``; or ``(..., 0)`` where none is known.
     """
 
@@ -29,7 +31,7 @@ class ItemContext(NamedTuple):
     prior: Tensor
 
     def join(self) -> Tensor:
-        """All of it as one vector, ``(..., size)``; :meth:`ContextLayout.split` is the inverse."""
+        """Concatenate the parts to one vector, ``(..., size)``; :meth:`ContextLayout.split` is the inverse."""
         return join(self)
 
 
@@ -51,7 +53,7 @@ class ContextLayout:
 
     @property
     def network_dim(self) -> int:
-        """Length of what networks take."""
+        """Length of the networks' input."""
         return self.parent_dim + self.feature_dim
 
     @property
@@ -60,13 +62,13 @@ class ContextLayout:
         return self.network_dim + (4 if self.has_prior else 2) * self.input_dim
 
     def split(self, context: Tensor) -> ItemContext:
-        """The parts of a vector, ``(..., size)``."""
+        """Split a vector, ``(..., size)``, into its parts."""
         gaussian = 2 * self.input_dim
         sizes = [self.parent_dim, self.feature_dim, gaussian, gaussian if self.has_prior else 0]
         return ItemContext(*context.split(sizes, -1))
 
     def network_input(self, context: Tensor) -> Tensor:
-        """What layers and networks take of a vector, ``(..., network_dim)``: parents and features."""
+        """The part of a vector that layers and networks receive, ``(..., network_dim)``: parents and features."""
         return context[..., : self.network_dim]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L1. What all couplings share: who moves when, and the networks, as one stack."""
+"""L1. Base of coupling layers: which coordinates each transforms, and all conditioner networks, stacked."""
 
 from __future__ import annotations
 
@@ -20,26 +20,27 @@ __all__ = ["Couplings"]
 class Couplings(FlowTransform):
     r"""A stack of couplings: :math:`y_a = x_a`, and :math:`y_b = f(x_b;\, \phi(x_a))` elementwise.
 
-    Pyro's couplings always condition on the same half and leave the other to a ``Permute`` whose permutation is lost on
-    save. Here parts of one random order take turns: each coupling moves the last part given all before it, and then
-    puts it first; when every part had its turn there is a new order. The orders are buffers. Coordinates of one part
-    are not bent together, so that a round of three leaves out a ninth of all triples, and one of two a quarter.
+    Pyro's couplings always condition on the same half and need a ``Permute`` between them, whose permutation is lost on
+    save. Here the parts of a random order are transformed in turn: each coupling transforms the last part given all
+    others, and then moves it to the front; after a round of all parts a new order is used. The orders are buffers.
+    Coordinates of one part do not interact within its round, so a round of three parts leaves out a ninth of all
+    triples of coordinates, and one of two parts a quarter.
 
     All weights of all couplings are one parameter, ``packed``. The networks are centered over standard normal inputs
     (see :class:`~pyro_flows.transforms.networks.CenteredNetwork`), and their last hidden layer is scaled by
     :math:`1/H`: Adam moves each weight by the learning rate, so a sum over H of them would move H times as fast, and
-    couplings are to refine what the other layers have found.
+    couplings should only refine what the other layers have learned.
 
-    The networks' outputs are zero at the start. A subclass says what the map does with them: :meth:`_map` and
-    :meth:`_unmap`, which make the identity of zeros.
+    The networks' outputs are initialized to zero. A subclass implements :meth:`_map` and :meth:`_unmap`, which must be
+    the identity for outputs of zero.
 
     Args:
         input_dim: Length of the transformed vector, at least 2.
         context_dim: Length of the context vector. 0 means unconditional.
         num_transforms: Number of couplings; at least 1.
         hidden_dims: Widths of each network's hidden layers.
-        count_raw: Number of network outputs per moving coordinate.
-        num_parts: Number of parts, at least 2; no more than there are coordinates are used.
+        count_raw: Number of network outputs per transformed coordinate.
+        num_parts: Number of parts, at least 2; capped at ``input_dim``.
     """
 
     orders: Tensor
@@ -67,7 +68,7 @@ class Couplings(FlowTransform):
                 layers.append(torch.empty(shape).uniform_(-bound, bound))
         self.packed = Packed(layers)
 
-        # Each round gathers from the layout that the one before left, so a round costs one gather.
+        # Indices are relative to the order that the previous round left, so a round costs one gather.
         self.num_parts = num_parts
         current = torch.arange(input_dim)
         orders = []
@@ -81,7 +82,7 @@ class Couplings(FlowTransform):
         self.register_buffer("reference", reference_noise(sizes[0]))
 
     def _map(self, b: Tensor, raw: Tensor, *, with_slope: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Map the moving part; returns it, elementwise log-slopes and, if asked for, their derivatives in ``b``.
+        """Map the transformed part; returns it, elementwise log-slopes and, if requested, their derivatives in ``b``.
 
         Shape:
             - b: ``(..., n)``.
@@ -94,11 +95,11 @@ class Couplings(FlowTransform):
         raise NotImplementedError
 
     def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What stays and what moves. Not two slices, whose backward pass fills two vectors with zeros."""
+        """The unchanged and the transformed part. Two slices would fill two vectors with zeros in the backward pass."""
         return x.split([self.split_dim, x.shape[-1] - self.split_dim], -1)
 
     def _layers(self) -> Iterator[tuple[Tensor | None, tuple[Tensor, ...]]]:
-        """The order that a coupling starts, and [weight, bias, weight, bias, ...], whose last bias centers."""
+        """For each coupling, its round's order or None, and [weight, bias, ...], the last bias of which centers it."""
         *inner, weight, bias = self.packed()
         hidden = self.reference.expand(len(bias), *self.reference.shape)
         for w, b in zip(inner[::2], inner[1::2], strict=True):
@@ -111,7 +112,7 @@ class Couplings(FlowTransform):
         return zip(orders, zip(*columns, strict=True), strict=True)
 
     def _condition(self, a: Tensor, layer: Sequence[Tensor], context: Tensor | None) -> Tensor:
-        """The network: raw parameters from the coordinates that stay, in rows."""
+        """Conditioner network: raw parameters from the unchanged coordinates, in rows."""
         hidden = a if context is None else torch.cat([a, context], -1)
         *inner, weight, bias = layer
         for w, b in zip(inner[::2], inner[1::2], strict=True):
@@ -160,7 +161,7 @@ class Couplings(FlowTransform):
                 if d_log_slope is not None:
                     score_b = score_b - d_log_slope
                 score_b = score_b * (-log_slope).exp()
-            # The network's graph is there already: one vector-Jacobian product through it is the whole cost.
+            # The network's graph exists already: one vector-Jacobian product through it is the only cost.
             (through_a,) = torch.autograd.grad(
                 (b, log_slope), a, (score_b, torch.ones_like(log_slope)), retain_graph=True
             )

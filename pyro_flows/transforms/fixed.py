@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L1. Parameters that a warm start sets and training leaves as they are."""
+"""L1. Parameters that a warm start sets and training does not change."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["FixedParameter"]
 
 
 class FixedParameter(nn.Parameter):
-    """A parameter that a warm start sets and training leaves as it is.
+    """A parameter that a warm start sets and training does not change.
 
-    It is a parameter, not a buffer, so that Pyro's store keeps it with the others. It never gets a gradient: a map uses
+    It is a parameter, not a buffer, so that it is kept in Pyro's parameter store. It never gets a gradient: a map uses
     it as ``self.name.detach()``.
 
     Args:
-        data: Its value at first, any shape.
-        requires_grad: As of any parameter; SVI looks for those that do.
+        data: Initial value, of any shape.
+        requires_grad: As for any parameter; SVI only collects those that require gradients.
 
     Example:
         >>> import torch
@@ -41,5 +41,5 @@ class FixedParameter(nn.Parameter):
 
 
 def _restored(data: Tensor, requires_grad: bool) -> FixedParameter:
-    """As pickled; torch would make it a plain parameter."""
+    """Rebuild a pickled parameter; torch would make it a plain one."""
     return FixedParameter(data, requires_grad)

@@ -16,16 +16,16 @@ __all__ = ["Householder"]
 class Householder(FlowTransform):
     r"""A product of reflections, :math:`y = H_K \cdots H_1 x` with :math:`H_k = I - 2 u_k u_k^\top / \|u_k\|^2`.
 
-    Volume preserving. A rotation of a standard normal is the same standard normal: put a scale before it. Cost and
-    parameters O(D num_reflections). Pyro's starts at random reflections; here they start as equal pairs, and two equal
-    reflections cancel, so the map starts at the identity.
+    Volume preserving. A rotation leaves a standard normal unchanged: put a scale before it. Cost and parameters
+    O(D num_reflections). Pyro initializes reflections at random; here they are initialized as equal pairs, which
+    cancel, so the map is initialized to the identity.
 
     Shape:
         As in :class:`FlowTransform`.
 
     Args:
         input_dim: Length of the transformed vector, at least 2.
-        context_dim: Length of the context vector. 0 means unconditional; otherwise the reflections follow the context.
+        context_dim: Length of the context vector. 0 means unconditional; otherwise the reflections depend on it.
         num_reflections: Number of reflections; even, at least 2.
 
     References:
@@ -38,7 +38,7 @@ class Householder(FlowTransform):
         self.directions = ContextParameters(directions.repeat_interleave(2, 0), context_dim)
 
     def _householder(self, context: Tensor | None) -> ConditionedHouseholder:
-        """Pyro's map, made afresh so that its caches die with it."""
+        """Pyro's map, newly made for each call so that no cache persists."""
         return ConditionedHouseholder(self.directions(context))
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

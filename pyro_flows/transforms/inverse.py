@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L1. A transform run backwards."""
+"""L1. The inverse of a transform, as a transform."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["Inverse"]
 class Inverse(FlowTransform):
     r"""The inverse of another transform: :math:`y = f^{-1}(x)`.
 
-    Swaps which direction is the cheap one. The inverse of an inverse autoregressive map (one pass to draw, a pass per
-    dimension to score) is a masked autoregressive map (a pass per dimension to draw, one pass to score).
+    Swaps the cheap and the expensive direction. The inverse of an inverse autoregressive map (one pass to sample, one
+    per dimension to score) is a masked autoregressive map (one pass per dimension to sample, one pass to score).
 
     Args:
-        transform: The map to turn round; its parameters are shared, not copied.
+        transform: The map to invert; its parameters are shared, not copied.
 
     Raises:
         NotImplementedError: If ``transform`` has no inverse.
