@@ -28,8 +28,8 @@ class AutoregressiveSpec(FlowSpec):
     """Base of autoregressive families: layers in which each coordinate depends on those before it.
 
     The order alternates: first to last in even layers, last to first in odd ones, so that every coordinate can depend
-    on every other. A family is a subclass that implements :meth:`layer`. Sampling takes one pass; parameters grow as the
-    square of the dimension.
+    on every other. A family is a subclass that implements :meth:`layer`. Sampling takes one pass; parameters grow as
+    the square of the dimension.
 
     Args:
         num_transforms: Number of layers, >= 1.

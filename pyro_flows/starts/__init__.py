@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L4. Where a guide starts if it may look at the model first: find a Gaussian, or several, and write it into q."""
+"""L4. Warm starts: initialize a guide at one or several Gaussians that are fitted to the model."""
 
 from pyro_flows.starts.plates import warm_start
 

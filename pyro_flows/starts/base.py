@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L4. What a warm start trains on bases other than the normal: tails before layers, and weights along with layers."""
+"""L4. Warm starts of bases other than the normal: tails are fitted before layers, and weights along with layers."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class BaseSettings:
     """How a base is fitted: by a few steps of Adam.
 
     Attributes:
-        num_steps: Steps.
-        num_draws: Draws a step.
-        learning_rate: At the first step; it falls to a hundredth of it.
-        num_elbo_draws: Draws by which the result is compared with the start.
+        num_steps: Number of steps.
+        num_draws: Draws per step.
+        learning_rate: Initial learning rate; it decays to a hundredth of this.
+        num_elbo_draws: Draws by which the ELBO after the fit is compared with that before it.
         negligible_gap: Half the variance of log weights is the gap, where they are nearly constant; below this many
-            nats nothing is left to gain.
+            nats there is nothing left to gain.
     """
 
     num_steps: int = 200
@@ -40,15 +40,15 @@ class BaseSettings:
 
 SETTINGS = BaseSettings()
 
-# The ELBO of a flow, from so many draws, with gradients.
+# The ELBO of a flow, from a given number of draws, with gradients.
 Estimate = Callable[[LogJoint, Flow, int], Tensor]
 
 
 def fit_tails(log_joint: LogJoint, flow: Flow) -> None:
-    """Train a Student-t base and the head alone, in place, on path gradients; undone where the ELBO does not rise.
+    """Train only a Student-t base and the head, in place, on path gradients; undone unless the ELBO increases.
 
-    A spline that starts together with the tails bends its box into a likeness of them, which leaves little to gain, and
-    the true ones outside of the box to chance.
+    A spline that is trained along with the tails imitates them inside of its box. That leaves little to gain for the
+    base, and the tails outside of the box undetermined.
 
     Args:
         log_joint: The target.
@@ -58,10 +58,11 @@ def fit_tails(log_joint: LogJoint, flow: Flow) -> None:
 
 
 def fit_modes(log_joint: LogJoint, flow: Flow) -> None:
-    r"""Train a flow on a mixture, in place, from as many draws of each component; undone where the ELBO does not rise.
+    r"""Train a flow with a mixture base, in place, stratified by component; undone unless the ELBO increases.
 
-    With :math:`f = \log p - \log q`, the ELBO is :math:`\sum_k w_k E_k f`. That gives weights a gradient where modes
-    are apart, which single draws do not. Locations, scales and layers have path gradients.
+    With :math:`f = \log p - \log q`, the ELBO is :math:`\sum_k w_k E_k f`, estimated from equally many draws of each
+    component. Weights then have a useful gradient even where modes are well separated, unlike with draws of the
+    mixture. Locations, scales and layers have path gradients.
 
     Args:
         log_joint: The target.
@@ -94,14 +95,14 @@ def _train(log_joint: LogJoint, flow: Flow, parts: list[nn.Module], estimate: Es
 
 
 def _by_draws(log_joint: LogJoint, flow: Flow, count: int) -> Tensor:
-    """The ELBO from so many draws, with path gradients."""
+    """The ELBO from ``count`` draws, with path gradients."""
     distribution = flow()
     draws = distribution.rsample(torch.Size([count]))
     return (log_joint(draws) - distribution.score_parts(draws).entropy_term).mean()
 
 
 def _by_components(log_joint: LogJoint, flow: Flow, count: int) -> Tensor:
-    """The ELBO from so many draws in all, as many of each component."""
+    """The ELBO from ``count`` draws in total, equally many of each component."""
     base = flow.base
     assert isinstance(base, MixtureBase)
     size = len(base.locs)

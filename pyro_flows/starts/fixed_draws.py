@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L4. ELBOs of transport maps on fixed draws of noise, and their maximum."""
+"""L4. Maximization of the ELBO of a transport map on fixed draws of noise (sample average approximation)."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class FixedDrawsSettings:
     """How an ELBO on fixed draws is maximized.
 
     Attributes:
-        num_draws: Antithetic draws.
+        num_draws: Number of antithetic draws.
         num_iterations: Iterations of a run of L-BFGS.
-        num_rounds: Runs, each of which forgets the curvature of the way.
-        forbidden: Loss in nats that the line search is told where the model has no density.
+        num_rounds: Number of runs, each of which starts with an empty curvature history.
+        forbidden: Loss in nats that the line search receives where the model has no density.
     """
 
     num_draws: int = 64
@@ -50,10 +50,10 @@ def fit_on_fixed_draws(
     Args:
         log_joint: The target.
         push: Noise, ``(S, D)``, to draws and the log-determinant of each.
-        parameters: Leaves of the map.
-        like: A tensor of shape ``(D,)``, dtype and device of the draws.
-        count: Number of draws, even; the more a map can do, the more it takes to hold it to the posterior.
-        rounds: How often L-BFGS is run, each time afresh: a later run forgets the curvature of the way.
+        parameters: The map's parameters, leaf tensors.
+        like: A tensor of shape ``(D,)``, with the dtype and device of the draws.
+        count: Number of draws, even; a more flexible map needs more draws in order not to overfit them.
+        rounds: Number of runs of L-BFGS, each of which starts with an empty curvature history.
 
     Returns:
         Whether all parameters are finite.
@@ -85,8 +85,8 @@ def elbo_of(log_joint: Target, push: Callable[[Tensor], tuple[Tensor, Tensor]], 
 def antithetic(count: int, like: Tensor) -> Tensor:
     """Standard normal draws, half of which mirror the other half, ``(count, D)``.
 
-    Their second moments are those of a standard normal, in all directions where that can be, so that ELBOs of
-    Gaussians are exact for Gaussian targets: the best of many noisy ones would be the luckiest.
+    Their second moments are exactly those of a standard normal, in all directions where ``count`` allows it, so that
+    ELBOs of Gaussians are exact for Gaussian targets: selecting the best of many noisy estimates would favor chance.
     """
     half = torch.randn(count // 2, len(like), dtype=torch.float64, device=like.device)
     if len(half) > len(like):
@@ -98,12 +98,12 @@ def antithetic(count: int, like: Tensor) -> Tensor:
 
 
 def entropy(noise: Tensor) -> float:
-    """Of standard normal noise, ``(S, D)``, in nats."""
+    """Entropy estimate of standard normal noise, ``(S, D)``, in nats."""
     return 0.5 * noise.shape[-1] * math.log(2 * math.pi * math.e)
 
 
 def _minimize(loss_and_gradients: Callable[[], Sequence[Tensor]], parameters: list[Tensor], count: int) -> None:
-    """So many iterations of L-BFGS, whose line search steps back from where the model has no density."""
+    """Run ``count`` iterations of L-BFGS, whose line search backtracks where the model has no density."""
     optimizer = torch.optim.LBFGS(
         parameters, max_iter=count, max_eval=2 * count + 5, history_size=20, line_search_fn="strong_wolfe"
     )

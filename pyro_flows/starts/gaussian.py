@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L4. Warm starts: many cheap Gaussians, the best of which by ELBO becomes the guide's start."""
+"""L4. Warm starts: of many cheap Gaussian candidates, the one with the highest ELBO initializes the guide."""
 
 from __future__ import annotations
 
@@ -28,34 +28,35 @@ __all__ = [
 
 @dataclass(frozen=True)
 class GaussianSettings:
-    """How a Gaussian is sought.
+    """How the Gaussian of a warm start is found.
 
     Attributes:
-        num_near_expensive: Ascents from around the start where a draw is expensive.
-        num_prior_expensive: The same from draws of the prior.
-        num_near: Ascents from around the start elsewhere.
-        num_prior: The same from draws of the prior.
-        spread: Standard deviation of these about the start, in unconstrained space.
+        num_near_expensive: Number of ascents from around the initial location, if a draw is expensive.
+        num_prior_expensive: Number of ascents from draws of the prior, if a draw is expensive.
+        num_near: Number of ascents from around the initial location, otherwise.
+        num_prior: Number of ascents from draws of the prior, otherwise.
+        spread: Standard deviation of initial points about the initial location, in unconstrained space.
         num_steps: Steps of an ascent.
-        tolerance: Gain in nats below which it has converged.
-        candidate_steps: After how many steps its point is a candidate.
-        patience: Once the highest has converged, the others get this many times its steps.
+        tolerance: Gain in nats below which an ascent has converged.
+        candidate_steps: Numbers of steps after which the point of an ascent is a candidate.
+        patience: Once the highest ascent has converged, the others get this many times its steps.
         isotropic_scales: Standard deviations of isotropic candidates.
-        same_point: Points of ascents nearer to each other than this in each coordinate are one.
-        max_hessian_dim: Dimension above which Hessians cost more than they give.
-        num_ranking_draws: Draws by which the better candidates are ranked, and all by a quarter of them.
-        num_elbo_draws: Draws by which the ELBOs of the best are compared.
-        num_finalists: How many these are.
-        expensive: Items of a model from which on a draw costs too much for deterministic fits.
-        small_gap: Half the variance of log weights is about the gap, in nats: below this there is no refinement.
-        good_gap: Below this there is no fit of a full covariance.
-        max_full_rank_dim: Dimension above which there is none either.
-        num_draws_per_row: For a covariance, this many for each of its rows.
-        num_newton_steps: Newton steps on an ELBO.
+        same_point: End points of ascents closer to each other than this in each coordinate are considered equal.
+        max_hessian_dim: Largest dimension at which Hessians are worth their cost.
+        num_ranking_draws: Draws by which the better candidates are ranked; a first ranking of all takes a quarter.
+        num_elbo_draws: Draws by which the ELBOs of the finalists are compared.
+        num_finalists: Number of finalists.
+        expensive: Number of a model's items above which a draw is too expensive for deterministic fits.
+        small_gap: Half the variance of log weights, which approximates the gap, in nats, below which there is no
+            refinement.
+        good_gap: Gap in nats below which no full covariance is fitted.
+        max_full_rank_dim: Largest dimension at which a full covariance is fitted.
+        num_draws_per_row: Fixed draws of such a fit, per row of the covariance.
+        num_newton_steps: Largest number of Newton steps on an ELBO.
         num_newton_draws: Draws over which gradient and Hessian are averaged.
-        num_newton_rows: Divided by the dimension, further draws where a Hessian is cheap.
-        newton_shares: Shares of each step that are tried.
-        newton_gain: Gain in nats below which a step is the last.
+        num_newton_rows: Divided by the dimension, number of further draws where a Hessian is cheap.
+        newton_shares: Fractions of each step that are tried.
+        newton_gain: Gain in nats below which the iteration stops.
         newton_trust: Largest factor by which a step may change a variance.
     """
 
@@ -96,7 +97,7 @@ class Gaussian:
 
     Attributes:
         loc: ``m``, ``(D,)``.
-        factor: ``L``, lower triangular with a positive diagonal, ``(D, D)``; or its diagonal, ``(D,)``, and no more.
+        factor: ``L``, lower triangular with a positive diagonal, ``(D, D)``; or only its diagonal, ``(D,)``.
         elbo: Estimate of its ELBO.
         log_weight_variance: Variance of its log weights.
     """
@@ -107,12 +108,12 @@ class Gaussian:
     log_weight_variance: float = math.inf
 
     def push(self, noise: Tensor) -> Tensor:
-        """Standard normal noise, ``(S, D)``, to draws."""
+        """Map standard normal noise, ``(S, D)``, to draws."""
         return self.loc + (noise * self.factor if self.factor.dim() == 1 else noise @ self.factor.mT)
 
     @property
     def conditional_scale(self) -> Tensor:
-        """Standard deviation of each coordinate given the others; a mean-field normal is no wider than that."""
+        """Standard deviation of each coordinate given the others: the scale of the best mean-field normal."""
         if self.factor.dim() == 1:
             return self.factor
         return torch.cholesky_inverse(self.factor.double()).diagonal().rsqrt().to(self.factor)
@@ -122,22 +123,26 @@ class Gaussian:
 def best_gaussian(log_joint: LogJoint, init_loc: Tensor, init_scale: float, *, correlated: bool) -> Gaussian:
     r"""The best of many Gaussians by ELBO.
 
-    - the guide's own start, :math:`N(z_0, s^2 I)`;
-    - along ascents of the log joint from there, from around it and from draws of the prior, Gaussians with the local
-      Hessian, and isotropic ones: the mode of a centered hierarchy is at a scale of zero, where a Laplace approximation
-      is worthless, but an early point of the ascent is fine. Of several modes, the ELBO prefers that with most mass;
-    - where no local Hessian is any good, the best mean-field normal on fixed draws, and a Hessian there;
-    - where the best so far has a gap, Newton's steps on its ELBO (see :func:`refined`);
-    - where that is poor too, the best normal of any covariance on fixed draws.
+    Candidates are, in turn:
+
+    - the guide's own initialization, :math:`N(z_0, s^2 I)`;
+    - Gaussians with the local Hessian, and isotropic ones, along paths of ascent of the log joint from there, from
+      around it and from draws of the prior: the mode of a centered hierarchy is at a scale of zero, where a Laplace
+      approximation fails, but at an early point of the path it is useful. Of several modes, the ELBO prefers the one
+      with the most mass;
+    - if no local Hessian gives a good Gaussian, the best mean-field normal on fixed draws, and one with the Hessian
+      there;
+    - if the best so far has a gap, Newton steps on its ELBO (see :func:`refined`);
+    - if that is poor too, the best normal with a full covariance on fixed draws.
 
     Args:
         log_joint: The target.
         init_loc: :math:`z_0`, ``(D,)``.
         init_scale: :math:`s`.
-        correlated: Whether the guide can hold a correlated Gaussian; if not, all are made of independent coordinates.
+        correlated: Whether the guide can represent a correlated Gaussian; if not, all candidates are diagonal.
 
     Raises:
-        RuntimeError: If no candidate has a finite ELBO; names the sites without a density at the start.
+        RuntimeError: If no candidate has a finite ELBO; names the sites without a density at ``init_loc``.
 
     References:
         Zhang, Carpenter, Gelman, Vehtari. Pathfinder. JMLR 2022. arXiv:2108.03782, for ELBO-chosen path iterates.
@@ -173,9 +178,9 @@ def best_gaussian(log_joint: LogJoint, init_loc: Tensor, init_scale: float, *, c
 
 
 def ascents(log_joint: LogJoint, init_loc: Tensor, prior: int = GAUSSIAN.num_prior) -> list[Tensor]:
-    """Points on the way up, ``(number of ascents, D)`` at each look. From ``prior`` draws of the prior, if cheap.
+    """Points on paths of ascent, a list of ``(number of ascents, D)``; the last entry has the end points.
 
-    The last look is at where they have arrived.
+    If the model is cheap, ``prior`` of the ascents begin at draws of the prior.
     """
     many = log_joint.is_vectorized and log_joint.cost_per_draw == 1
     near, prior = (GAUSSIAN.num_near, prior) if many else (GAUSSIAN.num_near_expensive, GAUSSIAN.num_prior_expensive)
@@ -194,18 +199,18 @@ def ascents(log_joint: LogJoint, init_loc: Tensor, prior: int = GAUSSIAN.num_pri
 
 
 def _distinct_points(points: Tensor) -> Tensor:
-    """Those of ``(R, D)`` that are not where an earlier one is: ascents meet at a mode."""
+    """Points of ``(R, D)`` without duplicates, since ascents meet at a mode."""
     near = torch.cdist(points, points, p=torch.inf) < GAUSSIAN.same_point
     return points[~near.tril(-1).any(-1)]
 
 
 def _batched(log_joint: Target) -> Callable[[Tensor], Tensor]:
-    """As :func:`lbfgs_paths` wants it: ``(R, 1, D)`` to ``(R, 1)``."""
+    """The target with the signature that :func:`lbfgs_paths` takes: ``(R, 1, D)`` to ``(R, 1)``."""
     return lambda z: log_joint(z.squeeze(1)).unsqueeze(1)
 
 
 def local_gaussians(log_joint: Target, points: Tensor, *, correlated: bool) -> list[Gaussian]:
-    """Gaussians with the local curvature at each of ``(R, D)``."""
+    """Gaussians with the local curvature at each of the points, ``(R, D)``."""
     if points.shape[-1] > GAUSSIAN.max_hessian_dim:
         return []
     factors = local_factor(_batched(log_joint), points.unsqueeze(1)).squeeze(1)
@@ -215,7 +220,7 @@ def local_gaussians(log_joint: Target, points: Tensor, *, correlated: bool) -> l
 
 
 def _best(log_joint: LogJoint, found: list[Gaussian]) -> Gaussian:
-    """The highest ELBO, by a few draws of each, more of the better ones, and yet more of the best."""
+    """The candidate with the highest ELBO, by a few draws of each, more of the better ones, and most of the best."""
     for count, keep in (
         (GAUSSIAN.num_ranking_draws // 4, 4 * GAUSSIAN.num_finalists),
         (GAUSSIAN.num_ranking_draws, GAUSSIAN.num_finalists),
@@ -226,7 +231,7 @@ def _best(log_joint: LogJoint, found: list[Gaussian]) -> Gaussian:
 
 
 def scored(log_joint: Target, found: list[Gaussian], count: int) -> list[Gaussian]:
-    """Candidates with their ELBO and variance of log weights, from as many draws of each."""
+    """Candidates with their ELBO and variance of log weights, from ``count`` draws of each."""
     noise = antithetic(count, found[0].loc)
     draws = torch.cat([gaussian.push(noise) for gaussian in found])  # (candidates * count, D)
     energy = torch.cat([log_joint(part) for part in draws.split(log_joint.chunk)]).double().reshape(len(found), count)
@@ -243,17 +248,18 @@ def scored(log_joint: Target, found: list[Gaussian], count: int) -> list[Gaussia
 
 @torch.no_grad()
 def refined(log_joint: Target, begin: Gaussian, moving: Tensor | None = None) -> Gaussian:
-    r"""Newton's method for the ELBO of a normal of any covariance, which goes on while that rises.
+    r"""Newton's method for the ELBO of a normal with a full covariance, continued while the ELBO increases.
 
-    At the best one, the mean gradient over its draws is zero, and minus the mean Hessian is its precision.
+    At the optimum, the mean gradient over its draws is zero, and minus the mean Hessian is its precision.
 
     Args:
         log_joint: The target.
-        begin: Where to begin.
-        moving: The coordinates in question; those left out, independent of them at the beginning, stay as they are.
+        begin: Initial Gaussian.
+        moving: Indices of the coordinates to optimize; None means all. The others must be independent of them in
+            ``begin``, and are left unchanged.
 
     Returns:
-        The best one seen, with its ELBO.
+        The best iterate, with its ELBO.
 
     References:
         Opper, Archambeau. The variational Gaussian approximation revisited. Neural Computation 2009, eq. (13)-(14).
@@ -274,7 +280,7 @@ def refined(log_joint: Target, begin: Gaussian, moving: Tensor | None = None) ->
 
 
 def _newton(log_joint: Target, begin: Gaussian, moving: Tensor, count: int) -> list[Gaussian]:
-    """Where shares of a step lead; none if the target has no derivatives there."""
+    """Gaussians after fractions of a Newton step; none if the target has no derivatives there."""
     draws = begin.push(antithetic(count, begin.loc))
 
     def target(part: Tensor) -> Tensor:
@@ -318,7 +324,7 @@ def _mean_field(log_joint: LogJoint, begin: Gaussian) -> Gaussian | None:
 
 
 def _full_rank(log_joint: LogJoint, begin: Gaussian) -> Gaussian | None:
-    """The normal of any covariance that maximizes the ELBO on fixed draws, sought in the coordinates of another."""
+    """The full-rank normal that maximizes the ELBO on fixed draws, fitted in the coordinates of ``begin``."""
     factor = begin.factor if begin.factor.dim() == 2 else begin.factor.diag()
     dim = len(begin.loc)
     shift = torch.zeros_like(begin.loc, requires_grad=True)

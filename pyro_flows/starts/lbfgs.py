@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L4. Many ascents of one log density at once: L-BFGS on a batch, and the curvature where it stands."""
+"""L4. Batched L-BFGS: many ascents of one log density at once, and local curvature."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ __all__ = ["gradient_and_hessian", "lbfgs_paths", "local_factor"]
 
 @dataclass(frozen=True)
 class LbfgsSettings:
-    """L-BFGS on a batch, and curvature where it ends.
+    """Settings of batched L-BFGS, and of Hessians.
 
     Attributes:
-        history: Pairs of steps that it remembers.
-        sufficient: Armijo's rule: the share of what its slope promises that a step has to bring.
-        cut: By which it is shortened otherwise.
-        num_cuts_to_forget: After so many cuts the memory is dropped, and the gradient tried.
-        max_cuts: After so many the ascent ends.
-        as_high: What is within so many nats of the highest counts as high.
-        max_step: Longest step, in unconstrained space.
+        history: Number of pairs (step, gradient difference) in the history.
+        sufficient: Constant of the Armijo condition: the fraction of the gain predicted by the slope that a step must
+            achieve.
+        cut: Factor by which the step is shortened otherwise.
+        num_cuts_to_forget: Number of cuts after which the history is cleared, and the gradient used as direction.
+        max_cuts: Number of cuts after which the ascent ends.
+        as_high: Ascents within this many nats of the highest one count as equally high.
+        max_step: Largest step length, in unconstrained space.
         min_curvature: Smallest curvature of a local Gaussian: its standard deviations are at most 10.
-        rows_per_pass: Rows of a Hessian that one backward pass takes: a pass costs by the operation.
-        values_per_pass: Fewer rows, so that they hold no more numbers than this.
-        difference: Step of differences of gradients in unconstrained space; these need not be exact.
+        rows_per_pass: Rows of a Hessian per backward pass: the cost of a pass is per operation.
+        values_per_pass: Largest number of values in the rows of one pass; limits their number.
+        difference: Step of finite differences of gradients in unconstrained space; these need not be exact.
     """
 
     history: int = 10
@@ -55,20 +56,20 @@ Target = Callable[[Tensor], Tensor]
 def lbfgs_paths(
     target: Target, init_loc: Tensor, num_steps: int, tolerance: float = 0.0, patience: float = math.inf
 ) -> Iterator[Tensor]:
-    """Points of L-BFGS ascents, all of them one gradient of the target a try.
+    """Paths of a batch of L-BFGS ascents, with one batched gradient of the target per iteration.
 
-    Each goes its own way: where one has to try a shorter step, the others go on.
+    Line searches are independent: while one ascent tries a shorter step, the others proceed.
 
     Args:
         target: Log density, ``(R, N, d)`` to ``(R, N)``; each entry depends on its own vector only.
-        init_loc: Where to begin, ``(R, N, d)``.
-        num_steps: Number of tries, at most.
-        tolerance: Ends where no step promises to bring more than this.
-        patience: How many times as many tries as the highest of R ascents took the others get, before they are given
-            up. Where R are ascents of different functions, leave it out.
+        init_loc: Initial points, ``(R, N, d)``.
+        num_steps: Largest number of iterations.
+        tolerance: Ascents end once the predicted gain of every step, in nats, is below this.
+        patience: The other ascents are stopped after this multiple of the iterations that the highest of the R ascents
+            took to converge. Omit it if the R ascents are of different functions.
 
     Yields:
-        Where they are after each try, ``(R, N, d)``.
+        The current points after each iteration, ``(R, N, d)``.
     """
     evaluate = Replay(lambda z: _value_and_gradient(target, z))
     z, (value, gradient) = init_loc, evaluate(init_loc)
@@ -85,7 +86,7 @@ def lbfgs_paths(
             return
         trial = z + step * direction
         trial_value, trial_gradient = evaluate(trial)
-        # From where there is no density at all, anywhere with some is better.
+        # From a point without density, any point with a density is an improvement.
         better = (trial_value >= value + SETTINGS.sufficient * step.squeeze(-1) * slope) & (
             trial_value.abs() < torch.inf
         )
@@ -108,7 +109,7 @@ def lbfgs_paths(
 
 
 def _next_step(gradient: Tensor, steps: Tensor, gradient_differences: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Direction, slope along it, and the share of it to try first, ``(R, N, 1)``."""
+    """Direction, slope along it, and the initial step size, ``(R, N, 1)``."""
     direction = _two_loops(gradient, steps, gradient_differences)
     direction = torch.where((direction * gradient).sum(-1, keepdim=True) > 0, direction, gradient)
     has_moved = (steps != 0).any(-1, keepdim=True).any(0)
@@ -118,7 +119,7 @@ def _next_step(gradient: Tensor, steps: Tensor, gradient_differences: Tensor) ->
 
 
 def _remember(memory: Tensor, new: Tensor, moved: Tensor) -> Tensor:
-    """Push a vector onto the memory of those that moved, ``(history, R, N, d)``, newest last."""
+    """Append a vector to the history, ``(history, R, N, d)``, of the ascents that moved; newest last."""
     if len(memory) < SETTINGS.history:
         memory = torch.cat([torch.zeros_like(new).unsqueeze(0), memory])
     return torch.where(moved, torch.cat([memory[1:], new.unsqueeze(0)]), memory)
@@ -128,15 +129,15 @@ def local_factor(target: Target, points: Tensor) -> Tensor:
     """Cholesky factors of minus the inverse Hessian, made positive definite.
 
     Args:
-        target: As above.
-        points: ``(R, N, d)``.
+        target: Log density, ``(R, N, d)`` to ``(R, N)``; each entry depends on its own vector only.
+        points: Where, ``(R, N, d)``.
 
     Returns:
         ``(R, N, d, d)`` in float64, lower triangular; NaN where the Hessian is not finite.
     """
     hessian = _hessian(target, points)
     finite = hessian.isfinite().flatten(2).all(-1)[..., None, None]
-    if not finite.all():  # log-sum-exp and its like underflow in their second derivatives, not in their first
+    if not finite.all():  # second derivatives of log-sum-exp and the like underflow, first ones do not
         hessian = torch.where(finite, hessian, _difference_hessian(target, points))
         finite = hessian.isfinite().flatten(2).all(-1)[..., None, None]
     safe = torch.where(finite, 0.5 * (hessian + hessian.mT), torch.eye(hessian.shape[-1]).to(hessian))
@@ -155,7 +156,7 @@ def _hessian(target: Target, points: Tensor) -> Tensor:
 
 
 def gradient_and_hessian(target: Target, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Derivatives of the target in float64, ``(R, N, d)`` and ``(R, N, d, d)``, by few backward passes.
+    """Derivatives of the target in float64, ``(R, N, d)`` and ``(R, N, d, d)``, in few backward passes.
 
     Raises:
         RuntimeError: If the target has no second derivative.
@@ -172,19 +173,19 @@ def gradient_and_hessian(target: Target, points: Tensor) -> tuple[Tensor, Tensor
 
 
 def _backward(gradient: Tensor, z: Tensor, directions: Tensor) -> Tensor:
-    """Products of directions, ``(K, d)``, with the Hessian, ``(K, R, N, d)``; at once if torch can."""
+    """Products of directions, ``(K, d)``, with the Hessian, ``(K, R, N, d)``; vectorized where torch supports it."""
     many = directions.reshape(-1, *(1,) * (z.dim() - 1), z.shape[-1]).expand(-1, *z.shape)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that some operation is done one by one, as below
+            warnings.simplefilter("ignore")  # that some operation is not vectorized
             (rows,) = torch.autograd.grad(gradient, z, many, retain_graph=True, is_grads_batched=True)
-    except RuntimeError:  # an operation that can't; or one without a second derivative, which then says so
+    except RuntimeError:  # an operation without vectorization; or without a second derivative, which then raises below
         rows = torch.stack([torch.autograd.grad(gradient, z, one, retain_graph=True)[0] for one in many])
     return rows
 
 
 def _difference_hessian(target: Target, points: Tensor) -> Tensor:
-    """The same by central differences of gradients."""
+    """Hessian by central differences of gradients, ``(R, N, d, d)``."""
     rows = []
     for step in SETTINGS.difference * torch.eye(points.shape[-1], dtype=points.dtype, device=points.device):
         above, below = (_value_and_gradient(target, points + sign * step)[1] for sign in (1.0, -1.0))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L4. Warm starts of a head that knows priors given others: what the data add to them, read off the log joint."""
+"""L4. Warm starts of heads that know priors: the likelihood factor, from derivatives of the log joint."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["fit_likelihood"]
 
 @dataclass(frozen=True)
 class LikelihoodSettings:
-    """How likelihood factors are read off.
+    """How likelihood factors are derived from the log joint.
 
     Attributes:
-        precision_step: Steps by which it is seen how the data's precision changes with the other coordinates, in
+        precision_step: Step of finite differences of the likelihood's precision in the other coordinates, in units of
             their scales.
         min_share: Smallest precision of a likelihood factor, relative to the prior's.
     """
@@ -34,19 +34,19 @@ SETTINGS = LikelihoodSettings()
 
 @torch.no_grad()
 def fit_likelihood(log_joint: LogJoint, head: LinearMixedHead, center: Tensor, scale: Tensor) -> bool:
-    """Set a head's likelihood factor to what the likelihood is near a point, by its second derivatives there.
+    """Set a head's likelihood factor to a local approximation of the likelihood, from second derivatives at a point.
 
-    That is exact where the likelihood is Gaussian in the coordinates with known priors, with a precision of which
-    another latent is the scale.
+    The approximation is exact if the likelihood is Gaussian in the coordinates with known priors, with a precision that
+    another latent scales.
 
     Args:
         log_joint: The target.
-        head: The head; its likelihood factor for the other coordinates are put at the point.
+        head: The head; the location of its other coordinates is set to the point.
         center: The point, ``(D,)``.
         scale: Scales of the other coordinates, ``(D,)``.
 
     Returns:
-        Whether the target has what it takes.
+        Whether the factor was set: the target must have finite second derivatives at the point.
     """
     free, pooled = head.order.tensor_split([head.count_free])
     step = SETTINGS.precision_step * scale[free]

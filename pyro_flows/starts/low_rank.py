@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L4. Warm starts above a few hundred dimensions: a mean-field Gaussian, stretched along a few directions."""
+"""L4. Warm starts above a few hundred dimensions: a mean-field Gaussian with a few correlated directions."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ __all__ = ["LowRankGaussian", "best_low_rank", "krylov_eigenpairs"]
 
 @dataclass(frozen=True)
 class LowRankSettings:
-    """How correlated directions are sought.
+    """How correlated directions are found.
 
     Attributes:
-        num_rounds: Rounds of looking for directions and fitting scales to them.
+        num_rounds: Largest number of rounds, each of which finds directions and fits location and scales.
         min_gain: Gain in nats below which a round is the last.
         num_draws: Draws over which curvature is averaged.
-        num_blocks: Blocks of Hessian-vector products a round.
+        num_blocks: Blocks of Hessian-vector products per round.
         block_size: Products in a block.
-        negligible_gap: Half the variance of log weights is about the gap, in nats: below this nothing is sought.
-        negligible_gain: A direction that brings less than this in nats is left out.
-        min_stretch: Smallest standard deviation along a direction, over that of the mean-field Gaussian.
-        max_stretch: Largest one.
-        min_z_score: Standard errors by which the ELBO has to be better.
-        jitter: What keeps a block of vectors from losing its rank, relative to its length.
+        negligible_gap: Half the variance of log weights, which approximates the gap, in nats, below which no directions
+            are sought.
+        negligible_gain: Gain in nats below which a direction is omitted.
+        min_stretch: Smallest standard deviation along a direction, relative to the mean-field Gaussian's.
+        max_stretch: Largest standard deviation along a direction, relative to the mean-field Gaussian's.
+        min_z_score: Standard errors by which the ELBO must be higher than the mean-field Gaussian's.
+        jitter: Noise that keeps a block of vectors at full rank, relative to its length.
     """
 
     num_rounds: int = 4
@@ -74,7 +75,7 @@ class LowRankGaussian:
         return noise + ((noise @ self.directions) * (self.stretch - 1.0)) @ self.directions.mT
 
     def push(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Standard normal noise, ``(S, D)``, to draws, and the log-determinant."""
+        """Map standard normal noise, ``(S, D)``, to draws; returns these and the log-determinant."""
         return self.loc + self.scale * self.mix(noise), self.scale.log().sum() + self.stretch.log().sum()
 
 
@@ -85,7 +86,7 @@ def best_low_rank(log_joint: Target, begin: Gaussian, rank: int) -> LowRankGauss
     With ``d`` the scales of the Gaussian so far and ``H`` the Hessian of the log joint, averaged over its draws, the
     best precision is :math:`-H` (Price's theorem). Eigenvectors of :math:`-d H d` with the eigenvalues ``l`` furthest
     from 1, by the gain :math:`(l - 1 - \log l) / 2`, are the directions, and :math:`s = l^{-1/2}`; then location,
-    scales and ``s`` are fitted on fixed draws. Again from there, since scales given directions are others.
+    scales and ``s`` are fitted on fixed draws. This is repeated, since the best scales depend on the directions.
 
     Args:
         log_joint: The target.
@@ -113,7 +114,7 @@ def best_low_rank(log_joint: Target, begin: Gaussian, rank: int) -> LowRankGauss
             break
     if len(best.stretch) == 0:
         return None
-    noise = antithetic(GAUSSIAN.num_elbo_draws, begin.loc)  # afresh: what was chosen by the others was lucky with them
+    noise = antithetic(GAUSSIAN.num_elbo_draws, begin.loc)  # new draws: those used for selection are biased in its favor
     gain = _log_weights(log_joint, best, noise) - _log_weights(log_joint, mean_field, noise)
     pairs = gain.reshape(2, -1).mean(0)
     if not pairs.mean() > SETTINGS.min_z_score * pairs.std() / len(pairs) ** 0.5:
@@ -122,13 +123,13 @@ def best_low_rank(log_joint: Target, begin: Gaussian, rank: int) -> LowRankGauss
 
 
 def _log_weights(log_joint: Target, gaussian: LowRankGaussian, noise: Tensor) -> Tensor:
-    """Up to what is the same for all Gaussians, ``(S,)``."""
+    """Log weights up to a constant that is the same for all Gaussians, ``(S,)``."""
     draws, ladj = gaussian.push(noise)
     return torch.cat([log_joint(part) for part in draws.split(log_joint.chunk)]).double() + ladj.double()
 
 
 def _stretch(log_joint: Target, gaussian: LowRankGaussian, rank: int) -> LowRankGaussian | None:
-    """The directions that average curvature has in the units of a Gaussian's scales; None if it has no such."""
+    """The Gaussian with directions from the average curvature in units of its scales; None if there are none."""
     product = _scaled_precision(log_joint, gaussian)
     if product is None:
         return None
@@ -174,13 +175,13 @@ def krylov_eigenpairs(
 ) -> tuple[Tensor, Tensor]:
     """Approximate eigenpairs of a symmetric operator, at both ends of its spectrum, by block Lanczos.
 
-    All vectors are kept orthogonal. An eigenvalue is found as often as it occurs, up to the size of a block, and
-    beyond: where a block has lost its rank, a whiff of noise starts anew.
+    All vectors are reorthogonalized. Multiple eigenvalues are found with their multiplicity, even above the block
+    size: where a block has lost its rank, small noise restores it.
 
     Args:
         product: The operator on the columns of ``(dim, B)``, in float64.
-        dim: Its dimension.
-        device: Where.
+        dim: Dimension of the operator.
+        device: Device of the vectors.
 
     Returns:
         Ritz values, ``(K,)``, and vectors, ``(dim, K)``, orthonormal, in float64; NaN if a product is.
@@ -201,7 +202,7 @@ def krylov_eigenpairs(
 
 
 def _fit(log_joint: Target, begin: LowRankGaussian) -> LowRankGaussian:
-    """Location, scales and stretch on fixed draws, given directions; as it was if that fails."""
+    """Fit location, scales and stretch on fixed draws, given directions; returns ``begin`` if that fails."""
     shift = torch.zeros_like(begin.loc, requires_grad=True)
     log_scale = torch.zeros_like(begin.loc, requires_grad=True)
     log_stretch = torch.zeros_like(begin.stretch, requires_grad=True)

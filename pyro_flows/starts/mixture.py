@@ -20,14 +20,14 @@ __all__ = ["MixtureStart", "best_mixture"]
 
 @dataclass(frozen=True)
 class MixtureSettings:
-    """How modes are sought.
+    """How modes are found.
 
     Attributes:
-        num_prior: Ascents from draws of the prior, where many draws cost as much as one. A mode with a tenth of the
-            mass is missed in 3 % of the cases.
-        mode_distance: Two points are of one mode if each is within so many standard deviations of the other's
+        num_prior: Number of ascents from draws of the prior, where many draws cost as much as one. A mode with a tenth
+            of the mass is missed in 3 % of the cases.
+        mode_distance: Two points belong to the same mode if each is within this many standard deviations of the other's
             Gaussian.
-        min_weight: Modes with less mass than this are left out.
+        min_weight: Share of the mass below which a mode is omitted.
     """
 
     num_prior: int = 32
@@ -44,8 +44,8 @@ class MixtureStart:
 
     Attributes:
         loc: ``m``, ``(D,)``; the mixture's mean.
-        factor: ``L``, lower triangular with a positive diagonal, ``(D, D)``; or its diagonal, ``(D,)``, and no more.
-            The components in its coordinates have mean 0 and variance 1 together.
+        factor: ``L``, lower triangular with a positive diagonal, ``(D, D)``; or only its diagonal, ``(D,)``.
+            In these coordinates the mixture has mean 0 and variance 1.
         locs: ``mu``, ``(K, D)``.
         scales: ``sigma``, ``(K, D)``.
         weights: ``w``, ``(K,)``.
@@ -58,7 +58,7 @@ class MixtureStart:
     weights: Tensor
 
     def elbo(self, log_joint: LogJoint) -> float:
-        """Its ELBO, from as many draws of each component, the same for all up to location and scale."""
+        """The mixture's ELBO, from equally many draws of each component, with common noise."""
         noise = antithetic(GAUSSIAN.num_elbo_draws, self.loc)
         eps = self.locs.unsqueeze(1) + self.scales.unsqueeze(1) * noise  # (K, draws, D)
         draws = Gaussian(self.loc, self.factor).push(eps.flatten(0, 1))
@@ -71,19 +71,19 @@ class MixtureStart:
 
 @torch.no_grad()
 def best_mixture(log_joint: LogJoint, init_loc: Tensor, count: int, *, correlated: bool) -> MixtureStart | None:
-    r"""A component on each of the modes that ascents find, by their mass; None if they find one only,
-    or if there are too many dimensions for Hessians.
+    r"""A mixture with a component on each mode that ascents of the log joint find, weighted by mass; None if there is
+    only one mode, or too many dimensions for Hessians.
 
-    Each mode has the Gaussian of its local curvature, of which a component keeps what is diagonal in the coordinates in
-    which the average of all is the identity. Where modes do not overlap, the weights of highest ELBO are
-    :math:`w_k \propto \exp(\mathrm{ELBO}_k)`; with Gaussian modes these are their shares of the mass. Components that
-    are left over share the heaviest modes.
+    Each mode has the Gaussian of its local curvature. A component keeps the diagonal part of its covariance, in the
+    coordinates in which the average covariance is the identity. If modes do not overlap, the weights of highest ELBO
+    are :math:`w_k \propto \exp(\mathrm{ELBO}_k)`; with Gaussian modes these are their shares of the mass. Excess
+    components share the heaviest modes.
 
     Args:
         log_joint: The target.
-        init_loc: Where the guide starts, ``(D,)``.
+        init_loc: The guide's initial location, ``(D,)``.
         count: Number of components K, >= 2.
-        correlated: Whether the guide can hold a correlated ``L``.
+        correlated: Whether the guide can represent a correlated ``L``.
     """
     points = ascents(log_joint, init_loc, SETTINGS.num_prior)[-1]
     found = local_gaussians(log_joint, points, correlated=True)
@@ -115,7 +115,7 @@ def best_mixture(log_joint: LogJoint, init_loc: Tensor, count: int, *, correlate
 
 
 def _distinct(found: list[Gaussian], count: int) -> list[Gaussian]:
-    """The highest ELBOs, one a mode."""
+    """The Gaussians of highest ELBO, one for each mode."""
     modes: list[Gaussian] = []
     for gaussian in sorted(found, key=lambda gaussian: -gaussian.elbo):
         if len(modes) == count or not gaussian.elbo > -math.inf:
@@ -128,13 +128,13 @@ def _distinct(found: list[Gaussian], count: int) -> list[Gaussian]:
 
 
 def _distance(one: Gaussian, other: Gaussian) -> float:
-    """Between two locations, in standard deviations of the first."""
+    """Distance between two locations, in standard deviations of the first."""
     difference = (other.loc - one.loc).unsqueeze(-1)
     return torch.linalg.solve_triangular(one.factor, difference, upper=False).norm().item()
 
 
 def _copies(weights: list[float], count: int) -> list[int]:
-    """How many components each mode gets: one, and of the others as many as its share (d'Hondt)."""
+    """Number of components for each mode: one, plus its proportional share of the others (d'Hondt)."""
     copies = [1] * len(weights)
     for _ in range(count - len(weights)):
         heaviest = max(range(len(weights)), key=lambda mode: weights[mode] / copies[mode])

@@ -31,18 +31,18 @@ OWNER = "AutoFlowGuide.warm_start"
 
 @dataclass(frozen=True)
 class PlateSettings:
-    """How items of plates are started.
+    """How local latents are initialized.
 
     Attributes:
-        num_steps: Steps of an item's ascent.
-        tolerance: Gain in nats below which it has converged.
-        max_item_dim: Items with more latents than this stay where they are: a Hessian has so many rows.
-        max_calls: Mini-batches that the items of one pass come from, at most.
-        num_global_items: Globals are fitted by as many mini-batches as give so many items.
-        max_global_calls: But by no more than so many.
-        num_elbo_draws: Draws by which ELBOs of these are compared.
+        num_steps: Largest number of steps of an item's ascent.
+        tolerance: Gain in nats below which an ascent has converged.
+        max_item_dim: Items with more latents than this are not initialized, since each latent adds a row to a Hessian.
+        max_calls: Largest number of mini-batches in one pass over the items.
+        num_global_items: Globals are fitted to enough mini-batches for this number of items.
+        max_global_calls: Largest number of mini-batches that globals are fitted to.
+        num_elbo_draws: Draws by which ELBOs of the globals are compared.
         num_probes: Draws by which ways of running the model are compared.
-        noise: Standard deviation of these, in unconstrained space.
+        noise: Standard deviation of these draws, in unconstrained space.
     """
 
     num_steps: int = 45
@@ -72,10 +72,10 @@ def warm_start(
     Args:
         model: The model.
         posterior: The guide's distribution, as built.
-        calls: Arguments of one or many mini-batches; the first alone if no latents are local.
-        make_plates: The guide's plates for these.
-        init_scale: Standard deviation of the globals at the start.
-        watch: Wraps a pass over the mini-batches.
+        calls: Arguments of one or many mini-batches; only the first is used if no latents are local.
+        make_plates: Makes the guide's plates for given arguments.
+        init_scale: Initial standard deviation of the globals.
+        watch: Wraps a pass over the mini-batches, for a progress bar.
     """
     if any(True for _ in posterior.blocks()):
         LocalStart(model, posterior, calls, make_plates, init_scale).run(watch)
@@ -85,22 +85,21 @@ def warm_start(
 
 
 class LocalStart:
-    """Fits every item to the data that it has, given where the globals are; then the globals, given that.
+    """Fits every item to its data, given the globals; then the globals, given the items.
 
-    An item's site approximation is what the likelihood says about it: mode and curvature of its log density, less the
-    prior that the head pools it with. For a Gaussian likelihood that is exact at once, whatever the globals; the ELBO
-    with such items is then the marginal density of the globals, whose best Gaussian is found as in a model without
-    plates.
+    An item's site approximation is an approximation of its likelihood: mode and curvature of its log density, less the
+    prior that the head pools it with. For a Gaussian likelihood this is exact, whatever the globals; the ELBO with such
+    items is then the marginal density of the globals, whose best Gaussian is found as in a model without plates.
 
     Args:
         model: The model.
         posterior: The guide's distribution, as built.
         calls: Arguments of one or many mini-batches.
-        make_plates: The guide's plates for these.
-        init_scale: Standard deviation of the globals at the start.
+        make_plates: Makes the guide's plates for given arguments.
+        init_scale: Initial standard deviation of the globals.
 
     Raises:
-        NotImplementedError: If a plate is amortized, or the model has enumerated sites too.
+        NotImplementedError: If a plate is amortized, or the model also has enumerated sites.
     """
 
     def __init__(
@@ -140,7 +139,7 @@ class LocalStart:
 
     @torch.no_grad()
     def run(self, watch: Watch) -> None:
-        """Set the guide's start; leaves it as it was if that has no better an ELBO.
+        """Initialize the guide; leaves it unchanged unless its ELBO improves.
 
         Args:
             watch: Wraps a pass over the mini-batches, for a progress bar.
@@ -162,14 +161,14 @@ class LocalStart:
             posterior.load_state_dict(before)
 
     def num_items(self, batch: MiniBatch) -> int:
-        """Items of the largest block in a mini-batch."""
+        """Number of items of the largest block in a mini-batch."""
         return max(
             math.prod(len(batch.indices[name]) for name in block.layout.plate_names)
             for block in self.posterior.blocks()
         )
 
     def _elbo(self, marginal: MarginalLogJoint) -> float:
-        """By the items' noise and its mirror image, so that no luck of a draw decides."""
+        """The ELBO by the items' noise and its mirror image, which reduces the variance of the comparison."""
         joint, total = self.posterior.joint, 0.0
         for _ in range(2):
             if joint is None:
@@ -181,7 +180,7 @@ class LocalStart:
         return total / 2
 
     def locations(self, batch: MiniBatch, scale: float = 0.0) -> Latents:
-        """Packed latents at zero noise, or at noise of so small a scale."""
+        """Packed latents at zero noise, or at noise of standard deviation ``scale``."""
         posterior, latents = self.posterior, Latents()
         if posterior.joint is not None:
             mean = posterior.joint.flow.base_dist.mean
@@ -196,7 +195,7 @@ class LocalStart:
     ) -> tuple[Tensor, Tensor]:
         """A block's packed latents and log-determinant, from noise, ``lead + (n,)``; None means zero.
 
-        By the head alone: the layers below are taken to be the identity, as they are at the start.
+        By the head alone: the layers before it are assumed to be the identity, as they are at initialization.
         """
         posterior = self.posterior
         items = block.item_context(batch.indices, {})
@@ -210,7 +209,7 @@ class LocalStart:
         return constrain(self.posterior.split(latents))[0]
 
     def _fit_items(self, batches: Iterable[MiniBatch]) -> None:
-        """One pass over the data for all blocks that are no other's parents: those are fixed where they are."""
+        """One pass over the data for all blocks without children; the parents of others are fixed at their location."""
         parents = {name for block in self.posterior.blocks() for name in block.parent_names}
         fitted = [
             _Items(self, block)
@@ -227,7 +226,7 @@ class LocalStart:
 
 
 class _Items:
-    """Modes and scales of a block's items, taken down batch by batch."""
+    """Modes and scales of a block's items, collected batch by batch."""
 
     def __init__(self, owner: LocalStart, block: LocalBlock) -> None:
         assert block.items is not None
@@ -238,7 +237,7 @@ class _Items:
         self.prior = None if block.prior is None else like.new_zeros(count, 2 * size)
 
     def fit(self, batch: MiniBatch, latents: Latents, values: Mapping[str, Tensor]) -> None:
-        """Ascend to the modes of the items at hand, all at once."""
+        """Maximize the log densities of a mini-batch's items, all at once."""
         block, posterior = self.block, self.owner.posterior
         start = latents[block.layout.plate_names]
         log_density = _item_log_density(self.owner.model, block, batch, values, start.shape[:-1])
@@ -251,14 +250,14 @@ class _Items:
                 return
         rows = block.layout.flat_index(batch.indices).reshape(-1).to(self.loc.device)
         self.loc[rows] = point.squeeze(1)
-        # Given each other, for heads of independent coordinates.
+        # Conditional scales, for heads of independent coordinates.
         self.scale[rows] = torch.cholesky_inverse(factor).diagonal(dim1=-2, dim2=-1).rsqrt().to(self.scale)
         if self.prior is not None:
             prior = block.known_prior(latents, posterior.joint, posterior.parents(block))
             self.prior[rows] = prior.expand(*start.shape[:-1], -1).reshape(len(rows), -1)
 
     def set(self) -> None:
-        """Write them into the block; items that were not seen take the average."""
+        """Write modes and scales into the block; items that were not visited get the average."""
         seen = (self.loc.isfinite() & self.scale.isfinite()).all(-1)
         if not seen.any():
             return
@@ -274,7 +273,7 @@ def _item_log_density(
 ) -> Callable[[Tensor], Tensor]:
     """Each item's part of the log joint, ``(N, 1, n)`` to ``(N, 1)``, with everything else as in ``values``."""
     layout = block.layout
-    # What a subsampled plate multiplies the terms of its items by is not theirs.
+    # Undo the scale that a subsampled plate applies to the terms of its items.
     scale = batch.scale(layout)
 
     def per_item(term: Tensor) -> Tensor:
@@ -298,8 +297,8 @@ class MarginalLogJoint(LogJoint):
     fixed noise, plus the globals' log prior. Where each item's conditional is exact, that is log p(x, globals).
 
     Args:
-        owner: Whose items these are.
-        batches: Mini-batches over which it is an average.
+        owner: The warm start whose items are drawn.
+        batches: Mini-batches over which the density is averaged.
     """
 
     def __init__(self, owner: LocalStart, batches: Sequence[MiniBatch]) -> None:
@@ -318,7 +317,7 @@ class MarginalLogJoint(LogJoint):
         self.noise = [{name: -eps for name, eps in noise.items()} for noise in self.noise]
 
     def __call__(self, draws: Tensor) -> Tensor:
-        """Packed globals, ``(S, D)``, to ``(S,)``; differentiable."""
+        """Log density of packed globals, ``(S, D)`` to ``(S,)``; differentiable."""
         posterior, share = self.owner.posterior, 1.0 / len(self.batches)
         lead = draws.reshape(len(draws), *(1,) * self.batched.nesting, draws.shape[-1])
         parts = []
@@ -340,7 +339,7 @@ class MarginalLogJoint(LogJoint):
         return torch.stack([self._by_draw(part, len(draws)) for part in parts]).sum(0)
 
     def _by_draw(self, term: Tensor, count: int) -> Tensor:
-        """Sum over all dimensions but that of the draws, if there is one."""
+        """Sum over all dimensions but that of the draws, if any."""
         if term.dim() > self.batched.nesting:
             return by_draw(term).expand(count)
         return term.sum().expand(count)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L4. The start of a joint block: each starter says what it found, with its ELBO, and the best is taken."""
+"""L4. The warm start of a joint block: of several initializations, the one with the highest ELBO is used."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ __all__ = ["warm_start_joint"]
 
 @dataclass(frozen=True)
 class SelectSettings:
-    """How priors that the head knows are weighed against the data.
+    """How priors that the head knows are combined with the likelihood.
 
     Attributes:
         max_share: Largest share of the precision that known priors have where a deterministic fit begins.
-        num_fixed_draws: Fixed draws of that fit.
-        no_share: The share where priors are of no use.
-        num_rounds: Rounds of reading off what the data say of coordinates with known priors.
+        num_fixed_draws: Number of fixed draws of that fit.
+        no_share: The priors' share if they are not used.
+        num_rounds: Rounds of fitting the likelihood factor of coordinates with known priors.
     """
 
     max_share: float = 0.9
@@ -54,14 +54,14 @@ SETTINGS = SelectSettings()
 
 
 class Start(NamedTuple):
-    """What a starter found: an estimate of its ELBO, and the flow's ``state_dict`` there."""
+    """A candidate initialization: an estimate of its ELBO, and the flow's ``state_dict``."""
 
     elbo: float
     state: dict[str, Any]
 
 
 def warm_start_joint(block: JointBlock, log_joint: LogJoint, init_scale: float) -> None:
-    """Find a good Gaussian for a target and start there; on another base, at what that can do.
+    """Initialize a block at a good Gaussian for a target; with another base, at a fit of that base.
 
     See :func:`best_gaussian`, :func:`best_low_rank`, :func:`best_mixture`, :func:`fit_modes` and :func:`fit_tails`.
     """
@@ -82,24 +82,24 @@ def warm_start_joint(block: JointBlock, log_joint: LogJoint, init_scale: float) 
 
 
 def _start(elbo: float, flow: Flow) -> Start:
-    """A start where the flow is now."""
+    """The flow's current state as a candidate."""
     return Start(elbo, copy.deepcopy(flow.state_dict()))
 
 
 def _is_correlated(flow: Flow) -> bool:
-    """Whether a flow can start at a Gaussian of any covariance."""
+    """Whether a flow can represent a Gaussian with any covariance."""
     return isinstance(flow.preconditioner, FullRankPreconditioner)
 
 
 def _rank(flow: Flow) -> int:
-    """How many correlated directions a start may have where it cannot have all; 0 for none."""
+    """Number of correlated directions of a flow that cannot represent every covariance; 0 for none."""
     if isinstance(flow.preconditioner, LowRankPreconditioner):
         return flow.preconditioner.rank
     return flow.head.rank if flow.preconditioner is None and isinstance(flow.head, LowRankAffine) else 0
 
 
 def _from_gaussian(flow: Flow, log_joint: LogJoint, found: Gaussian) -> Start:
-    """The best Gaussian; where the flow holds few correlated directions, with those, if they clearly gain."""
+    """The best Gaussian; with a low-rank correlation if the flow supports only that, and the ELBO clearly gains."""
     best: Gaussian | LowRankGaussian | None = None
     if _rank(flow) and log_joint.cost_per_draw < GAUSSIAN.expensive:
         best = best_low_rank(log_joint, found, _rank(flow))
@@ -109,7 +109,7 @@ def _from_gaussian(flow: Flow, log_joint: LogJoint, found: Gaussian) -> Start:
 
 
 def _from_modes(block: JointBlock, log_joint: LogJoint) -> Start | None:
-    """A component of a mixture on each mode, if there are several."""
+    """A mixture with a component on each mode, if there are several."""
     flow, base = block.flow, block.flow.base
     if not isinstance(base, MixtureBase):
         return None
@@ -122,7 +122,7 @@ def _from_modes(block: JointBlock, log_joint: LogJoint) -> Start | None:
 
 
 def _from_priors(block: JointBlock, log_joint: LogJoint, found: Gaussian) -> Start | None:
-    """The priors that the head knows, pooled with what the data say; None if it knows none."""
+    """The priors that the head knows, pooled with likelihood factors; None if it knows none."""
     head = block.flow.head
     if not isinstance(head, ConditionalGaussianHead) or log_joint.cost_per_draw >= GAUSSIAN.expensive:
         return None
@@ -131,7 +131,7 @@ def _from_priors(block: JointBlock, log_joint: LogJoint, found: Gaussian) -> Sta
 
 
 def _from_likelihood(flow: Flow, log_joint: LogJoint, head: LinearMixedHead, found: Gaussian) -> Start | None:
-    """Let the head's likelihood factor be what the data say, and fit one to the other coordinates."""
+    """Set the head's likelihood factor from the log joint, and fit a Gaussian to the other coordinates."""
     preconditioner = flow.preconditioner
     if not isinstance(preconditioner, FullRankPreconditioner):
         return None
@@ -156,9 +156,9 @@ def _from_likelihood(flow: Flow, log_joint: LogJoint, head: LinearMixedHead, fou
 def _from_shares(
     block: JointBlock, log_joint: LogJoint, head: ConditionalGaussianHead, found: Gaussian
 ) -> Start | None:
-    """Let the head's priors have their share, on fixed draws, and correlate what is left.
+    """Fit the head, with the shares of its priors, on fixed draws, and correlate the remaining noise.
 
-    A Gaussian near a funnel has to choose between its neck and its body; from there training would take long.
+    A Gaussian near a funnel has to choose between its neck and its body, and training from there is slow.
     """
     flow = block.flow
     if flow.preconditioner is not None:
@@ -191,7 +191,7 @@ def _from_shares(
 
 
 def _inside(flow: Flow, pulled: Target, like: Tensor) -> Gaussian | LowRankGaussian | None:
-    """The best Gaussian inside of the head, of those that the preconditioner can be; None if there is no such."""
+    """The best Gaussian inside of the head that the preconditioner can represent; None if there is none."""
     begin = Gaussian(torch.zeros_like(like), torch.ones_like(like))
     if _is_correlated(flow):
         return refined(pulled, begin)
@@ -200,9 +200,9 @@ def _inside(flow: Flow, pulled: Target, like: Tensor) -> Gaussian | LowRankGauss
 
 @torch.no_grad()
 def _write(flow: Flow, found: Gaussian | LowRankGaussian) -> None:
-    """Start at a Gaussian; the layers below the head are taken to be the identity.
+    """Initialize a flow at a Gaussian; the layers before the head are assumed to be the identity.
 
-    The preconditioner takes it all, or only what is correlated where it is inside of the head.
+    The preconditioner represents it all, or only its correlations if it is inside of the head.
     """
     head = flow.head
     zeros, ones = torch.zeros_like(found.loc), torch.ones_like(found.loc)
@@ -224,7 +224,7 @@ def _write(flow: Flow, found: Gaussian | LowRankGaussian) -> None:
 
 
 def _write_into_head(flow: Flow, found: Gaussian | LowRankGaussian) -> None:
-    """Start at a Gaussian that the head can be by itself."""
+    """Initialize a flow at a Gaussian that the head can represent by itself."""
     if isinstance(found, Gaussian):
         flow.head.initialize(found.loc, found.factor)
     else:
@@ -234,7 +234,7 @@ def _write_into_head(flow: Flow, found: Gaussian | LowRankGaussian) -> None:
 
 
 def _set(preconditioner: Preconditioner | None, found: Gaussian | LowRankGaussian) -> None:
-    """Make a preconditioner the map of a Gaussian."""
+    """Set a preconditioner to the map of a Gaussian."""
     if isinstance(found, Gaussian):
         assert isinstance(preconditioner, FullRankPreconditioner)
         preconditioner.set(found.loc, _matrix(found))
@@ -244,5 +244,5 @@ def _set(preconditioner: Preconditioner | None, found: Gaussian | LowRankGaussia
 
 
 def _matrix(found: Gaussian) -> Tensor:
-    """The factor, ``(D, D)``."""
+    """The factor of the covariance as a matrix, ``(D, D)``."""
     return found.factor if found.factor.dim() == 2 else found.factor.diag()
