@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L7. How good a guide is, which modes it lost, and what to do about it, from importance weights and a search."""
+"""L7. Diagnostics of a guide: accuracy, lost modes and advice, from importance weights and a search for modes."""
 
 from pyro_flows.diagnostics.calibration import Calibration, SiteCalibration, check_calibration
 from pyro_flows.diagnostics.compare import Comparison, Row, compare

@@ -30,12 +30,12 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """How many simulations there are, and when they show that a guide is not calibrated.
+    """Default number of simulations, and the level of the test of calibration.
 
     Attributes:
-        num_datasets: Number of simulations where each takes a fit.
-        num_items: Number of items, of all simulations together, where none takes a fit.
-        level: Of the test of all coordinates together: how often a calibrated guide fails it.
+        num_datasets: Number of simulations if each requires a fit.
+        num_items: Total number of items in all simulations if none requires a fit.
+        level: Significance level of the test of all coordinates together: how often a calibrated guide fails it.
     """
 
     num_datasets: int = 100
@@ -49,7 +49,7 @@ class SiteCalibration:
 
     Attributes:
         name: Name of the site.
-        p_value: Of the Kolmogorov-Smirnov test that the ranks are uniform, times the number of coordinates.
+        p_value: P-value of the Kolmogorov-Smirnov test of uniform ranks, times the number of coordinates (Bonferroni).
         bias: Mean rank of the true value as a share of all draws, less 0.5; in [-0.5, 0.5]. Above 0 the guide's values
             are too low.
         bias_se: Its standard error if the guide is calibrated.
@@ -58,7 +58,7 @@ class SiteCalibration:
         width_se: Its standard error if the guide is calibrated.
     """
 
-    min_z_score: ClassVar[float] = 3.0  # standard errors from which a bias, or a width other than 1, has a word
+    min_z_score: ClassVar[float] = 3.0  # standard errors from which a bias, or a width other than 1, is reported
 
     name: str
     p_value: float
@@ -69,7 +69,7 @@ class SiteCalibration:
 
     @property
     def reason(self) -> str:
-        """What is wrong, in words."""
+        """Description of the miscalibration."""
         words = []
         if abs(self.bias) > self.min_z_score * self.bias_se:
             words.append("too low" if self.bias > 0 else "too high")
@@ -80,15 +80,15 @@ class SiteCalibration:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Whether guides of simulated data cover the values that the data were simulated from; prints as a table.
+    """Result of simulation-based calibration; prints as a table.
 
     Attributes:
         ranks: Site -> ranks of true values among draws as shares, randomized so as to be uniform on [0, 1] if the
             guide is calibrated, ``(N, coordinates)``; N counts data sets, or items where the sites are in one plate.
-        sites: Site -> its worst coordinate.
+        sites: Site -> calibration of its worst coordinate.
         calibrated: Whether no coordinate's ranks differ significantly from uniform ones, at level 0.01 for all
             together.
-        failed: Number of data sets that could not be fitted, and are left out.
+        failed: Number of data sets that could not be fitted, and are omitted.
     """
 
     max_lines: ClassVar[int] = 12  # of the printed table
@@ -137,8 +137,8 @@ def check_calibration(
     r"""Simulation-based calibration: ranks of simulated latent values among the guide's draws given their data.
 
     If q(z | x) is the posterior, the rank of the value that x was simulated from is uniform. This finds biases, wrong
-    widths and lost modes that no draw of the guide can show, on average over data that the model simulates rather than
-    for those at hand. An amortized guide is used as it is. For others, pass ``refit``, which is called for each data
+    widths and lost modes that the guide's own draws cannot show, on average over simulated data sets rather than for
+    the observed one. An amortized guide is used as it is. For others, pass ``refit``, which is called for each data
     set (variational simulation-based calibration).
 
     Where every site is in one plate, as in a variational autoencoder, each item counts as one simulation.
@@ -148,15 +148,15 @@ def check_calibration(
         guide: An amortized guide, trained; or None with ``refit``.
         args: The model's arguments; those that a site observes, by identity or as a view, are replaced by simulated
             data, so that their values do not matter.
-        kwargs: The model's keyword arguments; data among them are replaced too.
+        kwargs: The model's keyword arguments; data among them are also replaced.
         refit: ``refit(model, args, kwargs)`` trains a guide for the model, conditioned on simulated data, and returns
             it.
-        to_args: From simulated values of observed sites to the arguments, if the model observes something that it
-            computes from them.
+        to_args: Maps simulated values of observed sites to the arguments, if the model observes a function of its
+            arguments.
         num_datasets: Number of simulations, >= 2. None takes 100, or as many as make 2000 items without ``refit``.
         num_samples: Number of draws of each guide, >= 20.
-        progress: Whether to show a bar.
-        seed: Makes it repeatable and leaves torch's global random state alone.
+        progress: Whether to show a progress bar.
+        seed: Makes the result reproducible; torch's global random state is not changed. None uses the global state.
         settings: Default numbers of simulations, and the level of the test.
 
     Raises:
@@ -226,7 +226,7 @@ def check_calibration(
 
 
 class _Simulator:
-    """Draws values of all sites from the model, and puts those of observed sites in place of its data.
+    """Draws values of all sites from the model, and replaces its data by those of observed sites.
 
     Attributes:
         num_items: Number of items in the plate that every site is in; 1 if there is none.
@@ -289,7 +289,7 @@ class _Simulator:
                     yield name, place
 
     def draw(self) -> tuple[dict[str, Tensor], Callable[..., Any], Arguments]:
-        """True values, the model conditioned on simulated data, and its arguments with these in place."""
+        """True values, the model conditioned on simulated data, and its arguments with the data replaced."""
         nodes = self._run()
         truth = {name: nodes[name]["value"] for name in self._latents}
         data = {name: node["value"] for name, node in nodes.items() if name not in truth}
@@ -303,7 +303,7 @@ class _Simulator:
         return truth, conditioned, (tuple(args), kwargs)
 
     def by_item(self, name: str, rank: Tensor) -> Tensor:
-        """``(items, coordinates)`` of a site's value."""
+        """A site's ranks as ``(items, coordinates)``."""
         if self._items is None:
             return rank.reshape(1, -1)
         return rank.movedim(rank.dim() - self._latents[name] + self._items.dim, 0).flatten(1)
@@ -328,13 +328,13 @@ def _draw(
 
 
 def _rank(draws: Tensor, truth: Tensor) -> Tensor:
-    """Ranks as shares, uniform between one rank and the next, and over ties."""
+    """Ranks as shares, randomized uniformly between one rank and the next, and over ties."""
     below, equal = (draws < truth).sum(0), (draws == truth).sum(0)
     return (below + torch.rand(truth.shape, device=truth.device) * (equal + 1)) / (len(draws) + 1)
 
 
 def _judge(name: str, ranks: Tensor) -> SiteCalibration:
-    """The worst coordinate of ``(N, C)``."""
+    """Calibration of the worst coordinate, from ranks ``(N, C)``."""
     count, dim = ranks.shape
     ranks = ranks.double()
     order = ranks.sort(0).values
@@ -353,7 +353,7 @@ def _judge(name: str, ranks: Tensor) -> SiteCalibration:
 
 
 def _kolmogorov(distance: float, count: int) -> float:
-    """P-value of the largest distance between the distribution function of 5 draws or more and the true one.
+    """P-value of the Kolmogorov-Smirnov statistic of at least 5 draws.
 
     References:
         Stephens. EDF statistics for goodness of fit and some comparisons. JASA 1974, section 4.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L7. :func:`compare`: several guides of one model, measured against one estimate of its evidence."""
+"""L7. :func:`compare`: several guides of one model, compared with one estimate of its evidence."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ __all__ = ["Comparison", "Row", "compare"]
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One guide's line.
+    """Result for one guide.
 
     Attributes:
-        name: The guide's.
+        name: Name of the guide.
         gap: The common log evidence less the guide's ELBO, in nats.
         gap_se: Its standard error.
         diagnosis: Its :class:`~pyro_flows.Diagnosis`.
@@ -39,14 +39,14 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Guides against one estimate of the evidence, smallest gap first; prints as a table.
+    """Comparison of guides with one estimate of the evidence, smallest gap first; prints as a table.
 
     Attributes:
         log_evidence: The common estimate. NaN where plates are subsampled.
         log_evidence_se: Its standard error.
-        source: The guide whose weights it comes from.
+        source: Name of the guide whose weights it comes from.
         reliable: Whether that guide's k-hat is good; if not, the evidence may be higher, and so may all gaps.
-        rows: One for each guide.
+        rows: One :class:`Row` for each guide.
     """
 
     log_evidence: float
@@ -93,12 +93,12 @@ def compare(
     progress: bool = True,
     seed: int | None = None,
 ) -> Comparison:
-    """Measure several guides of one model against one estimate of its evidence.
+    """Compare several guides of one model by their gaps to one estimate of its evidence.
 
-    A poor guide underestimates its own gap: one that lost a mode underestimates the evidence by what it lost. So all
-    gaps are taken from one estimate, lost modes included: the most precise one among those whose k-hat is good and that
-    no other such estimate exceeds significantly. A guide whose own estimate is significantly lower misses mass,
-    whatever its k-hat.
+    A poor guide underestimates its own gap: one that lost a mode underestimates the evidence by the mass of that mode.
+    So all gaps are relative to one estimate, lost modes included: the most precise one among those whose k-hat is good
+    and that no other such estimate significantly exceeds. A guide whose own estimate is significantly lower misses
+    mass, whatever its k-hat.
 
     Args:
         model: Any Pyro model.
@@ -106,12 +106,12 @@ def compare(
         args: The model's arguments.
         kwargs: The model's keyword arguments.
         num_samples: Number of draws of each guide, >= 100.
-        search: Whether to look for lost modes; see :func:`diagnose`.
-        progress: Whether to show bars.
+        search: Whether to search for lost modes; see :func:`diagnose`.
+        progress: Whether to show progress bars.
         seed: As in :func:`diagnose`.
 
     Raises:
-        ValueError: If there are no guides.
+        ValueError: If ``guides`` is empty.
         NotImplementedError: As :func:`diagnose`.
     """
     check_int("compare", "num_samples", num_samples, 100)
@@ -145,10 +145,10 @@ def compare(
 
 
 def _best(found: Mapping[str, Diagnosis], limits: Thresholds) -> tuple[str, bool]:
-    """Whose estimate of the evidence to take, and whether its weights can be relied on."""
+    """Name of the guide whose estimate of the evidence is used, and whether its weights are reliable."""
     good = {name: d for name, d in found.items() if d.khat <= d.khat_threshold and math.isfinite(d.log_evidence)}
     good = {name: d for name, d in good.items() if not d.lost} or good
-    if not good:  # too heavy a tail makes an estimate too low, as a rule
+    if not good:  # with too heavy a tail an estimate is usually too low
         return max(found, key=lambda name: found[name].log_evidence), False
     top = max(good.values(), key=lambda d: d.log_evidence)
     level = {}
@@ -160,7 +160,7 @@ def _best(found: Mapping[str, Diagnosis], limits: Thresholds) -> tuple[str, bool
 
 
 def _against(diagnosis: Diagnosis, log_evidence: float, error: float, limits: Thresholds) -> Diagnosis:
-    """A diagnosis, given the evidence that other guides found."""
+    """A diagnosis, revised by the evidence from other guides."""
     missing = log_evidence - diagnosis.log_evidence
     noise = limits.evidence_z_score * math.hypot(error, diagnosis.log_evidence_se)
     if diagnosis.verdict in (NOT_KNOWN, SEARCH_ELSEWHERE) or diagnosis.khat > diagnosis.khat_threshold:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L7. :func:`diagnose`: how good a guide is, in numbers with standard errors, and in words."""
+"""L7. :func:`diagnose`: accuracy of a guide, as estimates with standard errors and as a verdict."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def diagnose(
     progress: bool = True,
     seed: int | None = None,
 ) -> Diagnosis:
-    r"""Estimate how far a guide is from the posterior, and say what to do about it.
+    r"""Estimate how far a guide is from the posterior, and advise on what to do next.
 
-    Log weights :math:`\log p(x, z) - \log q(z)` of fresh draws give the ELBO and its two terms, the log evidence by
-    importance sampling, and the gap between them; the tail of the weights (k-hat) says whether that estimate is
-    reliable. A guide's own draws cannot show a mode that it lost. So the log joint is also maximized from draws of the
-    prior and from widened draws of the guide, and the probability mass around the points on the way is compared with
-    the guide's own estimate of it.
+    Log weights :math:`\log p(x, z) - \log q(z)` of new draws give the ELBO and its two terms, the log evidence by
+    importance sampling, and the gap between them; the tail of the weights (k-hat) shows whether that estimate is
+    reliable. A guide's own draws cannot reveal a mode that it lost. So the log joint is also maximized from draws of
+    the prior and from widened draws of the guide, and the probability mass around points on the paths of ascent is
+    compared with the guide's own estimate of it.
 
     Enumerated discrete sites are summed out. Where every site of model and guide is in one plate (a variational
     autoencoder), all numbers are given item by item. Where plates are subsampled, only the ELBO and its terms are
-    known.
+    estimated.
 
     Args:
         model: Any Pyro model.
@@ -54,20 +54,20 @@ def diagnose(
         args: The model's arguments; one mini-batch of them for an amortized guide.
         kwargs: The model's keyword arguments.
         num_samples: Number of draws S, >= 100.
-        search: Whether to look for lost modes, in models of up to 200 dimensions. It costs up to 90 runs of the model
-            and its gradient, vectorized over 25 starts, and a backward pass for each dimension at the end.
-        progress: Whether to show a bar, if it takes more than a second.
-        seed: Makes the result repeatable and leaves torch's global random state alone.
+        search: Whether to search for lost modes, in models of up to 200 dimensions. It costs up to 90 runs of the model
+            and its gradient, vectorized over 25 initial points, and a backward pass for each dimension at the end.
+        progress: Whether to show a progress bar, if it takes more than a second.
+        seed: Makes the result reproducible; torch's global random state is not changed. None uses the global state.
 
     Raises:
-        NotImplementedError: If the guide has no density, or the model latents that neither the guide draws nor
-            enumeration sums out.
+        NotImplementedError: If the guide has no density, or the model has latents that are neither in the guide nor
+            enumerated.
         ValueError: If ``num_samples`` is out of range; if observed values are not finite or outside their support; if
-            model and guide were swapped, or the guide is another model's, or of data of another size.
-        Exception: Whatever the model raises in plain runs, and Pyro about the shapes of its sites.
+            model and guide were swapped, or the guide belongs to another model, or to data of another size.
+        Exception: Any exception that the model raises in plain runs, or Pyro about the shapes of its sites.
 
     Warning:
-        A narrow mode far from both prior and guide remains unseen.
+        A narrow mode far from both prior and guide is not detected.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist
@@ -100,14 +100,14 @@ def diagnose(
 def weigh(
     sampler: ImportanceSampler, guide: Callable[..., Any], num_samples: int, search: SearchResult, *, progress: bool
 ) -> Diagnosis:
-    """Draw from the guide, weigh the draws, and judge.
+    """Draw from the guide, compute importance weights, and derive the diagnosis.
 
     Args:
-        sampler: Of the model and the guide.
+        sampler: Sampler of the model and the guide.
         guide: The guide.
         num_samples: Number of draws S.
-        search: Regions that hold mass, found without the guide; or why there are none.
-        progress: Whether to show a bar.
+        search: Regions with posterior mass, found without the guide; or the reason that there are none.
+        progress: Whether to show a progress bar.
     """
     structure = sampler.structure
     tally = SiteTally(structure)
@@ -126,7 +126,7 @@ def weigh(
             khat=evidence.khat,
             ess=evidence.ess,
         )
-    diagnosis = Diagnosis(  # but for the verdict
+    diagnosis = Diagnosis(  # without the verdict
         elbo=elbo.mean,
         elbo_se=elbo.error,
         expected_log_likelihood=elbo.expected_log_likelihood,
@@ -153,13 +153,13 @@ def weigh(
 
 
 class _Sample(NamedTuple):
-    """What S draws say.
+    """Log densities of S draws.
 
     Attributes:
         log_likelihood: log p(x | z), ``(S,)``; NaN for draws that the model refuses.
         log_ratio: log q(z) - log p(z), ``(S,)``.
-        log_weights: ``(S, N)``.
-        where: Which region each draw is in, ``(S, N)``; None if there was no search.
+        log_weights: log p(x, z) - log q(z) by item, ``(S, N)``.
+        where: Index of the region of each draw, ``(S, N)``; None if there was no search.
         group_sizes: Numbers of consecutive draws that share a mini-batch; None if all draws are independent.
     """
 
@@ -181,7 +181,7 @@ def _draw(
         likelihoods.append(draws.log_likelihood.sum(-1))
         ratios.append((draws.log_guide - draws.log_prior).sum(-1))
         weights.append(log_weights)
-        # Weights that carry the noise of mini-batches are of no use.
+        # Weights with the noise of mini-batches are useless.
         tally.add(draws, log_weights if not structure.subsampled else torch.zeros_like(log_weights))
         if regions is not None:
             wheres.append(regions.locate(structure.pack(draws.values)).to("cpu", torch.int8))
@@ -197,7 +197,7 @@ def _draw(
 def _evidence(
     sampler: ImportanceSampler, sample: _Sample, regions: Regions | None
 ) -> tuple[Evidence, tuple[LostMode, ...]]:
-    """The log evidence, with the mass that the guide lost, and where that is."""
+    """The log evidence, including the mass that the guide lost, and the lost modes."""
     if sampler.structure.subsampled:
         return Evidence.unknown(sampler.structure.num_items), ()
     evidence = estimate_evidence(sample.log_weights)

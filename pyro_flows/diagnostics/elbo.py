@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L7. The ELBO and its two terms, from those draws of a guide that the model does not refuse."""
+"""L7. The ELBO and its two terms, from the draws of a guide that the model does not refuse."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["Elbo", "estimate_elbo"]
 
 
 class Elbo(NamedTuple):
-    """An estimate in nats; ``mean == expected_log_likelihood - kl_to_prior``.
+    """Estimate of the ELBO and its terms in nats; ``mean == expected_log_likelihood - kl_to_prior``.
 
     Attributes:
         mean: The ELBO; minus infinity if the model has no density at a draw, or refuses too many.
         error: Its standard error.
         expected_log_likelihood: E log p(x | z).
         kl_to_prior: KL(q || p(z)).
-        by_item: The part of each item, ``(N,)``.
+        by_item: Contribution of each item, ``(N,)``.
         num_refused: Number of draws that the model refuses.
     """
 
@@ -45,8 +45,8 @@ def estimate_elbo(
 
     Args:
         log_likelihood: log p(x | z) of S draws, ``(S,)``; NaN where the model refuses the draw.
-        log_ratio: log q(z) - log p(z), ``(S,)``, NaN likewise.
-        log_weights: By item, ``(S, N)``.
+        log_ratio: log q(z) - log p(z), ``(S,)``; NaN where the model refuses the draw.
+        log_weights: log p(x, z) - log q(z) by item, ``(S, N)``.
         group_sizes: Numbers of consecutive draws that share a mini-batch; None if all draws are independent.
     """
     refused = log_likelihood.isnan() | log_ratio.isnan()
@@ -54,7 +54,7 @@ def estimate_elbo(
     expected = mean_of_kept(torch.where(refused, math.nan, log_likelihood)).item()
     kl = log_ratio[~refused].mean().item()
     log_share = 0.0
-    if math.isnan(expected):  # more are refused than can be left out
+    if math.isnan(expected):  # more draws are refused than may be omitted
         expected = -math.inf
     else:
         log_share = math.log1p(-num_refused / len(refused))

@@ -17,14 +17,14 @@ __all__ = ["Evidence", "LostMass", "LostMassSettings", "estimate_evidence", "los
 
 @dataclass(frozen=True)
 class LostMassSettings:
-    """When mass that the guide does not account for is lost.
+    """When a mode counts as lost.
 
     Attributes:
         min_share: Share of all mass that was found below which a region is not reported.
-        max_drawn: A mode is lost, rather than too thin, where the guide draws less than this part of what belongs
-            there.
-        min_z_score: Standard errors by which the two estimates of a region's mass must differ; there are up to six
-            regions for each item, and a good guide must not be accused.
+        max_drawn: A mode is lost, rather than underrepresented, if the guide's probability of the region is less than
+            this fraction of the region's share of the mass.
+        min_z_score: Standard errors by which the two estimates of a region's mass must differ; high, since there are up
+            to six regions for each item, and false alarms must be rare.
     """
 
     min_share: float = 0.05
@@ -33,7 +33,7 @@ class LostMassSettings:
 
 
 class Evidence(NamedTuple):
-    r"""What importance weights say of N items, each ``(N,)``.
+    r"""Estimates from importance weights for N items, each ``(N,)``.
 
     Attributes:
         log_evidence: log of the mean weight.
@@ -51,12 +51,12 @@ class Evidence(NamedTuple):
 
     @classmethod
     def unknown(cls, num_items: int) -> Evidence:
-        """Nothing but NaN, where weights carry the noise of mini-batches."""
+        """All NaN, where weights have the noise of mini-batches."""
         return cls(*torch.full((5, num_items), math.nan, dtype=torch.double))
 
 
 def estimate_evidence(log_weights: Tensor) -> Evidence:
-    """From ``(S, N)`` log weights."""
+    """Estimate the log evidence from log weights, ``(S, N)``."""
     count = len(log_weights)
     log_mean = log_weights.logsumexp(0) - math.log(count)
     relative = (log_weights - log_mean).exp()
@@ -70,8 +70,9 @@ class LostMass(NamedTuple):
     """Posterior mass of K regions that the guide's weights do not account for.
 
     Attributes:
-        share: Of all mass that was found, ``(K, N)``; 0 where the guide draws enough, though its weights may be off.
-        log_evidence: Log evidence with that mass, ``(N,)``.
+        share: Share of all mass that was found, ``(K, N)``; 0 where the guide draws enough, even if its weights are
+            inaccurate.
+        log_evidence: Log evidence including that mass, ``(N,)``.
         error: Its standard error, ``(N,)``.
     """
 
@@ -87,14 +88,14 @@ def lost_mass(
     log_weights: Tensor,
     settings: LostMassSettings = LostMassSettings(),
 ) -> LostMass:
-    """Compare each region's mass with what the guide's own draws say of it.
+    """Compare each region's mass with its estimate by the guide's own draws.
 
     Args:
         log_mass: log mass of K regions, measured without the guide, ``(K, N)``.
         error: Its standard error, ``(K, N)``.
-        where: Which of them each draw is in, ``(S, N)``; K for none.
-        log_weights: The draws' weights, ``(S, N)``.
-        settings: When mass is lost.
+        where: Index of the region of each draw, ``(S, N)``; K for none.
+        log_weights: The draws' log weights, ``(S, N)``.
+        settings: When a mode counts as lost.
     """
     count = len(log_weights)
     top = torch.maximum(log_weights.max(0).values, log_mass.max(0).values)
@@ -103,7 +104,7 @@ def lost_mass(
     mass = (log_mass - top).exp()
     by_guide = (weights * inside).mean(1)
     own_error = mass * error.nan_to_num(0.0)
-    # Where the guide has no draws its estimate has no variance either; weights of the posterior are all the evidence.
+    # A region without draws of the guide has no estimate of variance either, so only the measured mass is used.
     variance = torch.maximum((weights * inside).var(1), (weights.mean(0) + mass) * mass) / count
     excess = mass - by_guide
     significant = excess > settings.min_z_score * (own_error.square() + variance).sqrt()

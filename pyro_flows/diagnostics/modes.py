@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L7. The modes that a guide lost: where they are, and whether training could reach them without crossing a ridge."""
+"""L7. The modes that a guide lost: location, and whether a region of low density separates them from the guide."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["LostMode", "RidgeSettings", "lost_modes"]
 
 @dataclass(frozen=True)
 class RidgeSettings:
-    """When a lost mode is another mode: the log joint dips on the straight line to it from a near draw of the guide.
+    """When a lost region is a separate mode: the log joint dips on a straight line to it from a near draw of the guide.
 
     Attributes:
-        num_draws: Draws of the guide that the near one is taken from.
-        rank: Rank of that draw by distance; the very nearest may be a stray one that is over the ridge already.
-        num_points: Points on the line.
-        min_dip: Depth in nats, below the lower end, that divides two modes: a seventh of the density.
+        num_draws: Number of draws of the guide, from which a near one is chosen.
+        rank: Rank of that draw by distance; the nearest may be an outlier that is already beyond the dip.
+        num_points: Number of points on the line.
+        min_dip: Depth in nats, below the lower end, that separates two modes: a seventh of the density.
     """
 
     num_draws: int = 200
@@ -34,12 +34,12 @@ class RidgeSettings:
 
 @dataclass(frozen=True, eq=False)
 class LostMode:
-    """A region that has posterior mass and hardly any draws of the guide.
+    """A region with posterior mass and hardly any draws of the guide.
 
     Attributes:
         share: Its share of all mass that was found, in [0, 1].
-        separate: Whether the log joint dips between the guide and the region, which is another mode then.
-        values: Site name -> value at its center.
+        separate: Whether the log joint dips between the guide and the region, so that it is a separate mode.
+        values: Site name -> value at the center of the region.
     """
 
     share: float
@@ -54,10 +54,10 @@ def lost_modes(
     """The lost regions of the item that lost most, in order of their mass.
 
     Args:
-        sampler: Of the model and the guide.
-        regions: K of them.
-        share: What is lost in each, ``(K, N)``; 0 if nothing is.
-        settings: When a lost mode is another mode.
+        sampler: Sampler of the model and the guide.
+        regions: K regions with posterior mass.
+        share: Share of the mass that is lost in each, ``(K, N)``; 0 if nothing is.
+        settings: When a lost region is a separate mode.
     """
     item = int(share.sum(0).argmax())
     modes = []

@@ -20,11 +20,11 @@ class Moments:
         self._parts: list[Tensor] = []  # sum of z, of z^2, of w, of w z, of w z^2, all about the center
 
     def add(self, values: Tensor, log_weights: Tensor) -> None:
-        """Take in draws.
+        """Add draws.
 
         Args:
-            values: ``(S, *shape)``.
-            log_weights: ``(S, *shape)`` with dimensions of size 1 where draws share a weight.
+            values: Draws, ``(S, *shape)``.
+            log_weights: Log importance weights, ``(S, *shape)``; dimensions may be 1 where elements share a weight.
         """
         values, log_weights = values.double(), log_weights.to(values.device)
         top = log_weights.max(0).values
@@ -46,17 +46,17 @@ class Moments:
 
     @property
     def plain(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the draws as they are."""
+        """Unweighted mean and standard deviation of the draws."""
         first, second = (part / self._count for part in self._parts[:2])
         return self._center + first, (second - first.square()).clamp_min(0.0).sqrt()
 
     @property
     def weighted(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation by self-normalized importance weights."""
+        """Mean and standard deviation by self-normalized importance sampling."""
         total = self._parts[2]
         first, second = (part / total for part in self._parts[3:])
         return self._center + first, (second - first.square()).clamp_min(0.0).sqrt()
 
 
 def _exp(log_ratio: Tensor) -> Tensor:
-    return log_ratio.nan_to_num(-torch.inf, neginf=-torch.inf).exp()  # minus infinity less itself is no weight
+    return log_ratio.nan_to_num(-torch.inf, neginf=-torch.inf).exp()  # minus infinity less itself gives weight zero

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L7. What :func:`~pyro_flows.diagnose` returns: numbers with errors, a verdict, and how both print."""
+"""L7. Result of :func:`~pyro_flows.diagnose`: estimates with standard errors, a verdict, and how both print."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NOT_KNOWN = "not known"
 
 @dataclass(frozen=True, eq=False)
 class Items:
-    """The same numbers item by item, where every site is in one plate; each ``(N,)``.
+    """Diagnostics of each item, where every site is in one plate; each ``(N,)``.
 
     Attributes:
         plate: Name of the plate.
@@ -58,7 +58,7 @@ class Items:
 
 @dataclass(frozen=True, eq=False)
 class Diagnosis:
-    r"""How good a guide is, from S draws; prints as a report. Log densities are in nats.
+    r"""Accuracy of a guide, estimated from S draws; prints as a report. Log densities are in nats.
 
     ``elbo == expected_log_likelihood - kl_to_prior``, and ``gap`` estimates :math:`KL(q \| p(z | x))`.
 
@@ -76,16 +76,16 @@ class Diagnosis:
         ess: Effective sample size of the draws; over many items its 5 % quantile.
         verdict: In words: "trust it", "use importance_resample", "train longer", "use NUTS", "start elsewhere" or
             "not known".
-        reason: Why.
-        advice: What to do next.
+        reason: Reason for the verdict, in a sentence.
+        advice: Recommended next step.
         log_weights: ``(S,)`` in float64; ``(S, N)`` where they factorize over N items.
         sites: Site name -> :class:`SiteSummary`.
         items: Item by item, where every site is in one plate; else None.
         lost: Modes that the guide lost, largest first; of the item that lost most, where there are items.
-        obstacle: What keeps draws from sharing a run of the model, with the line; empty if nothing does.
-        num_refused: Number of draws that the model refuses: it raises (a Cholesky factorization that fails) or its
-            log density is NaN. Up to a tenth of all draws are left out of the ELBO and its terms, which are then those
-            of the guide restricted to all other draws; with more the ELBO is minus infinity. They weigh nothing.
+        obstacle: Reason, with the line, that draws cannot share a run of the model; empty if they can.
+        num_refused: Number of draws that the model refuses: it raises (a failed Cholesky factorization) or its log
+            density is NaN. Up to a tenth of all draws are excluded from the ELBO and its terms, which are then those of
+            the guide restricted to the other draws; with more the ELBO is minus infinity. Their weights are zero.
     """
 
     max_lines: ClassVar[int] = 12  # of the printed table of sites

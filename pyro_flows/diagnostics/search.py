@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L7. Regions with posterior mass, found without the guide: what its own draws cannot show."""
+"""L7. Search for regions with posterior mass that the guide's own draws cannot reveal."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ __all__ = ["Regions", "Search", "SearchResult", "SearchSettings", "search_region
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """How far and how finely to search.
+    """Settings of the search for regions with posterior mass.
 
     Attributes:
-        num_starts: Paths of ascent from draws of the prior, and as many from draws of the guide.
-        widening: How far the draws of the guide are spread out about their mean, in their own standard deviations.
+        num_starts: Number of ascents from draws of the prior, and again from draws of the guide.
+        widening: Factor by which the draws of the guide are spread out about their mean.
         num_steps: Steps of L-BFGS on each path.
-        candidate_steps: After how many steps a point is a candidate, besides the last one: the mode of a centered
-            hierarchy is at a scale of zero, where there is no mass, but early points of the way there are fine.
+        candidate_steps: Numbers of steps after which a point is a candidate, besides the last one: the mode of a
+            centered hierarchy is at a scale of zero, where there is no mass, but early points of the path are useful.
         num_ranking_draws: Draws from the Gaussian at a candidate by which candidates are ranked.
         num_mass_draws: Draws by which the mass of a region is measured; its relative error is at most a few percent
             where the Gaussian fits.
-        max_regions: Most regions for each item.
-        coverage_quantile: Standard normal quantile of the share of its Gaussian that an ellipsoid holds, 99 %.
+        max_regions: Largest number of regions for each item.
+        coverage_quantile: Standard normal quantile of the probability of an ellipsoid under its Gaussian, 99 %.
         min_chunk: A model that takes fewer draws at once than this is expensive, since a draw takes a megabyte.
         max_cheap_coordinates: Unconstrained dimensions of all items together above which a search is expensive.
-        max_dim: Most dimensions of an item: a Hessian takes a backward pass for each.
-        max_coordinates: Most dimensions of all items together.
+        max_dim: Largest dimension of an item: a Hessian takes a backward pass for each.
+        max_coordinates: Largest number of dimensions of all items together.
     """
 
     num_starts: int = 12
@@ -55,7 +55,7 @@ class SearchSettings:
     max_coordinates: int = 100_000
 
     def reduced(self) -> SearchSettings:
-        """Fewer starts and draws, for expensive models."""
+        """Settings with fewer ascents and draws, for expensive models."""
         return replace(
             self,
             num_starts=self.num_starts // 3,
@@ -72,7 +72,7 @@ class Regions(NamedTuple):
     Attributes:
         centers: ``(K, N, d)``, unconstrained.
         factors: Cholesky factors of the covariances, ``(K, N, d, d)``.
-        radius: In units of these.
+        radius: Mahalanobis radius of the ellipsoids.
         log_mass: log :math:`A_k`, ``(K, N)``.
         error: Its standard error relative to :math:`A_k`, ``(K, N)``.
     """
@@ -84,7 +84,7 @@ class Regions(NamedTuple):
     error: Tensor
 
     def locate(self, packed: Tensor) -> Tensor:
-        """Which region each of ``(S, N, d)`` is in, ``(S, N)``; ``K`` for none."""
+        """Index of the region of each point, ``(S, N, d)`` to ``(S, N)``; ``K`` for none."""
         count = len(self.centers)
         where = torch.full(packed.shape[:2], count, device=packed.device)
         for k in reversed(range(count)):
@@ -98,11 +98,11 @@ class Regions(NamedTuple):
 
 
 class SearchResult(NamedTuple):
-    """What a search found.
+    """Result of a search.
 
     Attributes:
-        regions: Regions that hold mass; None if there are none.
-        why_none: Why there are none; empty if there are some.
+        regions: Regions with posterior mass; None if there are none.
+        why_none: Reason that there are none; empty if there are some.
     """
 
     regions: Regions | None
@@ -119,7 +119,7 @@ def search_regions(
     progress: bool,
     settings: SearchSettings = SearchSettings(),
 ) -> SearchResult:
-    """Search, where that is asked for and can be done; the arguments are those of :class:`Search`."""
+    """Search if requested and possible; the arguments are those of :class:`Search`."""
     why_none = _why_not(sampler, settings) if enabled else "search is off"
     if why_none:
         return SearchResult(None, why_none)
@@ -128,18 +128,19 @@ def search_regions(
 
 
 class Search:
-    """Maximizes the log joint from points that the guide did not choose, and measures the mass around the paths.
+    """Maximizes the log joint from draws of the prior and widened draws of the guide, and measures the mass along the
+    paths.
 
     Modes are compared by probability mass, not density: the density of a centered hierarchy is unbounded. The integral
-    of p(x, z) over an ellipsoid has two unbiased estimates, by importance sampling from the Gaussian that the ellipsoid
-    belongs to and by the guide's own draws in it, and the two must agree.
+    of p(x, z) over an ellipsoid has two unbiased estimates, by importance sampling from the ellipsoid's Gaussian and by
+    the guide's own draws in it, and the two must agree.
 
     Args:
-        sampler: Of the model and a guide.
+        sampler: Sampler of the model and a guide.
         model: The model, for draws of its prior.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
-        settings: How far and how finely to search.
+        args: The model's arguments.
+        kwargs: The model's keyword arguments.
+        settings: Settings of the search.
     """
 
     def __init__(
@@ -164,11 +165,11 @@ class Search:
 
     @torch.no_grad()
     def run(self, *, progress: bool) -> Regions | None:
-        """Find a few regions for each item; None if the log joint cannot be followed or there are none."""
+        """Find a few regions for each item; None if there are none or the log joint cannot be maximized."""
         start = torch.cat([*self._from_prior(), self._from_guide()])
         start = torch.where(start.isfinite(), start, 0.0)
         self._dtype = start.dtype
-        # Too long a step is shortened, where an exception would end all paths; masses are measured with validation.
+        # An overlong step is shortened, where an exception would end all paths; masses are measured with validation.
         with pyro.validation_enabled(False):
             candidates = self._climb(start, progress=progress)
             parts = candidates.split(self._sampler.chunk)
@@ -176,7 +177,7 @@ class Search:
         return self._choose(candidates.double(), factors)
 
     def _climb(self, start: Tensor, *, progress: bool) -> Tensor:
-        """Candidates on the paths of ascent, ``(R, N, d)``."""
+        """Candidate points on the paths of ascent, ``(R, N, d)``."""
         num_steps, candidate_steps = self._settings.num_steps, self._settings.candidate_steps
         candidates, number, points = [], 0, start
         with tqdm(total=num_steps, desc="search", disable=not progress, delay=1.0) as bar:
@@ -238,7 +239,7 @@ class Search:
         return regions._replace(log_mass=log_mass, error=error)
 
     def _measure(self, regions: Regions, count: int, *, exclusive: bool) -> tuple[Tensor, Tensor]:
-        """log mass and relative error of each region by draws of its Gaussian, ``(K, N)``."""
+        """Log mass and relative error of each region by draws of its Gaussian, ``(K, N)``."""
         shape = regions.centers.shape
         noise = torch.randn(count, *shape, dtype=torch.double, device=regions.centers.device)
         draws = regions.centers + (regions.factors @ noise.unsqueeze(-1)).squeeze(-1)  # (count, K, N, d)
@@ -259,7 +260,7 @@ class Search:
 
 
 def _why_not(sampler: ImportanceSampler, settings: SearchSettings) -> str:
-    """Why a model cannot be searched, in words; empty if it can."""
+    """Reason that a model cannot be searched; empty if it can."""
     structure = sampler.structure
     if structure.subsampled:
         return "its plates are subsampled"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L7. Summaries of single sites: which latents the guide has right, and which not."""
+"""L7. Summaries of single sites, which show the latents that the guide approximates badly."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class SiteSummary:
     r"""Moments of one latent site under the guide and under its importance weights.
 
     Attributes:
-        name: Its name in the model.
+        name: Name of the site.
         log_prior: :math:`E_q \log p(\text{site} \mid \text{those before it})`, in nats. NaN if it depends on an
             enumerated site.
         mean: Mean of the guide's draws, of the site's shape.
-        sd: Their standard deviation.
-        weighted_mean: Mean by importance weights, an estimate of the posterior's if k-hat is good.
+        sd: Standard deviation of the guide's draws.
+        weighted_mean: Mean by importance weights, an estimate of the posterior mean if k-hat is good.
         weighted_sd: Standard deviation by importance weights.
         shift: Largest difference of means over coordinates, in weighted standard deviations and in unconstrained space.
         sd_ratio: Ratio of the guide's standard deviation to the weighted one, of the coordinate where it is farthest
@@ -46,7 +46,7 @@ class SiteSummary:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the site."""
+        """Shape of the site."""
         return self.mean.shape
 
 

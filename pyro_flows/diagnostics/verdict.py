@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L7. From numbers to words: can the guide be trusted, why, and what to do next."""
+"""L7. The verdict on a guide, its reason and advice, derived from diagnostics."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ draws = neutra.transform_sample(*[z.unsqueeze(-2) for z in mcmc.get_samples().va
 
 @dataclass(frozen=True)
 class Thresholds:
-    """How good is good enough. That of k-hat is :func:`~pyro_flows.diagnostics.khat_threshold`.
+    """Thresholds of the verdict. That of k-hat is :func:`~pyro_flows.diagnostics.khat_threshold`.
 
     Attributes:
         small_gap: KL(q || posterior) per item in nats at which no marginal is far off: that of a normal whose mean is
             off by 0.45 standard deviations, since the KL is half of the squared shift.
-        large_gap: KL per item in nats above which training has more to give than weights.
+        large_gap: KL per item in nats above which further training is advised rather than importance weights.
         gap_z_score: Standard errors by which a gap must exceed ``small_gap``.
-        max_shift: Change of a mean by weighting that matters, in standard deviations; that of 400 independent draws
-            has an error of half of it.
-        max_log_sd: Change of a log standard deviation by weighting that matters.
-        site_z_score: Standard errors by which such a change must exceed what matters.
+        max_shift: Largest acceptable change of a mean by weighting, in standard deviations; the standard error of the
+            mean of 400 independent draws is half of it.
+        max_log_sd: Largest acceptable change of a log standard deviation by weighting.
+        site_z_score: Standard errors by which a change must exceed ``max_shift`` or ``max_log_sd``.
         evidence_z_score: Standard errors by which one guide's estimate of the evidence must lie below another's to be
             called too low.
         min_ess: Effective number of draws that summaries need: Vehtari, Gelman, Simpson, Carpenter, Buerkner.
@@ -57,12 +57,12 @@ class Thresholds:
 
 
 class Verdict(NamedTuple):
-    """In words.
+    """A verdict with its reason and advice.
 
     Attributes:
-        verdict: One of a few phrases.
-        reason: Why, in a sentence.
-        advice: What to do, with the lines to write.
+        verdict: One of the phrases of :class:`~pyro_flows.Diagnosis`.
+        reason: Reason for the verdict, in a sentence.
+        advice: Recommended next step, with the code for it.
     """
 
     verdict: str
@@ -86,11 +86,11 @@ def judge(
     """The verdict on a guide.
 
     Args:
-        diagnosis: Of the guide, but for the verdict.
-        evidence: The same, item by item; a single item where log weights do not factorize.
-        search: The search for lost modes.
-        guide: The guide; the advice depends on what it is.
-        limits: How good is good enough.
+        diagnosis: Diagnosis of the guide, without the verdict.
+        evidence: Estimates for each item; a single item where log weights do not factorize.
+        search: Result of the search for lost modes.
+        guide: The guide; the advice depends on its type.
+        limits: Thresholds of the verdict.
 
     References:
         Yao, Vehtari, Simpson, Gelman. Yes, but Did It Work?: Evaluating Variational Inference. ICML 2018.
@@ -110,7 +110,7 @@ def judge(
 
 
 def _without_density(diagnosis: Diagnosis) -> Verdict | None:
-    """The ELBO is minus infinity."""
+    """Verdict if the ELBO is minus infinity."""
     if math.isfinite(diagnosis.elbo):
         return None
     weights = diagnosis.log_weights.reshape(diagnosis.num_samples, -1).sum(-1)
@@ -123,7 +123,7 @@ def _without_density(diagnosis: Diagnosis) -> Verdict | None:
 
 
 def _lost_modes(diagnosis: Diagnosis, evidence: Evidence, limits: Thresholds) -> Verdict | None:
-    """The search found mass where the guide does not go."""
+    """Verdict if the search found modes that the guide lost."""
     lost, num_items = evidence.lost > 0, len(evidence.lost)
     if not _is_bad(lost, limits):
         return None
@@ -141,12 +141,12 @@ def _lost_modes(diagnosis: Diagnosis, evidence: Evidence, limits: Thresholds) ->
 
 
 def _heavy_tails(diagnosis: Diagnosis, evidence: Evidence, guide: Any, limits: Thresholds) -> Verdict | None:
-    """The tail of the importance weights is too heavy for them."""
+    """Verdict if the tail of the importance weights is too heavy."""
     threshold, num_items = diagnosis.khat_threshold, len(evidence.khat)
     bad = evidence.khat > threshold
     log_weights = diagnosis.log_weights.reshape(diagnosis.num_samples, num_items)
     largest = (log_weights - evidence.log_evidence).max().item()
-    # The fit of a tail knows no scale: weights that hardly differ have none that matters.
+    # k-hat is invariant to scale, so it is meaningless for weights that hardly differ.
     is_noise = nearly_constant(largest, float(evidence.ess.min()), diagnosis.num_samples)
     if not _is_bad(bad, limits) or is_noise:
         return None
@@ -169,7 +169,7 @@ def _heavy_tails(diagnosis: Diagnosis, evidence: Evidence, guide: Any, limits: T
 
 
 def _inaccurate(diagnosis: Diagnosis, evidence: Evidence, limits: Thresholds) -> Verdict | None:
-    """Something is off that importance weights can correct."""
+    """Verdict if the guide has errors that importance weights can correct."""
     num_items = len(evidence.ess)
     gap, gap_se = diagnosis.gap / num_items, math.hypot(diagnosis.log_evidence_se, diagnosis.elbo_se) / num_items
     min_ess = min(limits.min_ess, diagnosis.num_samples / 2)
@@ -199,12 +199,12 @@ def _wrong_site(diagnosis: Diagnosis, evidence: Evidence, limits: Thresholds) ->
 
 
 def _is_bad(items: Tensor, limits: Thresholds) -> bool:
-    """Whether more items are bad than may be."""
+    """Whether the share of bad items exceeds ``max_bad_items``."""
     return items.double().mean().item() > (limits.max_bad_items if len(items) > 1 else 0.0)
 
 
 def _has_transform(guide: Any) -> bool:
-    """Whether NeuTraReparam takes the guide."""
+    """Whether NeuTraReparam supports the guide."""
     try:
         return isinstance(guide, AutoContinuous) and guide.get_transform() is not None
     except (NotImplementedError, ValueError, TypeError, RuntimeError):
@@ -212,7 +212,7 @@ def _has_transform(guide: Any) -> bool:
 
 
 def _describe(values: Mapping[str, Tensor]) -> str:
-    """A few numbers of a few sites."""
+    """Abbreviated values of a few sites."""
     parts = []
     for name, value in list(values.items())[:4]:
         numbers = ", ".join(f"{x:.3g}" for x in value.flatten()[:3].tolist())

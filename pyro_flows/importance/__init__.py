@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L6. Log importance weights of a guide's draws, and what Pareto smoothing makes of them."""
+"""L6. Log importance weights of a guide's draws, Pareto smoothing and resampling."""
 
 from pyro_flows.importance.psis import Smoothed, khat_threshold, pareto_smooth
 from pyro_flows.importance.resample import importance_resample

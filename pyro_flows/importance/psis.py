@@ -16,12 +16,12 @@ __all__ = ["PsisSettings", "Smoothed", "khat_threshold", "nearly_constant", "par
 
 @dataclass(frozen=True)
 class PsisSettings:
-    """Weights whose tail is not fitted.
+    """When the tail of importance weights is not fitted.
 
     Attributes:
-        max_short_tail: Number of weights in a tail that is too short to fit, or fewer; as in ArviZ.
-        rounding: Difference of log weights in nats that is rounding of log densities in float32: if the largest weights
-            differ by less from the rest, they are no tail.
+        max_short_tail: Largest number of weights in a tail that is too short to fit; as in ArviZ.
+        rounding: Difference of log weights in nats that may be float32 rounding: if the largest weights exceed the rest
+            by less than this, there is no tail to fit.
     """
 
     max_short_tail: int = 4
@@ -61,14 +61,14 @@ def khat_threshold(num_samples: int) -> float:
 
 
 def pareto_smooth(log_weights: Tensor, settings: PsisSettings = PsisSettings()) -> Smoothed:
-    """Fit a generalized Pareto distribution to the largest :math:`M = min(S / 5, 3 sqrt(S))` weights, and put its
-    quantiles in their place, none above the largest raw weight.
+    """Fit a generalized Pareto distribution to the largest :math:`M = min(S / 5, 3 sqrt(S))` weights, and replace them
+    by its quantiles, truncated at the largest raw weight.
 
     The fit is that of Zhang and Stephens with a weak prior, as in ArviZ and in R's loo.
 
     Args:
         log_weights: ``(S,)``, not normalized.
-        settings: When there is no tail to fit.
+        settings: When the tail is not fitted.
 
     References:
         Vehtari, Simpson, Gelman, Yao, Gabry. Pareto Smoothed Importance Sampling. JMLR 25(72), 2024.

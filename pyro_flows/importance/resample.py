@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L6. :func:`importance_resample`: approximate posterior draws from a guide that is close."""
+"""L6. :func:`importance_resample`: approximate posterior draws from a guide that is close to the posterior."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ __all__ = ["importance_resample"]
 
 @dataclass(frozen=True)
 class ResampleSettings:
-    """How many draws of the guide are taken, and how heavy a tail of their weights may be.
+    """Default number of draws of the guide, and the limit on the tail of their weights.
 
     Attributes:
-        draws_per_sample: Draws of the guide for each one that is kept.
-        min_draws: The fewest draws of the guide.
-        max_khat: Largest k-hat that is not refused; above 1 weights have no mean.
-        max_bad_items: Share of items whose k-hat may be above that, since one noisy fit of many is no reason to
-            refuse them all.
+        draws_per_sample: Draws of the guide per draw that is kept.
+        min_draws: Smallest default number of draws of the guide.
+        max_khat: Largest k-hat that is accepted; above 1 weights have no mean.
+        max_bad_items: Share of items whose k-hat may be above that, since k-hat is noisy.
     """
 
     draws_per_sample: int = 10
@@ -61,16 +60,16 @@ def importance_resample(
         args: The model's arguments.
         kwargs: The model's keyword arguments.
         num_draws: Number of draws of the guide, all of which are held in memory, >= 100. None takes ten for each
-            that is kept, and 10,000 at least.
-        progress: Whether to show a bar, if it takes more than a second.
+            that is kept, and at least 10,000.
+        progress: Whether to show a progress bar, if it takes more than a second.
         seed: As in :func:`diagnose`.
-        settings: The default of ``num_draws``, and what is refused.
+        settings: The default of ``num_draws``, and the limit on k-hat.
 
     Returns:
         Site name -> ``(num_samples, *site shape)``, in random order.
 
     Raises:
-        RuntimeError: If k-hat is above 1: the weights have no mean, and no number of draws would help.
+        RuntimeError: If k-hat is above 1: the weights have no mean, and no number of draws suffices.
         NotImplementedError: If plates are subsampled, or as :func:`diagnose`.
 
     Warns:
@@ -117,7 +116,7 @@ def importance_resample(
 
 
 def _khat(smoothed: Smoothed) -> float:
-    """k-hat; 0 where the weights are nearly constant, and it would describe noise."""
+    """k-hat; 0 where the weights are nearly constant, so that it would only describe noise."""
     weights = smoothed.log_weights
     largest, ess = float(weights.max()) + math.log(len(weights)), float((-(2.0 * weights).logsumexp(0)).exp())
     return 0.0 if nearly_constant(largest, ess, len(weights)) else smoothed.khat
@@ -140,7 +139,7 @@ def _check(khat: Tensor, num_draws: int, settings: ResampleSettings) -> None:
 
 
 def _systematic(weights: Tensor, count: int) -> Tensor:
-    """Indices of ``count`` draws; one uniform number for all of them, which adds the least noise."""
+    """Indices of ``count`` draws by systematic resampling: one uniform number for all of them, for low variance."""
     positions = (torch.arange(count, dtype=torch.double, device=weights.device) + torch.rand(())) / count
     index = torch.searchsorted(weights.cumsum(0), positions).clamp_max(len(weights) - 1)
     return index[torch.randperm(count)]

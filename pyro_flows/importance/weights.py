@@ -26,10 +26,10 @@ class SamplerSettings:
     """How draws are split into runs of the guide and the model.
 
     Attributes:
-        max_elements: Most numbers in flight at once: draws in a chunk times the numbers that one draw takes.
-        max_chunk: Most draws in a chunk.
+        max_elements: Largest number of values in memory at once: draws in a chunk times the values of one draw.
+        max_chunk: Largest number of draws in a chunk.
         num_probes: Draws by which ways of running the guide and the model are compared.
-        num_mini_batches: Number of mini-batches that an estimate over them is made of.
+        num_mini_batches: Number of mini-batches in an estimate with subsampled plates.
     """
 
     max_elements: int = 2**20
@@ -39,9 +39,9 @@ class SamplerSettings:
 
 
 class Draws(NamedTuple):
-    """Draws of a guide and their log densities, these in float64 on the CPU; N is the number of items, or 1.
+    """Draws of a guide and their log densities, the latter in float64 on the CPU; N is the number of items, or 1.
 
-    Those of the model are NaN for draws that it refuses: an exception (a Cholesky factorization that fails) or a NaN.
+    Log densities of the model are NaN for draws that it refuses: an exception (a failed Cholesky factorization) or NaN.
 
     Attributes:
         values: Latent site -> ``(S, *site shape)``.
@@ -74,8 +74,8 @@ class Draws(NamedTuple):
 class ImportanceSampler:
     """Draws from a guide in chunks of bounded size, with log densities of guide and model.
 
-    The guide is run once for each chunk, in an outer plate as for vectorized particles, if that gives the densities of
-    single runs; else once for each draw. For the model see :class:`~pyro_flows.models.scoring.ModelScorer`.
+    The guide is run once for each chunk, in an outer plate as for vectorized particles, if densities are then the same
+    as in single runs; else once for each draw. For the model see :class:`~pyro_flows.models.scoring.ModelScorer`.
 
     Args:
         owner: Name of the public function, for errors.
@@ -86,10 +86,10 @@ class ImportanceSampler:
         settings: How draws are split into runs.
 
     Attributes:
-        structure: What is known of the two.
+        structure: Structure of the model and the guide.
         score: The model's log density.
         draws_at_once: Whether many draws take one run of the guide.
-        chunk: Number of draws that are in flight at once.
+        chunk: Number of draws that are taken at once.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class ImportanceSampler:
         self.chunk = max(1, min(settings.max_chunk, settings.max_elements // max(self.structure.elements, 1)))
 
     def chunks(self, num_samples: int, *, progress: bool) -> Iterator[Draws]:
-        """Draws by chunks; with subsampled plates in at least 100, each of which is one mini-batch."""
+        """Draws in chunks; with subsampled plates in at least 100, each of which is one mini-batch."""
         chunk = self.chunk
         if self.structure.subsampled:
             chunk = min(chunk, max(1, num_samples // self._settings.num_mini_batches))
@@ -125,7 +125,7 @@ class ImportanceSampler:
 
     @torch.no_grad()
     def draw(self, count: int) -> Draws:
-        """``count`` draws, in one run of the guide and of the model where they allow it."""
+        """``count`` draws, in one run of the guide and of the model where these support it."""
         values, (likelihood, priors), log_guide = self._draw_and_score(count)
         return Draws(values, likelihood.cpu(), {name: prior.cpu() for name, prior in priors.items()}, log_guide.cpu())
 
@@ -172,7 +172,7 @@ class ImportanceSampler:
 
 
 def _or_none(log_density: Tensor) -> Tensor:
-    """A refused draw has no density."""
+    """Log density with NaN, of refused draws, replaced by minus infinity."""
     return torch.where(log_density.isnan(), -torch.inf, log_density)
 
 
@@ -183,7 +183,7 @@ def log_weights(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Log importance weights of fresh draws of a guide; :func:`~pyro_flows.diagnose` says what they mean.
+    """Log importance weights of new draws of a guide; :func:`~pyro_flows.diagnose` interprets them.
 
     Args:
         model: Any Pyro model.

@@ -114,7 +114,7 @@ def best_low_rank(log_joint: Target, begin: Gaussian, rank: int) -> LowRankGauss
             break
     if len(best.stretch) == 0:
         return None
-    noise = antithetic(GAUSSIAN.num_elbo_draws, begin.loc)  # new draws: those used for selection are biased in its favor
+    noise = antithetic(GAUSSIAN.num_elbo_draws, begin.loc)  # new draws: selection is biased by the others
     gain = _log_weights(log_joint, best, noise) - _log_weights(log_joint, mean_field, noise)
     pairs = gain.reshape(2, -1).mean(0)
     if not pairs.mean() > SETTINGS.min_z_score * pairs.std() / len(pairs) ** 0.5:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L1. The small networks inside transforms. Every head is zero at the start, so that a transform built on one
-starts where its free parameters put it."""
+"""L1. Small networks inside transforms. Their outputs are initialized to zero, so that a transform's free parameters
+alone determine its initial value."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ __all__ = [
 ]
 
 
-# Inputs of conditioners are in scales of their own marginal; beyond this many a draw is an outlier, whose
-# descendants should not be thrown further still.
+# Inputs of conditioners are in units of their marginal scale. Beyond this many units a draw is an outlier, which
+# should not produce even larger outliers downstream.
 INPUT_BOUND = 5.0
 # Draws of N(0, I) over which a network is centered; half of them mirror the other half.
 COUNT_REFERENCE = 16
-# Pace at zero of last layers whose inputs are scaled down by their number already.
+# Derivative of powerprop at zero in last layers whose inputs are already divided by their number.
 HEAD_SLOPE = 0.3
 
 
 def powerprop(weight: Tensor, slope: float = 0.1) -> Tensor:
-    r"""Weights that leave zero slowly: :math:`w (|w| + s)`, for how coordinates act on each other.
+    r"""Powerpropagation, :math:`w (|w| + s)`, for weights by which coordinates depend on each other.
 
-    Adam moves each weight by the learning rate from the first step on, so a thousand useless weights jitter as much
-    as ten that matter, and while a posterior is still far away they all join in moving there, overshoot, and one rare
-    draw then fills Adam's second moments for the rest of the run. Here a weight's pace is proportional to its size,
-    and ``slope`` of the learning rate at zero.
+    Adam moves each weight by the learning rate from the first step on, so a thousand useless weights add as much noise
+    as ten that matter. While the posterior is still far away they all move towards it and overshoot, and one extreme
+    draw then dominates Adam's second moments for the rest of the run. Here the effective step of a weight is
+    proportional to its size, and ``slope`` times the learning rate at zero.
 
     Args:
-        weight: Any shape.
+        weight: Weights before the reparameterization, of any shape.
         slope: Derivative at zero, > 0.
 
     References:
@@ -65,7 +65,7 @@ def reference_noise(input_dim: int) -> Tensor:
 
 
 def with_reference(x: Tensor, reference: Tensor) -> Tensor:
-    """Rows of inputs after those of the reference: one pass of small layers for both costs half of two."""
+    """Rows of inputs appended to those of the reference: one pass of small layers for both costs half of two passes."""
     return torch.cat([reference, x.reshape(-1, x.shape[-1])])
 
 
@@ -76,15 +76,15 @@ def centered(hidden: Tensor, batch_shape: torch.Size) -> Tensor:
 
 
 class Packed(nn.Module):
-    """Trained tensors that are kept in one parameter, end to end.
+    """Trained tensors that are concatenated to one parameter.
 
-    An optimizer's step costs by the parameter: Pyro's has an optimizer of torch's for each.
+    The cost of an optimizer's step is per parameter: Pyro makes a torch optimizer for each.
 
     Shape:
         - output: Views of the parameter, one for each of ``parts`` and of its shape.
 
     Args:
-        parts: Values at the start, of one dtype; may be empty tensors.
+        parts: Initial values, of one dtype; may be empty tensors.
     """
 
     def __init__(self, parts: Sequence[Tensor]) -> None:
@@ -98,12 +98,12 @@ class Packed(nn.Module):
 
 
 class CenteredNetwork(nn.Module):
-    r"""A SiLU multilayer perceptron less its mean over standard normal inputs; zero at the start.
+    r"""A SiLU multilayer perceptron less its mean over standard normal inputs; initialized to zero.
 
-    Location and scale that do not depend on the input are the affine head's business. Without the centering every
-    network in a flow learns them too, at once and in the same direction, and the first steps overshoot together: far
-    from the posterior all gradients ask for the same thing, and Adam moves each weight by the learning rate.
-    For that reason too the last layer is scaled by :math:`1/\sqrt{H}`, and its weights go through :func:`powerprop`.
+    Location and scale that do not depend on the input are left to the affine head. Without centering, every network in
+    a flow learns them as well, in the same direction, and the first steps overshoot jointly: far from the posterior
+    all gradients agree, and Adam moves each weight by the learning rate. For the same reason the last layer is scaled
+    by :math:`1/\sqrt{H}`, and its weights go through :func:`powerprop`.
 
     Args:
         input_dim: Length of the input.
@@ -135,21 +135,20 @@ def _hidden_layers(input_dim: int, hidden_dims: Sequence[int]) -> Iterator[nn.Mo
 class ContextParameters(nn.Module):
     """A free tensor, plus a SiLU network of the context where there is one.
 
-    This is what makes a conditional transform the same class as an unconditional one. The network's output is zero at
-    the start. In layers that refine what an affine head has found, its last hidden layer is scaled by :math:`1/H` and
-    its last weights go through :func:`powerprop`, as in couplings: Adam moves each weight by the learning rate, so a
-    sum over H of them moves H times as fast, and knots of a spline that jump by 1 in a step throw the tails of a
-    posterior.
+    It allows one class for conditional and unconditional transforms. The network's output is initialized to zero. In
+    layers that refine an affine head, its last hidden layer is scaled by :math:`1/H` and its last weights go through
+    :func:`powerprop`, as in couplings: Adam moves each weight by the learning rate, so a sum over H of them moves H
+    times as fast, and knots of a spline that move by 1 in a step give outliers in the tails.
 
     Shape:
         - context: ``(..., context_dim)`` or None.
         - output: ``(..., *init.shape)``, or ``init.shape`` without a context.
 
     Args:
-        init: Value at the start, for every context.
+        init: Initial value, for every context.
         context_dim: Length of the context. 0 means that :meth:`forward` returns the free tensor itself.
         hidden_dims: Widths of the network's hidden layers, at least one.
-        refines: Whether the layer refines what others have found; false in an affine head.
+        refines: Whether the layer refines others; false in an affine head.
     """
 
     def __init__(
@@ -180,5 +179,5 @@ class ContextParameters(nn.Module):
 
     @torch.no_grad()
     def set(self, value: Tensor) -> None:
-        """Overwrite the free tensor, which is the value at the start."""
+        """Overwrite the free tensor, which is the initial value."""
         self.value.copy_(value)

@@ -15,17 +15,17 @@ from pyro_flows.transforms.autoregressive import MaskedAutoregressive
 
 __all__ = ["NeuralAutoregressive"]
 
-# Smallest steepness of a unit, which keeps the map increasing to both sides whatever the network says.
+# Smallest steepness of a unit, which keeps the map increasing in both tails for any output of the network.
 MIN_STEEPNESS = 1e-3
 # softplus(STEEPNESS_OFFSET) + MIN_STEEPNESS == 1.
 STEEPNESS_OFFSET = math.log(math.expm1(1.0 - MIN_STEEPNESS))
-# Spread of the units' offsets at the start. Without one, all units would get the same gradient for ever.
+# Initial spread of the units' offsets. Without it, all units would always get the same gradient.
 INIT_OFFSET = 0.1
 
 
 class NeuralAutoregressive(MaskedAutoregressive):
-    r"""Each coordinate through a small monotone network, a mixture of sigmoids, that follows the noise of the
-    coordinates before it (NAF, deep sigmoidal flow):
+    r"""Autoregressive map of each coordinate by a small monotone network, a mixture of sigmoids, that depends on the
+    noise of the coordinates before it (NAF, deep sigmoidal flow):
 
     .. math::
         y_i = \mathrm{logit} \sum_j w_j \, \sigma(a_j x_i + b_j), \qquad a_j > 0, \quad w_j > 0, \quad
@@ -34,14 +34,14 @@ class NeuralAutoregressive(MaskedAutoregressive):
     with :math:`a, b, w` outputs of a masked network of :math:`x_{<i}`. It is evaluated as the difference of
     :math:`\log \sum_j w_j \sigma(\cdot)` and :math:`\log \sum_j w_j \sigma(-\cdot)`, so no sigmoid saturates, and its
     tails are straight lines of slope :math:`\min_j a_j`. Pyro's ``NeuralAutoregressive`` is flat beyond 16 in float32,
-    and reports the log-determinant of whatever it mapped last.
+    and returns the log-determinant of its last input, whatever its arguments.
 
-    Starts within 0.01 of the identity. One pass to draw; no inverse in closed form.
+    Initialized within 0.01 of the identity. Sampling takes one pass; there is no inverse in closed form.
 
     Args:
         input_dim: Length of the transformed vector, at least 1.
         context_dim: Length of the context vector. 0 means unconditional.
-        hidden_dims: Widths of the masked network's hidden layers; raised to ``2 * input_dim`` where below it.
+        hidden_dims: Widths of the masked network's hidden layers; raised to ``2 * input_dim`` if smaller.
         num_units: Sigmoids per coordinate, >= 1.
         order: Coordinates from first to last. None means 0 to ``input_dim - 1``.
 

@@ -16,8 +16,8 @@ __all__ = ["Permutation"]
 class Permutation(FlowTransform):
     r"""Reorders coordinates: :math:`y_i = x_{\pi(i)}`; the log-determinant is 0.
 
-    Put between autoregressive layers, so that every coordinate is once among the first. Pyro's ``Permute`` keeps its
-    permutation out of the ``state_dict``, so a loaded flow is a different one; here it is a buffer.
+    Used between autoregressive layers, so that the order differs between layers. Pyro's ``Permute`` does not save its
+    permutation in the ``state_dict``, so a loaded flow is a different one; here it is a buffer.
 
     Args:
         input_dim: Length of the transformed vector.

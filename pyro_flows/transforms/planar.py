@@ -19,11 +19,11 @@ __all__ = ["Planar"]
 class Planar(FlowTransform):
     r"""Moves every point along one direction: :math:`y = x + \hat u \tanh(w^\top x + b)`.
 
-    Pyro's map, and Pyro's constraint :math:`w^\top \hat u = \mathrm{softplus}(w^\top u) - 1 > -1`, which makes it
-    invertible. Pyro's has no inverse; along :math:`w` the map is one increasing function of one number, so this one
-    has, by bisection to full precision. Parameters O(D).
+    Uses Pyro's map, and Pyro's constraint :math:`w^\top \hat u = \mathrm{softplus}(w^\top u) - 1 > -1`, which makes it
+    invertible. Pyro implements no inverse; along :math:`w` the map is an increasing function of one variable, so it is
+    inverted here by bisection to full precision. Parameters O(D).
 
-    Starts at the identity: :math:`\hat u = 0` where :math:`w^\top u = \log(e - 1)` and :math:`u` is parallel to
+    Initialized to the identity: :math:`\hat u = 0` where :math:`w^\top u = \log(e - 1)` and :math:`u` is parallel to
     :math:`w`; :math:`w` is random, of length about 1.
 
     Shape:
@@ -31,7 +31,7 @@ class Planar(FlowTransform):
 
     Args:
         input_dim: Length of the transformed vector.
-        context_dim: Length of the context vector. 0 means unconditional; otherwise b, u and w follow the context.
+        context_dim: Length of the context vector. 0 means unconditional; otherwise b, u and w depend on it.
 
     References:
         Rezende, Mohamed. Variational Inference with Normalizing Flows. ICML 2015. arXiv:1505.05770, eq. (10)-(12) and
@@ -47,7 +47,7 @@ class Planar(FlowTransform):
         self.bias_u_w = ContextParameters(torch.cat([torch.zeros(1), u, w]), context_dim)
 
     def _planar(self, context: Tensor | None) -> tuple[ConditionedPlanar, Tensor, Tensor, Tensor]:
-        """Pyro's map, made afresh so that its caches die with it; and bias ``(..., 1)``, u_hat and w ``(..., D)``."""
+        """Pyro's map, new for each call so that no cache persists; and bias ``(..., 1)``, u_hat and w ``(..., D)``."""
         bias, u, w = self.bias_u_w(context).split([1, self.input_dim, self.input_dim], -1)
         planar = ConditionedPlanar((bias, u, w))
         return planar, bias, planar.u_hat(u, w), w

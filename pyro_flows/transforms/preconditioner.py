@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L1. Fixed affine maps around a flow: where a warm start leaves the posterior's location, scales and correlations."""
+"""L1. Fixed affine maps of a flow, which a warm start sets to the posterior's location, scales and correlations."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from pyro_flows.transforms.fixed import FixedParameter
 __all__ = ["FullRankPreconditioner", "LowRankPreconditioner", "Preconditioner", "look_again"]
 
 
-# Vectors by which a map is recognized as the identity.
+# Number of vectors by which a map is recognized as the identity.
 PROBES = 512
 
 
 class Preconditioner(FlowTransform):
     r"""Base of :math:`y = m + A x`, the identity until ``A`` and ``m`` are set, and not trained.
 
-    A step of Adam moves every parameter by the learning rate. In a posterior whose narrowest direction is a thousandth
-    of its widest that is either nothing or a hundred standard deviations, unless what is trained lives in
-    coordinates in which the posterior is about a standard normal.
+    A step of Adam moves every parameter by the learning rate. If the posterior's narrowest direction is a thousandth of
+    its widest, that is either negligible or a hundred standard deviations, unless parameters are trained in coordinates
+    in which the posterior is approximately standard normal.
 
     ``m`` and the parts of ``A`` are fixed parameters.
     """
@@ -34,13 +34,13 @@ class Preconditioner(FlowTransform):
         self.is_identity = True
 
     def reset(self) -> None:
-        """Be the identity again."""
+        """Reset to the identity."""
         raise NotImplementedError
 
     def look(self) -> None:
-        """See again whether this is the identity, which then costs nothing: after parameters were set elsewhere."""
+        """Check again whether this is the identity, which costs nothing; for parameters that were set elsewhere."""
         probe = torch.eye(min(self.input_dim, PROBES), self.input_dim, dtype=self.loc.dtype, device=self.loc.device)
-        probe[-1] += 1.0  # the last row has a part of every coordinate
+        probe[-1] += 1.0  # the last row combines all coordinates
         with torch.no_grad():
             self.is_identity = bool((self.loc == 0.0).all()) and torch.equal(self._mix(probe)[0], probe)
 
@@ -90,7 +90,7 @@ class Preconditioner(FlowTransform):
 
 
 def look_again(module: nn.Module) -> None:
-    """Have all fixed maps of a module see whether they are the identity, after parameters were copied into them."""
+    """Have all fixed maps of a module check whether they are the identity, after parameters were copied into them."""
     for part in module.modules():
         if isinstance(part, Preconditioner):
             part.look()
@@ -147,7 +147,7 @@ class FullRankPreconditioner(Preconditioner):
 
 class LowRankPreconditioner(Preconditioner):
     r""":math:`y = m + d \odot (I + U \, \mathrm{diag}(s - 1) U^\top) x` with orthonormal columns in :math:`U`: scales,
-    and a few directions that are wider or narrower than these say. The identity until :meth:`set` is called. Not
+    and a few directions that are stretched or shrunk in addition. The identity until :meth:`set` is called. Not
     trained; see :class:`Preconditioner`.
 
     Args:

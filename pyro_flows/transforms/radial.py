@@ -19,18 +19,18 @@ __all__ = ["Radial"]
 class Radial(FlowTransform):
     r"""Moves every point towards a center or away: :math:`y = x + \beta\,(x - x_0) / (\alpha + \|x - x_0\|)`.
 
-    Pyro's map and constraints, :math:`\alpha = \mathrm{softplus}(\alpha') > 0` and
-    :math:`\beta = \mathrm{softplus}(\beta') - \alpha > -\alpha`. Pyro's has no inverse; the radius solves a quadratic
-    equation, so this one has. Parameters O(D).
+    Uses Pyro's map and constraints, :math:`\alpha = \mathrm{softplus}(\alpha') > 0` and
+    :math:`\beta = \mathrm{softplus}(\beta') - \alpha > -\alpha`. Pyro implements no inverse; here the radius is found
+    as the root of a quadratic equation. Parameters O(D).
 
-    Starts at the identity: :math:`\beta' = \alpha'`; the center is a draw of the base.
+    Initialized to the identity: :math:`\beta' = \alpha'`; the center is a standard normal draw.
 
     Shape:
         As in :class:`FlowTransform`.
 
     Args:
         input_dim: Length of the transformed vector.
-        context_dim: Length of the context vector. 0 means unconditional; otherwise all parameters follow the context.
+        context_dim: Length of the context vector. 0 means unconditional; otherwise all parameters depend on it.
 
     References:
         Rezende, Mohamed. Variational Inference with Normalizing Flows. ICML 2015. arXiv:1505.05770, eq. (14) and
@@ -50,7 +50,7 @@ class Radial(FlowTransform):
         return center, alpha_prime, beta_prime
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        radial = ConditionedRadial(self._split(context))  # made afresh, so that its caches die with it
+        radial = ConditionedRadial(self._split(context))  # new for each call, so that no cache persists
         y = radial(x)
         return y, radial.log_abs_det_jacobian(x, y)
 
@@ -59,7 +59,7 @@ class Radial(FlowTransform):
         alpha, alpha_plus_beta = F.softplus(alpha_prime), F.softplus(beta_prime)
         diff = y - center
         reach = diff.norm(dim=-1, keepdim=True)
-        # r (1 + beta / (alpha + r)) = reach  <=>  r^2 + b r - alpha reach = 0, by the form that does not cancel.
+        # r (1 + beta / (alpha + r)) = reach  <=>  r^2 + b r - alpha reach = 0, in the form without cancellation.
         b = alpha_plus_beta - reach
         product = alpha * reach
         root = (b.square() + 4.0 * product).sqrt()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L1. A bijection to a support whose values stay numbers in floating point."""
+"""L1. A bijection to a support whose values remain representable in floating point."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ __all__ = ["Representable", "unconstrained_limits"]
 
 
 def unconstrained_limits(dtype: torch.dtype) -> tuple[float, float]:
-    """Between which unconstrained numbers are what they are: -16 and 31 in single, -127 and 248 in double precision.
+    """Limits between which unconstrained values are unchanged: -16 and 31 in single, -127 and 248 in double precision.
 
-    Far above, a model could not square their exponential. Far below it could not divide by it, or rather by its fourth
-    power: by that of a scale a normal's gradient is divided on the way.
+    Far above, the square of the exponential overflows. Far below, its fourth power underflows, by which the gradient of
+    a normal with that scale is divided in intermediate results.
     """
     most = math.log(torch.finfo(dtype).max)
     return -0.18 * most, 0.35 * most
 
 
 class Representable(Transform):
-    r"""A bijection ``f`` to a support after a map that slows down beyond limits :math:`a < 0 < b`:
+    r"""A bijection ``f`` to a support after a map that grows only logarithmically beyond limits :math:`a < 0 < b`:
 
     .. math::
         z \mapsto f(s(z)), \qquad s(z) = \max(a, \min(z, b)) + \log(1 + \max(z - b, 0)) - \log(1 + \max(a - z, 0)).
 
-    A guide's draw of a log-scale may be any number. Its exponential underflows to zero where the number is below -87,
-    its square below -43, and where the gradient of a normal with that scale is not finite below -24, a draw does not
-    find back. Since this is a bijection like any other, densities remain what they are.
+    A guide's draw of a log-scale may be any number. In float32 its exponential underflows to zero below -87 and the
+    square of that below -43; below -24 the gradient of a normal with that scale is not finite, so training cannot
+    recover. Since this is a bijection with a known log-determinant, densities remain exact.
 
     Args:
         base: ``f``.
@@ -61,11 +61,11 @@ class Representable(Transform):
         return self.base.sign
 
     def _is_far(self, x: Tensor) -> bool:
-        """Whether the map is more than the identity; true where one can't tell."""
+        """Whether any value is beyond the limits; true where values cannot be read."""
         return not is_readable(x) or not bool((x == x.clamp(*self.limits)).all())
 
     def _slowed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``s(x)`` and how far beyond the limits ``x`` is."""
+        """``s(x)`` and the distance of ``x`` beyond the limits."""
         inner = x.clamp(*self.limits)
         beyond = (x - inner).abs()
         return inner + (x - inner).sign() * beyond.log1p(), beyond

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L1. The model-ordered affine map: each block of coordinates is an affine map of its own noise, given the
-blocks before it."""
+"""L1. The model-ordered affine map: each block of coordinates is an affine map of its noise, given the blocks before
+it."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ MAX_DENSE_BLOCK = 256
 
 
 class _Conditioners(NamedTuple):
-    """The conditioners of S blocks with D coordinates in all, given some of G numbers.
+    """The conditioners of S blocks with D coordinates in total, as functions of up to G parents each.
 
     Attributes:
         hidden: First layers, ``(S H, G)``, zero where a block would depend on itself or those after it.
         hidden_bias: ``(S H,)``.
         inner: Further layers, each ``(S, H', H)`` and ``(S, H')``.
         heads: Last layers, for shifts and log-scales, each ``(2 size, H')``.
-        linear: The linear parts, for locations, shifts and log-scales of each block in turn, ``(3 D, G)``; or one
-            factor of them if they are of low rank, ``(S rank, G)``.
-        outer: In the latter case the other factors, each ``(3 size, rank)``.
-        bias: What centers the networks, ``(3 D,)``.
+        linear: The linear parts, for locations, shifts and log-scales of each block in turn, ``(3 D, G)``; or their
+            inner factors if they are of low rank, ``(S rank, G)``.
+        outer: In the latter case the outer factors, each ``(3 size, rank)``.
+        bias: Offsets that center the networks, ``(3 D,)``.
         shift: Free parts of the shifts, ``(D,)``.
         log_scale_bound: ``c``.
     """
@@ -51,7 +51,7 @@ class _Conditioners(NamedTuple):
 
 
 class _Weights(NamedTuple):
-    """All that is trained, as the map uses it.
+    """All trained parameters, as the map uses them.
 
     Attributes:
         log_scale: ``a``, ``(input_dim,)``.
@@ -65,21 +65,21 @@ class _Weights(NamedTuple):
 
 
 class SiteOrderedAffine(FlowTransform):
-    r"""Blocks :math:`s = 1, \dots, S` in model order, each affine in its own noise:
+    r"""Affine map of blocks :math:`s = 1, \dots, S` in model order, each affine in its own noise:
 
     .. math::
         y_s = B_s y_{<s} + e^{l_s(y_{<s})} \odot (e^{a_s} \odot C_s x_s + r_s(y_{<s})), \qquad
         l_s = c \tanh(\tilde l_s / c),
 
     with :math:`C_s` unit lower triangular, :math:`a_s` free, and :math:`r_s, \tilde l_s` a linear map plus a small
-    network, all zero at the start. It contains every full-rank Gaussian (the linear part), every non-centered hierarchy
-    and Neal's funnel exactly. What is nonlinear in the location is scaled by the conditional scale, so that an error of
-    the network shrinks with the neck of a funnel. Drawing takes one short step a block; scoring a value is one parallel
-    pass.
+    network, all initialized to zero. It contains every full-rank Gaussian (the linear part), every non-centered
+    hierarchy and Neal's funnel exactly. The nonlinear part of the location is scaled by the conditional scale, so that
+    an error of the network shrinks with the neck of a funnel. Sampling takes one short step per block; scoring a value
+    is one parallel pass.
 
-    A draw costs by the operation, and a step of an optimizer by the parameter: blocks keep their weights in one tensor
-    per layer, and all layers in one parameter, ``packed``; what a block does to those after it is added to the inputs
-    of all at once. Networks are centered over standard normal inputs, and their last layers are scaled and
+    The cost of a draw is per operation, and that of an optimizer's step per parameter: the weights of all blocks are in
+    one tensor per layer, and all layers in one parameter, ``packed``; the effect of a block on later ones is added to
+    all of their inputs at once. Networks are centered over standard normal inputs, and their last layers are scaled and
     powerpropagated, as in :class:`~pyro_flows.transforms.networks.CenteredNetwork`.
 
     Args:
@@ -87,11 +87,11 @@ class SiteOrderedAffine(FlowTransform):
         context_dim: Length of the context vector. 0 means unconditional.
         block_sizes: Sizes of the blocks in order; they add up to ``input_dim``.
         hidden_dims: Widths of each block's network.
-        rank: Rank of the linear parts; None means full rank, as where no block depends on more numbers than that. With
-            a rank, parameters are linear in ``input_dim``.
-        log_scale_bound: Bound :math:`c` on the absolute conditional log-scale, > 0. A funnel of Neal's needs about 5,
-            but what may scale a draw by :math:`e^5` can throw it as far while it is untrained. It is stored with the
-            weights, which mean something else under another one.
+        rank: Rank of the linear parts; None means full rank, which is also used if no block has more parents than
+            ``rank``. With a rank, the number of parameters is linear in ``input_dim``.
+        log_scale_bound: Bound :math:`c` on the absolute conditional log-scale, > 0. Neal's funnel needs about 5, but a
+            scale of up to :math:`e^5` can cause equally large outliers early in training. It is stored with the
+            weights, which depend on it.
 
     References:
         Ko, Domke. Model-Informed Flows for Bayesian Inference. NeurIPS 2025. arXiv:2505.24243, for the order and
@@ -129,7 +129,7 @@ class SiteOrderedAffine(FlowTransform):
         self.packed = Packed([torch.zeros(input_dim), torch.zeros(len(is_below)), *conditioners])
 
     def _add_conditioners(self, hidden_dims: Sequence[int]) -> list[Tensor]:
-        """Add the buffers that conditioners takes; returns what :meth:`_conditioners` takes, as it is at the start."""
+        """Add the buffers of the conditioners; returns the initial values of the arguments of :meth:`_conditioners`."""
         count, dim = len(self.sizes), sum(self.sizes)
         width = self.context_dim + self.input_dim - self.block_sizes[-1]
         if self.rank is not None and width <= self.rank:
@@ -167,7 +167,7 @@ class SiteOrderedAffine(FlowTransform):
     def _conditioners(
         self, heads: Tensor, shift: Tensor, linear: Tensor, project: Tensor, weight: Tensor, bias: Tensor, *rest: Tensor
     ) -> _Conditioners:
-        """Conditioners from their trained numbers: ``project`` is empty where the linear parts have full rank, and the
+        """Conditioners from their trained tensors: ``project`` is empty where the linear parts have full rank, and the
         last ones are weights and biases of the networks in turn."""
         hidden = (weight * self.is_parent).flatten(0, 1)
         inner = list(zip(rest[::2], rest[1::2], strict=True))
@@ -216,12 +216,12 @@ class SiteOrderedAffine(FlowTransform):
 
         Args:
             noise: ``e^a C x`` and the free part of the shift.
-            context: One for each row.
-            use: The weights.
+            context: Context of each row.
+            use: The conditioners.
         """
         widths = self.block_sizes[:-1] if context is None else (self.context_dim, *self.block_sizes[:-1])
         effects = zip(use.hidden.split(widths, -1), use.linear.split(widths, -1), strict=True)
-        # What is known so far of the inputs of all blocks to come: to their networks, and of their linear parts.
+        # Partial sums for all later blocks: first-layer inputs of their networks, and outputs of their linear parts.
         hidden = use.hidden_bias
         linear = use.bias if self.rank is None else torch.zeros_like(use.linear[:, 0])
 
@@ -268,14 +268,14 @@ class SiteOrderedAffine(FlowTransform):
     def _by_block(
         self, function: Callable[[Tensor, Tensor], Tensor], rows: Tensor, below: list[Tensor | None]
     ) -> Tensor:
-        """A function of rows and ``C_s - I`` on each block of ``(N, D)`` that has the latter."""
+        """Apply a function of rows and ``C_s - I`` to each block of ``(N, D)`` that has the latter."""
         if all(matrix is None for matrix in below):
             return rows
         parts = zip(rows.split(self.block_sizes, -1), below, strict=True)
         return torch.cat([part if matrix is None else function(part, matrix) for part, matrix in parts], -1)
 
     def _padded(self, conditional: Tensor) -> Tensor:
-        """With zeros for the first block, if that is not conditional."""
+        """Prepend zeros for the first block, if that is not conditional."""
         return F.pad(conditional, (self.input_dim - conditional.shape[-1], 0))
 
     def _forward(self, x: Tensor, context: Tensor | None, weights: _Weights) -> tuple[Tensor, Tensor]:
@@ -301,7 +301,7 @@ class SiteOrderedAffine(FlowTransform):
         with torch.no_grad():
             own = self._by_block(_times_inverse, score.reshape(rows.shape), below) * (-log_scale).exp()
         if use is not None:
-            # d log q / d y_<s, through the conditioners alone.
+            # d log q / d y_<s, through the conditioners only.
             before = y[..., : -self.block_sizes[-1]].detach().requires_grad_()
             loc, conditional = self._condition(_beside(around, before), use)
             with torch.no_grad():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L1. The rational-quadratic spline, elementwise. Spline couplings and spline autoregressive maps use its pieces."""
+"""L1. The elementwise rational-quadratic spline, which spline couplings and spline autoregressive maps also use."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WEIGHTS = (5.4826885597221875e-4, 3.075712396758645e-2, 2.401231786050127e-1, 16
 
 
 @functools.lru_cache
-@torch.inference_mode(False)  # kept for training, whoever asks first
+@torch.inference_mode(False)  # cached, and also used in training
 def _quadrature(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """All nodes and their weights."""
     nodes = torch.tensor([*NODES, *(-x for x in NODES[2::-1])], dtype=dtype, device=device)
@@ -39,7 +39,7 @@ def _quadrature(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tenso
 @functools.lru_cache
 @torch.inference_mode(False)  # as above
 def _before(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Matrix that makes of a column the sums of its entries before each; it takes less time than ``cumsum``."""
+    """Matrix that maps a column to its exclusive cumulative sums; faster than ``cumsum``."""
     return torch.ones(count, count, dtype=dtype, device=device).tril(-1)
 
 
@@ -57,10 +57,10 @@ class _Bins(NamedTuple):
 class RationalQuadratic:
     r"""Monotone rational-quadratic splines, one for every coordinate, built from raw parameters.
 
-    Each is linear outside ``[-bound, bound]``, and takes standard normal noise to mean 0 and variance 1 (by a
-    quadrature with 7 nodes): location and scale are left to an affine layer. A free spline takes them too, and
-    stretches its box until tails pile up at the edges; one that is pinned at -1 and 1 throws rare draws hundreds of
-    scales away while a posterior is still far. The identity where raw parameters are zero.
+    Each is linear outside ``[-bound, bound]``, and maps standard normal noise to mean 0 and variance 1 (by a
+    quadrature with 7 nodes): location and scale are left to an affine layer. An unconstrained spline learns them as
+    well, and stretches its box until tails pile up at the edges; one that is fixed at -1 and 1 produces outliers of
+    hundreds of scales while the posterior is still far away. The identity if raw parameters are zero.
 
     Shape:
         - raw: ``(..., 3 * count_bins - 1, D)``: widths, heights, inner slopes. Coordinates come last, as they do in
@@ -108,7 +108,7 @@ class RationalQuadratic:
         return nodes.reshape(-1, *(1,) * len(shape)).expand(-1, *shape), weights
 
     def _standardize(self, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of what the box makes of standard normal noise, from its values at nodes."""
+        """Mean and standard deviation of the spline's output for standard normal noise, from its values at nodes."""
         y = y.movedim(0, -1)
         mean = y @ weights
         return mean, ((y - mean.unsqueeze(-1)).square() @ weights).sqrt()
@@ -122,7 +122,7 @@ class RationalQuadratic:
         curvature = bins.slope_left + bins.slope_right - 2.0 * bins.slope
         denominator = bins.slope + curvature * (theta * rest)
         ratio = bins.slope / denominator
-        # What the clamp cuts off is added again, for the identity beyond the box.
+        # The clamp's excess is added back, for the identity beyond the box.
         y = bins.bottom + above * (bins.slope * theta + bins.slope_left * rest) * ratio + (x - clamped)
         numerator = bins.slope_right * theta**2 + 2.0 * bins.slope * (theta * rest) + bins.slope_left * rest**2
         log_slope = (numerator * ratio.square()).log()
@@ -135,10 +135,10 @@ class RationalQuadratic:
         return y, log_slope, d_log_slope * (clamped == x)
 
     def __call__(self, x: Tensor, *, with_slope: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Map ``x``; returns ``y``, elementwise ``log dy/dx`` and, if asked for, its derivative in ``x``, detached."""
+        """Map ``x``; returns ``y``, elementwise ``log dy/dx`` and, if requested, its derivative in ``x``, detached."""
         own = x.shape[x.dim() - self.x_knots.dim() + 1 :]
         nodes, weights = self._nodes(own)
-        # Nodes and values in one pass, which costs by the operation.
+        # Nodes and values in one pass, since its cost is per operation.
         found = self._evaluate(torch.cat([nodes, x.reshape(-1, *own)]), with_slope=with_slope)
         sizes = [len(nodes), len(found[0]) - len(nodes)]
         (at_nodes, y), (_, log_slope) = (part.split(sizes) for part in found[:2])
@@ -155,7 +155,7 @@ class RationalQuadratic:
         bins = self._select(clamped, self.y_knots)
         curvature = bins.slope_left + bins.slope_right - 2.0 * bins.slope
         above = (clamped - bins.bottom) * bins.per_width
-        # Quadratic a theta^2 + b theta + c = 0 in the form that does not cancel (eq. 6-8 and the text after them).
+        # Quadratic a theta^2 + b theta + c = 0 in the form without cancellation (eq. 6-8 and the text after them).
         a = bins.slope * (bins.slope - bins.slope_left) + above * curvature
         b = bins.slope * bins.slope_left - above * curvature
         c = -bins.slope * above
@@ -171,10 +171,10 @@ class RationalQuadratic:
 
 
 class Spline(FlowTransform):
-    r"""One rational-quadratic spline a coordinate.
+    r"""One rational-quadratic spline per coordinate.
 
-    Pyro's ``Spline`` starts at random knots (a log-determinant of about -6 in five dimensions); this one starts at the
-    identity. Shapes marginals; does not make coordinates dependent. Parameters O(D count_bins).
+    Pyro's ``Spline`` is initialized at random knots (a log-determinant of about -6 in five dimensions); this one at the
+    identity. Changes marginals only; coordinates stay independent. Parameters O(D count_bins).
 
     Warning:
         Linear outside ``[-bound, bound]``; mean 0 and variance 1: put an affine layer after it to move or scale

@@ -14,18 +14,18 @@ from pyro_flows.transforms.spline import RationalQuadratic
 __all__ = ["SplineAutoregressive"]
 
 
-# A spline that bends before the head has found the posterior can settle on a narrow part of it.
+# A spline that is trained before the head has found the posterior can converge to a narrow part of it.
 RAW_RATE = 0.2
 
 
 class SplineAutoregressive(MaskedAutoregressive):
-    r"""Each coordinate through a monotone rational-quadratic spline, whose knots and slopes follow the noise of the
-    coordinates before it: :math:`y_i = \mathrm{RQS}(x_i;\, h_i(x_{<i}))`.
+    r"""Autoregressive map of each coordinate by a monotone rational-quadratic spline, whose knots and slopes depend on
+    the noise of the coordinates before it: :math:`y_i = \mathrm{RQS}(x_i;\, h_i(x_{<i}))`.
 
-    One pass to draw; up to ``input_dim`` passes to score another value. Pyro's helper with ``order="quadratic"``
-    raises; these splines are rational-quadratic.
+    Sampling takes one pass; scoring any other value takes up to ``input_dim`` passes. Pyro's helper with
+    ``order="quadratic"`` raises; these splines are rational-quadratic.
 
-    Starts at the identity.
+    Initialized to the identity.
 
     Warning:
         Linear outside ``[-bound, bound]``; mean 0 and variance 1: put an affine layer after it to move or scale
@@ -34,7 +34,7 @@ class SplineAutoregressive(MaskedAutoregressive):
     Args:
         input_dim: Length of the transformed vector, at least 1.
         context_dim: Length of the context vector. 0 means unconditional.
-        hidden_dims: Widths of the masked network's hidden layers; raised to ``2 * input_dim`` where below it.
+        hidden_dims: Widths of the masked network's hidden layers; raised to ``2 * input_dim`` if smaller.
         count_bins: Bins per spline, in [2, 128].
         bound: Half-width of the warped box in base standard deviations, > 0.
         order: Coordinates from first to last. None means 0 to ``input_dim - 1``.

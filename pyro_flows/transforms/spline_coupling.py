@@ -16,15 +16,15 @@ __all__ = ["SplineCouplings"]
 class SplineCouplings(Couplings):
     r"""A stack of spline couplings: :math:`y_b = \mathrm{RQ}(x_b;\, \phi(x_a))` elementwise, :math:`y_a = x_a`.
 
-    RQ is a monotone rational-quadratic spline with ``3 count_bins - 1`` parameters a coordinate. Pyro's
-    ``SplineCoupling`` starts far from the identity, with a random spline on the half that conditions the other, lets
-    only the other half depend on anything, and its inverse leaves the reals in float32. These start at the identity.
+    RQ is a monotone rational-quadratic spline with ``3 count_bins - 1`` parameters per coordinate. Pyro's
+    ``SplineCoupling`` is initialized far from the identity, with a random spline on the conditioning half, which never
+    depends on the other, and its inverse gives NaN in float32. These are initialized to the identity.
 
     Warning:
         Linear outside ``[-bound, bound]``; mean 0 and variance 1: put an affine layer after it to move or scale
         mass.
-        From a start much narrower than the target, path gradients can settle on splines stretched to the edge of the
-        box: start near the target's scale, or take ordinary gradients first.
+        From an initialization much narrower than the target, path gradients can converge to splines stretched to the
+        edge of the box: initialize near the target's scale, or use ordinary gradients first.
 
     Shape:
         As in :class:`FlowTransform`.

@@ -26,18 +26,18 @@ class Sylvester(FlowTransform):
     .. math::
         \log|\det J| = \sum_i \log(1 + h'_i\, s_{ii}\, r_{ii}).
 
-    Pyro's ``Sylvester`` evaluates :math:`x + \tanh(x S Q^\top + b) Q R`, whose log-determinant is another one, so its
+    Pyro's ``Sylvester`` evaluates :math:`x + \tanh(x S Q^\top + b) Q R`, which has a different log-determinant, so its
     ELBO can exceed the log evidence. Cost O(D M + M^2), parameters O(D M + M^2). The inverse solves the triangular
-    system backwards, one scalar equation a coordinate.
+    system backwards, one scalar equation per coordinate.
 
-    Starts at the identity: :math:`R = 0`; :math:`Q` and :math:`S` are random.
+    Initialized to the identity: :math:`R = 0`; :math:`Q` and :math:`S` are random.
 
     Shape:
         As in :class:`FlowTransform`.
 
     Args:
         input_dim: Length of the transformed vector.
-        context_dim: Length of the context vector. 0 means unconditional; otherwise all parameters follow the context.
+        context_dim: Length of the context vector. 0 means unconditional; otherwise all parameters depend on it.
         num_ortho: Number of columns of Q, at least 1; ``min(num_ortho, input_dim)`` are used.
 
     References:
@@ -50,7 +50,7 @@ class Sylvester(FlowTransform):
     def __init__(self, input_dim: int, context_dim: int = 0, *, num_ortho: int = 8) -> None:
         super().__init__(input_dim, context_dim)
         self.num_ortho = min(num_ortho, input_dim)
-        # So many reflections reach every Q, up to the sign of one column, which R and S can take over.
+        # This number of reflections gives every Q, up to the sign of one column, which R and S can absorb.
         self.num_reflections = min(self.num_ortho, input_dim - 1)
         size = self.num_ortho * (self.num_ortho + 1) // 2
         rows, columns = torch.triu_indices(self.num_ortho, self.num_ortho)
@@ -93,7 +93,7 @@ class Sylvester(FlowTransform):
         q, r, s, b = self._matrices(context)
         target = _rows(y, q)
         with torch.no_grad():
-            # The last coordinate depends on itself alone, the one before on itself and the last, and so on.
+            # The last coordinate depends on itself only, the one before on itself and the last, and so on.
             argument, rest = b.expand(target.shape), target
             columns: list[Tensor] = []
             for i in reversed(range(self.num_ortho)):
