@@ -38,7 +38,7 @@ class ExportSettings:
     """How draws are split into runs of the model.
 
     Attributes:
-        max_elements: Most numbers in flight at once: draws in a run times the numbers of all sites.
+        max_elements: Largest number of values in memory at once: draws in a run times the values of all sites.
     """
 
     max_elements: int = 2**22
@@ -84,10 +84,10 @@ def to_inference_data(
         kwargs: The model's keyword arguments.
         num_samples: Number of draws, >= 1.
         posterior_predictive: Whether to draw new data, which takes one more run of the model.
-        log_likelihood: Whether to keep a number for each draw and observed value.
-        coords: Dimension -> labels, as many as it is long.
+        log_likelihood: Whether to store the log likelihood of each observed value at each draw.
+        coords: Dimension -> labels, one for each index.
         dims: Variable -> names of all its dimensions but chain and draw, in place of those from the plates.
-        seed: Makes the draws repeatable and leaves torch's global random state alone.
+        seed: Makes the draws reproducible; torch's global random state is not changed. None uses the global state.
 
     Returns:
         ``arviz.InferenceData``, or ``xarray.DataTree`` from ArviZ 1.0 on.
@@ -151,13 +151,13 @@ def to_inference_data(
 
 
 def _read_sites(nodes: Mapping[str, Mapping[str, Any]]) -> Layout:
-    """All sites of a run, those that have no unconstrained values included, with their values as they are."""
+    """All sites of a run, including those without unconstrained values, with their original values."""
     sites = []
     for node in nodes.values():
         is_deterministic = _is_deterministic(node)
         value = node["value"] if is_deterministic else node["value"].expand(node["fn"].shape())
         site = Site.read({**node, "value": value}, identity_transform)
-        if is_deterministic and site.event_dim == value.dim():  # Pyro's default, which says nothing of plates
+        if is_deterministic and site.event_dim == value.dim():  # Pyro's default, which ignores plates
             site = replace(site, event_dim=0)
         sites.append(site)
     return Layout(sites)
@@ -178,17 +178,17 @@ def _dims(site: Site) -> tuple[str, ...]:
 
 
 class _Runs:
-    """Runs the model at given values of its latents, for all that is exported beside log densities.
+    """Runs the model at given values of its latents, for all groups other than log densities.
 
     Args:
         model: The model.
-        structure: What is known of it.
+        structure: Structure of the model.
         settings: How draws are split into runs.
 
     Attributes:
-        sites: All sites of the model, as they are in one run.
+        sites: All sites of the model, from one run.
         observed: Site -> data.
-        indices: Plate -> its indices, as the model has them.
+        indices: Plate -> indices of its items in the model.
     """
 
     def __init__(self, model: BatchedModel, structure: Structure, settings: ExportSettings = ExportSettings()) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L2. Distributions of noise, each with the score of its density: what bases make of their parameters."""
+"""L2. Distributions of base noise, each with the score of its density."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_EXPONENT = 60.0
 
 
 class StandardNormal(dist.Normal):  # type: ignore[misc]
-    """A normal that is known to be standard, which makes its score free."""
+    """A normal that is known to be standard, so that its score costs nothing."""
 
     is_standard_normal: ClassVar[bool] = True
 
@@ -27,12 +27,12 @@ class StandardNormal(dist.Normal):  # type: ignore[misc]
         return -value
 
     def stratified(self) -> StratifiedNormal:
-        """The same, whose draws are spread evenly."""
+        """The same distribution with stratified draws."""
         return StratifiedNormal(self.loc, self.scale, validate_args=False)
 
 
 class StratifiedNormal(StandardNormal):
-    r"""A standard normal whose draws fill the line evenly: of n along the first dimension, each n-th has one.
+    r"""A standard normal with stratified draws: of n along the first dimension, there is one in each n-th of the mass.
 
     A Latin hypercube: :math:`\epsilon_{ij} = \Phi^{-1}((\pi_j(i) + u_{ij}) / n)` with a random order :math:`\pi_j` for
     each coordinate. Each draw by itself is standard normal. The mean of a function over the draws has at most
@@ -74,13 +74,13 @@ class DiagonalNormalMixture(dist.TorchDistribution):  # type: ignore[misc]
     .. math::
         q v_{jk, i} = -\prod_{l < i} N_{kl}(z_l) \, [\Phi_{ji}(z_i) - \Phi_{ki}(z_i)] \prod_{l > i} N_{jl}(z_l).
 
-    Differs from ``pyro.distributions.MixtureOfDiagNormals`` in that it has one dimension too, components that
-    coincide, and, since all densities are logarithms, many dimensions.
+    Unlike ``pyro.distributions.MixtureOfDiagNormals``, it supports one dimension, coinciding components, and, since it
+    works with log densities, many dimensions.
 
     Warning:
-        Where components are far apart, hardly any draw is where the mass of a weight moves: most gradients of weights
-        are next to nothing, and rare ones large. They have to be right before, as ``AutoFlowGuide.warm_start`` makes
-        them.
+        If components are far apart, hardly any draw is between them, where the velocity of a weight is large: most
+        gradients of weights are almost zero, and rare ones large. Weights must be initialized well, as
+        ``AutoFlowGuide.warm_start`` does.
 
     Shape:
         - event shape: ``(D,)``.
@@ -89,7 +89,7 @@ class DiagonalNormalMixture(dist.TorchDistribution):  # type: ignore[misc]
         locs: ``(K, D)``.
         scales: ``(K, D)``, > 0.
         logits: Logarithms of the weights up to a constant, ``(K,)``.
-        batch_shape: Shape of a batch of independent ones that are all alike.
+        batch_shape: Shape of a batch of independent, identical distributions.
 
     References:
         [1] Jankowiak, Obermeyer. Pathwise Derivatives Beyond the Reparameterization Trick. ICML 2018.
@@ -151,7 +151,7 @@ class DiagonalNormalMixture(dist.TorchDistribution):  # type: ignore[misc]
         return self.locs[which] + self.scales[which] * noise
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
-        # Detached rather than under no_grad, which torch.jit.trace does not take down.
+        # Detached rather than under no_grad, which torch.jit.trace does not record.
         locs, scales, logits = (p.detach() for p in (self.locs, self.scales, self.logits))
         fixed = DiagonalNormalMixture(locs, scales, logits, self.batch_shape)
         shape = self._extended_shape(sample_shape)
@@ -182,7 +182,7 @@ class DiagonalNormalMixture(dist.TorchDistribution):  # type: ignore[misc]
 
 
 def base_score(base_dist: Any, eps: Tensor) -> Tensor:
-    """Gradient of the base's log density at ``eps``, detached. Free of charge for the normal."""
+    """Gradient of the base's log density at ``eps``, detached. Costs nothing for the standard normal."""
     inner = base_dist.base_dist if isinstance(base_dist, dist.Independent) else base_dist
     eps = eps.detach()
     if hasattr(inner, "score"):

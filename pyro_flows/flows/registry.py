@@ -32,7 +32,7 @@ def register(name: str, spec_class: Any = None) -> Any:
             this decorates the class.
 
     Returns:
-        The class, as it came.
+        The class, unchanged.
 
     Raises:
         TypeError: If ``spec_class`` is not a subclass of :class:`FlowSpec`.
@@ -60,7 +60,7 @@ def get(name: str, **hyper: Any) -> FlowSpec:
 
     Args:
         name: One of :func:`names`.
-        hyper: Hyper-parameters of that family; what is not given takes the family's default.
+        hyper: Hyper-parameters of that family; all others have the family's defaults.
 
     Raises:
         ValueError: If the name is unknown; the message lists the known ones.

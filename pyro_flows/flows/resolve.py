@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L2. Whatever a user may pass as ``flow`` becomes a :class:`FlowSpec`."""
+"""L2. Conversion of the ``flow`` argument to a :class:`FlowSpec`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FlowLike = str | FlowSpec | Callable[[int], Any]
 
 
 def resolve(flow: FlowLike) -> FlowSpec:
-    """A name, a spec, or a function of ``input_dim`` as a spec.
+    """Convert a name, a spec, or a function of ``input_dim`` to a spec.
 
     Raises:
         TypeError: If it is none of these.

@@ -17,21 +17,22 @@ __all__ = ["Auto", "SiteOrdered"]
 
 @dataclass(frozen=True)
 class SizeSettings:
-    """What the default is made of, by its dimension.
+    """Composition of the default flow, by its dimension.
 
-    A step costs by the operation up to some hundreds of dimensions, and by the parameter beyond.
+    The cost of a step is per operation up to some hundreds of dimensions, and per parameter beyond.
 
     Attributes:
-        max_blocks: More blocks than this are merged with their neighbors: drawing takes a step a block.
-        max_full_rank_dim: Dimension above which linear parts have a rank, so that parameters grow linearly, and
-            couplings are narrower.
-        rank: That rank.
-        max_couplings_dim: Above it there are no couplings: one conditioner a block is what the time buys best.
-        max_splines_dim: Above it there are no splines, and narrow conditioners.
-        narrow_dims: Widths of these.
-        low_rank: Rank of their linear parts.
-        max_flow_dim: Above it there is a mean-field Gaussian: some dozens of parameters for each latent would cost
-            many times AutoNormal's step.
+        max_blocks: Largest number of blocks; more are merged with their neighbors, since sampling takes one step per
+            block.
+        max_full_rank_dim: Largest dimension at which linear parts have full rank; above it parameters grow linearly,
+            and couplings are narrower.
+        rank: Rank of linear parts above ``max_full_rank_dim``.
+        max_couplings_dim: Largest dimension with couplings; above it one conditioner per block is the best use of time.
+        max_splines_dim: Largest dimension with splines; above it conditioners are also narrow.
+        narrow_dims: Widths of the hidden layers of narrow conditioners.
+        low_rank: Rank of the linear parts of narrow conditioners.
+        max_flow_dim: Largest dimension of a flow; above it the guide is a mean-field Gaussian, since some dozens of
+            parameters for each latent would cost many times AutoNormal's step.
     """
 
     max_blocks: int = 16
@@ -61,8 +62,8 @@ class SiteOrdered(FlowSpec):
             block. More than 16 are merged with their neighbors.
         hidden_dims: Widths of each block's network.
         count_bins: Bins per spline, in [2, 128].
-        log_scale_bound: Largest absolute log-scale that a block takes from those before it, > 0, beside what known
-            priors say.
+        log_scale_bound: Largest absolute log-scale of a block as a function of those before it, > 0, in addition to
+            known priors.
 
     References:
         Ko, Domke. Model-Informed Flows for Bayesian Inference. NeurIPS 2025. arXiv:2505.24243.
@@ -114,12 +115,13 @@ class SiteOrdered(FlowSpec):
 class Auto(SiteOrdered):
     """The default: couplings, then the model-ordered flow.
 
-    Site order carries the hierarchy; couplings carry what is left inside and between sites. A single latent needs
-    only its spline, with more bins. Above 1000 dimensions couplings are left out, above 2000 splines too, and above
-    20,000 the flow is a mean-field Gaussian: a step then takes at most three times as long as ``AutoNormal``'s.
+    Site order represents the hierarchy; couplings represent the remaining dependence inside and between sites. A single
+    latent needs only its spline, with more bins. Above 1000 dimensions couplings are omitted, above 2000 also splines,
+    and above 20,000 the flow is a mean-field Gaussian: a step then takes at most three times as long as
+    ``AutoNormal``'s.
 
     Args:
-        num_transforms: Number of affine couplings, >= 0, each of which moves its share of the coordinates given all
+        num_transforms: Number of affine couplings, >= 0, each of which transforms a part of the coordinates given all
             others; used for 2 to 1000 dimensions.
         coupling_dims: Widths of each coupling's hidden layers. None means two of 64, and of 32 above 300 dimensions.
 

@@ -17,7 +17,7 @@ __all__ = ["ElementwiseSpline"]
 @register("spline")
 @dataclass(frozen=True, kw_only=True)
 class ElementwiseSpline(FlowSpec):
-    """One rational-quadratic spline a coordinate: any marginals, no dependence. The family for a single latent.
+    """One rational-quadratic spline per coordinate: any marginals, no dependence. The family for a single latent.
 
     Args:
         count_bins: Bins per spline, in [2, 128].

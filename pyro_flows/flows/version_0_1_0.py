@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L2. Parameters that version 0.1.0 stored, as they are stored now. The distribution is the same."""
+"""L2. Conversion of parameters saved by version 0.1.0. The distribution is the same."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ LOG_SCALE_UNIT, SHIFT_UNIT, LOG_SCALE_BOUND = 5.0, 3.0, 7.0
 
 
 def is_from_0_1_0(state: Mapping[str, Tensor], module: nn.Module) -> bool:
-    """Whether 0.1.0 stored this: a head had three rows, and has two now.
+    """Whether 0.1.0 saved this state: a head had three rows, and now has two.
 
     Args:
         state: Name -> value of a module's parameters.
-        module: What holds the flows.
+        module: Module that contains the flows.
     """
     rows = [state.get(f"{prefix}raw.value") for prefix, part in _layers(module) if isinstance(part, Head)]
     return any(value is not None and len(value) == 3 for value in rows)
 
 
 def names_in_0_1_0(module: nn.Module) -> list[str]:
-    """What 0.1.0 called the parameters of a module, in its order."""
+    """Names of a module's parameters in 0.1.0, in its order."""
     renamed = {
         f"{prefix}{name}": [f"{prefix}{former}" for former in names]
         for prefix, part in _layers(module)
@@ -43,11 +43,11 @@ def names_in_0_1_0(module: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def from_0_1_0(state: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """The state of a module by 0.1.0 as one of this version.
+    """Convert a module's state from 0.1.0 to this version.
 
     Args:
-        state: Name -> value in 0.1.0 of all parameters, and of buffers or not.
-        module: What holds the flows, as this version builds them.
+        state: Name -> value in 0.1.0 of all parameters, with or without buffers.
+        module: Module that contains the flows, as built by this version.
 
     Raises:
         ValueError: If this version has other layers for the model, or none that make the same distribution.
@@ -121,7 +121,7 @@ def _converted(part: nn.Module, before: Mapping[str, Tensor], prefix: str) -> di
         scale = (LOG_SCALE_UNIT * log_scale).exp()
         after = {"raw.value": encode_gaussian(torch.addcmul(loc, scale, shift, value=SHIFT_UNIT), scale).to(value)}
         if isinstance(part, PlateHead):
-            # Items' locations were told in the scales of the Gaussian that they share.
+            # Items' locations were stored in units of the scales of the Gaussian that they share.
             after |= {"unit": scale.to(value), "log_scale_bound": value.new_tensor(LOG_SCALE_BOUND)}
         return after
     assert isinstance(part, (Couplings, SiteOrderedAffine))

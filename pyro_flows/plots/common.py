@@ -20,7 +20,7 @@ Samples = Mapping[str, Mapping[str, Any]]
 
 
 class Style(NamedTuple):
-    """Color and line style of one set of draws; any two differ in more than color."""
+    """Color and line style of one set of draws; any two also differ in line style."""
 
     color: str
     linestyle: Any
@@ -78,7 +78,7 @@ class Columns(NamedTuple):
     Attributes:
         names: ``mu``, ``theta[0]`` and so on, C of them.
         sets: Label -> ``(S, C)``; S may differ.
-        ranges: Where nearly all draws of all sets are, ``(C, 2)``.
+        ranges: Ranges that contain nearly all draws of all sets, ``(C, 2)``.
     """
 
     names: list[str]
@@ -90,13 +90,13 @@ def as_columns(owner: str, samples: Samples, sites: Sequence[str] | None, limit:
     """Draws of sites as columns.
 
     Args:
-        owner: Whom errors name.
+        owner: Name of the public function, for errors.
         samples: Label -> site -> ``(S, *site shape)``.
         sites: Names of sites, or of their elements, in order; None takes all that the first set has.
-        limit: How many columns there may be.
+        limit: Largest number of columns.
 
     Raises:
-        TypeError: If there is no label around the sites.
+        TypeError: If ``samples`` is not a mapping from labels to sites.
         ValueError: If there are no draws, too many sets or columns, or a set lacks a site.
     """
     if not 1 <= len(samples) <= len(STYLES):
@@ -128,14 +128,14 @@ def as_columns(owner: str, samples: Samples, sites: Sequence[str] | None, limit:
 
 
 def bulk(values: np.ndarray) -> tuple[float, float]:
-    """Where all but the outermost half percent on each side are, and a tenth of that on each side."""
+    """Range of all but the outermost half percent on each side, plus a margin of a tenth of it on each side."""
     low, high = np.quantile(values[np.isfinite(values)], [0.005, 0.995])
     pad = 0.1 * (high - low) or 0.5
     return float(low - pad), float(high + pad)
 
 
 def legend_above(ax: Axes, num_columns: int) -> None:
-    """A legend over the Axes, where it hides nothing."""
+    """A legend above the Axes, where it covers nothing."""
     ax.legend(
         loc="lower left",
         bbox_to_anchor=(0.0, 1.0),

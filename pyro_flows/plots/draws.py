@@ -53,8 +53,8 @@ def pairs(
 ) -> np.ndarray:
     """Scatter plots of all pairs of coordinates: the first set as points, the others as contours.
 
-    Contours enclose 50 % and 90 % of a set's draws, from smoothed histograms. Ranges leave out the outermost half
-    percent on each side.
+    Contours enclose 50 % and 90 % of a set's draws, from smoothed histograms. Ranges omit the outermost half percent
+    on each side.
 
     Args:
         samples: Label -> site -> ``(S, *site shape)``; put the reference first. Up to 6 sets.
@@ -66,7 +66,7 @@ def pairs(
         Axes, ``(C, C)``; those above the diagonal are switched off.
 
     Raises:
-        TypeError: If there is no label around the sites.
+        TypeError: If ``samples`` is not a mapping from labels to sites.
         ValueError: If sites are unknown, or sets or coordinates too many.
 
     Example:
@@ -117,7 +117,7 @@ def marginals(
         Axes, ``(rows, num_columns)``; the last ones of the last row may be switched off.
 
     Raises:
-        TypeError: If there is no label around the sites.
+        TypeError: If ``samples`` is not a mapping from labels to sites.
         ValueError: If sites are unknown, or sets or coordinates too many.
 
     Example:
@@ -145,17 +145,17 @@ def marginals(
 def posterior_predictive(
     draws: Any, observed: Any, *, x: Any = None, interval: float = 0.9, ax: Axes | None = None
 ) -> Axes:
-    """Posterior predictive intervals beside each datum: thick ones of 50 %, thin ones of ``interval``.
+    """Posterior predictive intervals of each datum: thick lines for 50 %, thin lines for ``interval``.
 
     Args:
         draws: New data given draws of the latents, ``(S, *data shape)``.
         observed: The data.
-        x: What the data depend on, of the shape of the data; None takes their index.
+        x: Covariate of the data, of the same shape; None means their index.
         interval: Probability of the thin intervals, in (0, 1).
         ax: Axes to draw on; None makes a figure.
 
     Returns:
-        The Axes; its legend says how many of the data are inside.
+        The Axes; its legend shows the number of data inside the intervals.
 
     Raises:
         ValueError: If shapes do not fit, or the probability is out of range.
@@ -240,7 +240,7 @@ def _smooth_histogram(x: np.ndarray, y: np.ndarray, settings: HistogramSettings)
 
 
 def _levels(density: np.ndarray, shares: Sequence[float]) -> list[float]:
-    """Densities that enclose these shares of the draws, ascending and distinct, as contours want them."""
+    """Density levels that enclose given shares of the draws, ascending and distinct, as contours require."""
     ordered = np.sort(density, axis=None)[::-1]
     places = np.searchsorted(ordered.cumsum(), shares).clip(max=len(ordered) - 1)
     return sorted({level for level in ordered[places].tolist() if level > 0})

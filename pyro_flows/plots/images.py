@@ -34,8 +34,8 @@ def reconstructions(
 
     Args:
         images: ``(N, *image)``.
-        reconstructed: ``(N, *image)``, or ``(R, N, *image)`` for a row a draw of z; or a mapping from labels to several
-            of either.
+        reconstructed: ``(N, *image)``, or ``(R, N, *image)`` for one row per draw of z; or a mapping from labels to
+            several of either.
         image_shape: ``(height, width)`` or ``(height, width, 3)``; None reads ``image`` as that, as
             ``(channels, height, width)``, or as a square written in one dimension.
         limits: Values of white and of black, or of dark and bright with three colors.
@@ -128,15 +128,15 @@ def latent_traversal(
 
     Args:
         decode: Latents ``(N, latent_dim)`` -> mean images ``(N, *image)``.
-        z: Where the lines meet, ``(latent_dim,)``.
-        dims: Which dimensions vary; None takes the first ten.
-        values: Values that they take; None takes eleven from -2.5 to 2.5.
+        z: Latents through which all lines pass, ``(latent_dim,)``.
+        dims: Dimensions to vary; None takes the first ten.
+        values: Values of the varied dimension; None takes eleven from -2.5 to 2.5.
         image_shape: As in :func:`reconstructions`.
         limits: As in :func:`reconstructions`.
         ax: Axes to draw on; None makes a figure.
 
     Returns:
-        The Axes; under each column is the value that the latent has there.
+        The Axes; each column is labeled by the value of the latent.
 
     Raises:
         ValueError: If shapes do not fit, or a dimension is out of range.

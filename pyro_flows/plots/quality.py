@@ -30,9 +30,9 @@ class WeightRanges:
     """Ranges of the axes in a figure of importance weights.
 
     Attributes:
-        max_nats: Log weights further below the largest than this are drawn there: draws that count for nothing, at
-            minus infinity perhaps.
-        min_half_width: Least half-width of an axis, in nats or in mean weights: rounding is not drawn large.
+        max_nats: Log weights further below the largest than this are drawn at this distance: such draws have negligible
+            weight, and may be at minus infinity.
+        min_half_width: Smallest half-width of an axis, in nats or in mean weights, so that rounding is not magnified.
     """
 
     max_nats: float = 30.0
@@ -47,12 +47,12 @@ def training(
     window: int | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """ELBO over the steps: single steps faintly, their running mean, and the log evidence.
+    """ELBO over the steps of training: single steps as a faint line, their running mean, and the log evidence.
 
     The vertical range is that of the running mean without its first tenth, and of the two lines.
 
     Args:
-        losses: A :class:`~pyro_flows.FitResult`, or negative ELBOs, one a step, as ``svi.step`` returns them; or a
+        losses: A :class:`~pyro_flows.FitResult`, or negative ELBOs, one per step, as ``svi.step`` returns them; or a
             mapping from labels to several of either, 5 at most.
         gaussian: ELBO of the Gaussian to beat, in nats, as a dashed line.
         log_evidence: Upper bound of every ELBO, in nats, as a solid line.
@@ -105,8 +105,8 @@ def training(
 def weights(log_weights: Any, *, axes: Any = None) -> np.ndarray:
     r"""Importance weights of a guide's draws: their distribution, and their tail with the Pareto fit.
 
-    The left panel is a histogram of log weights over their log mean, the estimate of the evidence, which a perfect
-    guide would have all of its mass at. The right one has, for each of the largest weights, the share of draws with
+    The left panel is a histogram of log weights relative to their log mean, the estimate of the log evidence, where all
+    weights of a perfect guide would be. The right one has, for each of the largest weights, the share of draws with
     at least that weight. On logarithmic axes a Pareto tail is a line of slope :math:`-1 / \hat k`; estimates from the
     weights need :math:`\hat k` below a threshold that depends on the number of draws.
 
@@ -181,7 +181,7 @@ def calibration(report: Calibration, *, sites: Sequence[str] | None = None, ax: 
     guide's draws; a wave that first rises and then falls below zero shows a guide that is too narrow.
 
     Args:
-        report: What :func:`~pyro_flows.check_calibration` returned.
+        report: Result of :func:`~pyro_flows.check_calibration`.
         sites: Names of up to 5 sites; None takes the worst. Each coordinate is a line.
         ax: Axes to draw on; None makes a figure.
 
@@ -189,7 +189,7 @@ def calibration(report: Calibration, *, sites: Sequence[str] | None = None, ax: 
         The Axes.
 
     Raises:
-        ValueError: If a site is not known, or there are too many.
+        ValueError: If a site is unknown, or there are too many.
     """
     worst = sorted(report.sites, key=lambda name: report.sites[name].p_value)
     names = worst[: len(STYLES) - 1] if sites is None else list(sites)
@@ -276,7 +276,7 @@ def flow_grid(
 
 
 def _two_dimensional(flow: Any, context: Tensor | None) -> tuple[Callable[[Tensor], Tensor], tuple[str, str]]:
-    """The map, and names of the coordinates that it leads to."""
+    """The map, and names of the output coordinates."""
     labels = ("first coordinate", "second coordinate")
     dim = 2
     if isinstance(flow, AutoFlowGuide):

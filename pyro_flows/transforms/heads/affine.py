@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L1. Affine maps. They are whole families (Gaussian guides) and the outermost layer of every other one,
-which is what lets any flow move and scale mass anywhere."""
+"""L1. Affine maps. They are families of their own (Gaussian guides) and the outermost layer of all others, which sets
+location and scale."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["AffineHead", "DiagonalAffine", "FullRankAffine", "LowRankAffine"]
 
 
 class AffineHead(Head):
-    r"""Base of :math:`y = m + \sigma \odot (A x)` with :math:`A = I` at the start and ``A x`` left to subclasses."""
+    r"""Base of :math:`y = m + \sigma \odot (A x)`, with :math:`A` initialized to the identity, up to subclasses."""
 
     def _gaussian(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Location, scale and summed log-scale."""
@@ -87,8 +87,8 @@ class FullRankAffine(AffineHead):
 class LowRankAffine(AffineHead):
     r""":math:`y = m + \sigma \odot (I + U V^\top) x`: a Gaussian with ``rank`` correlated directions.
 
-    Cost and parameters O(D rank), by the matrix determinant lemma and the Woodbury identity. ``U`` starts at zero and
-    ``V`` at random directions of unit length, since a symmetric ``U = V`` would start at a saddle.
+    Cost and parameters O(D rank), by the matrix determinant lemma and the Woodbury identity. ``U`` is initialized to
+    zero and ``V`` to random directions of unit length, since a symmetric ``U = V = 0`` would be a saddle point.
 
     Args:
         input_dim: Length of the transformed vector.

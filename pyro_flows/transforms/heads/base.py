@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L1. The contract of heads: what a flow, its start and its neighbors ask of the outermost trained map."""
+"""L1. The interface of heads, the outermost trained map of a flow."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def encode_gaussian(loc: Tensor, scale: Tensor) -> Tensor:
 
 
 class Head(FlowTransform):
-    """Base of the outermost trained map of a flow, which is the Gaussian that a guide starts at.
+    """Base of the outermost trained map of a flow, which is the Gaussian that a guide is initialized to.
 
-    Location and scale are parametrized as in ``AutoNormal``, so that whatever optimizer and rate train that train this.
-    They are functions of the context where there is one. A head implements the maps of a :class:`FlowTransform`, and
-    whatever of the following is different from a diagonal Gaussian's.
+    Location and scale are parametrized as in ``AutoNormal``, so that the same optimizers and learning rates suit both.
+    They are functions of the context if there is one. A head implements the maps of a :class:`FlowTransform`, and
+    overrides those of the following methods that differ from a diagonal Gaussian's.
     """
 
     # Whether values are those of the latents themselves, so that a preconditioner has its place inside.
@@ -52,7 +52,7 @@ class Head(FlowTransform):
         self.raw = ContextParameters(standard, context_dim, refines=False)
 
     def initialize(self, loc: Tensor, scale: Tensor) -> None:
-        """Set the Gaussian that the head is before any training: ``N(loc, diag(scale)^2)``, each ``(input_dim,)``."""
+        """Set the initial Gaussian, before any training: ``N(loc, diag(scale)^2)``, each ``(input_dim,)``."""
         self.raw.set(encode_gaussian(loc, scale))
 
     def gaussian(self) -> tuple[Tensor, Tensor]:
@@ -61,19 +61,19 @@ class Head(FlowTransform):
         return loc, scale
 
     def standardize(self, y: Tensor) -> Tensor:
-        r"""Values as input for those who condition on them: :math:`(y - m) / \sqrt{1 + \sigma^2}` at average context.
+        r"""Values as input of flows that condition on them: :math:`(y - m) / \sqrt{1 + \sigma^2}` at average context.
 
-        Unconstrained values mostly come in natural units of order one. Where the posterior is narrower than that, as
-        it is for the parent of many items, their response to a standardized value would have to be minute.
+        Unconstrained values usually have natural units of order one. Where the posterior is much narrower, as it is for
+        the parent of many items, the response to a value in units of its own scale would have to be tiny.
         """
         loc, scale = self.gaussian()
         return (y - loc) * torch.rsqrt(1.0 + scale.square())
 
     def gaussian_parameters(self) -> Iterator[nn.Parameter]:
-        """Those of the Gaussian itself, which move as far as the user's optimizer says."""
+        """Parameters of the Gaussian itself, which are trained with the user's learning rate."""
         return self.raw.parameters()
 
     @property
     def factored_entries(self) -> int:
-        """Entries of the matrices that have to be factored for each draw."""
+        """Number of entries of the matrices that are factorized for each draw."""
         return 0

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """L1. Heads of a joint flow over a hierarchy: some coordinates are Gaussian given those before them, with a known prior
-that is pooled with what the data say."""
+that is pooled with an approximation of the likelihood."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ __all__ = ["ConditionalGaussianHead"]
 
 class ConditionalGaussianHead(Head):
     r"""Base of heads in which pooled coordinates have a known Gaussian prior :math:`N(a(y), e^{2 t(y)})`, with
-    :math:`a, t` linear in coordinates that come first, and a site approximation :math:`N(b, s^2)`: what the data say.
+    :math:`a, t` linear in earlier coordinates, and a site approximation :math:`N(b, s^2)` of the likelihood.
 
-    The other coordinates are free, :math:`y = b + s x`. What the product of prior and site approximation is, with the
-    prior's precision times :math:`\gamma`, is a subclass's:
+    The other coordinates are free, :math:`y = b + s x`. Subclasses define the product of prior and site approximation,
+    with the prior's precision multiplied by :math:`\gamma`:
 
     - :class:`MultilevelHead`: elementwise, priors of any depth;
-    - :class:`DiagonalPrecisionHead`, :class:`FullPrecisionHead`: the data's part is a likelihood factor, which is
-      linear in the free coordinates.
+    - :class:`DiagonalPrecisionHead`, :class:`FullPrecisionHead`: the site approximation is a likelihood factor, whose
+      location is linear in the free coordinates.
 
-    Site approximations may be relative to others, ``origin``, which are not trained: see :meth:`set_origin`.
+    Site approximations may be relative to fixed ones, ``origin``, which are not trained: see :meth:`set_origin`.
 
     Implementing one: :meth:`draw`, :meth:`noise` and :meth:`draw_with_score` are the maps of a transform, of vectors in
     the order in which coordinates are drawn, the free ones first.
 
     Args:
         known: Which coordinates have a known prior, ``(D,)``.
-        slope: Of prior locations, then log-scales, ``(2 D, D)``; zero in rows that are not known. Follows a hierarchy:
-            no coordinate depends on itself by way of others.
-        bias: Likewise, ``(2 D,)``.
+        slope: Slopes of prior locations, then log-scales, ``(2 D, D)``; zero in rows that are not known. Dependencies
+            must be acyclic.
+        bias: Intercepts of prior locations, then log-scales, ``(2 D,)``.
 
     Raises:
         ValueError: If the dependencies have a cycle.
@@ -70,13 +70,13 @@ class ConditionalGaussianHead(Head):
         self.origin = FixedParameter(torch.zeros(2, dim))  # locations and log-scales
 
     def initialize(self, loc: Tensor, scale: Tensor, max_share: float = INIT_SHARE) -> None:
-        """Start where a mean-field Gaussian is, ``N(loc, diag(scale)^2)``.
+        """Initialize to a mean-field Gaussian, ``N(loc, diag(scale)^2)``.
 
         Args:
-            loc: ``(D,)``.
-            scale: ``(D,)``.
-            max_share: Largest share of the precision that priors have at ``loc``, in (0, 1); it is a Gaussian up to
-                their share.
+            loc: Location, ``(D,)``.
+            scale: Scale, ``(D,)``.
+            max_share: Largest share of the precision that priors have at ``loc``, in (0, 1); the smaller, the closer
+                the head is to that Gaussian.
         """
         prior = F.linear(loc[self.order], self.slope.flatten(0, 1), self.bias.flatten())
         prior_loc, prior_log_scale = prior.chunk(2)
@@ -91,9 +91,9 @@ class ConditionalGaussianHead(Head):
 
     @torch.no_grad()
     def set_origin(self) -> None:
-        """Take the site approximations of now for the origin, so that a step of an optimizer is one in their scales.
+        """Make the current site approximations the origin, so that an optimizer's steps are in units of their scales.
 
-        Elsewhere a step is one in the latents' own units, in which a posterior may be a thousandth wide.
+        Otherwise steps are in the latents' own units, in which a posterior may be only a thousandth wide.
         """
         loc, scale = self.gaussian()
         self.origin.copy_(torch.stack([loc, scale.log()]))
@@ -139,7 +139,7 @@ class ConditionalGaussianHead(Head):
         raise NotImplementedError
 
     def draw_with_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As :meth:`FlowTransform.forward_with_score`."""
+        """Values, log-determinant and score, as in :meth:`FlowTransform.forward_with_score`."""
         raise NotImplementedError
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -158,7 +158,7 @@ class ConditionalGaussianHead(Head):
 
 
 def _levels(known: Tensor, slope: Tensor) -> list[Tensor]:
-    """Coordinates by level: the free ones, those whose priors depend on these alone, and so on."""
+    """Coordinates by level: the free ones, those whose priors depend on these only, and so on."""
     depends = (slope.unflatten(0, (2, len(known))) != 0).any(0)  # (D, D): row on column
     done = ~known
     levels = [done.nonzero().squeeze(-1)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L1. The head of a joint flow over a linear mixed model whose data tell each coordinate by itself."""
+"""L1. The head of a joint flow over a linear mixed model with a likelihood that factorizes over its effects."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ __all__ = ["DiagonalPrecisionHead"]
 
 
 class DiagonalPrecisionHead(LinearMixedHead, MultilevelHead):
-    r"""As :class:`MultilevelHead` of two levels, with a likelihood factor that depends on the free coordinates,
+    r"""A :class:`MultilevelHead` of two levels, with a likelihood factor that depends on the free coordinates,
     :math:`N(b_0 + G (y_f - f_0),\, s^2 e^{2 u^\top (y_f - f_0)})`.
 
-    That is the exact conditional posterior of a linear mixed model in which each datum is of one effect.
+    This is the exact conditional posterior of a linear mixed model in which each datum depends on one effect.
 
     Args:
-        known: As for :class:`LinearMixedHead`.
-        slope: Likewise.
-        bias: Likewise.
+        known: Which coordinates have a known prior, ``(D,)``.
+        slope: Slopes of prior locations, then log-scales, in free coordinates, ``(2 D, D)``.
+        bias: Intercepts of prior locations, then log-scales, ``(2 D,)``.
     """
 
     def log_prior(self, y: Tensor) -> Tensor:
-        """Log density of the known priors, with their full share, at values in their own order, ``(..., D)``."""
+        """Log density of the known priors, not tempered by their share, at values in the original order,
+        ``(..., D)``."""
         free, pooled = self._ordered(y).double().split(self.sizes, -1)
         loc, log_scale = self.prior(free.to(self.bias))
         noise = (pooled - loc) * (-log_scale).exp()
@@ -38,7 +39,7 @@ class DiagonalPrecisionHead(LinearMixedHead, MultilevelHead):
         return super()._pool(parents, rows, loc, log_scale)
 
     def _score_in_parents(self, pooled_score: Tensor, weight: Tensor, to_log_scale: Tensor, to_loc: Tensor) -> Tensor:
-        """Also by way of the likelihood factor, whose location b and log-scale s have d m / d b = w, d m / d s =
+        """Includes the likelihood factor, whose location b and log-scale s have d m / d b = w, d m / d s =
         -2 w (1 - w) (b - a) and d log sigma / d s = w."""
         by_prior = super()._score_in_parents(pooled_score, weight, to_log_scale, to_loc)
         by_scale = (weight * to_log_scale - to_loc).sum(-1, keepdim=True) * self.own_tilt

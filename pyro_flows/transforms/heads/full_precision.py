@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L1. The affine head of a joint flow over a hierarchy whose data tell several coordinates only together."""
+"""L1. The affine head of a joint flow over a hierarchy in which the likelihood correlates coordinates."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Correlated(NamedTuple):
     """Coordinates whose priors share a matrix of correlations, itself a latent.
 
     Attributes:
-        offset: The first of ``num * size`` neighboring coordinates: so many vectors.
+        offset: The first of ``num * size`` adjacent coordinates, which form ``num`` vectors.
         num: Number of vectors.
-        size: Their length, K.
+        size: Length of each vector, K.
         factor_offset: The first of the ``K (K - 1) / 2`` coordinates of the matrix's Cholesky factor, in the order of
             :class:`~torch.distributions.transforms.CorrCholeskyTransform`.
     """
@@ -35,7 +35,7 @@ class Correlated(NamedTuple):
 
 
 class _Prior(NamedTuple):
-    """What a draw's free coordinates say of the others: location and scale of the prior, and factors of its
+    """The conditional of pooled coordinates given the free ones: location and scale of the prior, and factors of its
     correlations; ``B = A^T W`` with ``K = W W^T``, in double precision; ``W^T (b - a)``; ``log|det A|``."""
 
     loc: Tensor
@@ -50,10 +50,10 @@ class _Conditional(torch.autograd.Function):
     r"""A draw of :math:`N(M^{-1} B r, M^{-1})` with :math:`M = I + B B^\top = C C^\top` from noise ``x``,
     :math:`z = C^{-\top} (C^{-1} B r + x)`, and :math:`-\log|C|`; also C, without a derivative.
 
-    Torch's derivative of a Cholesky factor costs ten times the factor. The one that is needed here comes from
-    :math:`x (C^{-1} \bar z)^\top`, of rank one, whose triangles times a matrix are cumulative sums. The factor is one
-    of double precision, since M may be ill-conditioned; :math:`C^{-1}` and :math:`C^{-1} B` are at most 1 in norm, and
-    have the precision of the noise.
+    Torch's derivative of a Cholesky factor costs ten times as much as the factor. The one needed here comes from
+    :math:`x (C^{-1} \bar z)^\top`, of rank one, whose triangles times a matrix are cumulative sums. The factor is in
+    double precision, since M may be ill-conditioned; :math:`C^{-1}` and :math:`C^{-1} B` are at most 1 in norm, and
+    have the dtype of the noise.
 
     Shape:
         - root: ``(..., n, n)``, double; pull, noise: ``(..., n, 1)``.
@@ -102,27 +102,27 @@ def _factor(root: Tensor) -> Tensor:
 
 
 class FullPrecisionHead(LinearMixedHead):
-    r"""Coordinates :math:`p` with a known Gaussian prior given the others, :math:`f`, pool it with a likelihood factor,
-    both with correlations:
+    r"""Pools the Gaussian prior of coordinates :math:`p` given the others, :math:`f`, with a likelihood factor, both
+    correlated:
 
     .. math::
         y_p \,|\, y_f \sim N(P^{-1} (\Lambda a + K b), P^{-1}), \qquad P = \Lambda + K.
 
     The prior :math:`N(a(y_f), \Lambda^{-1}(y_f))` has :math:`\Lambda^{-1} = A A^\top`, :math:`A = e^{t(y_f)} L(y_f)`,
     for log-scales :math:`t` and factors :math:`L` of correlations. The likelihood factor has a precision
-    :math:`K = e^{-2 u^\top (y_f - f_0)} K_0` and a location :math:`b = b_0 + G (y_f - f_0)`. That is the exact
-    conditional posterior of a linear mixed model: effects that cross, slopes whose covariates are correlated, a noise
-    scale that is a latent. As long as :math:`K_0` is diagonal and :math:`G, u` are zero, as at the start, it is
+    :math:`K = e^{-2 u^\top (y_f - f_0)} K_0` and a location :math:`b = b_0 + G (y_f - f_0)`. This is the exact
+    conditional posterior of a linear mixed model: crossed effects, slopes with correlated covariates, a latent noise
+    scale. As long as :math:`K_0` is diagonal and :math:`G, u` are zero, as at initialization, it is
     :class:`MultilevelHead`; they are set by :meth:`set_likelihood` and not trained, while scales of :math:`K`,
     :math:`b_0` and the shares of priors are.
 
-    Computed in coordinates in which the prior is standard normal, where :math:`P` is well-conditioned however narrow
-    the prior, and in double precision. Cost a Cholesky factor of P a draw, O(D^3).
+    Computed in double precision and in coordinates in which the prior is standard normal, where :math:`P` is
+    well-conditioned however narrow the prior. Costs a Cholesky factor of P per draw, O(D^3).
 
     Args:
-        known: As for :class:`LinearMixedHead`.
-        slope: Likewise.
-        bias: Likewise.
+        known: Which coordinates have a known prior, ``(D,)``.
+        slope: Slopes of prior locations, then log-scales, in free coordinates, ``(2 D, D)``.
+        bias: Intercepts of prior locations, then log-scales, ``(2 D,)``.
         correlated: Coordinates whose priors are correlated.
     """
 
@@ -148,7 +148,7 @@ class FullPrecisionHead(LinearMixedHead):
     def set_likelihood(
         self, free: tuple[Tensor, Tensor], loc: Tensor, precision: Tensor, slope: Tensor, log_precision_slope: Tensor
     ) -> None:
-        """As :meth:`LinearMixedHead.set_likelihood`, with all of the precision, ``K`` at that location."""
+        """As :meth:`LinearMixedHead.set_likelihood`, with the full precision matrix, ``K`` at that location."""
         super().set_likelihood(free, loc, precision, slope, log_precision_slope)
         scale = precision.diagonal().rsqrt()
         self.own_factor.copy_(torch.linalg.cholesky(scale.unsqueeze(-1) * precision * scale))
@@ -196,7 +196,7 @@ class FullPrecisionHead(LinearMixedHead):
         return total
 
     def _conditional(self, free: Tensor, loc: Tensor, log_scale: Tensor) -> _Prior:
-        """What free coordinates say of the pooled ones."""
+        """The conditional of the pooled coordinates given the free ones."""
         prior_loc, prior_log_scale = self.prior(free)
         factors = self._correlations(free)
         prior_log_scale = prior_log_scale - 0.5 * powerprop(self.log_share)

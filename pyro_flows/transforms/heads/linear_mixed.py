@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L1. Heads of a joint flow over a linear mixed model: the data's part is linear in the free coordinates."""
+"""L1. Heads of a joint flow over a linear mixed model: the likelihood factor is linear in the free coordinates."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ __all__ = ["LinearMixedHead"]
 
 
 class LinearMixedHead(ConditionalGaussianHead):
-    r"""Base of heads whose pooled coordinates depend on free ones alone, and so does their likelihood factor: of
-    location :math:`b_0 + G (y_f - f_0)` and precision :math:`e^{-2 u^\top (y_f - f_0)} K_0`.
+    r"""Base of heads whose pooled coordinates depend on free ones only, as does their likelihood factor, with location
+    :math:`b_0 + G (y_f - f_0)` and precision :math:`e^{-2 u^\top (y_f - f_0)} K_0`.
 
-    That is the exact conditional posterior of a linear mixed model, a noise scale that is a latent included. :math:`G`
-    and :math:`u` are zero at the start, set by :meth:`set_likelihood` and not trained.
+    This is the exact conditional posterior of a linear mixed model, including a latent noise scale. :math:`G` and
+    :math:`u` are initialized to zero, set by :meth:`set_likelihood` and not trained.
 
     Args:
-        known: As for :class:`ConditionalGaussianHead`.
-        slope: Likewise, but priors depend on coordinates that are not known alone.
-        bias: Likewise.
+        known: Which coordinates have a known prior, ``(D,)``.
+        slope: Slopes of prior locations, then log-scales, ``(2 D, D)``; priors depend on free coordinates only.
+        bias: Intercepts of prior locations, then log-scales, ``(2 D,)``.
 
     References:
         Papaspiliopoulos, Stumpf-Fetizon, Zanella. Scalable Bayesian computation for crossed and nested hierarchical
@@ -34,7 +34,7 @@ class LinearMixedHead(ConditionalGaussianHead):
         super().__init__(known, slope, bias)
         assert len(self.sizes) == 2, "priors depend on pooled coordinates"
         free, pooled = self.sizes
-        # G and u; stored guides have them by these names.
+        # G and u, under the names in saved guides.
         self.own_slope = FixedParameter(torch.zeros(pooled, free))
         self.own_tilt = FixedParameter(torch.zeros(free))
 
@@ -48,12 +48,12 @@ class LinearMixedHead(ConditionalGaussianHead):
     def set_likelihood(
         self, free: tuple[Tensor, Tensor], loc: Tensor, precision: Tensor, slope: Tensor, log_precision_slope: Tensor
     ) -> None:
-        """Set the likelihood factor; priors get their full share.
+        """Set the likelihood factor; the priors' shares are set to 1.
 
         Args:
             free: Location and scale of the coordinates without a known prior, in order.
             loc: Location of the others at that location, ``b_0``, ``(P,)``.
-            precision: Their precision there, positive definite, ``(P, P)``, of which a diagonal one keeps the diagonal.
+            precision: Their precision there, positive definite, ``(P, P)``; a diagonal head keeps only the diagonal.
             slope: ``G``, ``(P, F)``.
             log_precision_slope: ``u``, ``(F,)``.
         """
@@ -67,10 +67,10 @@ class LinearMixedHead(ConditionalGaussianHead):
         self.set_origin()
 
     def log_prior(self, y: Tensor) -> Tensor:
-        """Log density of the known priors up to a constant, with their full share, at values in their own order,
-        ``(..., D)``."""
+        """Log density of the known priors up to a constant, not tempered by their share, at values in the original
+        order, ``(..., D)``."""
         raise NotImplementedError
 
     def _away(self, free: Tensor) -> Tensor:
-        """How far the coordinates without a known prior are from where the likelihood factor were set."""
+        """Displacement of the free coordinates from the location at which the likelihood factor was set."""
         return free - self.origin[0].detach().index_select(0, self.order[: self.count_free])

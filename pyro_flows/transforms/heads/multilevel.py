@@ -12,26 +12,26 @@ from pyro_flows.transforms.networks import powerprop
 
 __all__ = ["MultilevelHead"]
 
-# More levels than this are drawn by solving a system, which costs as much as so many passes.
+# More levels than this are drawn by solving a linear system, which costs as much as this number of passes.
 MAX_LEVELS = 4
 
 
 class MultilevelHead(ConditionalGaussianHead):
-    r"""Each pooled coordinate by itself, given those that its prior depends on:
+    r"""Pools each coordinate separately, given those that its prior depends on:
 
     .. math::
         y = m + \sigma x, \qquad
         \sigma^{-2} = \gamma e^{-2 t(y)} + s^{-2}, \qquad m = \sigma^2 (\gamma e^{-2 t(y)} a(y) + s^{-2} b).
 
     With :math:`\gamma = 1` this is the exact conditional posterior of a Gaussian hierarchy, in which a funnel's neck
-    follows from its body; where the site approximation is narrow, as at the start, it is mean-field. Drawing takes a
-    pass for each level of the hierarchy, scoring a value one. Of many levels, as in a random walk, whose scales depend
-    on free coordinates only, the locations are the solution of one triangular system.
+    follows from its body; where the site approximation is narrow, as at initialization, it is mean-field. Sampling
+    takes one pass per level of the hierarchy, scoring a value one pass. If there are many levels, as in a random walk,
+    and scales depend on free coordinates only, the locations are the solution of one triangular system.
 
     Args:
-        known: As for :class:`ConditionalGaussianHead`.
-        slope: Likewise.
-        bias: Likewise.
+        known: Which coordinates have a known prior, ``(D,)``.
+        slope: Slopes of prior locations, then log-scales, ``(2 D, D)``; dependencies must be acyclic.
+        bias: Intercepts of prior locations, then log-scales, ``(2 D,)``.
 
     References:
         Papaspiliopoulos, Roberts, Skold. A general framework for the parametrization of hierarchical models.
@@ -43,20 +43,20 @@ class MultilevelHead(ConditionalGaussianHead):
         self.is_solved = len(self.sizes) > MAX_LEVELS and not self.slope[1, :, self.count_free :].any()
 
     def _pool(self, parents: Tensor, rows: slice, loc: Tensor, log_scale: Tensor) -> tuple[Tensor, ...]:
-        """Pooled location and log-scale, the weight of the site approximation, and how far it is from the prior."""
+        """Pooled location and log-scale, the weight of the site approximation, and its distance from the prior."""
         prior_loc, prior_log_scale = self.prior(parents, rows)
         prior_log_scale = prior_log_scale - 0.5 * powerprop(self.log_share[rows])
         return *pool(prior_loc, prior_log_scale, loc, log_scale), loc - prior_loc
 
     def _score_in_parents(self, pooled_score: Tensor, weight: Tensor, to_log_scale: Tensor, to_loc: Tensor) -> Tensor:
-        r"""What the pooled coordinates' densities say of their parents, :math:`-\partial \log q`.
+        r"""Gradient of the pooled coordinates' densities in their parents, :math:`-\partial \log q`.
 
         With w the weight of the site approximation, at location b, and the prior at location a and log-scale t, the
         pooled location and log-scale have :math:`\partial m / \partial a = 1 - w`, :math:`\partial m / \partial t =
         2 w (1 - w) (b - a)` and :math:`\partial \log\sigma / \partial t = 1 - w`; both are linear in those coordinates.
 
         Args:
-            pooled_score: Their scores.
+            pooled_score: Scores of the pooled coordinates.
             weight: ``w``.
             to_log_scale: Derivatives in :math:`\log\sigma`.
             to_loc: Derivatives in :math:`m`, times that of :math:`m` in ``t``.
@@ -65,7 +65,7 @@ class MultilevelHead(ConditionalGaussianHead):
         return torch.cat([pooled_score * rest, rest * to_log_scale + to_loc], -1) @ self.slope.flatten(0, 1)
 
     def _draw(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """In order: values, summed log-scale, and what a score needs of the pooled coordinates."""
+        """In order: values, summed log-scale, and intermediate results for the score of the pooled coordinates."""
         by_level = zip(*(part.split(self.sizes, -1) for part in (*self._site_approximations(), x)), strict=True)
         loc, scale, log_scale, noise = next(by_level)
         y = torch.addcmul(loc, scale, noise)
@@ -90,9 +90,9 @@ class MultilevelHead(ConditionalGaussianHead):
     def _solved(
         self, free: Tensor, site_loc: Tensor, site_log_scale: Tensor, noise: Tensor
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        r"""All levels at once, given the free coordinates: values, log-scales of the pooled ones, and as above.
+        r"""All levels at once, given the free coordinates: values, log-scales of the pooled ones, and intermediates.
 
-        With A the slopes of locations in pooled coordinates and c what free ones add to them, the pooled coordinates
+        With A the slopes of locations in pooled coordinates and c the part from free ones, the pooled coordinates
         are the solution of :math:`(I - (1 - w) A)\, y = (1 - w) c + w b + \sigma x`.
         """
         mean, pooled, weight, _ = self._pool(free, slice(None), site_loc, site_log_scale)

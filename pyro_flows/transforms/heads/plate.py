@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L1. The affine head of a plate's local latents: what the item says, pooled with what its parents say."""
+"""L1. The affine head of a plate's local latents: partial pooling of each item with its parents."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ __all__ = ["PlateHead"]
 
 
 class PlateHead(AffineHead):
-    r"""Elementwise :math:`y = m + \sigma \odot x`, where :math:`m, \sigma` pool two Gaussians by their precisions.
+    r"""Elementwise :math:`y = m + \sigma \odot x`, where :math:`m, \sigma` are those of a product of two Gaussians.
 
-    One Gaussian, :math:`N(a(g), s(g)^2)`, is shared by all items of a plate and depends on the latents :math:`g` that
-    an item is given (globals, a parent group); the other, :math:`N(m_i, s_i^2)`, is the item's own:
+    One Gaussian, :math:`N(a(g), s(g)^2)`, is shared by all items of a plate and depends on an item's parent latents
+    :math:`g` (globals, a parent group); the other, :math:`N(m_i, s_i^2)`, is the item's site approximation:
 
     .. math::
         \sigma^{-2} = \gamma s(g)^{-2} + s_i^{-2}, \qquad m = \sigma^2 (\gamma s(g)^{-2} a(g) + s_i^{-2} m_i).
 
-    That is the exact conditional posterior of a Gaussian hierarchy, funnels and unequal groups included, with the
-    prior for the shared Gaussian, and the item's likelihood for its own. With :math:`\gamma \to 0` it is a free
+    This is the exact conditional posterior of a Gaussian hierarchy, including funnels and unequal groups, if the shared
+    Gaussian is the prior and the site approximation the item's likelihood. With :math:`\gamma \to 0` it is a free
     Gaussian for each item. The prior is used where it is known; where it is not, location and log-scale of the shared
-    Gaussian are linear in :math:`g` (and :math:`\gamma = 1`), plus a part that is bilinear in :math:`g` and the
-    item's features, for covariates in its prior. With a known prior these shift the item's site approximation. A
-    small network of :math:`g` and the features bends the result.
+    Gaussian are linear in :math:`g` (and :math:`\gamma = 1`), plus a part that is bilinear in :math:`g` and the item's
+    features, for covariates in its prior. With a known prior these shift the item's site approximation. A small network
+    of :math:`g` and the features adds a nonlinear correction.
 
-    The context is an :class:`~pyro_flows.transforms.context.ItemContext` as one vector. Its site approximation is less
-    a reference Gaussian that all items share and that carries them along, the location in units of ``unit``.
+    The context is an :class:`~pyro_flows.transforms.context.ItemContext` as one vector. Its site approximation is
+    relative to a reference Gaussian that all items share, with the location in units of ``unit``.
 
     Args:
         input_dim: Length of an item's vector.
         parent_dim: Length of the latents that an item depends on; may be 0.
         feature_dim: Length of an item's features.
         known: Which coordinates have a known prior, ``(input_dim,)``; None means none.
-        hidden_dims: Widths of the network; without any there is none.
+        hidden_dims: Widths of the network's hidden layers; if empty, there is no network.
         log_scale_bound: Bound on what ``parents`` adds to a log-scale, > 0.
 
     References:
@@ -90,23 +90,23 @@ class PlateHead(AffineHead):
         max_share: float = INIT_SHARE,
         in_scales: bool = False,
     ) -> Tensor:
-        """Make every item start at ``N(loc, diag(scale)^2)``.
+        """Initialize every item to ``N(loc, diag(scale)^2)``.
 
         Args:
-            loc: ``(..., input_dim)``, one for each item.
-            scale: The same, or ``(input_dim,)``.
-            prior: Location and log-scale of the prior at the start, ``(2 * input_dim,)`` or one for each item, if any
-                is known.
-            max_share: The prior's factor is 1 unless its share of the precision would then be more.
-            in_scales: Whether a step of an optimizer is to be one in the items' scales, as suits a start that is near
-                their posteriors, or one in the latents' own units, as in ``AutoNormal``.
+            loc: Locations, ``(..., input_dim)``, one for each item.
+            scale: Scales, ``(..., input_dim)``, or ``(input_dim,)`` for all items.
+            prior: Initial location and log-scale of the prior, ``(2 * input_dim,)`` or one for each item, if any is
+                known.
+            max_share: Largest share of the precision that the prior has; its factor is 1 unless that exceeds this.
+            in_scales: Whether an optimizer's steps are in units of the items' scales, for an initialization near their
+                posteriors, or in the latents' own units, as in ``AutoNormal``.
 
         Returns:
             The items' site approximations, ``(..., 2 * input_dim)``.
         """
         center = loc.reshape(-1, self.input_dim).mean(0)
         typical = scale if scale.dim() == 1 else scale.reshape(-1, self.input_dim).log().mean(0).exp()
-        # Half of the precision each, where the other Gaussian is free and starts at the center.
+        # Half of the precision each, where the other Gaussian is free and initialized at the center.
         reference = math.sqrt(2.0) * typical
         site_loc, site_log_scale = unpool(loc, scale, center, reference.log())
         if self.has_prior:

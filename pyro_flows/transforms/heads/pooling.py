@@ -12,9 +12,9 @@ from pyro_flows.transforms.networks import inverse_powerprop
 
 __all__ = ["INIT_SHARE", "init_share", "pool", "unpool"]
 
-# Largest share of the precision that a known prior has at the start, so that the start is the Gaussian asked for.
+# Largest initial share of the precision of a known prior, so that the head is initialized to the requested Gaussian.
 INIT_SHARE = 1e-3
-# Smallest share that is left to the Gaussian that is pooled with a prior.
+# Smallest share of the Gaussian that is pooled with a prior.
 MIN_SHARE = 1e-2
 
 
@@ -28,7 +28,7 @@ def pool(loc: Tensor, log_scale: Tensor, site_loc: Tensor, site_log_scale: Tenso
 def unpool(loc: Tensor, scale: Tensor, other_loc: Tensor, other_log_scale: Tensor) -> tuple[Tensor, Tensor]:
     """Location and log-scale of the Gaussian that gives ``N(loc, scale^2)`` when pooled with another.
 
-    Where the other one is as narrow as that already, a very wide one that still gives the location.
+    If the other one is already as narrow, the result is a very wide one that still gives the location.
     """
     share = torch.exp(2.0 * (scale.log() - other_log_scale))  # the other one's, of the precision
     rest = (1.0 - share).clamp_min(MIN_SHARE)
