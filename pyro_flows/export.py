@@ -35,7 +35,7 @@ Variables = dict[str, tuple[tuple[str, ...], np.ndarray]]
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """How draws are split into runs of the model.
+    """Settings of runs of the model.
 
     Attributes:
         max_elements: Largest number of values in memory at once: draws in a run times the values of all sites.

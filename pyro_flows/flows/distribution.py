@@ -25,7 +25,7 @@ __all__ = ["FlowDistribution"]
 
 @dataclass(frozen=True)
 class MeanSettings:
-    """How the mean of a flow is estimated, where gradients are centered.
+    """Settings of the estimate of a flow's mean, where gradients are centered.
 
     Attributes:
         num_draws: Number of draws of the estimate.

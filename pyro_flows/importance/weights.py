@@ -23,7 +23,7 @@ __all__ = ["Draws", "ImportanceSampler", "SamplerSettings", "log_weights"]
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """How draws are split into runs of the guide and the model.
+    """Settings of runs of the guide and the model.
 
     Attributes:
         max_elements: Largest number of values in memory at once: draws in a chunk times the values of one draw.

@@ -31,7 +31,7 @@ __all__ = ["marginals", "pairs", "posterior_predictive"]
 
 @dataclass(frozen=True)
 class HistogramSettings:
-    """How histograms and contours are drawn.
+    """Settings of histograms and contours.
 
     Attributes:
         num_bins: Bins along each axis.

@@ -175,7 +175,7 @@ def weights(log_weights: Any, *, axes: Any = None) -> np.ndarray:
 
 
 def calibration(report: Calibration, *, sites: Sequence[str] | None = None, ax: Axes | None = None) -> Axes:
-    """Where true values lie among the guide's draws: distribution functions of their ranks, less a uniform one's.
+    """Calibration plot: distribution functions of the ranks of true values among draws, less that of a uniform.
 
     A calibrated guide's line stays in the gray band with probability 95 %. Above zero, true values are lower than the
     guide's draws; a wave that first rises and then falls below zero shows a guide that is too narrow.

@@ -20,7 +20,7 @@ __all__ = ["fit_modes", "fit_tails"]
 
 @dataclass(frozen=True)
 class BaseSettings:
-    """How a base is fitted: by a few steps of Adam.
+    """Settings of the fit of a base, by a few steps of Adam.
 
     Attributes:
         num_steps: Number of steps.

@@ -19,7 +19,7 @@ __all__ = ["FIXED_DRAWS", "antithetic", "elbo_of", "entropy", "fit_on_fixed_draw
 
 @dataclass(frozen=True)
 class FixedDrawsSettings:
-    """How an ELBO on fixed draws is maximized.
+    """Settings of the maximization of an ELBO on fixed draws.
 
     Attributes:
         num_draws: Number of antithetic draws.

@@ -28,7 +28,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class GaussianSettings:
-    """How the Gaussian of a warm start is found.
+    """Settings of the search for a warm start's Gaussian.
 
     Attributes:
         num_near_expensive: Number of ascents from around the initial location, if a draw is expensive.

@@ -17,7 +17,7 @@ __all__ = ["fit_likelihood"]
 
 @dataclass(frozen=True)
 class LikelihoodSettings:
-    """How likelihood factors are derived from the log joint.
+    """Settings of likelihood factors that are derived from the log joint.
 
     Attributes:
         precision_step: Step of finite differences of the likelihood's precision in the other coordinates, in units of

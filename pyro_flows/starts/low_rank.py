@@ -19,7 +19,7 @@ __all__ = ["LowRankGaussian", "best_low_rank", "krylov_eigenpairs"]
 
 @dataclass(frozen=True)
 class LowRankSettings:
-    """How correlated directions are found.
+    """Settings of the search for correlated directions.
 
     Attributes:
         num_rounds: Largest number of rounds, each of which finds directions and fits location and scales.

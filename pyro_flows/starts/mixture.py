@@ -20,7 +20,7 @@ __all__ = ["MixtureStart", "best_mixture"]
 
 @dataclass(frozen=True)
 class MixtureSettings:
-    """How modes are found.
+    """Settings of the search for modes.
 
     Attributes:
         num_prior: Number of ascents from draws of the prior, where many draws cost as much as one. A mode with a tenth

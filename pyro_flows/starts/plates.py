@@ -31,7 +31,7 @@ OWNER = "AutoFlowGuide.warm_start"
 
 @dataclass(frozen=True)
 class PlateSettings:
-    """How local latents are initialized.
+    """Settings of the warm start of local latents.
 
     Attributes:
         num_steps: Largest number of steps of an item's ascent.

@@ -35,7 +35,7 @@ __all__ = ["warm_start_joint"]
 
 @dataclass(frozen=True)
 class SelectSettings:
-    """How priors that the head knows are combined with the likelihood.
+    """Settings of warm starts that combine priors which the head knows with the likelihood.
 
     Attributes:
         max_share: Largest share of the precision that known priors have where a deterministic fit begins.
