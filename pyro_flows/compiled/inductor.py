@@ -10,8 +10,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +56,7 @@ class CompilerSettings:
 
 
 COMPILER = CompilerSettings()
-# Replacing functions of inductor affects all threads, so that they compile one at a time.
+# Inductor's options and the garbage collector belong to all threads, so that these compile one at a time.
 ONE_AT_A_TIME = threading.RLock()
 
 
@@ -67,9 +66,7 @@ def to_machine_code(graph: GraphModule, inputs: list[Any]) -> Callable[..., Sequ
     if not is_cuda:
         _unfuse(graph)
     options = GPU_OPTIONS if is_cuda else CPU_OPTIONS
-    with ONE_AT_A_TIME, _quiet(), without_collector(), ExitStack() as patched:
-        for patch in PATCHES:
-            patched.enter_context(patch.applied())
+    with ONE_AT_A_TIME, _quiet(), without_collector():
         try:
             return _inductor(graph, inputs, options)
         except Exception:  # perhaps the compiler is older than the processor
@@ -141,66 +138,3 @@ def without_collector() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _side_by_side(build_all: Callable[..., None]) -> Callable[..., None]:
-    """Build the parts of a C++ library in parallel, then link them; torch builds them one after another."""
-
-    def build(lock_path: str, builders: Any, *others: Any) -> None:
-        if others or not isinstance(builders, Sequence):  # the signature of another version of torch
-            return build_all(lock_path, builders, *others)
-        *parts, library = builders
-        with ThreadPoolExecutor(max(1, len(parts))) as pool:
-            jobs = [pool.submit(build_all, f"{lock_path}.{index}", [part]) for index, part in enumerate(parts)]
-        for job in jobs:
-            job.result()
-        return build_all(lock_path, [library])
-
-    return build
-
-
-def _where_needed(simplify: Callable[..., Any]) -> Callable[..., Any]:
-    """Simplify an index only where there is something to simplify: divisions."""
-    functions = importlib.import_module("torch.utils._sympy.functions")
-
-    def simplified(index: Any, *others: Any) -> Any:
-        return simplify(index, *others) if index.has(functions.FloorDiv, functions.ModularIndexing) else index
-
-    return simplified
-
-
-@dataclass(frozen=True)
-class Patch:
-    """Replacement of a function of inductor while a graph is compiled, if this version of torch has that function.
-
-    docs/speed.rst lists the time that each one saves. They are for inductor of torch 2.13 to 2.15.
-
-    Attributes:
-        module: Module of the function, below ``torch._inductor``.
-        name: Name of the function.
-        replacement: Takes the original function and returns its replacement.
-    """
-
-    module: str
-    name: str
-    replacement: Callable[[Any], Any]
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Replace the function within this context."""
-        place = importlib.import_module(f"torch._inductor.{self.module}")
-        original = getattr(place, self.name, None)
-        if original is None:
-            yield
-            return
-        setattr(place, self.name, self.replacement(original))
-        try:
-            yield
-        finally:
-            setattr(place, self.name, original)
-
-
-PATCHES = (
-    Patch("codecache", "_worker_compile_cpp", _side_by_side),
-    Patch("sizevars", "simplify_index_in_vec_range", _where_needed),
-)

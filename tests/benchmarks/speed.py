@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a step costs, and how soon a guide is good, side by side with peers in one run.
 
-    python tests/benchmarks/speed.py [compiled] [first] [patches] [twins] [particles] [dimension] [data] [plate]
-        [quality] [limit] [draws] [--seeds 5] [--write]
+    python tests/benchmarks/speed.py [compiled] [first] [twins] [particles] [dimension] [data] [plate] [quality]
+        [limit] [draws] [--seeds 5] [--write]
 
-Medians over ``--seeds`` repeats, in which all take turns, on one thread. All but ``compiled``, ``first``, ``patches``,
-``limit`` and ``draws`` need NumPyro (``pip install "pyro-flows[benchmarks]"``), and the first three of these
-scikit-learn. Run by hand, never by pytest. ``--write`` puts the tables in ``docs/tables`` and the figures in
-``docs/figures``.
+Medians over ``--seeds`` repeats, in which all take turns, on one thread. All but ``compiled``, ``first``, ``limit`` and
+``draws`` need NumPyro (``pip install "pyro-flows[benchmarks]"``), and the first three of these scikit-learn. Run by
+hand, never by pytest. ``--write`` puts the tables in ``docs/tables`` and the figures in ``docs/figures``.
 """
 
 from __future__ import annotations
@@ -37,8 +36,6 @@ from speed_steps import CASES, NOTHING, Contender, alone, milliseconds, ratio, r
 from tables import Measure, Rows, parser, run
 
 from pyro_flows import CompiledSVI
-from pyro_flows.compiled import inductor
-from pyro_flows.compiled.inductor import PATCHES
 
 
 def measure_compiled(repeats: int) -> tuple[Sequence[str], Rows]:
@@ -81,29 +78,9 @@ def report_first(title: str, name: str) -> list[float]:
     return [math.nan if steps is None else steps.first]
 
 
-def measure_patches(repeats: int) -> tuple[Sequence[str], Rows]:
-    """The same with an empty cache, for the default guide on eight schools, without each patch of inductor's."""
-    title, name = "eight schools", "AutoFlowGuide"
-    left_out = ["", *(patch.name for patch in PATCHES)]
-    found: dict[str, list[float]] = {patch: [] for patch in left_out}
-    for _ in range(repeats):  # in turns
-        for patch in left_out:
-            with tempfile.TemporaryDirectory() as cache:
-                found[patch] += alone("unpatched", title, name, patch, cache=cache) or []
-    rows = [[patch or "none", f"{statistics.median(found[patch]):.1f}"] for patch in left_out]
-    return ("left out", "first step, s"), rows
-
-
-def report_unpatched(title: str, name: str, left_out: str) -> list[float]:
-    """As :func:`report_first`, without a patch."""
-    inductor.PATCHES = tuple(patch for patch in PATCHES if patch.name != left_out)
-    return report_first(title, name)
-
-
 MEASURES: dict[str, Measure] = {
     "compiled": measure_compiled,
     "first": measure_first,
-    "patches": measure_patches,
     "twins": measure_twins,
     "particles": measure_particles,
     "dimension": measure_dimension,
@@ -122,7 +99,6 @@ AXES = {
 # What runs in processes of its own, and prints numbers.
 ALONE: dict[str, Callable[..., list[float]]] = {
     "first": report_first,
-    "unpatched": report_unpatched,
     "dimension": report_dimension,
     "quality": report_quality,
     "fit": report_fit,
