@@ -208,7 +208,7 @@ class Objective:
         if self._flat is not None and self.graph is not None and self.graph.matches(args, kwargs):
             try:
                 loss, gradient = self.graph(args, kwargs)
-            except RuntimeError:  # from linear algebra, since a graph has no other code that raises
+            except RuntimeError:  # an index out of range, say; a failed factorization is NaN instead
                 loss = torch.tensor(math.nan)
             if loss.isfinite():
                 self._flat.flat.grad = gradient

@@ -6,8 +6,7 @@
 ``fit(model, AutoFlowGuide(model))`` with nothing set. Data come with statsmodels and scikit-learn. Each model is
 written once, for Pyro and for NumPyro, whose NUTS (float64, four chains; non-centered, or with Gaussian parts
 integrated out, where that helps) goes on until the Monte Carlo error of each mean is 0.015 sds; its draws stay in
-``--cache``. Run
-by hand, never by pytest; needs ``pip install "pyro-flows[benchmarks]"``.
+``--cache``. Run by hand, never by pytest; needs ``pip install "pyro-flows[benchmarks]"``.
 """
 
 from __future__ import annotations
