@@ -21,6 +21,7 @@ from pyro_flows.compiled.adam import AdamRule
 from pyro_flows.compiled.inductor import to_machine_code, without_collector
 from pyro_flows.compiled.parameters import FlatParameter, RecordingError, trial
 from pyro_flows.compiled.script import to_script
+from pyro_flows.compiled.simplify import merge_repeated
 
 __all__ = ["LossGraph", "used_leaves"]
 
@@ -112,6 +113,7 @@ class LossGraph:
                     )
             except Exception as error:  # torch reports code that it can't trace in many ways
                 raise RecordingError(blame(error, __file__, tracer.__file__)) from error
+        merge_repeated(graph)
         self._run: Callable[..., Sequence[Tensor]] = graph
         self._graph = graph
         self.num_operations = sum(node.op == "call_function" for node in graph.graph.nodes)

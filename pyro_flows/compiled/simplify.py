@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L1. Merging the operations of a recorded graph that compute the same value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+__all__ = ["merge_repeated"]
+
+
+def merge_repeated(graph: GraphModule) -> None:
+    """Merge operations with equal arguments, in place; results are the same, bit for bit.
+
+    A loop over sites computes the terms of a shared scale again for each of them, and its derivative even more often.
+    Random operations are not merged, nor any that read or share memory that the graph writes to.
+
+    Args:
+        graph: A graph of operations of ``torch.ops``, as :func:`~pyro_flows.compiled.tracer.trace_operations` makes it.
+    """
+    written = _written(graph)
+    first: dict[tuple[Any, ...], Node] = {}
+    for node in list(graph.graph.nodes):
+        if node.op != "call_function" or node in written or _is_random(node):
+            continue
+        if any(source in written for source in node.all_input_nodes):
+            continue
+        # The representation of an argument is exact: a node's name, a number with all its digits.
+        same = first.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
+        if same is not node:
+            node.replace_all_uses_with(same)
+            graph.graph.erase_node(node)
+    graph.recompile()
+
+
+def _is_random(node: Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _written(graph: GraphModule) -> set[Node]:
+    """Nodes whose memory an operation of the graph writes to."""
+    views: dict[Node, set[Node]] = {}  # nodes that share memory, by a representative's neighbors
+    pending: list[Node] = []
+    for node in graph.graph.nodes:
+        for source, writes in _aliases(node):
+            views.setdefault(node, set()).add(source)
+            views.setdefault(source, set()).add(node)
+            if writes:
+                pending.append(source)
+    written: set[Node] = set()
+    while pending:
+        node = pending.pop()
+        if node not in written:
+            written.add(node)
+            pending += views.get(node, ())
+    return written
+
+
+def _aliases(node: Node) -> Iterator[tuple[Node, bool]]:
+    """Arguments whose memory an operation's result shares, or that it writes to, and whether it does the latter."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:  # an item of a sequence of results, which may be views
+        yield from ((source, False) for source in node.all_input_nodes)
+        return
+    for place, argument in enumerate(schema.arguments):
+        if argument.alias_info is None:
+            continue
+        value = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
+        for source in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(source, Node):
+                yield source, argument.alias_info.is_write
