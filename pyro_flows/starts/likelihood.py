@@ -73,14 +73,16 @@ def fit_likelihood(log_joint: LogJoint, head: LinearMixedHead, center: Tensor, s
     trace = precisions.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(SETTINGS.min_share * len(pooled))
     above, below = trace[1:].log().chunk(2)
     factor = torch.linalg.cholesky(precision)
-    loc = center[pooled] + torch.cholesky_solve(gradient[0, pooled].unsqueeze(-1), factor).squeeze(-1)
-    slope = torch.cholesky_solve(hessian[0][pooled][:, free], factor)
+    away = torch.cholesky_solve(gradient[0, pooled].unsqueeze(-1), factor).squeeze(-1)
+    log_precision_slope = (below - above) / (4.0 * step.double())
+    # The gradient is K (b - z): it changes with the other coordinates by b, and by K where b is not z.
+    slope = torch.cholesky_solve(hessian[0][pooled][:, free], factor) + 2.0 * torch.outer(away, log_precision_slope)
     like = center
     head.set_likelihood(
         (center[free], scale[free]),
-        loc.to(like),
+        center[pooled] + away.to(like),
         precision,
         slope.to(like),
-        ((below - above) / (4.0 * step.double())).to(like),
+        log_precision_slope.to(like),
     )
     return True
