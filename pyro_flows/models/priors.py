@@ -59,6 +59,8 @@ class LinearPrior:
         correlated: Coordinates that are marginals of multivariate normals whose correlations are a latent.
         conditionally_independent: Whether the coordinates with a known prior are independent given all others and the
             data.
+        roots: Mask of the coordinates with a constant Gaussian prior that locations of the known ones follow, and no
+            scale, ``(n,)``: the beginning of a random walk; None where no known prior follows another.
     """
 
     known: Tensor
@@ -67,6 +69,7 @@ class LinearPrior:
     bias: Tensor
     correlated: tuple[Correlated, ...] = ()
     conditionally_independent: bool = False
+    roots: Tensor | None = None
 
     def __call__(self, parents: Tensor) -> Tensor:
         """Locations and log-scales, ``(..., 2 n)``, from packed parents, ``(..., G)``."""
@@ -74,8 +77,9 @@ class LinearPrior:
 
     def dense(self, count: int) -> tuple[Tensor, Tensor]:
         """Slopes with respect to all ``count`` entries of the parents, ``(2 n, count)``, and biases, ``(2 n,)``; zero
-        for unknown priors."""
-        rows = self.known.repeat(2)
+        for priors that are neither known nor roots."""
+        known = self.known if self.roots is None else self.known | self.roots
+        rows = known.repeat(2)
         slope = self.slope.new_zeros(len(self.bias), count)
         slope[:, self.active] = self.slope
         return slope * rows.unsqueeze(-1), self.bias * rows
@@ -191,7 +195,20 @@ def read_joint_prior(
     independent = not correlated and _conditionally_independent(
         model, args, kwargs, layout, known.nonzero().squeeze(-1)
     )
-    return replace(prior, known=known, correlated=tuple(correlated), conditionally_independent=independent)
+    return replace(
+        prior,
+        known=known,
+        correlated=tuple(correlated),
+        conditionally_independent=independent,
+        roots=_roots(prior, known, follows),
+    )
+
+
+def _roots(prior: LinearPrior, known: Tensor, follows: Tensor) -> Tensor | None:
+    """See :attr:`LinearPrior.roots`."""
+    slope, _ = replace(prior, known=known).dense(len(known))
+    by_loc, by_scale = (slope.unflatten(0, (2, -1)) != 0).any(1)
+    return prior.known & ~follows & by_loc & ~by_scale if (by_loc & known).any() else None
 
 
 def _conditionally_independent(

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -70,15 +70,34 @@ def _preconditioner(dim: int) -> Preconditioner | None:
 
 
 def _conditional_head(prior: LinearPrior, dim: int) -> ConditionalGaussianHead:
-    """The head for a known prior: a Gaussian with a precision matrix, exact for linear mixed models, if few priors are
-    known and none depends on another; a diagonal one if these coordinates are conditionally independent."""
+    """The head for a known prior: a Gaussian with a precision matrix, exact for linear mixed models and random walks, if
+    few priors are known and no scale depends on them; a diagonal one if these coordinates are conditionally
+    independent."""
     slope, bias = prior.dense(dim)
-    chained = (slope[:, prior.known] != 0).any()
-    if chained or prior.known.sum() > JOINT.max_precision_dim:
-        return MultilevelHead(prior.known, slope, bias)
-    if prior.conditionally_independent:
-        return DiagonalPrecisionHead(prior.known, slope, bias)
-    return FullPrecisionHead(prior.known, slope, bias, prior.correlated)
+    known = prior.known if prior.roots is None else prior.known | prior.roots
+    if slope[dim:, known].any() or known.sum() > JOINT.max_precision_dim:
+        return MultilevelHead(prior.known, *replace(prior, roots=None).dense(dim))
+    if prior.conditionally_independent and prior.roots is None:
+        return DiagonalPrecisionHead(known, slope, bias)
+    return FullPrecisionHead(known, slope, bias, prior.correlated)
+
+
+def _blocks(sizes: Sequence[int], head: ConditionalGaussianHead | None) -> list[int]:
+    """Sizes of the blocks of a model-ordered flow: the sites, with the links of a chain, which the head correlates, in
+    one block with their neighbors, since a draw takes one step per block."""
+    if head is None or not head.is_chained:
+        return list(sizes)
+    pooled = torch.zeros(head.input_dim, dtype=torch.bool)
+    pooled[head.order[head.count_free :]] = True
+    blocks: list[int] = []
+    joins = False
+    for site in pooled.split(list(sizes)):
+        if joins and site.all():
+            blocks[-1] += len(site)
+        else:
+            blocks.append(len(site))
+        joins = bool(site.all())
+    return blocks
 
 
 class JointBlock(nn.Module):
@@ -104,8 +123,8 @@ class JointBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.layout = layout
-        sizes = [size for size in layout.sizes if size]
         head = None if prior is None else _conditional_head(prior, layout.latent_dim)
+        sizes = _blocks([size for size in layout.sizes if size], head)
         preconditioner = _preconditioner(layout.latent_dim)
         flow = build_reproducibly(lambda: spec.build_joint(sizes, head=head, preconditioner=preconditioner))
         init_loc = layout.init_loc

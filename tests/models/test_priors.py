@@ -19,7 +19,14 @@ from pyro_flows.models.latents import trace_latents
 from pyro_flows.models.layout import Layout
 from pyro_flows.models.priors import LinearPrior, read_joint_prior
 from pyro_flows.models.sites import read_sites
-from pyro_flows.transforms import Correlated, DiagonalAffine, DiagonalPrecisionHead, FullPrecisionHead
+from pyro_flows.transforms import (
+    Correlated,
+    DiagonalAffine,
+    DiagonalPrecisionHead,
+    FullPrecisionHead,
+    MultilevelHead,
+    SiteOrderedAffine,
+)
 
 X = torch.tensor([[1.0, 2.0], [0.5, -1.0], [3.0, 0.0]])
 Y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
@@ -234,3 +241,58 @@ def test_slopes_with_correlations_start_near_the_posterior() -> None:
     guide = AutoFlowGuide(varying_slopes).warm_start()
     assert isinstance(guide.posterior.only_block.flow.head, FullPrecisionHead)
     assert log_weights(varying_slopes, guide, 4000)[0].var() / 2 < 0.5
+
+
+def walk() -> None:
+    """A random walk by a loop, both scales unknown."""
+    step, noise = (pyro.sample(name, dist.HalfNormal(1.0)) for name in ("step", "noise"))
+    x = pyro.sample("x_0", dist.Normal(0.0, 1.0))
+    for t in range(6):
+        x = x if t == 0 else pyro.sample(f"x_{t}", dist.Normal(x, step))
+        pyro.sample(f"y_{t}", dist.Normal(x, noise), obs=torch.tensor(0.3 * t))
+
+
+def nested() -> None:
+    """Classes in schools: locations follow each other, and each level has a scale."""
+    scales = [pyro.sample(name, dist.HalfNormal(1.0)) for name in ("between", "within", "noise")]
+    mean = pyro.sample("mean", dist.Normal(0.0, 5.0))
+    with pyro.plate("schools", 3):
+        school = pyro.sample("school", dist.Normal(mean, scales[0]))
+    of_class = torch.arange(6) // 2
+    with pyro.plate("classes", 6):
+        group = pyro.sample("group", dist.Normal(school[..., of_class], scales[1]))
+    of_row = torch.arange(24) // 4
+    with pyro.plate("rows", 24):
+        pyro.sample("y", dist.Normal(group[..., of_row], scales[2]), obs=torch.sin(torch.arange(24.0)))
+
+
+def scales_that_follow() -> None:
+    """Volatility: the scale of each step follows the one before, which no Gaussian head can pool at once."""
+    x = pyro.sample("x_0", dist.Normal(0.0, 1.0))
+    for t in range(1, 4):
+        x = pyro.sample(f"x_{t}", dist.Normal(x, (0.5 * x).exp()))
+    pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(1.0))
+
+
+@pytest.mark.parametrize(("model", "pooled"), [(walk, 6), (nested, 10)])
+def test_a_chain_of_priors_is_pooled_at_once(model: Callable[[], None], pooled: int) -> None:
+    """The exact conditional of a linear model given its scales: what is left is two or three scales' own posterior."""
+    guide = AutoFlowGuide(model).warm_start()
+    head = guide.posterior.only_block.flow.head
+    assert isinstance(head, FullPrecisionHead)
+    assert head.is_chained
+    assert head.sizes[1] == pooled
+    # The data's location does not depend on their noise, their precision does; small precisions are floored.
+    torch.testing.assert_close(head.own_slope.detach(), torch.zeros_like(head.own_slope), rtol=0.0, atol=0.03)
+    assert sorted(head.own_tilt.tolist()) == pytest.approx([0.0] * (len(head.own_tilt) - 1) + [1.0], abs=1e-4)
+    assert log_weights(model, guide, 4000)[0].var() / 2 < 0.35  # 0.8 and 0.4 with each link on its own
+
+
+def test_links_of_a_chain_are_one_block_of_the_flow() -> None:
+    layers = AutoFlowGuide(walk).setup().posterior.only_block.flow.transform.parts
+    assert [part.block_sizes for part in layers if isinstance(part, SiteOrderedAffine)] == [(1, 1, 6)]
+
+
+def test_scales_that_follow_each_other_keep_an_elementwise_head() -> None:
+    head = AutoFlowGuide(scales_that_follow).setup().posterior.only_block.flow.head
+    assert type(head) is MultilevelHead

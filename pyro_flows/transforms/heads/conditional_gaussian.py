@@ -46,6 +46,7 @@ class ConditionalGaussianHead(Head):
     """
 
     is_outermost: ClassVar[bool] = True  # priors are those of the latents
+    is_chained = False  # whether the pooled coordinates are correlated by priors that follow each other
 
     order: Tensor
     restore: Tensor

@@ -24,6 +24,10 @@ class DiagonalPrecisionHead(LinearMixedHead, MultilevelHead):
         bias: Intercepts of prior locations, then log-scales, ``(2 D,)``.
     """
 
+    def __init__(self, known: Tensor, slope: Tensor, bias: Tensor) -> None:
+        super().__init__(known, slope, bias)
+        assert not self.slope[..., self.count_free :].any(), "priors depend on pooled coordinates"
+
     def log_prior(self, y: Tensor) -> Tensor:
         """Log density of the known priors, not tempered by their share, at values in the original order,
         ``(..., D)``."""

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.distributions.transforms import CorrCholeskyTransform
 
 from pyro_flows.transforms.fixed import FixedParameter
+from pyro_flows.transforms.heads.base import encode_gaussian
 from pyro_flows.transforms.heads.linear_mixed import LinearMixedHead
+from pyro_flows.transforms.heads.pooling import MIN_SHARE
 from pyro_flows.transforms.networks import powerprop
 
 __all__ = ["Correlated", "FullPrecisionHead"]
@@ -35,12 +37,14 @@ class Correlated(NamedTuple):
 
 
 class _Prior(NamedTuple):
-    """The conditional of pooled coordinates given the free ones: location and scale of the prior, and factors of its
-    correlations; ``B = A^T W`` with ``K = W W^T``, in double precision; ``W^T (b - a)``; ``log|det A|``."""
+    """The conditional of pooled coordinates given the free ones: location of the prior, scales of its innovations and
+    factors of their correlations; ``C``; ``B = A^T W`` with ``K = W W^T``, in double precision; ``W^T (b - a)``;
+    ``log|det A|``."""
 
     loc: Tensor
     scale: Tensor
     factors: list[Tensor]
+    chain: Tensor
     root: Tensor
     pull: Tensor
     ladj: Tensor
@@ -108,8 +112,10 @@ class FullPrecisionHead(LinearMixedHead):
     .. math::
         y_p \,|\, y_f \sim N(P^{-1} (\Lambda a + K b), P^{-1}), \qquad P = \Lambda + K.
 
-    The prior :math:`N(a(y_f), \Lambda^{-1}(y_f))` has :math:`\Lambda^{-1} = A A^\top`, :math:`A = e^{t(y_f)} L(y_f)`,
-    for log-scales :math:`t` and factors :math:`L` of correlations. The likelihood factor has a precision
+    The prior :math:`N(a(y_f), \Lambda^{-1}(y_f))` has :math:`\Lambda^{-1} = A A^\top`, :math:`A = C e^{t(y_f)} L(y_f)`,
+    for log-scales :math:`t`, factors :math:`L` of correlations, and :math:`C = (I - T)^{-1}` where priors depend on
+    each other, as along a random walk: :math:`y_p = a_0(y_f) + T y_p + e^t L \epsilon`, with a constant, strictly lower
+    triangular :math:`T`, so that :math:`a = C a_0`. The likelihood factor has a precision
     :math:`K = e^{-2 u^\top (y_f - f_0)} K_0` and a location :math:`b = b_0 + G (y_f - f_0)`. This is the exact
     conditional posterior of a linear mixed model: crossed effects, slopes with correlated covariates, a latent noise
     scale. As long as :math:`K_0` is diagonal and :math:`G, u` are zero, as at initialization, it is
@@ -121,7 +127,7 @@ class FullPrecisionHead(LinearMixedHead):
 
     Args:
         known: Which coordinates have a known prior, ``(D,)``.
-        slope: Slopes of prior locations, then log-scales, in free coordinates, ``(2 D, D)``.
+        slope: Slopes of prior locations, then log-scales, ``(2 D, D)``; the latter depend on free coordinates only.
         bias: Intercepts of prior locations, then log-scales, ``(2 D,)``.
         correlated: Coordinates whose priors are correlated.
     """
@@ -130,7 +136,10 @@ class FullPrecisionHead(LinearMixedHead):
         super().__init__(known, slope, bias)
         free, pooled = self.sizes
         self.correlated = tuple(correlated)
+        self.is_chained = bool(self.slope[0][:, free:].any())
         self.own_factor = FixedParameter(torch.eye(pooled))
+        # Of the noise, so that a diagonal Gaussian scales each coordinate's own noise.
+        self.rotation = FixedParameter(torch.eye(pooled)) if self.is_chained else None
         places = self.restore.tolist()
         self._vectors = [places[group.offset] - free for group in self.correlated]
         self._factors = [places[group.factor_offset] for group in self.correlated]
@@ -143,6 +152,60 @@ class FullPrecisionHead(LinearMixedHead):
     def initialize(self, loc: Tensor, scale: Tensor, max_share: float = 1e-3) -> None:
         super().initialize(loc, scale, max_share)
         self.own_factor.copy_(torch.eye(len(self.own_factor)))
+        if self.is_chained:
+            self._unpool(loc, scale)
+
+    def _unpool(self, loc: Tensor, scale: Tensor) -> None:
+        """Set site approximations so that the head is ``N(loc, diag(scale)^2)``, except for the prior's correlations,
+        which its small share makes weak."""
+        free, pooled = loc[self.order].double().split(self.sizes)
+        wanted = scale[self.order][self.count_free :].double().pow(-2)
+        own_loc, log_scale = (part.double() for part in self.prior(free.to(loc)))
+        weight = (powerprop(self.log_share.double()) - 2.0 * log_scale).exp()
+        steps = self._steps()
+        site = (wanted - steps.square().mT @ weight).clamp_min(MIN_SHARE * wanted)
+        site_loc = pooled + steps.mT @ (weight * (steps @ pooled - own_loc)) / site
+        rows = self.order[self.count_free :]
+        encoded = encode_gaussian(site_loc.to(loc), site.rsqrt().to(loc))
+        self.raw.set(self.raw.value.detach().index_copy(-1, rows, encoded))
+        self._rotate()
+
+    @torch.no_grad()
+    def _rotate(self) -> None:
+        """Rotate the noise so that pooled coordinates are a lower triangular function of it, at average free ones."""
+        assert self.rotation is not None
+        count = len(self.rotation)
+        self.rotation.copy_(torch.eye(count))
+        units = torch.eye(self.input_dim).to(self.rotation)[self.count_free :]
+        drawn, *_ = self._draw(torch.cat([torch.zeros_like(units[:1]), units]))
+        orthogonal, upper = torch.linalg.qr((drawn[1:] - drawn[:1]).double())
+        self.rotation.copy_(orthogonal * upper.diagonal().sign())
+
+    def _rotated(self, noise: Tensor) -> tuple[Tensor, Tensor | float]:
+        """Noise of the pooled coordinates as the conditional takes it, and the log-determinant."""
+        if self.rotation is None:
+            return noise, 0.0
+        rotation = self.rotation.detach()
+        return noise @ rotation.mT, torch.linalg.slogdet(rotation).logabsdet
+
+    def _rotated_back(self, noise: Tensor, *, transpose: bool = False) -> Tensor:
+        """The inverse of :meth:`_rotated`, or its transpose, which maps scores forward."""
+        if self.rotation is None:
+            return noise
+        rotation, rows = self.rotation.detach(), noise.reshape(-1, len(self.rotation))
+        return torch.linalg.solve(rotation if transpose else rotation.mT, rows, left=False).reshape(noise.shape)
+
+    def _steps(self) -> Tensor:
+        """``I - T``, which maps the pooled coordinates to the innovations of their priors."""
+        chain = self.slope[0][:, self.count_free :].double()
+        return torch.eye(len(chain), dtype=chain.dtype, device=chain.device) - chain
+
+    def _chain(self) -> Tensor:
+        """``C``, the inverse of :meth:`_steps`."""
+        steps = self._steps()
+        if not self.is_chained:
+            return steps
+        return torch.linalg.solve_triangular(steps, torch.eye(len(steps)).to(steps), upper=False, unitriangular=True)
 
     @torch.no_grad()
     def set_likelihood(
@@ -152,6 +215,8 @@ class FullPrecisionHead(LinearMixedHead):
         super().set_likelihood(free, loc, precision, slope, log_precision_slope)
         scale = precision.diagonal().rsqrt()
         self.own_factor.copy_(torch.linalg.cholesky(scale.unsqueeze(-1) * precision * scale))
+        if self.is_chained:
+            self._rotate()
 
     def _correlations(self, free: Tensor) -> list[Tensor]:
         """Factors of correlations of the priors."""
@@ -165,7 +230,7 @@ class FullPrecisionHead(LinearMixedHead):
         free, pooled = self._ordered(y).double().split(self.sizes, -1)
         loc, log_scale = self.prior(free.to(self.bias))
         factors = [factor.double() for factor in self._correlations(free.to(self.bias))]
-        noise = ((pooled - loc) * (-log_scale).exp()).unsqueeze(-1)
+        noise = ((pooled @ self._steps().mT - loc) * (-log_scale).exp()).unsqueeze(-1)
         noise = self._uncorrelate(noise, factors, transpose=False).squeeze(-1)
         return -log_scale.sum(-1) - self._log_det_correlations(factors) - 0.5 * noise.square().sum(-1)
 
@@ -197,19 +262,22 @@ class FullPrecisionHead(LinearMixedHead):
 
     def _conditional(self, free: Tensor, loc: Tensor, log_scale: Tensor) -> _Prior:
         """The conditional of the pooled coordinates given the free ones."""
-        prior_loc, prior_log_scale = self.prior(free)
+        own_loc, prior_log_scale = self.prior(free)
+        chain = self._chain()
+        prior_loc = own_loc @ chain.to(own_loc).mT if self.is_chained else own_loc
         factors = self._correlations(free)
         prior_log_scale = prior_log_scale - 0.5 * powerprop(self.log_share)
         away = self._away(free)
         weight = (-log_scale).exp().unsqueeze(-1) * self.own_factor.detach()  # W_0 with K_0 = W_0 W_0^T
         root_precision = (away @ -self.own_tilt.detach()).exp()
         scale = prior_log_scale.exp()
-        root = (scale * root_precision.unsqueeze(-1)).double().unsqueeze(-1) * weight.double()
+        mixed = chain.mT @ weight.double() if self.is_chained else weight.double()
+        root = (scale * root_precision.unsqueeze(-1)).double().unsqueeze(-1) * mixed
         root = self._correlate(root, [factor.double() for factor in factors], transpose=True)
         offset = loc + away @ self.own_slope.detach().mT - prior_loc
         pull = root_precision[..., None, None] * (weight.mT @ offset.unsqueeze(-1))
         ladj = prior_log_scale.sum(-1) + self._log_det_correlations(factors)
-        return _Prior(prior_loc, scale, factors, root, pull, ladj)
+        return _Prior(prior_loc, scale, factors, chain.to(scale), root, pull, ladj)
 
     def draw(self, x: Tensor) -> tuple[Tensor, Tensor]:
         pooled, free, total, ladj, *_ = self._draw(x)
@@ -223,31 +291,39 @@ class FullPrecisionHead(LinearMixedHead):
         noise, rest = x.split(self.sizes, -1)
         free = torch.addcmul(loc, scale, noise)
         prior = self._conditional(free, site_loc, site_log_scale)
+        rest, rotation_ladj = self._rotated(rest)
         z, ladj, factor = _Conditional.apply(prior.root, prior.pull, rest.unsqueeze(-1))  # type: ignore[no-untyped-call]
-        pooled = prior.loc + prior.scale * self._correlate(z, prior.factors, transpose=False).squeeze(-1)
-        return pooled, free, log_scale.sum(-1), prior.ladj + ladj, prior, factor
+        away = prior.scale * self._correlate(z, prior.factors, transpose=False).squeeze(-1)
+        pooled = prior.loc + (away @ prior.chain.mT if self.is_chained else away)
+        return pooled, free, log_scale.sum(-1), prior.ladj + ladj + rotation_ladj, prior, factor
 
     def noise(self, y: Tensor) -> tuple[Tensor, Tensor]:
         loc, scale, log_scale = self._site_approximations()
         count = self.count_free
         free = y[..., :count]
         prior = self._conditional(free, loc[count:], log_scale[count:])
-        z = ((y[..., count:] - prior.loc) / prior.scale).unsqueeze(-1)
+        away = y[..., count:] - prior.loc
+        away = away @ self._steps().to(away).mT if self.is_chained else away
+        z = (away / prior.scale).unsqueeze(-1)
         z = self._uncorrelate(z, prior.factors, transpose=False)
         factor = _factor(prior.root)
         shrunk = torch.linalg.solve_triangular(factor, prior.root, upper=False).to(y.dtype)
         noise = factor.to(y.dtype).mT @ z - shrunk @ prior.pull
         ladj = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1).to(y.dtype) - prior.ladj
-        x = torch.cat([(free - loc[:count]) / scale[:count], noise.squeeze(-1)], -1)
+        noise = noise.squeeze(-1)
+        ladj = ladj - self._rotated(noise)[1]
+        noise = self._rotated_back(noise)
+        x = torch.cat([(free - loc[:count]) / scale[:count], noise], -1)
         return x, ladj - log_scale[:count].sum(-1)
 
     def draw_with_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         pooled, free, total, ladj, prior, factor = self._draw(x)
         count = self.count_free
         with torch.no_grad():
-            # A^-T C times the score of the noise; A^-T is e^-t L^-T.
-            own = factor @ score[..., count:].unsqueeze(-1)
+            # A^-T times the factor of M times the score of the noise; A^-T is (I - T)^T e^-t L^-T.
+            own = factor @ self._rotated_back(score[..., count:], transpose=True).unsqueeze(-1)
             own = self._uncorrelate(own, prior.factors, transpose=True).squeeze(-1) / prior.scale
+            own = own @ self._steps().to(own) if self.is_chained else own
             scale = self._site_approximations()[1][:count]
         (through,) = torch.autograd.grad((pooled, ladj), free, (own, torch.ones_like(ladj)), retain_graph=True)
         score = torch.cat([score[..., :count] / scale - through, own], -1).detach()

@@ -22,7 +22,7 @@ class LinearMixedHead(ConditionalGaussianHead):
 
     Args:
         known: Which coordinates have a known prior, ``(D,)``.
-        slope: Slopes of prior locations, then log-scales, ``(2 D, D)``; priors depend on free coordinates only.
+        slope: Slopes of prior locations, then log-scales, ``(2 D, D)``; the latter depend on free coordinates only.
         bias: Intercepts of prior locations, then log-scales, ``(2 D,)``.
 
     References:
@@ -32,8 +32,8 @@ class LinearMixedHead(ConditionalGaussianHead):
 
     def __init__(self, known: Tensor, slope: Tensor, bias: Tensor) -> None:
         super().__init__(known, slope, bias)
-        assert len(self.sizes) == 2, "priors depend on pooled coordinates"
-        free, pooled = self.sizes
+        assert not self.slope[1][:, self.count_free :].any(), "scales of priors depend on pooled coordinates"
+        free, pooled = self.sizes = [self.count_free, len(known) - self.count_free]
         # G and u, under the names in saved guides.
         self.own_slope = FixedParameter(torch.zeros(pooled, free))
         self.own_tilt = FixedParameter(torch.zeros(free))
