@@ -15,7 +15,6 @@ import torch
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from pyro_flows._blame import blame
 from pyro_flows.models.checks import check_data, first_run
@@ -27,6 +26,7 @@ from pyro_flows.models.enumeration import (
     packed_terms,
     sum_out,
 )
+from pyro_flows.models.memory import BatchedMemory
 from pyro_flows.models.traces import (
     DRAWS,
     NO_DENSITY,
@@ -199,6 +199,35 @@ class BatchedModel:
                     return self._one_by_one(values, task)
             return self._run_or_split(values, task)
 
+    def verify(self, values: Values, pick: Pick, shapes: Mapping[str, Sequence[int]]) -> BatchedModel:
+        """Take the first way to run the model that also reproduces what :meth:`read` reads in one run per draw: log
+        densities say nothing of a sum over items, say, that no density depends on. Returns the model itself.
+
+        Args:
+            values: Sample site -> ``(S, *site shape)``, for all sites that would be drawn else.
+            pick: As in :meth:`read`.
+            shapes: As in :meth:`read`.
+        """
+        ways: list[Run] = [self._in_a_plate, self._by_vmap, self._by_vmap_in_place, self._one_by_one]
+        few = {name: value[: max(1, len(value) - 1)] for name, value in values.items()}
+        with torch.no_grad():
+            self._run, chosen = self._one_by_one, self._run
+            expected = self.read(values, pick, shapes)
+            for self._run in ways[ways.index(chosen) : -1]:
+                try:
+                    both = [self.read(part, pick, shapes) for part in (values, few)]  # at two numbers, as in _choose
+                except Exception as error:
+                    obstacle = blame(error)
+                    continue
+                wrong = (n for n in shapes if not all(_same(found[n], expected[n][: len(found[n])]) for found in both))
+                other = next(wrong, None)
+                if other is None:
+                    return self
+                obstacle = f"site '{other}' has another value where draws share a run"
+        if chosen != self._one_by_one:
+            self._run, self.obstacle = self._one_by_one, obstacle
+        return self
+
     def _log_probs(self, values: Values, task: _Task) -> dict[str, Tensor]:
         """Log densities, with enumerated sites summed out; ``task.pick`` gets the traces."""
         packed: dict[str, PackedTerm] = {}
@@ -255,7 +284,7 @@ class BatchedModel:
 
     def _by_vmap(self, values: Values, task: _Task, *, in_place: bool = False) -> dict[str, Tensor]:
         def one(row: dict[str, Tensor]) -> dict[str, Tensor]:
-            with _BatchedMemory(next(iter(row.values()))) if in_place else nullcontext():
+            with BatchedMemory(next(iter(row.values()))) if in_place else nullcontext():
                 return dict(task.pick(self._trace(row, task)))
 
         found: dict[str, Tensor] = torch.vmap(one, randomness="different")(dict(values))
@@ -300,37 +329,21 @@ class BatchedModel:
         for run in (self._in_a_plate, self._by_vmap, self._by_vmap_in_place):
             self._run = run
             try:
-                found = self._log_probs(probe, task._replace(splits=False))
+                # At two numbers of draws: with three, `effects[group]` takes draws for groups where there are three.
+                other = None
+                for count in {_count(probe), max(1, _count(probe) - 1)}:
+                    few = {name: value[:count] for name, value in probe.items()}
+                    found = self._log_probs(few, task._replace(splits=False))
+                    wrong = (n for n in expected if n not in found or not agree(found[n], expected[n][:count]))
+                    other = other or next(wrong, None)
             except Exception as error:  # each model fails in its own way at shapes it never meant to see
                 obstacle = blame(error)
                 continue
-            other = next((n for n in expected if n not in found or not agree(found[n], expected[n])), None)
             if other is None:
                 return run
             obstacle = f"site '{other}' has another log density where draws share a run"
         self.obstacle = obstacle
         return self._one_by_one
-
-
-# Functions that allocate new tensors.
-FACTORIES = {
-    *(torch.empty, torch.zeros, torch.ones, torch.full, torch.empty_like, torch.zeros_like, torch.ones_like),
-    *(torch.full_like, Tensor.new, Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full),  # type: ignore[attr-defined]
-}
-
-
-class _BatchedMemory(TorchFunctionMode):
-    """Gives each draw its own copy of newly created tensors, so that the model can write each draw's values to them."""
-
-    def __init__(self, batched: Tensor) -> None:
-        super().__init__()
-        self._zero = 0.0 * batched.detach().sum()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if func in FACTORIES:
-            return found + self._zero.to(found.dtype)
-        return found
 
 
 def _described(name: str, node: Mapping[str, Any]) -> dict[str, Any]:
@@ -360,6 +373,13 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     """Concatenate terms of different draws; parts without a density are ``(count,)`` and are broadcast."""
     shape = torch.broadcast_shapes(*(part.shape[1:] for part in parts))
     return torch.cat([_padded(part, len(shape)).expand(-1, *shape) for part in parts])
+
+
+def _same(found: Tensor, expected: Tensor) -> bool:
+    """Whether values are equal up to rounding."""
+    if found.dtype != expected.dtype or not found.is_floating_point():
+        return torch.equal(found, expected)
+    return torch.allclose(found, expected, rtol=AGREEMENT.relative, atol=AGREEMENT.relative, equal_nan=True)
 
 
 def _agree(found: Tensor, expected: Tensor) -> bool:

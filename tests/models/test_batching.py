@@ -380,3 +380,42 @@ def test_what_cannot_be_summed_out_is_refused() -> None:
     ):
         with pytest.raises(NotImplementedError, match=message):
             BatchedModel("test", model, Call((), {}), draws_of({"a": ()}, 3))
+
+
+# Coincidences
+
+
+def test_as_many_draws_as_groups_are_no_coincidence() -> None:
+    """In an outer plate, ``effects[group]`` takes draws for groups; with three of both, none is missing."""
+    group = torch.arange(3)
+
+    def model() -> None:
+        with pyro.plate("groups", 3):
+            effects = pyro.sample("effects", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 3):
+            pyro.sample("y", dist.Normal(effects[group], 1.0), obs=torch.zeros(3))
+
+    batched = BatchedModel("test", model, Call((), {}), draws_of({"effects": (3,)}, 3))
+    assert batched.is_mapped
+    values = {"effects": torch.randn(7, 3)}
+    torch.testing.assert_close(total(batched, values), 2 * dist.Normal(0.0, 1.0).log_prob(values["effects"]).sum(-1))
+
+
+def test_values_that_no_density_depends_on() -> None:
+    """In an outer plate, the sum would be that of all draws."""
+
+    def model() -> None:
+        with pyro.plate("parts", 4):
+            part = pyro.sample("part", dist.Normal(0.0, 1.0))
+        pyro.deterministic("total", part.sum())
+
+    batched = BatchedModel("test", model, Call((), {}), draws_of({"part": (4,)}, 3))
+    values = {"part": torch.randn(7, 4)}
+
+    def read() -> Tensor:
+        return batched.read(values, lambda trace: {"total": trace.nodes["total"]["value"]}, {"total": ()})["total"]
+
+    assert not torch.allclose(read(), values["part"].sum(-1))
+    batched.verify(values, lambda trace: {"total": trace.nodes["total"]["value"]}, {"total": ()})
+    assert batched.is_mapped and batched.is_vectorized
+    torch.testing.assert_close(read(), values["part"].sum(-1))
