@@ -15,6 +15,7 @@ from pyro_flows.export import to_inference_data
 from pyro_flows.flows import Flow, FlowSpec
 from pyro_flows.guides import AutoFlowGuide, init_to_prior_median
 from pyro_flows.importance import importance_resample
+from pyro_flows.prediction import predict, prior_predictive
 from pyro_flows.training import FitResult, VectorizedTrace_ELBO, fit
 
 __version__ = "0.1.0"
@@ -37,5 +38,7 @@ __all__ = [
     "importance_resample",
     "init_to_prior_median",
     "plots",
+    "predict",
+    "prior_predictive",
     "to_inference_data",
 ]

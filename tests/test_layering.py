@@ -22,6 +22,7 @@ LAYERS = {
     "_blame": 0,
     "_checks": 0,
     "_recording": 0,
+    "_storage": 0,
     "compiled": 1,
     "transforms": 1,
     "flows": 2,
@@ -34,6 +35,7 @@ LAYERS = {
     "diagnostics": 7,
     "export": 8,
     "plots": 8,
+    "prediction": 8,
     "__init__": 9,
     "__main__": 10,
 }

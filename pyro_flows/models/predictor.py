@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L2. A model's sites at draws of a guide: those that the guide does not draw, and functions of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_flows.models.alignment import Items, Trained, align
+from pyro_flows.models.batching import BatchedModel
+from pyro_flows.models.enumeration import enumerated_sites
+from pyro_flows.models.traces import Call, sample_nodes
+
+__all__ = ["PredictionSettings", "Predictor", "unobserve"]
+
+Values = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class PredictionSettings:
+    """Sizes of runs and of results.
+
+    Attributes:
+        max_elements: Largest number of values in memory at once: draws in a run times the values of all sites.
+        max_chunk: Largest number of draws in a run.
+        num_probes: Number of draws by which ways to run the model are compared.
+        max_bytes: Largest size of a result in memory, in bytes; larger ones need a ``path``.
+    """
+
+    max_elements: int = 2**22
+    max_chunk: int = 1000
+    num_probes: int = 3
+    max_bytes: int = 2**32
+
+
+class Predictor:
+    """Runs a model at draws of a guide, for its sites that the guide does not draw.
+
+    Args:
+        owner: Name of the caller, for error messages.
+        model: The model.
+        call: Its arguments.
+        probe: A few draws of the guide, site -> ``(S, *trained shape)``.
+        trained: The items of these draws.
+        sites: Names of sites to return; None takes all that the draws do not have, and deterministic ones.
+        settings: Sizes of runs.
+        items: Plate -> which training items its items are.
+        everything: Whether to return the sites of the draws too, where ``sites`` is None.
+
+    Attributes:
+        like: Site to return -> its value in a run.
+        chunk: Number of draws in a run.
+    """
+
+    def __init__(
+        self,
+        owner: str,
+        model: Callable[..., Any],
+        call: Call,
+        probe: Values,
+        trained: Trained,
+        sites: Iterable[str] | None,
+        settings: PredictionSettings,
+        *,
+        items: Items | None = None,
+        everything: bool = False,
+    ) -> None:
+        self._alignment, traces = align(owner, model, call, probe, trained, items or {})
+        nodes = sample_nodes(traces[0])
+        drawn = {name for name in self._alignment.rows if name not in self._alignment.known}
+        names = _chosen(owner, nodes, set() if everything else drawn, sites)
+        self.like = {name: nodes[name]["value"] for name in names}
+        self._shapes = {name: nodes[name]["value"].shape for name in nodes}
+        # All sites are given where ways to run the model are compared, so that nothing is random.
+        latent = [name for name, node in nodes.items() if not node["is_observed"]]
+        values = {name: torch.stack([trace.nodes[name]["value"] for trace in traces]) for name in latent}
+        summed_out = enumerated_sites(nodes)
+        scored = {name: value for name, value in values.items() if name not in summed_out}
+        self._model = BatchedModel(owner, model, call, scored)
+        self._model.verify(values, self._pick(list(nodes)), self._shapes)
+        elements = sum(shape.numel() for shape in self._shapes.values())
+        self.chunk = max(1, min(settings.max_chunk, settings.max_elements // max(elements, 1)))
+
+    def __call__(self, draws: Mapping[str, Tensor]) -> Values:
+        """Site to return -> ``(S, *site shape)``, at ``(S, *trained shape)`` draws."""
+        values, mixed = self._alignment.split(draws)
+        if mixed:  # a run draws new items of all sites; a site's known items do not depend on them
+            drawn = self._read(values, list(mixed))
+            for name, rows in mixed.items():
+                values[name] = torch.where(self._alignment.known[name].to(rows.device), rows, drawn[name].to(rows))
+        return {name: value.cpu() for name, value in self._read(values, list(self.like)).items()}
+
+    def _read(self, values: Values, names: list[str]) -> Values:
+        return self._model.read(values, self._pick(names), {name: self._shapes[name] for name in names})
+
+    @staticmethod
+    def _pick(names: list[str]) -> Callable[[Trace], Values]:
+        return lambda trace: {name: trace.nodes[name]["value"] for name in names}
+
+
+def _chosen(
+    owner: str, nodes: Mapping[str, Mapping[str, Any]], drawn: set[str], sites: Iterable[str] | None
+) -> list[str]:
+    """Names of the sites to return."""
+    deterministic = [name for name, node in nodes.items() if node["infer"].get("_deterministic")]
+    observed = [n for n, node in nodes.items() if node["is_observed"] and node["value"].numel()]
+    data = [name for name in observed if name not in deterministic]
+    if isinstance(sites, str):
+        sites = [sites]
+    if sites is None:
+        if data:
+            raise ValueError(f"{owner}: expected data to be drawn, but {_listed(data)} observed.{unobserve(data)}")
+        left = [name for name in nodes if name in deterministic or (name not in drawn and name not in observed)]
+        if not left:
+            raise ValueError(
+                f"{owner}: expected sites of the model that the guide does not draw, but it draws all of its sites, "
+                f"{', '.join(map(repr, nodes))}. Train the guide with the data, or name what to return: sites=[...]."
+            )
+        return left
+    wanted = list(sites)
+    unknown = [name for name in wanted if name not in nodes]
+    if unknown or not wanted:
+        found = repr(unknown[0]) if unknown else "none"
+        raise ValueError(f"{owner}: expected sites of the model, {', '.join(map(repr, nodes))}, but got {found}.")
+    given = [name for name in wanted if name in data]
+    if given:
+        raise ValueError(f"{owner}: expected sites to be drawn, but {_listed(given)} observed.{unobserve(given)}")
+    return wanted
+
+
+def _listed(names: list[str]) -> str:
+    return f"site '{names[0]}' is" if len(names) == 1 else f"sites {', '.join(map(repr, names))} are"
+
+
+def unobserve(names: Iterable[str]) -> str:
+    """What to write so that data are drawn."""
+    name = next(iter(names), "y")
+    return (
+        f" Write the model as `def model(x, y=None)` with `pyro.sample('{name}', ..., obs=y)`, and leave y out here; "
+        "or pass `poutine.uncondition(model)`, which draws all data. Other sites can be named: sites=[...]."
+    )
