@@ -17,10 +17,10 @@ from pyro_flows._storage import Storage
 from pyro_flows.guides import AutoFlowGuide
 from pyro_flows.models.alignment import Items, Trained
 from pyro_flows.models.draws import GuideSampler
-from pyro_flows.models.predictor import PredictionSettings, Predictor, unobserve
+from pyro_flows.models.predictor import PredictionSettings, Predictor
 from pyro_flows.models.traces import Call, run_quietly, sample_nodes
 
-__all__ = ["guide_draws", "predict", "prior_predictive"]
+__all__ = ["draw_predictions", "predict", "prior_predictive"]
 
 Values = dict[str, Tensor]
 
@@ -42,7 +42,7 @@ def predict(
     """Posterior predictive draws for new arguments of the model: new rows, new groups, new data of an encoder.
 
     Each draw of the guide gets one run of the model, in which sites that the guide does not draw are drawn by the
-    model. What is to be predicted must not be observed: the model takes ``y=None`` and passes ``obs=y``. Many draws
+    model. What is to be predicted must not be passed: the model takes ``y=None`` and passes ``obs=y``. Many draws
     share a run, even if the model was not written for that; a progress bar shows the rest.
 
     **Groups.** The latents of a plate are those of the training items where the plate has its size of the training;
@@ -60,8 +60,9 @@ def predict(
             amortized ones, get them too.
         kwargs: The model's keyword arguments.
         num_samples: Number of draws S, >= 1.
-        sites: Names of sites to return, latent sites included, whose draws belong to the others'. None takes all sites
-            that the guide does not draw, and deterministic sites.
+        sites: Names of sites to return, latent sites included, whose draws belong to the others'. Data sites that are
+            named are drawn even if data are passed, which then give no more than their shape. None takes all sites that
+            the guide does not draw, and deterministic sites.
         items: Plate -> which training items its items are.
         path: A folder for one ``.npy`` file a site, written draw by draw, for results that do not fit in memory. None
             keeps them in memory.
@@ -74,8 +75,8 @@ def predict(
 
     Raises:
         RuntimeError: If the guide has not seen any data yet.
-        ValueError: If a site to predict is observed or unknown; if the guide is for another model, or a shape differs
-            elsewhere than along a plate; if ``items`` does not fit.
+        ValueError: If data are passed, and ``sites`` does not name what to draw; if a name is unknown; if the guide is
+            for another model, or a shape differs elsewhere than along a plate; if ``items`` does not fit.
         MemoryError: If the result is larger than ``settings.max_bytes``, and there is no ``path``.
         NotImplementedError: If a plate draws a random mini-batch, or an enumerated site depends on the training data.
         Exception: Any exception of the model.
@@ -98,21 +99,51 @@ def predict(
         (torch.Size([1000, 2]), [40, 60])
     """
     check_int("predict", "num_samples", num_samples, 1)
-    settings = settings or PredictionSettings()
     call = _call("predict", args, kwargs)
-    with torch.no_grad(), torch.random.fork_rng(devices=[], enabled=seed is not None):
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.default_generator.manual_seed(seed)
-        draw, trained, elements = guide_draws("predict", guide, call)
-        predictor = Predictor("predict", model, call, draw(settings.num_probes), trained, sites, settings, items=items)
-        storage = Storage("predict", predictor.like, num_samples, path, settings.max_bytes)
-        step = min(predictor.chunk, max(1, settings.max_elements // elements))
-        with tqdm(total=num_samples, desc="predictions", disable=not progress, delay=1.0) as bar:
-            for start in range(0, num_samples, step):
-                count = min(step, num_samples - start)
-                storage.write(start, predictor(draw(count)))
-                bar.update(count)
-    return storage.finish()
+        return draw_predictions(
+            "predict",
+            model,
+            guide,
+            call,
+            num_samples,
+            sites,
+            items=items,
+            path=path,
+            progress=progress,
+            settings=settings,
+        )[0]
+
+
+@torch.no_grad()
+def draw_predictions(
+    owner: str,
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    call: Call,
+    num_samples: int,
+    sites: Iterable[str] | None = None,
+    *,
+    items: Items | None = None,
+    path: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+    settings: PredictionSettings | None = None,
+) -> tuple[dict[str, Tensor], Mapping[str, Mapping[str, Any]]]:
+    """What :func:`predict` returns, and the model's sample sites in a run."""
+    settings = settings or PredictionSettings()
+    draw, trained, elements = guide_draws(owner, guide, call)
+    probe = draw(settings.num_probes)
+    predictor = Predictor(owner, model, call, probe, trained, sites, settings, items=items)
+    storage = Storage(owner, predictor.like, num_samples, path, settings.max_bytes)
+    step = min(predictor.chunk, max(1, settings.max_elements // elements))
+    with tqdm(total=num_samples, desc="predictions", disable=not progress, delay=1.0) as bar:
+        for start in range(0, num_samples, step):
+            count = min(step, num_samples - start)
+            storage.write(start, predictor(draw(count)))
+            bar.update(count)
+    return storage.finish(), predictor.nodes
 
 
 def prior_predictive(
@@ -134,7 +165,7 @@ def prior_predictive(
         args: The model's arguments, without the data: the model takes ``y=None`` and passes ``obs=y``.
         kwargs: The model's keyword arguments.
         num_samples: Number of draws S, >= 1.
-        sites: Names of sites to return; None takes all.
+        sites: Names of sites to return; data sites that are named are drawn even if data are passed. None takes all.
         path: As in :func:`predict`.
         progress: As in :func:`predict`.
         seed: As in :func:`predict`.
@@ -144,7 +175,8 @@ def prior_predictive(
         Site -> ``(num_samples, *site shape)``, latent, deterministic and data sites.
 
     Raises:
-        ValueError: If a site is observed, or a name is unknown.
+        ValueError: If data are passed, and ``sites`` does not name what to draw; if a name is unknown; if there are no
+            latent sites.
         MemoryError: As :func:`predict`.
         NotImplementedError: If a plate draws a random mini-batch, or a prior cannot be drawn from.
         Exception: Any exception of the model.
@@ -166,10 +198,13 @@ def prior_predictive(
     with torch.no_grad(), torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.default_generator.manual_seed(seed)
-        nodes = sample_nodes(run_quietly(model, call))
-        root = next((node for node in nodes.values() if not node["is_observed"] and node["value"].numel()), None)
+        nodes = sample_nodes(run_quietly(model, call)).values()
+        root = next((node for node in nodes if not node["is_observed"] and node["value"].numel()), None)
         if root is None:
-            raise ValueError(f"prior_predictive: expected sites to draw, but all are observed.{unobserve(nodes)}")
+            raise ValueError(
+                "prior_predictive: expected a model with latent sites, but it has none. Call the model itself, "
+                "which draws all that there is."
+            )
 
         def draw(count: int) -> Values:  # the first site depends on no other
             return {root["name"]: root["fn"].sample((count,))}

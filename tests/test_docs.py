@@ -24,7 +24,7 @@ def code_blocks(text: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["choosing_a_flow", "diagnostics", "extending", "training"])
+@pytest.mark.parametrize("page", ["choosing_a_flow", "diagnostics", "extending", "prediction", "training"])
 def test_code_runs(page: str, restored_registry: None) -> None:
     blocks = code_blocks((DOCS / f"{page}.rst").read_text())
     assert blocks

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+import types
 import warnings
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from pyro import poutine
 from pyro.infer import config_enumerate
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoIAFNormal, AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide.initialization import init_to_value
 from torch import nn
 
 from pyro_flows import AutoFlowGuide, to_inference_data
@@ -21,7 +23,15 @@ from pyro_flows.diagnostics import pareto_smooth
 
 Y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 SIGMA = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
-GROUPS = {"posterior", "sample_stats", "posterior_predictive", "log_likelihood", "observed_data", "constant_data"}
+GROUPS = {
+    "posterior",
+    "sample_stats",
+    "posterior_predictive",
+    "log_likelihood",
+    "log_prior",
+    "observed_data",
+    "constant_data",
+}
 
 
 def schools(sigma, y=None):
@@ -298,7 +308,126 @@ def test_enumerated_sites(arviz):
     assert 0.4 < float((idata["posterior_predictive"]["y"] > idata["posterior"]["loc"]).mean()) < 0.6
 
 
+def test_draws_split_into_chains(arviz):
+    guide = AutoFlowGuide(schools).setup(SIGMA, Y)
+    one, four = (
+        to_inference_data(schools, guide, (SIGMA, Y), num_samples=200, num_chains=count, seed=0) for count in (1, 4)
+    )
+    for group in ("posterior", "log_likelihood", "log_prior", "posterior_predictive"):
+        for name, variable in four[group].data_vars.items():
+            assert variable.shape[:2] == (4, 50)
+            np.testing.assert_array_equal(variable.values.reshape(1, 200, *variable.shape[2:]), one[group][name])
+    stats = four["sample_stats"]
+    assert stats["lp"].shape == (4, 50)
+    np.testing.assert_array_equal(stats["khat"], np.repeat(one["sample_stats"]["khat"], 4))
+    assert (arviz.summary(four)["r_hat"].astype(float) < 1.1).all()
+    with pytest.raises(ValueError, match=r"200 draws do not split into 3\. Take num_samples=198"):
+        to_inference_data(schools, guide, (SIGMA, Y), num_samples=200, num_chains=3)
+
+
+def test_log_prior_is_that_of_each_latent(idata):
+    posterior = {name: torch.tensor(variable.values[0]) for name, variable in idata["posterior"].data_vars.items()}
+    prior = idata["log_prior"]
+    assert set(prior.data_vars) == {"mu", "tau", "weights", "theta"}
+    expected = {
+        "mu": dist.Normal(0.0, 5.0).log_prob(posterior["mu"]),
+        "tau": dist.HalfCauchy(5.0).log_prob(posterior["tau"]),
+        "weights": dist.Dirichlet(torch.ones(3)).log_prob(posterior["weights"]),
+        "theta": dist.Normal(posterior["mu"][:, None], posterior["tau"][:, None]).log_prob(posterior["theta"]),
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(prior[name].values[0], value, rtol=1e-4, atol=1e-4)
+
+
+def test_prior_groups(arviz):
+    guide = AutoFlowGuide(schools).setup(SIGMA, Y)
+    idata = to_inference_data(schools, guide, (SIGMA, Y), num_samples=10, num_prior_samples=2000, seed=0)
+    assert groups(idata) == GROUPS | {"prior", "prior_predictive"}
+    prior = idata["prior"]
+    assert set(prior.data_vars) == {"mu", "tau", "weights", "theta", "shift", "log_weights"}
+    assert prior["theta"].dims == ("chain", "draw", "schools")
+    assert float(prior["mu"].std()) == pytest.approx(5.0, rel=4 / 4000**0.5)
+    np.testing.assert_allclose(prior["shift"], prior["theta"] - prior["mu"], rtol=1e-3, atol=1e-3)
+    residual = (idata["prior_predictive"]["y"] - prior["theta"]) / SIGMA.numpy()
+    assert float(residual.std()) == pytest.approx(1.0, rel=4 / 32000**0.5)
+
+
+@pytest.mark.parametrize("new", [(SIGMA[:3],), {"sigma": SIGMA[:3]}])
+def test_predictions(arviz, new):
+    guide = AutoFlowGuide(schools).setup(SIGMA, Y)
+    options = {"num_samples": 20, "dims": {"sigma": ["schools"]}, "coords": {"schools": list("ABCDEFGH")}}
+    with pytest.warns(UserWarning, match="'schools' has 3 items, and had 8"):
+        idata = to_inference_data(schools, guide, (SIGMA, Y), predictions=new, **options)
+    assert groups(idata) == GROUPS | {"predictions", "predictions_constant_data"}
+    drawn = idata["predictions"]
+    assert drawn["y"].dims == ("chain", "draw", "schools") and drawn["y"].shape == (1, 20, 3)
+    assert list(drawn.coords["schools"].values) == [0, 1, 2]  # the labels are those of the eight
+    assert list(idata["posterior"].coords["schools"].values) == list("ABCDEFGH")
+    assert idata["predictions_constant_data"]["sigma"].dims == ("schools",)
+
+
+def test_deterministic_sums_are_of_each_draw(arviz):
+    """In an outer plate, the sum would be that of all draws, and no density would tell."""
+
+    def model(y):
+        with pyro.plate("parts", len(y)):
+            part = pyro.sample("part", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(part, 1.0), obs=y)
+        pyro.deterministic("total", part.sum())
+
+    posterior = to_inference_data(model, AutoFlowGuide(model), (Y,), num_samples=30)["posterior"]
+    np.testing.assert_allclose(posterior["total"], posterior["part"].sum("parts"), rtol=1e-4, atol=1e-4)
+
+
+def test_new_data_may_depend_on_deterministic_sites(arviz):
+    """Pyro's own ``uncondition`` gives such a site another shape in a plate."""
+
+    def model(y):
+        with pyro.plate("parts", len(y)):
+            part = pyro.sample("part", dist.Normal(0.0, 1.0))
+            twice = pyro.deterministic("twice", 2 * part)
+            pyro.sample("y", dist.Normal(twice, 0.1), obs=y)
+
+    idata = to_inference_data(model, AutoFlowGuide(model), (Y,), num_samples=300)
+    residual = idata["posterior_predictive"]["y"] - idata["posterior"]["twice"]
+    assert float(residual.std()) == pytest.approx(0.1, rel=4 / 4800**0.5)
+
+
+def test_leave_one_out_of_an_approximate_posterior(arviz):
+    if not hasattr(arviz, "loo_approximate_posterior"):
+        pytest.skip("since ArviZ 1.0")
+
+    def model(y):
+        loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+    y = torch.tensor([1.0, 2.0, 3.0, 0.0, 1.5])
+    start = init_to_value(values={"loc": torch.tensor(1.4)})
+    guide = AutoNormal(model, init_loc_fn=start, init_scale=0.6)  # the posterior is N(1.5, 0.45)
+    idata = to_inference_data(model, guide, (y,), num_samples=20_000, seed=0)
+    stats = idata["sample_stats"]
+    loo = arviz.loo_approximate_posterior(idata, stats["lp"], stats["log_q"])
+    expected = 0.0
+    for left_out in range(5):
+        rest = torch.cat([y[:left_out], y[left_out + 1 :]])
+        precision = 4 + 0.01
+        predictive = dist.Normal(rest.sum() / precision, (1 + 1 / precision) ** 0.5)
+        expected += predictive.log_prob(y[left_out]).item()
+    assert loo.elpd == pytest.approx(expected, abs=0.1)
+
+
+def test_arviz_base_is_enough(monkeypatch):
+    pytest.importorskip("xarray")
+    monkeypatch.setitem(sys.modules, "arviz", None)
+    monkeypatch.setitem(sys.modules, "arviz_base", types.ModuleType("arviz_base"))
+    tree = to_inference_data(schools, AutoFlowGuide(schools), (SIGMA, Y), num_samples=10)
+    assert type(tree).__name__ == "DataTree"
+    assert groups(tree) == GROUPS
+
+
 def test_without_arviz(monkeypatch):
+    monkeypatch.setitem(sys.modules, "arviz_base", None)
     monkeypatch.setitem(sys.modules, "arviz", None)
     with pytest.raises(ImportError, match=r'pip install "pyro-flows\[arviz\]"'):
         to_inference_data(schools, AutoFlowGuide(schools), (SIGMA, Y))

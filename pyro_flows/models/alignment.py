@@ -228,5 +228,5 @@ def _check_match(owner: str, aligner: _Aligner, nodes: Mapping[str, Mapping[str,
             f"{owner}: plate '{plate}' has {size} items, and had {before} in training, so all of them are taken for new"
             f" ones, drawn from their prior given the globals. Write items={{'{plate}': '{NEW}'}} if they are; or list"
             f" the training item that each one is, with -1 for a new one.",
-            stacklevel=4,
+            stacklevel=7,
         )

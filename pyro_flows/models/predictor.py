@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from pyro_flows.models.batching import BatchedModel
 from pyro_flows.models.enumeration import enumerated_sites
 from pyro_flows.models.traces import Call, sample_nodes
 
-__all__ = ["PredictionSettings", "Predictor", "unobserve"]
+__all__ = ["DrawData", "PredictionSettings", "Predictor", "data_of"]
 
 Values = dict[str, Tensor]
 
@@ -47,12 +48,14 @@ class Predictor:
         call: Its arguments.
         probe: A few draws of the guide, site -> ``(S, *trained shape)``.
         trained: The items of these draws.
-        sites: Names of sites to return; None takes all that the draws do not have, and deterministic ones.
+        sites: Names of sites to return, which are drawn even if they are observed; None takes all that the draws do not
+            have, and deterministic ones.
         settings: Sizes of runs.
         items: Plate -> which training items its items are.
         everything: Whether to return the sites of the draws too, where ``sites`` is None.
 
     Attributes:
+        nodes: The model's sample sites in a run.
         like: Site to return -> its value in a run.
         chunk: Number of draws in a run.
     """
@@ -70,8 +73,10 @@ class Predictor:
         items: Items | None = None,
         everything: bool = False,
     ) -> None:
+        sites = [sites] if isinstance(sites, str) else None if sites is None else list(sites)
+        model = DrawData(sites or ())(model)
         self._alignment, traces = align(owner, model, call, probe, trained, items or {})
-        nodes = sample_nodes(traces[0])
+        nodes = self.nodes = sample_nodes(traces[0])
         drawn = {name for name in self._alignment.rows if name not in self._alignment.known}
         names = _chosen(owner, nodes, set() if everything else drawn, sites)
         self.like = {name: nodes[name]["value"] for name in names}
@@ -103,44 +108,53 @@ class Predictor:
         return lambda trace: {name: trace.nodes[name]["value"] for name in names}
 
 
+class DrawData(Messenger):
+    """Draws data sites anew. Unlike ``poutine.uncondition`` it leaves deterministic sites alone, which would get
+    another shape in a plate.
+
+    Args:
+        names: Names of the sites.
+    """
+
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.names and msg["is_observed"] and not msg["infer"].get("_deterministic"):
+            msg["is_observed"], msg["value"], msg["done"] = False, None, False
+
+
+def data_of(nodes: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Names of the sites with data: observed ones, without ``pyro.deterministic`` and ``pyro.factor``."""
+    observed = [name for name, node in nodes.items() if node["is_observed"] and node["value"].numel()]
+    return [name for name in observed if not nodes[name]["infer"].get("_deterministic")]
+
+
 def _chosen(
-    owner: str, nodes: Mapping[str, Mapping[str, Any]], drawn: set[str], sites: Iterable[str] | None
+    owner: str, nodes: Mapping[str, Mapping[str, Any]], drawn: set[str], sites: Sequence[str] | None
 ) -> list[str]:
     """Names of the sites to return."""
-    deterministic = [name for name, node in nodes.items() if node["infer"].get("_deterministic")]
-    observed = [n for n, node in nodes.items() if node["is_observed"] and node["value"].numel()]
-    data = [name for name in observed if name not in deterministic]
-    if isinstance(sites, str):
-        sites = [sites]
-    if sites is None:
-        if data:
-            raise ValueError(f"{owner}: expected data to be drawn, but {_listed(data)} observed.{unobserve(data)}")
-        left = [name for name in nodes if name in deterministic or (name not in drawn and name not in observed)]
-        if not left:
+    if sites is not None:
+        unknown = [repr(name) for name in sites if name not in nodes] or ([] if sites else ["none"])
+        if unknown:
             raise ValueError(
-                f"{owner}: expected sites of the model that the guide does not draw, but it draws all of its sites, "
-                f"{', '.join(map(repr, nodes))}. Train the guide with the data, or name what to return: sites=[...]."
+                f"{owner}: expected sites of the model, {', '.join(map(repr, nodes))}, but got {unknown[0]}."
             )
-        return left
-    wanted = list(sites)
-    unknown = [name for name in wanted if name not in nodes]
-    if unknown or not wanted:
-        found = repr(unknown[0]) if unknown else "none"
-        raise ValueError(f"{owner}: expected sites of the model, {', '.join(map(repr, nodes))}, but got {found}.")
-    given = [name for name in wanted if name in data]
-    if given:
-        raise ValueError(f"{owner}: expected sites to be drawn, but {_listed(given)} observed.{unobserve(given)}")
-    return wanted
-
-
-def _listed(names: list[str]) -> str:
-    return f"site '{names[0]}' is" if len(names) == 1 else f"sites {', '.join(map(repr, names))} are"
-
-
-def unobserve(names: Iterable[str]) -> str:
-    """What to write so that data are drawn."""
-    name = next(iter(names), "y")
-    return (
-        f" Write the model as `def model(x, y=None)` with `pyro.sample('{name}', ..., obs=y)`, and leave y out here; "
-        "or pass `poutine.uncondition(model)`, which draws all data. Other sites can be named: sites=[...]."
-    )
+        return list(sites)
+    data = data_of(nodes)
+    if data:
+        listed = f"site '{data[0]}' is" if len(data) == 1 else f"sites {', '.join(map(repr, data))} are"
+        raise ValueError(
+            f"{owner}: expected data to be drawn, but {listed} observed. Write the model as `def model(x, y=None)` "
+            f"with `pyro.sample('{data[0]}', ..., obs=y)`, and leave y out here; or name the sites to draw, whose "
+            f"data then give no more than their shape: sites={data}."
+        )
+    deterministic = [name for name, node in nodes.items() if node["infer"].get("_deterministic")]
+    left = [n for n, node in nodes.items() if n in deterministic or not (n in drawn or node["is_observed"])]
+    if not left:
+        raise ValueError(
+            f"{owner}: expected sites of the model that the guide does not draw, but it draws all of its sites, "
+            f"{', '.join(map(repr, nodes))}. Train the guide with the data, or name what to return: sites=[...]."
+        )
+    return left
