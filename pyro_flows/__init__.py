@@ -16,7 +16,7 @@ from pyro_flows.flows import Flow, FlowSpec
 from pyro_flows.guides import AutoFlowGuide, init_to_prior_median
 from pyro_flows.importance import importance_resample
 from pyro_flows.prediction import predict, prior_predictive
-from pyro_flows.training import FitResult, VectorizedTrace_ELBO, fit
+from pyro_flows.training import Convergence, FitProgress, FitResult, VectorizedTrace_ELBO, fit, until_converged
 
 __version__ = "0.1.0"
 
@@ -25,7 +25,9 @@ __all__ = [
     "Calibration",
     "Comparison",
     "CompiledSVI",
+    "Convergence",
     "Diagnosis",
+    "FitProgress",
     "FitResult",
     "Flow",
     "FlowSpec",
@@ -41,4 +43,5 @@ __all__ = [
     "predict",
     "prior_predictive",
     "to_inference_data",
+    "until_converged",
 ]

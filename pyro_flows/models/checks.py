@@ -20,7 +20,8 @@ from pyro.poutine.util import site_is_subsample
 from pyro.util import check_site_shape
 from torch import Tensor
 
-from pyro_flows.models.traces import NO_DENSITY, Call, replay_trace, sample_nodes
+from pyro_flows._blame import blame
+from pyro_flows.models.traces import NO_DENSITY, Call, mini_batches, replay_trace, run_quietly, sample_nodes
 
 __all__ = [
     "check_data",
@@ -29,6 +30,7 @@ __all__ = [
     "first_run",
     "start_elsewhere",
     "warn_without_data",
+    "where_not_finite",
     "without_density",
 ]
 
@@ -245,6 +247,24 @@ def without_density(model: Callable[..., Any], values: Mapping[str, Any], call: 
             if wrong.numel():
                 found[name] = wrong[0].item()
     return found
+
+
+def where_not_finite(model: Callable[..., Any], guide: Callable[..., Any], call: Call, num_draws: int) -> str:
+    """Sites without a finite log density at one of many draws of a guide, in words; empty if none is found.
+
+    Leaves the random state alone. If the model raises at a draw, names its line instead.
+    """
+    with torch.random.fork_rng(devices=[]):
+        for _ in range(num_draws):
+            try:
+                trace = run_quietly(guide, call)
+                values = {name: node["value"] for name, node in sample_nodes(trace).items()}
+                sites = without_density(model, values, call._replace(fixed=mini_batches(trace)))
+            except Exception as error:
+                return f"the model raises: {blame(error)}"
+            if sites:
+                return " and ".join(f"site '{name}' has log density {number}" for name, number in sites.items())
+    return ""
 
 
 def start_elsewhere(owner: str, sites: Mapping[str, float]) -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,16 +13,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_flows._checks import check_choice, check_int, check_positive
+from pyro_flows.diagnostics import Diagnosis
+from pyro_flows.diagnostics.report import NOT_KNOWN
 from pyro_flows.guides import AutoFlowGuide
 from pyro_flows.posterior.mini_batches import MiniBatch
 from pyro_flows.training.batches import Batches
 from pyro_flows.training.checkpoint import Checkpoint
+from pyro_flows.training.monitor import Callback, Monitor
 from pyro_flows.training.objective import EstimateSettings, Objective
+from pyro_flows.training.optimizers import peak_rate, resolve_optimizer
 from pyro_flows.training.schedule import Schedule, ScheduleSettings
 from pyro_flows.training.trainer import Trainer, TrainerSettings
+from pyro_flows.training.verdict import VerdictSettings, first_verdict
 
 __all__ = ["FitResult", "FitSettings", "fit"]
 
@@ -52,6 +57,7 @@ class FitSettings:
         checkpoint_interval: Seconds between two checkpoints within a cycle, >= 0.
         estimates: Settings of ELBO estimates.
         trainer: Settings of optimizer steps.
+        verdict: Settings of the first verdict.
         schedule: Settings of learning-rate cycles and convergence.
     """
 
@@ -71,6 +77,7 @@ class FitSettings:
     checkpoint_interval: float = 60.0
     estimates: EstimateSettings = field(default_factory=EstimateSettings)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
+    verdict: VerdictSettings = field(default_factory=VerdictSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
 
     def learning_rate(self, guide: Callable[..., Any], *, warm: bool, anneal: bool) -> float:
@@ -119,6 +126,10 @@ class FitResult:
         losses: Negative ELBO estimates in nats, one per step.
         obstacle: Reason why the particles of a step cannot share a run of the model, with the line of the model; empty
             if they can.
+        skipped_at: The sites without a finite log density at a draw like those of the first skipped step; empty if none
+            was found.
+        diagnosis: A first verdict, by the weights of fresh draws, without the search for lost modes; None with
+            mini-batches, where draws cannot share a run, and where the guide has no density.
     """
 
     elbo: float
@@ -134,9 +145,29 @@ class FitResult:
     learning_rate: float
     losses: tuple[float, ...]
     obstacle: str = ""
+    skipped_at: str = ""
+    diagnosis: Diagnosis | None = None
+
+    @property
+    def gap(self) -> float:
+        """Estimated KL divergence from the posterior, in nats; NaN without a diagnosis."""
+        return math.nan if self.diagnosis is None else self.diagnosis.gap
+
+    @property
+    def khat(self) -> float:
+        """Tail shape of the importance weights; NaN without a diagnosis."""
+        return math.nan if self.diagnosis is None else self.diagnosis.khat
+
+    @property
+    def verdict(self) -> str:
+        """In words, as :class:`~pyro_flows.Diagnosis` has it; ``"not known"`` without a diagnosis."""
+        return NOT_KNOWN if self.diagnosis is None else self.diagnosis.verdict
 
     def __repr__(self) -> str:
-        return f"FitResult(elbo={self.elbo:.4g}, elbo_se={self.elbo_se:.2g}, steps={self.steps}, kept={self.kept!r})"
+        return (
+            f"FitResult(elbo={self.elbo:.4g}, elbo_se={self.elbo_se:.2g}, steps={self.steps}, kept={self.kept!r}, "
+            f"verdict={self.verdict!r})"
+        )
 
     def __str__(self) -> str:
         lines = [
@@ -145,9 +176,14 @@ class FitResult:
             f"learning rate {self.learning_rate:g}; stopped: {self.reason}",
         ]
         if self.skipped or self.rollbacks:
-            lines.append(f"{self.skipped} steps skipped, {self.rollbacks} times rolled back")
+            where = f" (at a draw where {self.skipped_at})" if self.skipped_at else ""
+            lines.append(f"{self.skipped} steps skipped{where}, {self.rollbacks} times rolled back")
         if self.obstacle:
             lines.append(f"Draws are run one by one, and few, since {self.obstacle}")
+        if self.diagnosis is not None:
+            verdict, reason = self.verdict, self.diagnosis.reason
+            found = f"gap {self.gap:.3f} +/- {self.diagnosis.log_evidence_se:.3f} nats, k-hat {self.khat:.2f}"
+            lines.append(f"{verdict[0].upper()}{verdict[1:]} ({found}): {reason}")
         lines.append(self.advice)
         return "\n".join(lines)
 
@@ -160,7 +196,10 @@ class FitResult:
             return f"Next: training was unstable; try learning_rate={self.learning_rate / 4:g}."
         if self.reason.startswith("all"):
             return "Next: call fit again; it goes on from here."
-        return "Next: print(diagnose(model, guide, args)) says how far from the posterior it is."
+        if self.diagnosis is None or self.diagnosis.trustworthy:
+            more = "how far from the posterior it is" if self.diagnosis is None else "whether it has lost a mode"
+            return f"Next: print(diagnose(model, guide, args)) says {more}."
+        return f"Next: {self.diagnosis.advice}"
 
 
 def fit(
@@ -173,7 +212,9 @@ def fit(
     num_particles: int | None = None,
     learning_rate: float | None = None,
     anneal: bool = False,
+    optim: Any = None,
     compile: bool | str = "auto",
+    callback: Callback | None = None,
     progress: bool = True,
     seed: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -206,8 +247,13 @@ def fit(
         learning_rate: Peak learning rate of Adam, > 0.
         anneal: Whether to flatten the log joint at first, for a multimodal posterior, so that the guide finds all
             modes before it converges. There is no warm start then, since it would choose one mode.
+        optim: The optimizer, in place of Adam: one of ``pyro.optim``, or a class or function that makes a
+            ``torch.optim.Optimizer`` of parameters. Its learning rate, unless ``learning_rate`` is given, is the peak
+            of the same cycles; tables of local latents have an Adam of their own still.
         compile: Whether to compile a step (see :class:`CompiledSVI`): True, False, or ``"auto"``, which compiles where
             that is expected to save time.
+        callback: Called with a :class:`FitProgress` after each cycle; a true return value stops the run, which keeps
+            the best parameters so far.
         progress: Whether to show a progress bar.
         seed: Random seed; makes the run reproducible and leaves torch's global random state alone.
         checkpoint: A file that is written once a minute and at the end. If the file exists, its run is resumed: call
@@ -215,7 +261,7 @@ def fit(
         settings: Constants of the algorithm, which rarely need a change; None takes :class:`FitSettings`.
 
     Raises:
-        TypeError: If ``args`` is an iterator, which would be used up.
+        TypeError: If ``args`` is an iterator, which would be used up, or ``optim`` is no way to make an optimizer.
         ValueError: If a number is out of range, there are no mini-batches, or the checkpoint has other parameters.
         ValueError: If observed values are not finite or outside their support; if model and guide were swapped, or the
             guide is for another model or for data of another size.
@@ -239,21 +285,21 @@ def fit(
     if learning_rate is not None:
         check_positive("fit", "learning_rate", learning_rate)
     check_choice("fit", "compile", compile, (True, False, "auto"))
-    begin = time.perf_counter()
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+    make = None if optim is None else resolve_optimizer(optim)
+    with Monitor(progress, callback) as monitor, torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.default_generator.manual_seed(seed)
         settings = settings or FitSettings()
         batches = Batches(args, kwargs)
         file = Checkpoint(checkpoint, settings.checkpoint_interval)
-        warm = not (anneal or file.exists) and _warm_start(model, guide, batches, settings, progress=progress)
+        warm = not (anneal or file.exists) and _warm_start(model, guide, batches, settings, monitor)
         objective = Objective(model, guide, batches, settings.estimates)
         if num_particles is None:
             num_particles = settings.num_particles(objective)
-        rate = learning_rate or settings.learning_rate(guide, warm=warm, anneal=anneal)
+        rate = learning_rate or (make and peak_rate(make)) or settings.learning_rate(guide, warm=warm, anneal=anneal)
         with without_step_limit(guide), sparse_tables(guide, enabled=objective.subsampled) as tables:
-            trainer = Trainer(objective, num_particles, rate, tables, compile, settings.trainer)
-            schedule = Schedule(trainer, num_steps, file, anneal=anneal, progress=progress, settings=settings.schedule)
+            trainer = Trainer(objective, num_particles, rate, tables, compile, settings.trainer, make)
+            schedule = Schedule(trainer, num_steps, file, anneal=anneal, monitor=monitor, settings=settings.schedule)
             try:
                 kept, best = schedule.finish(schedule.train())
             finally:
@@ -264,7 +310,7 @@ def fit(
         elbo_se=best.error,
         start_elbo=schedule.initial_estimate.mean,
         steps=state.num_steps,
-        seconds=time.perf_counter() - begin,
+        seconds=time.perf_counter() - monitor.begin,
         kept=kept,
         reason=state.reason,
         skipped=state.num_skipped,
@@ -273,11 +319,13 @@ def fit(
         learning_rate=rate,
         losses=tuple(state.losses),
         obstacle=objective.obstacle,
+        skipped_at=trainer.skipped_at,
+        diagnosis=None if objective.subsampled else first_verdict(model, guide, *batches.first, settings.verdict),
     )
 
 
 def _warm_start(
-    model: Callable[..., Any], guide: Callable[..., Any], batches: Batches, settings: FitSettings, *, progress: bool
+    model: Callable[..., Any], guide: Callable[..., Any], batches: Batches, settings: FitSettings, monitor: Monitor
 ) -> bool:
     """Warm-start a flow guide that has not seen data yet; returns whether it was warm-started."""
     if not isinstance(guide, AutoFlowGuide) or guide.prototype_trace is not None:
@@ -289,7 +337,7 @@ def _warm_start(
 
     def watch(passed: Iterator[MiniBatch], title: str) -> Iterable[MiniBatch]:
         total = len(calls) if batches.many else None  # unknown for plates that draw their own
-        return tqdm(passed, desc=f"warm start, {title}", total=total, disable=not progress, mininterval=0.5)
+        return monitor.watch(passed, title, total)
 
     try:
         guide.warm_start_on(calls, watch, model)

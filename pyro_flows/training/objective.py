@@ -26,7 +26,7 @@ from pyro_flows.flows import FlowDistribution
 from pyro_flows.importance.psis import nearly_constant, pareto_smooth
 from pyro_flows.importance.weights import log_weights
 from pyro_flows.models.batching import BatchedModel
-from pyro_flows.models.checks import start_elsewhere, without_density
+from pyro_flows.models.checks import start_elsewhere, where_not_finite, without_density
 from pyro_flows.models.particles import at_a_draw, look_at
 from pyro_flows.models.traces import (
     NO_DENSITY,
@@ -304,6 +304,11 @@ class Objective:
             "fit: expected a finite loss and gradient in one of the first steps, but got none, although the model has "
             "a finite log density. Look for what overflows in it, or in its gradient, such as the root of zero."
         )
+
+    def where_not_finite(self) -> str:
+        """Sites of the model without a finite log density at one of many draws of the guide, in words."""
+        call = Call(*self.batches.first)
+        return where_not_finite(self.model, self.guide, call, self.settings.num_sequential_runs)
 
     def prefers(self, now: Estimate, before: Estimate) -> bool:
         """Whether an estimate is accepted over an earlier one: higher, or with mini-batches not significantly lower.

@@ -5,15 +5,14 @@ until the ELBO has converged."""
 from __future__ import annotations
 
 import math
-import statistics
+import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from pyro_flows.guides import AutoFlowGuide
 from pyro_flows.training.checkpoint import Checkpoint
+from pyro_flows.training.monitor import FitProgress, Monitor
 from pyro_flows.training.objective import Estimate
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.transforms.preconditioner import look_again
@@ -81,7 +80,7 @@ class Schedule:
         num_steps: Number of steps of a single cycle, >= 1; None stops on convergence.
         checkpoint: The file to resume from and to write to.
         anneal: Whether the first cycle begins with a flattened log joint.
-        progress: Whether to show a progress bar.
+        monitor: The progress bar and the user's callback.
         settings: Lengths of cycles, and criteria of convergence.
 
     Attributes:
@@ -97,7 +96,7 @@ class Schedule:
         checkpoint: Checkpoint,
         *,
         anneal: bool,
-        progress: bool,
+        monitor: Monitor,
         settings: ScheduleSettings | None = None,
     ) -> None:
         self.settings = settings or ScheduleSettings()
@@ -105,7 +104,7 @@ class Schedule:
         self.objective = trainer.objective
         self.checkpoint = checkpoint
         self.anneal = anneal
-        self.progress = progress
+        self.monitor = monitor
         self.num_steps = num_steps
         self.lengths = self.settings.lengths(num_steps, long=self.objective.subsampled or anneal)
         # With mini-batches the same noise each time, since the noise of estimates would exceed any gain.
@@ -166,9 +165,8 @@ class Schedule:
         objective, trainer, state = self.objective, self.trainer, self.trainer.state
         done = sum(self.lengths[: state.cycle])
         anneal = self.anneal and state.cycle == 0
-        title = f"cycle {state.cycle + 1}"
-        with tqdm(total=length, initial=state.step, desc=title, disable=not self.progress, mininterval=0.5) as bar:
-            trainer.cycle(length, lambda: self._after_step(bar), anneal=anneal)
+        self.monitor.begin_cycle(state.cycle + 1, done + state.step, done + length)
+        trainer.cycle(length, self._after_step, anneal=anneal)
         now = self._estimate()
         gain, error = now.gain_over(self.best_estimate)
         is_worse = gain < -2 * error and not objective.trains_model
@@ -184,6 +182,22 @@ class Schedule:
             state.learning_rate /= 2
         state.last_gain = gain if state.cycle else 0.0
         state.cycle, state.step = state.cycle + 1, 0
+        if self._wants_to_stop(now) and not state.reason:
+            state.reason = "the callback asked for it"
+
+    def _wants_to_stop(self, now: Estimate) -> bool:
+        """Report a cycle to the user's callback; returns whether it wants the run to stop."""
+        state, best = self.trainer.state, self.best_estimate
+        progress = FitProgress(
+            cycle=state.cycle,
+            step=state.num_steps,
+            elbo=now.mean,
+            elbo_se=now.error,
+            best_elbo=best.mean,
+            learning_rate=state.learning_rate,
+            seconds=time.perf_counter() - self.monitor.begin,
+        )
+        return self.monitor.end_cycle(progress)
 
     def _is_worth_more(self, gain: float, error: float) -> bool:
         """Whether a cycle gained more than the tolerance, and the next one will, if gains go on falling as they did."""
@@ -212,17 +226,12 @@ class Schedule:
         self.best_estimate = now
         self.trainer.state.best_point, self.trainer.state.initial_is_best = self.trainer.snapshot(), False
 
-    def _after_step(self, bar: Any) -> None:
+    def _after_step(self) -> None:
         """Update the progress bar, and write a checkpoint if one is due."""
-        bar.update()
+        state = self.trainer.state
+        self.monitor.step(state.losses, state.num_steps)
         if self.checkpoint.is_due:
             self._save()
-        state = self.trainer.state
-        if state.num_steps % 50 == 0:
-            recent = state.losses[-200:]
-            half = len(recent) // 2
-            trend = statistics.fmean(recent[:half] or [0.0]) - statistics.fmean(recent[half:] or [0.0])
-            bar.set_postfix_str(f"ELBO {-statistics.fmean(recent[half:]):.3f}, trend {trend:+.3f}")
 
     def finish(self, compare: bool) -> tuple[str, Estimate]:
         """Keep the initial or the trained point; returns ``"start"`` or ``"flow"``, and its ELBO.

@@ -17,6 +17,7 @@ from torch import Tensor
 from pyro_flows.compiled.parameters import RecordingError
 from pyro_flows.models.traces import NO_DENSITY
 from pyro_flows.training.objective import Objective
+from pyro_flows.training.optimizers import MakeOptimizer, adam, carry_over
 from pyro_flows.training.state import Point, TrainingState
 
 __all__ = ["Trainer", "TrainerSettings"]
@@ -90,7 +91,7 @@ class TrainerSettings:
 
 
 class Trainer:
-    """Trains an objective by Adam.
+    """Trains an objective by Adam, or by another optimizer at the same schedule.
 
     Args:
         objective: The objective to maximize.
@@ -99,9 +100,11 @@ class Trainer:
         tables: Parameters with sparse gradients: a step updates the rows of its mini-batch only.
         compile: Whether steps are compiled: True, False, or ``"auto"``, which compiles where that saves time.
         settings: Constants of the optimizer, and of recording and compilation.
+        make: Makes the optimizer of all other parameters than ``tables``; None takes Adam.
 
     Attributes:
         state: State of the run.
+        skipped_at: Sites without a finite log density after the first step without one, in words.
     """
 
     def __init__(
@@ -112,16 +115,19 @@ class Trainer:
         tables: Sequence[Tensor] = (),
         compile: bool | str = False,
         settings: TrainerSettings | None = None,
+        make: MakeOptimizer | None = None,
     ) -> None:
         self.settings = settings or TrainerSettings()
         self.objective = objective
         self.num_particles = num_particles
         here = self.snapshot()
         self.state = TrainingState(learning_rate, initial_point=here, best_point=here)
+        self.skipped_at = ""
         self._elbo = objective.elbo(num_particles)
         self._norms: deque[float] = deque(maxlen=self.settings.norm_memory)
         self._tables = tables
         self._compile = compile
+        self._make = adam(self.settings.betas) if make is None else make
         self._seconds: deque[float] = deque(maxlen=self.settings.timed_steps // 2)
 
     def _fresh_optimizers(self) -> list[torch.optim.Optimizer]:
@@ -130,27 +136,17 @@ class Trainer:
         tables = [p for p in self._parameters if any(p is table for table in self._tables)]
         dense = [p for p in self._parameters if all(p is not table for table in self._tables)]
         if dense:
-            made.append(torch.optim.Adam(dense, lr=rate, betas=betas, fused=True))
+            made.append(self._make(dense))
         if tables:
             eps = self.settings.table_eps * self.objective.scale
             made.append(torch.optim.SparseAdam(tables, lr=rate, betas=betas, eps=eps))
         return made
 
     def _continued(self, before: Sequence[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
-        """Adam for the vector of the parameters, with their moments; with fresh moments the next steps would be as long
-        as the first ones of a cycle, but without a warmup of the learning rate."""
+        """Optimizers of the vector of the parameters, in the state of those before."""
         made = self._fresh_optimizers()
-        states: dict[Tensor, dict[str, Tensor]] = {}
-        for optimizer in before:
-            states.update(optimizer.state)
-        steps = [state["step"] for state in states.values()]
-        if steps:
-            (vector,), leaves = self._parameters, self.objective.recorded_leaves
-            moments = {
-                name: torch.cat([(states[p][name] if p in states else torch.zeros_like(p)).reshape(-1) for p in leaves])
-                for name in ("exp_avg", "exp_avg_sq")
-            }
-            made[0].state[vector] = {"step": max(steps).clone(), **moments}
+        (vector,) = self._parameters
+        carry_over(before, self.objective.recorded_leaves, vector, made[0])
         return made
 
     @property
@@ -264,6 +260,8 @@ class Trainer:
             state.num_skipped += 1
             if not state.losses and state.num_skipped >= settings.max_failures:
                 raise RuntimeError(self.objective.without_density())
+            if state.num_skipped == 1:
+                self.skipped_at = self.objective.where_not_finite()
             return
         state.losses.append(loss)
         median = statistics.median(self._norms) if self._norms else norm

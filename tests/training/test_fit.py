@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pyro
@@ -11,15 +12,18 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import config_enumerate
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoNormal
+from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_flows import AutoFlowGuide, fit
+from pyro_flows import AutoFlowGuide, FitProgress, fit
 from pyro_flows.training.batches import Batches
 from pyro_flows.training.checkpoint import Checkpoint
 from pyro_flows.training.fit import FitSettings
+from pyro_flows.training.monitor import Monitor
 from pyro_flows.training.objective import EstimateSettings, Objective
+from pyro_flows.training.optimizers import carry_over, resolve_optimizer
 from pyro_flows.training.schedule import Schedule, ScheduleSettings
 from pyro_flows.training.trainer import Trainer, TrainerSettings
 
@@ -264,9 +268,119 @@ def test_ctrl_c_keeps_the_best_so_far() -> None:
             raise KeyboardInterrupt
         conjugate(y)
 
-    result = fit(model, AutoNormal(model), (Y,), num_particles=1, seed=0, progress=False)
+    # A recorded step would no longer call the model.
+    result = fit(model, AutoNormal(model), (Y,), num_particles=1, compile=False, seed=0, progress=False)
     assert result.reason == "interrupted" and math.isfinite(result.elbo)
     assert result.elbo > result.start_elbo
+
+
+def test_a_callback_sees_every_cycle_and_can_stop() -> None:
+    short = FitSettings(schedule=ScheduleSettings(first_cycle=10, max_steps=40, min_gain=1e-9, patience=1000))
+    seen: list[FitProgress] = []
+    result = fit(banana, AutoFlowGuide(banana), seed=0, progress=False, settings=short, callback=seen.append)
+    assert [(now.cycle, now.step) for now in seen] == [(1, 10), (2, 20), (3, 40)]
+    assert all(now.elbo <= now.best_elbo < 0.1 and now.elbo_se > 0.0 for now in seen)
+    assert 0.0 < seen[0].seconds < seen[1].seconds <= result.seconds
+    result = fit(
+        banana, AutoFlowGuide(banana), seed=0, progress=False, settings=short, callback=lambda now: now.cycle == 2
+    )
+    assert result.steps == 20 and result.reason == "the callback asked for it"
+
+
+@pytest.mark.parametrize(
+    "optim",
+    [
+        pyro.optim.AdamW({"lr": 0.05}),
+        pyro.optim.SGD({"lr": 0.01, "momentum": 0.5}),
+        partial(torch.optim.RMSprop, lr=0.01),
+    ],
+    ids=["AdamW", "SGD", "RMSprop"],
+)
+def test_an_optimizer_of_the_user(optim: Any) -> None:
+    guide = AutoNormal(conjugate)
+    result = fit(conjugate, guide, (Y,), num_steps=300, optim=optim, seed=0, progress=False)
+    assert result.elbo > LOG_EVIDENCE - 0.3
+    assert result.learning_rate in (0.05, 0.01)
+    rate = fit(conjugate, guide, (Y,), num_steps=1, optim=optim, learning_rate=0.3, progress=False).learning_rate
+    assert rate == 0.3
+
+
+@pytest.mark.parametrize("optim", [torch.optim.Adam, pyro.optim.RMSprop({"lr": 0.01}), pyro.optim.SGD({"lr": 0.01})])
+def test_a_recorded_step_goes_on_with_the_state_of_the_optimizer(optim: Any) -> None:
+    make = resolve_optimizer(optim)
+    parameters = [torch.ones(3, requires_grad=True), torch.ones((), requires_grad=True)]
+    before = make(parameters)
+    for _ in range(3):
+        for p in parameters:
+            p.grad = p.detach().clone()
+        before.step()
+    vector = torch.cat([p.detach().reshape(-1) for p in parameters]).requires_grad_()
+    after = make([vector])
+    carry_over([before], parameters, vector, after)
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    vector.grad = torch.ones(4)
+    before.step()
+    after.step()
+    torch.testing.assert_close(vector, torch.cat([p.reshape(-1) for p in parameters]))
+
+
+@pytest.mark.parametrize(
+    "optim",
+    [
+        torch.optim.Adam([torch.zeros(1)], lr=0.1),
+        pyro.optim.CosineAnnealingLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "T_max": 10}),
+        pyro.optim.Adam(lambda name: {"lr": 0.1}),
+        "adam",
+        lambda parameters: 0.1,
+    ],
+    ids=["made", "schedule", "by name", "string", "function"],
+)
+def test_what_is_no_optimizer_for_fit(optim: Any) -> None:
+    with pytest.raises(TypeError, match=r"^fit: expected .*optim"):
+        fit(conjugate, AutoNormal(conjugate), (Y,), optim=optim, progress=False)
+
+
+def test_the_result_has_a_first_verdict() -> None:
+    state = torch.random.get_rng_state()
+    result = fit(conjugate, AutoFlowGuide(conjugate), (Y,), seed=0, progress=False)
+    assert result.verdict == "trust it" and abs(result.gap) < 0.01 and result.khat < 0.7
+    assert "Trust it (gap " in str(result) and "whether it has lost a mode" in result.advice
+    assert torch.equal(state, torch.random.get_rng_state())
+
+    narrow = AutoNormal(banana, init_scale=0.01)
+    result = fit(banana, narrow, num_steps=1, learning_rate=1e-6, seed=0, progress=False)
+    assert result.verdict != "trust it" and result.verdict.capitalize() in str(result)
+
+    nothing = (
+        fit(conjugate, AutoDelta(conjugate), (Y,), num_steps=1, seed=0, progress=False),  # has no density
+        fit(conjugate, AutoNormal(conjugate), [(Y,)], num_steps=1, seed=0, progress=False),
+    )
+    for result in nothing:
+        assert result.diagnosis is None and result.verdict == "not known" and math.isnan(result.gap)
+        assert "all 1 steps" in result.reason and "Trust" not in str(result)
+
+
+def test_the_site_of_skipped_steps_is_named() -> None:
+    def fragile(y: Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+        pyro.factor("root", 0.0 * (2.5 - loc).sqrt())  # the posterior is N(2, 0.58)
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+    guide = AutoNormal(fragile, init_loc_fn=init_to_value(values={"loc": torch.tensor(2.0)}), init_scale=0.5)
+    pyro.enable_validation(False)
+    result = fit(fragile, guide, (Y,), num_steps=60, num_particles=1, seed=0, progress=False)
+    pyro.enable_validation(True)
+    assert result.skipped and "site 'root' has log density nan" in result.skipped_at
+    assert f"steps skipped (at a draw where {result.skipped_at})" in str(result)
+
+
+def test_one_bar_from_the_warm_start_on(capsys: pytest.CaptureFixture[str]) -> None:
+    fit(banana, AutoFlowGuide(banana), num_steps=60, seed=0)
+    shown = capsys.readouterr().err
+    assert shown.startswith("\rwarm start") and "fit, cycle 1: 100%" in shown
+    assert shown.count("\n") == 1  # a single bar
 
 
 def test_arguments_that_do_not_make_sense() -> None:
@@ -330,7 +444,7 @@ def test_tails_of_weights_are_looked_at_before_it_is_called_arrived(df: float, l
 def test_a_cycle_that_promises_little_is_not_begun(last_gain: float, gain: float, worth: bool) -> None:
     """Gains of .066, .051, .020 were followed by 2000 steps for .009, half of the whole time."""
     trainer = Trainer(Objective(banana, AutoNormal(banana), Batches((), {})), 1, 0.01)
-    schedule = Schedule(trainer, None, Checkpoint(None, 60.0), anneal=False, progress=False)
+    schedule = Schedule(trainer, None, Checkpoint(None, 60.0), anneal=False, monitor=Monitor())
     assert schedule.lengths == [250, 250, 500, 1000, 2000]
     trainer.state.cycle, trainer.state.last_gain = 3, last_gain
     assert schedule._is_worth_more(gain, error=0.001) is worth
