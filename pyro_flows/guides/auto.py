@@ -135,6 +135,7 @@ class AutoFlowGuide(SummarizedGuide):
         self.limits_steps = True
         self._has_warned = False
         self._spec: FlowSpec | None = resolve(flow)
+        self._family = flow if isinstance(flow, str) else type(self._spec).__name__
         if not self._spec.one_pass_sampling:
             raise NotImplementedError(
                 f"AutoFlowGuide: expected a flow that draws in one pass, but {type(self._spec).__name__} takes a pass "
@@ -220,6 +221,7 @@ class AutoFlowGuide(SummarizedGuide):
         self._spec = None  # A user's function need not be picklable, and is no longer needed.
         self._encoders = {}
         self.prototype_trace = trace
+        self._initial = self._fingerprint()
 
     def _given_plates(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
         """Names of the plates that the user creates for the guide, or for the ``AutoGuideList`` that it is in."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,9 @@ SUMMARY = SummarySettings()
 class SummarizedGuide(StoredGuide):
     """A guide with draws, densities and quantiles of its distribution, without runs of the model."""
 
+    _family: str = ""  # of flows, by name
+    _initial: float = math.nan  # fingerprint of the parameters at set-up
+
     def setup(self, *args: Any, **kwargs: Any) -> SummarizedGuide:
         """Build all parameters, once; takes the model's arguments."""
         raise NotImplementedError
@@ -43,6 +47,25 @@ class SummarizedGuide(StoredGuide):
     @property
     def _posterior(self) -> Posterior:
         raise NotImplementedError
+
+    def _fingerprint(self) -> float:
+        """A number that any change of the parameters changes."""
+        return sum(p.detach().double().cos().sum().item() for p in self._posterior.parameters())
+
+    def __repr__(self) -> str:
+        name = f"{type(self).__name__}(flow={self._family!r}, "
+        if self.prototype_trace is None:
+            return f"{name}not set up: has not seen the model's arguments)"
+        is_initial = math.isclose(self._fingerprint(), self._initial, rel_tol=1e-9)
+        lines = [f"{name}{'not trained' if is_initial else 'warm-started or trained'})"]
+        for layout in self._posterior.layouts():
+            sites = ", ".join(f"{site.name} {tuple(site.shape)}" for site in layout)
+            amortized = any(self._posterior.encoder(plate) is not None for plate in layout.plate_names)
+            sizes = zip(layout.plate_names, layout.full_sizes, strict=True)
+            plates = " and ".join(f"'{plate}'" + ("" if amortized else f" of {size}") for plate, size in sizes)
+            where = f"each item of plate {plates}{', by an encoder' if amortized else ''}" if plates else "joint"
+            lines.append(f"  {where}, {_counted(layout.latent_dim)}: {sites}")
+        return "\n".join(lines)
 
     @torch.no_grad()
     def sample_posterior(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -127,6 +150,10 @@ class SummarizedGuide(StoredGuide):
             num_samples = _num_draws(self.setup(*args, **kwargs)._posterior, 400)
         medians = self.quantiles([0.5], *args, num_samples=num_samples, **kwargs)
         return {name: value.squeeze(0) for name, value in medians.items()}
+
+
+def _counted(dimensions: int) -> str:
+    return f"{dimensions} dimension{'' if dimensions == 1 else 's'}"
 
 
 def _num_draws(posterior: Posterior, most: int) -> int:
