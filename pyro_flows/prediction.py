@@ -17,6 +17,7 @@ from pyro_flows._storage import Storage
 from pyro_flows.guides import AutoFlowGuide
 from pyro_flows.models.alignment import Items, Trained
 from pyro_flows.models.draws import GuideSampler
+from pyro_flows.models.full_plates import on_full_plates
 from pyro_flows.models.predictor import PredictionSettings, Predictor
 from pyro_flows.models.traces import Call, run_quietly, sample_nodes
 
@@ -51,6 +52,8 @@ def predict(
     it is, ``items={"schools": [0, 1, 2, -1]}``, with -1 for a new one. In an amortized plate, the guide's encoder is
     run on the new arguments.
 
+    **Subsampled plates** that draw their own mini-batches have all items here.
+
     **Enumerated sites** of new items are drawn from their prior given the other latents.
 
     Args:
@@ -78,7 +81,7 @@ def predict(
         ValueError: If data are passed, and ``sites`` does not name what to draw; if a name is unknown; if the guide is
             for another model, or a shape differs elsewhere than along a plate; if ``items`` does not fit.
         MemoryError: If the result is larger than ``settings.max_bytes``, and there is no ``path``.
-        NotImplementedError: If a plate draws a random mini-batch, or an enumerated site depends on the training data.
+        NotImplementedError: If an enumerated site depends on the training data.
         Exception: Any exception of the model.
 
     Warns:
@@ -133,6 +136,7 @@ def draw_predictions(
 ) -> tuple[dict[str, Tensor], Mapping[str, Mapping[str, Any]]]:
     """What :func:`predict` returns, and the model's sample sites in a run."""
     settings = settings or PredictionSettings()
+    model = on_full_plates(model)
     draw, trained, elements = guide_draws(owner, guide, call)
     probe = draw(settings.num_probes)
     predictor = Predictor(owner, model, call, probe, trained, sites, settings, items=items)
@@ -178,7 +182,7 @@ def prior_predictive(
         ValueError: If data are passed, and ``sites`` does not name what to draw; if a name is unknown; if there are no
             latent sites.
         MemoryError: As :func:`predict`.
-        NotImplementedError: If a plate draws a random mini-batch, or a prior cannot be drawn from.
+        NotImplementedError: If a prior cannot be drawn from.
         Exception: Any exception of the model.
 
     Example:
@@ -195,6 +199,7 @@ def prior_predictive(
     check_int("prior_predictive", "num_samples", num_samples, 1)
     settings = settings or PredictionSettings()
     call = _call("prior_predictive", args, kwargs)
+    model = on_full_plates(model)
     with torch.no_grad(), torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.default_generator.manual_seed(seed)
@@ -243,5 +248,5 @@ def guide_draws(owner: str, guide: Callable[..., Any], call: Call) -> tuple[Call
     if isinstance(guide, AutoFlowGuide) and not len(guide.posterior.encoders):
         one = guide.sample_posterior(1)
         return guide.sample_posterior, Trained({}, {}), sum(value.numel() for value in one.values())
-    sampler = GuideSampler(guide, call)
+    sampler = GuideSampler(on_full_plates(guide), call)
     return sampler, Trained(sampler.indices, sampler.full_sizes), max(1, sampler.elements)

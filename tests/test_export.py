@@ -282,14 +282,40 @@ def test_indices_of_a_plate_are_its_coordinates(arviz):
     assert list(idata["posterior"].coords["items"].values) == [2, 0, 1]
 
 
-def test_mini_batches_are_refused(arviz):
+@pytest.mark.parametrize("kind", ["data", "groups", "AutoNormal"])
+def test_plates_that_draw_mini_batches_have_all_items(arviz, kind):
     def model(y):
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         with pyro.plate("items", len(y), subsample_size=2) as index:
+            theta = mu if kind == "data" else pyro.sample("theta", dist.Normal(mu, 1.0))
+            pyro.sample("y", dist.Normal(theta, 1.0), obs=y[index])
+
+    plates = None if kind == "data" else lambda y: pyro.plate("items", len(y), subsample_size=2)
+    guide = (AutoNormal if kind == "AutoNormal" else AutoFlowGuide)(model, create_plates=plates)
+    guide(Y)
+    idata = to_inference_data(model, guide, (Y,), num_samples=40)
+    posterior = {name: torch.tensor(variable.values[0]) for name, variable in idata["posterior"].data_vars.items()}
+    theta = posterior["mu"].unsqueeze(-1) if kind == "data" else posterior["theta"]
+    assert theta.shape == (40, 1 if kind == "data" else 8)
+    expected = dist.Normal(theta, 1.0).log_prob(Y)
+    np.testing.assert_allclose(idata["log_likelihood"]["y"].values[0], expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(idata["observed_data"]["y"], Y)
+    log_p = expected.sum(-1) + dist.Normal(0.0, 1.0).log_prob(posterior["mu"])
+    if kind != "data":
+        log_p += dist.Normal(posterior["mu"].unsqueeze(-1), 1.0).log_prob(theta).sum(-1)
+    np.testing.assert_allclose(idata["sample_stats"]["lp"].values[0], log_p, rtol=1e-4, atol=1e-2)
+    trace = poutine.trace(model).get_trace(Y)
+    assert len(trace.nodes["items"]["value"]) == 2  # and mini-batches in training as before
+
+
+def test_items_that_the_arguments_choose_have_to_be_all(arviz):
+    def model(y, index):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("items", len(y), subsample=index):
             pyro.sample("y", dist.Normal(mu, 1.0), obs=y[index])
 
-    with pytest.raises(NotImplementedError, match=r"'items' is subsampled.*subsample_size=None"):
-        to_inference_data(model, AutoNormal(model), (Y,), num_samples=10)
+    with pytest.raises(NotImplementedError, match="arguments choose some items of plate 'items'"):
+        to_inference_data(model, AutoNormal(model), (Y, torch.arange(3)), num_samples=10)
 
 
 def test_enumerated_sites(arviz):

@@ -250,15 +250,16 @@ def test_only_plates_may_change_their_size():
         predict(lambda: pyro.sample("z", dist.Normal(0.0, 1.0)), guide)
 
 
-def test_random_mini_batches_are_refused():
+def test_plates_that_draw_mini_batches_have_all_items():
     def model(x, y=None):
         w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         with pyro.plate("data", len(x), subsample_size=2) as index:
-            pyro.sample("y", dist.Normal(x[index] @ w, 0.5))
+            pyro.sample("y", dist.Normal(x[index] @ w, 0.5), obs=None if y is None else y[index])
 
-    guide = guide_of(regression, {"w": [1.0, -1.0]}, X, torch.zeros(3))
-    with pytest.raises(NotImplementedError, match="plate 'data' draws a random mini-batch, 2 of 3"):
-        predict(model, guide, (X,))
+    guide = guide_of(model, {"w": [1.0, -1.0]}, X, torch.zeros(3))
+    drawn = predict(model, guide, (X,), num_samples=2000, seed=0)["y"]
+    torch.testing.assert_close(drawn.mean(0), X @ torch.tensor([1.0, -1.0]), atol=4 * 0.5 / 2000**0.5 + 0.01, rtol=0.0)
+    assert prior_predictive(model, (X,), num_samples=5)["y"].shape == (5, 3)
 
 
 def test_enumerated_sites():

@@ -16,6 +16,7 @@ from pyro_flows.export.containers import Groups, Variables, container, to_contai
 from pyro_flows.export.runs import OWNER, SAMPLE_DIMS, ModelRuns, dims_of, generic_dims, read_sites, to_numpy
 from pyro_flows.importance.psis import pareto_smooth
 from pyro_flows.importance.weights import Draws, ImportanceSampler
+from pyro_flows.models.full_plates import on_full_plates
 from pyro_flows.models.structure import Structure
 from pyro_flows.models.traces import Call
 from pyro_flows.prediction import draw_predictions, prior_predictive
@@ -46,7 +47,8 @@ def to_inference_data(
 
     Needs ArviZ, or arviz-base alone, which arviz-stats and arviz-plots work with. The draws are independent; they make
     one chain, or as many as a function that compares chains needs. A plate is a dimension of its own name, whose
-    coordinates are the plate's indices; dimensions of events are named as ArviZ does, ``beta_dim_0``.
+    coordinates are the plate's indices; dimensions of events are named as ArviZ does, ``beta_dim_0``. Plates that draw
+    their own mini-batches have all items here.
 
     =============================  ====================================================================================
     ``posterior``                  latent and deterministic sites
@@ -94,8 +96,8 @@ def to_inference_data(
         ImportError: If ArviZ is not installed.
         ValueError: If labels or names do not fit the model, the guide has a plate's items in another order than the
             model, or a number is out of range.
-        NotImplementedError: If a plate is subsampled; if the guide has no density; if the model has enumerated sites
-            and ``log_likelihood`` is asked for.
+        NotImplementedError: If the arguments choose some items of a plate; if the guide has no density; if the model
+            has enumerated sites and ``log_likelihood`` is asked for.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist
@@ -124,7 +126,7 @@ def to_inference_data(
     with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.no_grad():
         if seed is not None:
             torch.default_generator.manual_seed(seed)
-        sampler = ImportanceSampler(OWNER, model, guide, args, kwargs)
+        sampler = ImportanceSampler(OWNER, on_full_plates(model), on_full_plates(guide), args, kwargs)
         structure = sampler.structure
         _check_structure(structure, log_likelihood=log_likelihood)
         chunks = list(sampler.chunks(num_samples, progress=False))
@@ -190,9 +192,8 @@ def _prediction_groups(
 def _check_structure(structure: Structure, *, log_likelihood: bool) -> None:
     for plate in structure.subsampled:
         raise NotImplementedError(
-            f"{OWNER}: expected the model to run on its full plates, but plate '{plate}' is subsampled, so that "
-            "each draw would be of other items. Pass arguments, or a model and a guide, that take all items, such as "
-            "subsample_size=None."
+            f"{OWNER}: expected the model to run on its full plates, but the arguments choose some items of plate "
+            f"'{plate}'. Pass arguments that have all items."
         )
     if structure.enumerates and log_likelihood:
         raise NotImplementedError(

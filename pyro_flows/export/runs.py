@@ -111,7 +111,7 @@ class ModelRuns:
                 )
         self._chunk = max(1, settings.max_elements // sum(max(site.shape.numel(), 1) for site in self.sites))
 
-    def on_data(self, values: dict[str, Tensor], *, log_prior: bool, log_likelihood: bool) -> OnData:
+    def on_data(self, values: dict[str, Tensor], *, log_prior: bool = True, log_likelihood: bool = True) -> OnData:
         """What the data and the latents determine, at ``(S, *site shape)`` values of the latents.
 
         Args:

@@ -83,12 +83,6 @@ class _Aligner(Messenger):
 
     def _note_items(self, msg: Any) -> None:
         name, fn, given = msg["name"], msg["fn"], msg["value"]
-        if given is None and fn.subsample_size not in (None, fn.size):
-            raise NotImplementedError(
-                f"{self.owner}: expected the model to run on all items of its arguments, but plate '{name}' draws a "
-                f"random mini-batch, {fn.subsample_size} of {fn.size}. Pass arguments with which it takes all, such as "
-                "subsample_size=None, or a model that does."
-            )
         self.indices[name] = torch.arange(fn.size) if given is None else torch.as_tensor(given)
 
     def _align(self, msg: Any) -> None:
@@ -184,7 +178,7 @@ def align(
         The alignment, and the traces of the runs that did not raise, one or more.
 
     Raises:
-        NotImplementedError: If a plate draws a random mini-batch, or an enumerated site depends on the training data.
+        NotImplementedError: If an enumerated site depends on the training data.
         ValueError: If the guide has none of the model's latent sites, shapes differ in other dimensions than those of
             plates, or ``items`` does not fit.
         Exception: Any exception of the model; if it raises at all draws, that of the first.

@@ -19,7 +19,7 @@ from pyro_flows.diagnostics.evidence import LostMassSettings, estimate_evidence,
 from pyro_flows.diagnostics.modes import RidgeSettings, lost_modes
 from pyro_flows.diagnostics.search import Regions, SearchResult, SearchSettings, search_regions
 from pyro_flows.diagnostics.verdict import Thresholds, judge
-from pyro_flows.export import ExportSettings, _Runs
+from pyro_flows.export.runs import ExportSettings, ModelRuns
 from pyro_flows.importance.psis import PsisSettings
 from pyro_flows.importance.resample import ResampleSettings
 from pyro_flows.importance.weights import ImportanceSampler, SamplerSettings
@@ -109,7 +109,7 @@ def test_weights() -> None:
 def test_export() -> None:
     """One draw a run gives what many at once give."""
     one_by_one, many = (
-        _Runs(sampler().score.model, sampler().structure, settings)
+        ModelRuns(sampler().score.model, sampler().structure, settings)
         for settings in (ExportSettings(max_elements=1), ExportSettings())
     )
     values = {"z": torch.randn(5)}
