@@ -17,7 +17,9 @@ from pyro.infer.autoguide.initialization import init_to_value
 from torch import nn
 
 from pyro_flows import AutoFlowGuide, predict, prior_predictive
-from pyro_flows.models.predictor import PredictionSettings
+from pyro_flows.models.alignment import Trained
+from pyro_flows.models.predictor import PredictionSettings, Predictor
+from pyro_flows.models.traces import Call
 
 X = torch.tensor([[1.0, 2.0], [0.5, -1.0], [3.0, 0.0]])
 
@@ -132,6 +134,35 @@ def test_items_that_are_named(make):
     torch.testing.assert_close(means, torch.tensor([20.0, 1.0, -20.0]), atol=0.05, rtol=0.0)
     torch.testing.assert_close(sds, torch.tensor([0.01, 0.5, 0.01]), atol=0.005, rtol=0.07)
     torch.testing.assert_close(drawn["y"], drawn["theta"], atol=0.5, rtol=0.0)
+
+
+@pytest.mark.parametrize("items", ["new", [-1, 1]])
+def test_items_without_globals(items):
+    def model(n, y=None):
+        with pyro.plate("data", n):
+            z = pyro.sample("z", dist.Normal(3.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 0.1), obs=y)
+
+    guide = guide_of(model, {"z": [0.0, 10.0, 0.0]}, 3, torch.zeros(3))
+    drawn = predict(model, guide, (2,), num_samples=1000, items={"data": items}, seed=0)
+    mean, sd = (3.0, 1.0) if items == "new" else (10.0, 0.01)
+    assert drawn["z"][:, 0].mean() == pytest.approx(3.0, abs=4 / 1000**0.5)
+    assert drawn["z"][:, 1].mean() == pytest.approx(mean, abs=4 * sd / 1000**0.5)
+    torch.testing.assert_close(drawn["y"], drawn["z"], atol=0.5, rtol=0.0)
+
+
+def test_models_with_factors_share_runs():
+    def model(n, y=None):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        pyro.factor("curved", -loc.square())
+        with pyro.plate("data", n):
+            pyro.sample("y", dist.Normal(loc, 0.1), obs=y)
+
+    guide = guide_of(model, {"loc": 0.0}, 3, torch.zeros(3))
+    draws = guide.sample_posterior(3)
+    predictor = Predictor("test", model, Call((2,), {}), draws, Trained({}, {}), None, PredictionSettings())
+    assert predictor.like.keys() == {"y"} and predictor(draws)["y"].shape == (3, 2)
+    assert predictor._model.is_vectorized
 
 
 @pytest.mark.parametrize("wrong", [[0, 1], [0, 1, 4], [0.0, 1.0, 2.0], "old"])

@@ -87,13 +87,18 @@ class Predictor:
         summed_out = enumerated_sites(nodes)
         scored = {name: value for name, value in values.items() if name not in summed_out}
         self._model = BatchedModel(owner, model, call, scored)
-        self._model.verify(values, self._pick(list(nodes)), self._shapes)
+        read = [name for name, node in nodes.items() if node["value"].numel()]  # no pyro.factor
+        self._model.verify(values, self._pick(read), {name: self._shapes[name] for name in read})
+        self._first = next(node for name, node in nodes.items() if name in latent)
         elements = sum(shape.numel() for shape in self._shapes.values())
         self.chunk = max(1, min(settings.max_chunk, settings.max_elements // max(elements, 1)))
 
     def __call__(self, draws: Mapping[str, Tensor]) -> Values:
         """Site to return -> ``(S, *site shape)``, at ``(S, *trained shape)`` draws."""
         values, mixed = self._alignment.split(draws)
+        if not values:  # all items are new: a run needs a site that says how many draws there are
+            count = len(next(iter(draws.values())))
+            values = {self._first["name"]: self._first["fn"].sample((count,))}
         if mixed:  # a run draws new items of all sites; a site's known items do not depend on them
             drawn = self._read(values, list(mixed))
             for name, rows in mixed.items():
