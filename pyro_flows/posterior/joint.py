@@ -70,9 +70,8 @@ def _preconditioner(dim: int) -> Preconditioner | None:
 
 
 def _conditional_head(prior: LinearPrior, dim: int) -> ConditionalGaussianHead:
-    """The head for a known prior: a Gaussian with a precision matrix, exact for linear mixed models and random walks, if
-    few priors are known and no scale depends on them; a diagonal one if these coordinates are conditionally
-    independent."""
+    """The head for a known prior: a Gaussian with a precision matrix, exact for linear mixed models and random walks,
+    if few priors are known and no scale depends on them; a diagonal one if these are conditionally independent."""
     slope, bias = prior.dense(dim)
     known = prior.known if prior.roots is None else prior.known | prior.roots
     if slope[dim:, known].any() or known.sum() > JOINT.max_precision_dim:

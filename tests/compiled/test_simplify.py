@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ def loop(x: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
     leaf = scale.detach().requires_grad_()
     with torch.enable_grad():
         loss = torch.zeros(())
-        for before, after in zip(x[:-1], x[1:], strict=True):
+        for before, after in pairwise(x):
             loss = loss + (after - before).square() / (2.0 * leaf.exp() ** 2) + leaf.exp().log()
         return loss.detach(), *torch.autograd.grad(loss, leaf)
 

@@ -158,8 +158,7 @@ def test_log_prior_of_a_chain() -> None:
 
 
 def test_a_chain_is_initialized_to_a_mean_field_normal() -> None:
-    """Up to the prior's share of a thousandth, twice that for a link with a successor: an entry of the Jacobian, which is
-    diagonal for a mean-field normal, moves by as much."""
+    """Up to the prior's share of a thousandth, twice that for a link with a successor."""
     head, loc, scale = walk(0.0), torch.randn(6, dtype=torch.double), torch.rand(6, dtype=torch.double) + 0.5
     head.initialize(loc, scale)
     zeros = torch.zeros(6, dtype=torch.double)
