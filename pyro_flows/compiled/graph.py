@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from pyro_flows._blame import blame
 from pyro_flows.compiled import tracer
 from pyro_flows.compiled.adam import AdamRule
+from pyro_flows.compiled.guard import Guard, watch_reads
 from pyro_flows.compiled.inductor import to_machine_code, without_collector
 from pyro_flows.compiled.parameters import FlatParameter, RecordingError, trial
 from pyro_flows.compiled.script import to_script
@@ -33,10 +34,14 @@ class AgreementSettings:
     Attributes:
         double: Largest norm of a difference in float64, relative to the norm of the result; allows for rounding.
         single: The same in other precisions.
+        first_check: Number of calls of a graph after which its loss is compared again; the next time is after twice as
+            many. An eager loss takes the time of some forty compiled steps of a small model, so that this costs 4 % of
+            the time at most.
     """
 
     double: float = 1e-8
     single: float = 2e-3
+    first_check: int = 1000
 
     def tolerance(self, dtype: torch.dtype) -> float:
         """Largest relative difference of results of a dtype."""
@@ -60,7 +65,7 @@ class LossGraph:
 
     Tensors among the arguments are inputs: new data of the same shapes need no new recording. Tensors that the code
     reads from elsewhere (a closure, buffers of a module) are read again at each call, and noise is drawn afresh.
-    Everything else, such as numbers and flags, is fixed at recording.
+    Everything else, such as numbers and flags, is fixed at recording; :attr:`guard` notices where it changes.
 
     Args:
         loss: The loss, differentiable; a function of the arguments.
@@ -68,6 +73,7 @@ class LossGraph:
         args: Positional arguments to record with.
         kwargs: Keyword arguments to record with.
         state: Tensors that the loss may change in place, such as running means. Trials restore them.
+        programs: The model and the guide that the loss runs, whose Python values are watched.
 
     Raises:
         RecordingError: If the loss is not a fixed sequence of tensor operations, or the graph does not agree with it.
@@ -76,6 +82,7 @@ class LossGraph:
         num_operations: Size of the graph.
         rule: The optimizer's step that is a part of the graph; None if the graph ends with the gradient.
         is_fresh: Whether compilation has not been tried yet.
+        guard: The Python values that are fixed at recording.
     """
 
     def __init__(
@@ -85,11 +92,13 @@ class LossGraph:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         state: Sequence[Tensor] = (),
+        programs: Sequence[Any] = (),
     ) -> None:
         self._parameter = parameter
         self._state = tuple(state)
         self.rule: AdamRule | None = None
         self.is_fresh = True
+        self._calls, self._next_check = 0, AGREEMENT.first_check
         self._structure = _structure(args, kwargs)
         inputs, spec = pytree.tree_flatten((args, kwargs))
         data = _tensors(args, kwargs)
@@ -103,9 +112,11 @@ class LossGraph:
             gradients = torch.autograd.grad(value, parameter.leaves)
             return value.detach(), torch.cat([part.reshape(-1) for part in gradients])
 
+        others = [value for value in inputs if not torch.is_tensor(value)]  # kept, since they are known by id
         with _unchecked():
-            with trial(self._state):
+            with trial(self._state), watch_reads() as reads:
                 expected = gradient(*data)
+            self.guard = Guard([*programs, *others], reads)
             try:
                 with trial(self._state), without_collector():
                     graph, self._captured = tracer.trace_operations(
@@ -114,6 +125,8 @@ class LossGraph:
             except Exception as error:  # torch reports code that it can't trace in many ways
                 raise RecordingError(blame(error, __file__, tracer.__file__)) from error
         merge_repeated(graph)
+        self.guard.keep_constant()
+        self._others = others
         self._run: Callable[..., Sequence[Tensor]] = graph
         self._graph = graph
         self.num_operations = sum(node.op == "call_function" for node in graph.graph.nodes)
@@ -124,14 +137,32 @@ class LossGraph:
             raise RecordingError(blame(error, __file__, tracer.__file__)) from error
         self._verify(expected, found)
 
+    def count_call(self) -> bool:
+        """Count a call; returns whether its loss should be compared with the eager one."""
+        self._calls += 1
+        if self._calls < self._next_check:
+            return False
+        self._next_check *= 2
+        return True
+
+    def agrees(self, loss: Tensor, expected: Tensor) -> bool:
+        """Whether losses from the same noise are the same up to rounding; True if either is not finite."""
+        tolerance = AGREEMENT.tolerance(self._parameter.flat.dtype)
+        is_known = bool(loss.isfinite() and expected.isfinite())
+        return not is_known or bool((loss - expected).abs() <= tolerance * (1e-3 + expected.abs()))
+
     @property
     def is_current(self) -> bool:
         """Whether the optimizer's options are those that the graph was compiled with."""
         return self.rule is None or self.rule.is_current
 
-    def matches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the graph is for arguments of this structure."""
+    def fits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the graph is for arguments of this structure, and the optimizer's options."""
         return self.is_current and _structure(args, kwargs) == self._structure
+
+    def matches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the graph is what a recording would give now: it fits, and nothing that it fixed has changed."""
+        return self.fits(args, kwargs) and self.guard.holds
 
     @torch.no_grad()
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable
@@ -14,13 +15,15 @@ from pyro import poutine
 from pyro.infer import ELBO, SVI
 from pyro.infer.util import zero_grads
 from pyro.optim import PyroOptim
+from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_flows._checks import check_int
+from pyro_flows._threads import one_at_a_time
 from pyro_flows.compiled.adam import AdamRule
 from pyro_flows.compiled.graph import LossGraph
-from pyro_flows.compiled.parameters import FlatParameter, RecordingError, limits_of, state_of
+from pyro_flows.compiled.parameters import FlatParameter, RecordingError, limits_of, state_of, trial
 from pyro_flows.compiled.unread import tensor_loss
 
 __all__ = ["CompiledSVI"]
@@ -48,12 +51,26 @@ ELEMENTWISE = {
 class CompiledSVI(SVI):
     """``pyro.infer.SVI`` whose loss, gradient and Adam are recorded once, as one graph, and compiled by torch.
 
-    Takes any model and guide whose shapes are fixed and whose latents are reparameterized. The first step is recorded.
-    Data are inputs of the graph, so that new data of the same shape use the same graph, and other shapes another one.
-    Noise comes from torch's generator, so that a seed gives the numbers of ``SVI``, up to rounding. A step that can't
-    be recorded is taken by plain ``SVI``, after one warning that names the line of the model that prevents it. Without
-    a C++ compiler, the graph runs uncompiled, which still saves Pyro's overhead. A graph is used only if it reproduces
-    the loss and the gradient of the eager code from the same noise.
+    Takes any model and guide whose shapes are fixed and whose latents are reparameterized. The first step is eager, with
+    all of Pyro's checks, and recorded. Noise comes from torch's generator, so that a seed gives the numbers of ``SVI``,
+    up to rounding. A step that can't be recorded is taken by plain ``SVI``, after one warning that names the line of the
+    model that prevents it. Without a C++ compiler, the graph runs uncompiled, which still saves Pyro's overhead. A graph
+    is used only if it reproduces the loss and the gradient of the eager code from the same noise.
+
+    What changes between steps:
+
+    - Tensors that are arguments, or that change in place (``beta.fill_(0.5)``), are inputs of the graph: new data of the
+      same shape use the same graph. Data of other shapes get a graph of their own, after an eager step.
+    - Everything else in Python is fixed in the graph: numbers, flags such as ``training``, attributes, global variables,
+      items of lists and dictionaries. Those that the model's and the guide's functions read are compared at each step;
+      where one has changed, the step is eager and a new graph is recorded for the new value, after one warning that names
+      it. From the fifth combination of shapes and values on, steps are eager.
+    - A handler around the step, such as ``with poutine.scale(...)``, makes the step eager.
+    - Values that no comparison of attributes sees, such as the contents of a NumPy array or a file, are found by comparing
+      the loss with that of the model, at the 1000th step, the 2000th, the 4000th and so on; steps are eager from there,
+      after a warning.
+    - A loss or a gradient that is not finite leaves the parameters finite: such entries of the gradient count as zero. One
+      warning says so.
 
     The trained parameters become views of one vector for as long as this object updates them.
 
@@ -95,56 +112,99 @@ class CompiledSVI(SVI):
         self._parameter: FlatParameter | None = None
         self._graphs: list[LossGraph] = []
         self._is_eager = False
-        self._has_warned = False
+        self._has_warned = self._has_warned_of_change = self._has_warned_of_many = False
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Take one step; returns the loss before it, as ``SVI.step`` does."""
-        if self._is_eager:
-            return float(super().step(*args, **kwargs))
         if self._parameter is None or not self._parameter.is_whole:  # others now, of a cleared store for instance
-            value, graph = self._first_step(args, kwargs)
-        else:
-            graph = self._graph(args, kwargs)
-            if graph is None:
-                with self._parameter.limited():
-                    value = float(super().step(*args, **kwargs))
-                self._forget_steps()
-                return value
-            loss, gradient = graph(args, kwargs)
-            if graph.rule is None:
-                self._parameter.flat.grad = gradient.nan_to_num(0.0, 0.0, 0.0)
-                with self._parameter.limited():
-                    self.optim([self._parameter.flat])
-            value = float(loss)
-            if not math.isfinite(value):
-                self._warn_of_refused()
-        if graph is not None and graph.is_fresh:
+            return self._first_step(args, kwargs)
+        graph = self._graph(args, kwargs)
+        if graph is None:
+            return self._eager_step(args, kwargs)
+        expected = self._eager_loss(args, kwargs) if graph.count_call() else None
+        loss, gradient = graph(args, kwargs)
+        if graph.rule is None:
+            self._parameter.flat.grad = gradient.nan_to_num(0.0, 0.0, 0.0)
+            with self._parameter.limited():
+                self.optim([self._parameter.flat])
+        value = float(loss)
+        if not math.isfinite(value):
+            self._warn_of_refused()
+        if expected is not None and not graph.agrees(loss, expected):
+            self._give_up(
+                f"the model's loss is {float(expected):.6g} where its recorded operations give {value:.6g}: something "
+                "that it reads has changed since, which is not seen here, such as the contents of a NumPy array; the "
+                "steps since that change, 1000 or half of all at most, were those of the model before it"
+            )
+        if graph.is_fresh:
             self._compile(graph, args, kwargs)
         return value
 
-    def _first_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, LossGraph | None]:
-        """Take an eager step, so that the guide and the optimizer are set up; returns its loss, and a graph."""
+    def _first_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+        """Take an eager step, so that the guide and the optimizer are set up, and record."""
+        if self._is_eager or _PYRO_STACK:
+            return float(super().step(*args, **kwargs))
         self._parameter, self._graphs = None, []
-        with poutine.trace(param_only=True) as capture:
-            loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
-        found = {id(leaf): leaf for leaf in (node["value"].unconstrained() for node in capture.trace.nodes.values())}
-        parameter = None
-        try:
-            parameter = FlatParameter([leaf for leaf in found.values() if leaf.grad is not None], limits_of(self.guide))
-            graph = self._record(parameter, args, kwargs)
-        except RecordingError as error:
-            self._give_up(error)
-            if parameter is not None:
-                parameter.release()
-            self.optim(found.values())
-            zero_grads(found.values())
-            return float(loss), None
+        with one_at_a_time("CompiledSVI", quietly=True):
+            loss, leaves = self._loss_and_leaves(args, kwargs)
+            parameter = None
+            try:
+                used = [leaf for leaf in leaves if leaf.grad is not None]
+                parameter = FlatParameter(used, limits_of(self.guide))
+                graph = self._record(parameter, args, kwargs)
+            except RecordingError as error:
+                self._give_up(str(error))
+                if parameter is not None:
+                    parameter.release()
+                self.optim(leaves)
+                zero_grads(leaves)
+                return loss
         self._parameter = parameter
+        self._update(parameter, [])
+        self._compile(graph, args, kwargs)
+        return loss
+
+    def _eager_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+        """Take an eager step, with Pyro's checks; and record, if these are arguments or values that are new."""
+        parameter = self._parameter
+        assert parameter is not None
+        with one_at_a_time("CompiledSVI", quietly=True):
+            loss, leaves = self._loss_and_leaves(args, kwargs)
+            if not math.isfinite(loss):
+                self._warn_of_refused()
+            elif not self._is_eager and not _PYRO_STACK and len(self._graphs) < GRAPHS.max_graphs:
+                try:
+                    self._record(parameter, args, kwargs)
+                except RecordingError as error:
+                    self._give_up(str(error))
+        known = {id(leaf) for leaf in parameter.leaves}
+        self._update(parameter, [leaf for leaf in leaves if id(leaf) not in known and leaf.grad is not None])
+        return loss
+
+    def _loss_and_leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, list[Tensor]]:
+        """The loss, and the leaves of all parameters, with their gradients."""
+        with poutine.trace(param_only=True) as capture:
+            loss = float(self.loss_and_grads(self.model, self.guide, *args, **kwargs))
+        leaves = (node["value"].unconstrained() for node in capture.trace.nodes.values())
+        return loss, list({id(leaf): leaf for leaf in leaves}.values())
+
+    def _update(self, parameter: FlatParameter, others: list[Tensor]) -> None:
+        """Take the optimizer's step by gradients of the leaves, and of parameters that appeared after recording."""
         parameter.gather_gradients()
+        assert parameter.flat.grad is not None
+        parameter.flat.grad.nan_to_num_(0.0, 0.0, 0.0)
         with parameter.limited():
-            self.optim([parameter.flat])
+            self.optim([parameter.flat, *others])
+        zero_grads(others)
         self._forget_steps()
-        return float(loss), graph
+
+    def _eager_loss(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The loss of the model as it is now, from the noise of the next step; None where the model raises."""
+        with one_at_a_time("CompiledSVI", quietly=True), trial(state_of(self.model, self.guide)), torch.no_grad():
+            try:
+                return self._loss(*args, **kwargs)
+            except (ValueError, RuntimeError):
+                return None
 
     def run(self, num_steps: int, *args: Any, progress: bool = False, **kwargs: Any) -> list[float]:
         """Take ``num_steps`` steps on the same arguments.
@@ -169,22 +229,35 @@ class CompiledSVI(SVI):
         return losses
 
     def _graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LossGraph | None:
-        """The graph for these arguments; None if they take an eager step."""
+        """The graph for these arguments and for the Python values that the model reads; None takes an eager step."""
+        if self._is_eager or _PYRO_STACK:  # a handler of the user's, around the step
+            return None
+        change = ""
         for graph in self._graphs:
-            if graph.matches(args, kwargs):
-                return graph
+            if graph.fits(args, kwargs):
+                if graph.guard.holds:
+                    return graph
+                change = graph.guard.change()
         self._graphs = [graph for graph in self._graphs if graph.is_current]
-        if len(self._graphs) == GRAPHS.max_graphs:
-            return None
-        assert self._parameter is not None
-        try:
-            return self._record(self._parameter, args, kwargs)
-        except RecordingError as error:
-            self._give_up(error)
-            return None
+        if change:
+            if not self._has_warned_of_change:
+                self._has_warned_of_change = True
+                self._warn(
+                    f"{change} since a step was recorded, which is recorded again for each of its first "
+                    f"{GRAPHS.max_graphs} values; at others steps are eager, and slow. This is said once. If it often "
+                    "changes, make it a tensor that changes in place (`beta.fill_(0.5)`), or a tensor among the arguments"
+                )
+        elif len(self._graphs) == GRAPHS.max_graphs and not self._has_warned_of_many:
+            self._has_warned_of_many = True
+            self._warn(
+                f"takes eager steps, as pyro.infer.SVI does, for all but the first {GRAPHS.max_graphs} combinations of "
+                "shapes and other values of the arguments. Pass numbers as tensors, and data in few shapes"
+            )
+        return None
 
     def _record(self, parameter: FlatParameter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LossGraph:
-        graph = LossGraph(self._loss, parameter, args, kwargs, state_of(self.model, self.guide))
+        programs = (self.model, self.guide)
+        graph = LossGraph(self._loss, parameter, args, kwargs, state_of(*programs), programs)
         self._forget_steps()
         self._graphs.append(graph)
         return graph
@@ -197,17 +270,20 @@ class CompiledSVI(SVI):
     def _warn_of_refused(self) -> None:
         if not self._has_warned:
             self._has_warned = True
-            warnings.warn(
-                "CompiledSVI: the loss of a step is not finite. Parameters whose gradient was not finite stay where "
-                "they were, and the next step goes on from there; this is said once. Take the step with "
-                "pyro.infer.SVI to hear which site it was.",
-                stacklevel=3,
+            self._warn(
+                "the loss of a step is not finite. Entries of its gradient that are not finite count as zero, so that "
+                "parameters stay finite, and the next step goes on from there; this is said once. Take the step with "
+                "pyro.infer.SVI to hear which site it was"
             )
 
-    def _give_up(self, error: RecordingError) -> None:
+    def _give_up(self, reason: str) -> None:
         """Go on with eager steps."""
-        warnings.warn(f"CompiledSVI: takes eager steps, as pyro.infer.SVI does, since {error}.", stacklevel=4)
         self._is_eager = True
+        self._warn(f"takes eager steps, as pyro.infer.SVI does, since {reason}")
+
+    def _warn(self, message: str) -> None:
+        """Warn at the line that takes the step."""
+        warnings.warn(f"CompiledSVI: {message}.", stacklevel=1 + _depth())
 
     def _compile(self, graph: LossGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Compile the graph; after the first step, which created the optimizer's state."""
@@ -220,10 +296,18 @@ class CompiledSVI(SVI):
             with torch.random.fork_rng():
                 graph.compile(args, kwargs, rule)
         except RuntimeError as error:
-            warnings.warn(f"CompiledSVI: runs its graph without machine code, since {error}.", stacklevel=3)
+            self._warn(f"runs its graph without machine code, since {error}")
 
     def _loss(self, *args: Any, **kwargs: Any) -> Tensor:
         return tensor_loss(self._elbo)(self.model, self.guide, *args, **kwargs)
+
+
+def _depth() -> int:
+    """Number of frames of this file above the caller's line, the caller included."""
+    depth, frame = 0, inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename == __file__:
+        depth, frame = depth + 1, frame.f_back
+    return depth
 
 
 def _check_optimizer(optim: PyroOptim) -> None:

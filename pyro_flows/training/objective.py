@@ -233,7 +233,7 @@ class Objective:
             leaves = used_leaves(loss, self.leaves, args, kwargs)
             flat = FlatParameter(leaves)
             try:
-                self.graph = LossGraph(loss, flat, args, kwargs, state)
+                self.graph = LossGraph(loss, flat, args, kwargs, state, (self.model, self.guide))
             except RecordingError:
                 flat.release()
                 raise
