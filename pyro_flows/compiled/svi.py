@@ -51,26 +51,26 @@ ELEMENTWISE = {
 class CompiledSVI(SVI):
     """``pyro.infer.SVI`` whose loss, gradient and Adam are recorded once, as one graph, and compiled by torch.
 
-    Takes any model and guide whose shapes are fixed and whose latents are reparameterized. The first step is eager, with
-    all of Pyro's checks, and recorded. Noise comes from torch's generator, so that a seed gives the numbers of ``SVI``,
-    up to rounding. A step that can't be recorded is taken by plain ``SVI``, after one warning that names the line of the
-    model that prevents it. Without a C++ compiler, the graph runs uncompiled, which still saves Pyro's overhead. A graph
-    is used only if it reproduces the loss and the gradient of the eager code from the same noise.
+    Takes any model and guide whose shapes are fixed and whose latents are reparameterized. The first step is eager,
+    with all of Pyro's checks, and recorded. Noise comes from torch's generator, so that a seed gives the numbers of
+    ``SVI``, up to rounding. A step that can't be recorded is taken by plain ``SVI``, after one warning that names the
+    line of the model that prevents it. Without a C++ compiler, the graph runs uncompiled, which still saves Pyro's
+    overhead. A graph is used only if it reproduces the loss and the gradient of the eager code from the same noise.
 
     What changes between steps:
 
-    - Tensors that are arguments, or that change in place (``beta.fill_(0.5)``), are inputs of the graph: new data of the
-      same shape use the same graph. Data of other shapes get a graph of their own, after an eager step.
-    - Everything else in Python is fixed in the graph: numbers, flags such as ``training``, attributes, global variables,
-      items of lists and dictionaries. Those that the model's and the guide's functions read are compared at each step;
-      where one has changed, the step is eager and a new graph is recorded for the new value, after one warning that names
-      it. From the fifth combination of shapes and values on, steps are eager.
+    - Tensors that are arguments, or that change in place (``beta.fill_(0.5)``), are inputs of the graph: new data of
+      the same shape use the same graph. Data of other shapes get a graph of their own, after an eager step.
+    - Everything else in Python is fixed in the graph: numbers, flags such as ``training``, attributes, global
+      variables, items of lists and dictionaries. Those that the model's and the guide's functions read are compared at
+      each step; where one has changed, the step is eager and a new graph is recorded for the new value, after one
+      warning that names it. From the fifth combination of shapes and values on, steps are eager.
     - A handler around the step, such as ``with poutine.scale(...)``, makes the step eager.
-    - Values that no comparison of attributes sees, such as the contents of a NumPy array or a file, are found by comparing
-      the loss with that of the model, at the 1000th step, the 2000th, the 4000th and so on; steps are eager from there,
-      after a warning.
-    - A loss or a gradient that is not finite leaves the parameters finite: such entries of the gradient count as zero. One
-      warning says so.
+    - Values that no comparison of attributes sees, such as the contents of a NumPy array or a file, are found by
+      comparing the loss with that of the model, at the 1000th step, the 2000th, the 4000th and so on; steps are eager
+      from there, after a warning.
+    - A loss or a gradient that is not finite leaves the parameters finite: such entries of the gradient count as zero.
+      One warning says so.
 
     The trained parameters become views of one vector for as long as this object updates them.
 
@@ -244,8 +244,8 @@ class CompiledSVI(SVI):
                 self._has_warned_of_change = True
                 self._warn(
                     f"{change} since a step was recorded, which is recorded again for each of its first "
-                    f"{GRAPHS.max_graphs} values; at others steps are eager, and slow. This is said once. If it often "
-                    "changes, make it a tensor that changes in place (`beta.fill_(0.5)`), or a tensor among the arguments"
+                    f"{GRAPHS.max_graphs} values; at others steps are eager. This is said once. If it changes "
+                    "often, pass it as a tensor, or make it one that changes in place (`beta.fill_(0.5)`)"
                 )
         elif len(self._graphs) == GRAPHS.max_graphs and not self._has_warned_of_many:
             self._has_warned_of_many = True
