@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from pyro_flows._checks import check_int
 from pyro_flows._storage import Storage
+from pyro_flows._threads import one_at_a_time
 from pyro_flows.guides import AutoFlowGuide
 from pyro_flows.models.alignment import Items, Trained
 from pyro_flows.models.draws import GuideSampler
@@ -103,7 +104,7 @@ def predict(
     """
     check_int("predict", "num_samples", num_samples, 1)
     call = _call("predict", args, kwargs)
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+    with one_at_a_time("predict"), torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.default_generator.manual_seed(seed)
         return draw_predictions(
@@ -200,7 +201,8 @@ def prior_predictive(
     settings = settings or PredictionSettings()
     call = _call("prior_predictive", args, kwargs)
     model = on_full_plates(model)
-    with torch.no_grad(), torch.random.fork_rng(devices=[], enabled=seed is not None):
+    isolated = torch.random.fork_rng(devices=[], enabled=seed is not None)
+    with one_at_a_time("prior_predictive"), torch.no_grad(), isolated:
         if seed is not None:
             torch.default_generator.manual_seed(seed)
         nodes = sample_nodes(run_quietly(model, call)).values()

@@ -35,13 +35,13 @@ class AgreementSettings:
         double: Largest norm of a difference in float64, relative to the norm of the result; allows for rounding.
         single: The same in other precisions.
         first_check: Number of calls of a graph after which its loss is compared again; the next time is after twice as
-            many. An eager loss takes the time of some forty compiled steps of a small model, so that this costs 4 % of
+            many. An eager loss takes the time of some fifty compiled steps of a small model, so that this costs 5 % of
             the time at most.
     """
 
     double: float = 1e-8
     single: float = 2e-3
-    first_check: int = 1000
+    first_check: int = 2000
 
     def tolerance(self, dtype: torch.dtype) -> float:
         """Largest relative difference of results of a dtype."""

@@ -67,7 +67,7 @@ class CompiledSVI(SVI):
       warning that names it. From the fifth combination of shapes and values on, steps are eager.
     - A handler around the step, such as ``with poutine.scale(...)``, makes the step eager.
     - Values that no comparison of attributes sees, such as the contents of a NumPy array or a file, are found by
-      comparing the loss with that of the model, at the 1000th step, the 2000th, the 4000th and so on; steps are eager
+      comparing the loss with that of the model, at the 2000th step, the 4000th, the 8000th and so on; steps are eager
       from there, after a warning.
     - A loss or a gradient that is not finite leaves the parameters finite: such entries of the gradient count as zero.
       One warning says so.
@@ -116,6 +116,10 @@ class CompiledSVI(SVI):
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Take one step; returns the loss before it, as ``SVI.step`` does."""
+        with one_at_a_time("CompiledSVI"):
+            return self._step(args, kwargs)
+
+    def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
         if self._parameter is None or not self._parameter.is_whole:  # others now, of a cleared store for instance
             return self._first_step(args, kwargs)
         graph = self._graph(args, kwargs)
@@ -134,7 +138,7 @@ class CompiledSVI(SVI):
             self._give_up(
                 f"the model's loss is {float(expected):.6g} where its recorded operations give {value:.6g}: something "
                 "that it reads has changed since, which is not seen here, such as the contents of a NumPy array; the "
-                "steps since that change, 1000 or half of all at most, were those of the model before it"
+                "steps since that change, 2000 or half of all at most, were those of the model before it"
             )
         if graph.is_fresh:
             self._compile(graph, args, kwargs)
@@ -145,20 +149,19 @@ class CompiledSVI(SVI):
         if self._is_eager or _PYRO_STACK:
             return float(super().step(*args, **kwargs))
         self._parameter, self._graphs = None, []
-        with one_at_a_time("CompiledSVI", quietly=True):
-            loss, leaves = self._loss_and_leaves(args, kwargs)
-            parameter = None
-            try:
-                used = [leaf for leaf in leaves if leaf.grad is not None]
-                parameter = FlatParameter(used, limits_of(self.guide))
-                graph = self._record(parameter, args, kwargs)
-            except RecordingError as error:
-                self._give_up(str(error))
-                if parameter is not None:
-                    parameter.release()
-                self.optim(leaves)
-                zero_grads(leaves)
-                return loss
+        loss, leaves = self._loss_and_leaves(args, kwargs)
+        parameter = None
+        try:
+            used = [leaf for leaf in leaves if leaf.grad is not None]
+            parameter = FlatParameter(used, limits_of(self.guide))
+            graph = self._record(parameter, args, kwargs)
+        except RecordingError as error:
+            self._give_up(str(error))
+            if parameter is not None:
+                parameter.release()
+            self.optim(leaves)
+            zero_grads(leaves)
+            return loss
         self._parameter = parameter
         self._update(parameter, [])
         self._compile(graph, args, kwargs)
@@ -168,15 +171,14 @@ class CompiledSVI(SVI):
         """Take an eager step, with Pyro's checks; and record, if these are arguments or values that are new."""
         parameter = self._parameter
         assert parameter is not None
-        with one_at_a_time("CompiledSVI", quietly=True):
-            loss, leaves = self._loss_and_leaves(args, kwargs)
-            if not math.isfinite(loss):
-                self._warn_of_refused()
-            elif not self._is_eager and not _PYRO_STACK and len(self._graphs) < GRAPHS.max_graphs:
-                try:
-                    self._record(parameter, args, kwargs)
-                except RecordingError as error:
-                    self._give_up(str(error))
+        loss, leaves = self._loss_and_leaves(args, kwargs)
+        if not math.isfinite(loss):
+            self._warn_of_refused()
+        elif not self._is_eager and not _PYRO_STACK and len(self._graphs) < GRAPHS.max_graphs:
+            try:
+                self._record(parameter, args, kwargs)
+            except RecordingError as error:
+                self._give_up(str(error))
         known = {id(leaf) for leaf in parameter.leaves}
         self._update(parameter, [leaf for leaf in leaves if id(leaf) not in known and leaf.grad is not None])
         return loss
@@ -200,7 +202,7 @@ class CompiledSVI(SVI):
 
     def _eager_loss(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """The loss of the model as it is now, from the noise of the next step; None where the model raises."""
-        with one_at_a_time("CompiledSVI", quietly=True), trial(state_of(self.model, self.guide)), torch.no_grad():
+        with trial(state_of(self.model, self.guide)), torch.no_grad():
             try:
                 return self._loss(*args, **kwargs)
             except (ValueError, RuntimeError):

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_flows._checks import check_int
+from pyro_flows._threads import one_at_a_time
 from pyro_flows.guides import AutoFlowGuide
 from pyro_flows.importance.weights import ImportanceSampler
 from pyro_flows.models.sites import full_size
@@ -190,7 +191,7 @@ def check_calibration(
     if num_datasets is not None:
         check_int(OWNER, "num_datasets", num_datasets, 2)
     check_int(OWNER, "num_samples", num_samples, 20)
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+    with one_at_a_time("check_calibration"), torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.default_generator.manual_seed(seed)
         simulator = _Simulator(model, args, dict(kwargs or {}), to_args, amortized=refit is None)

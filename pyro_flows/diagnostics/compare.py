@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pyro_flows._checks import check_int
+from pyro_flows._threads import one_at_a_time
 from pyro_flows.diagnostics.diagnose import weigh
 from pyro_flows.diagnostics.report import NOT_KNOWN, SEARCH_ELSEWHERE, Diagnosis
 from pyro_flows.diagnostics.search import SearchResult, search_regions
@@ -119,7 +120,7 @@ def compare(
         raise ValueError(f"compare: expected guides by name, such as {{'AutoNormal': guide}}, but got {guides!r}.")
     found: dict[str, Diagnosis] = {}
     searched: dict[tuple[int, int], SearchResult] = {}
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+    with one_at_a_time("compare"), torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.default_generator.manual_seed(seed)
         for name, guide in guides.items():

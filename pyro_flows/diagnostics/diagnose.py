@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows._checks import check_int
+from pyro_flows._threads import one_at_a_time
 from pyro_flows.diagnostics.elbo import estimate_elbo
 from pyro_flows.diagnostics.evidence import Evidence, estimate_evidence, lost_mass
 from pyro_flows.diagnostics.modes import LostMode, lost_modes
@@ -88,7 +89,7 @@ def diagnose(
         Vehtari, Simpson, Gelman, Yao, Gabry. Pareto Smoothed Importance Sampling. JMLR 25(72), 2024.
     """
     check_int("diagnose", "num_samples", num_samples, 100)
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+    with one_at_a_time("diagnose"), torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.default_generator.manual_seed(seed)
         sampler = ImportanceSampler("diagnose", model, guide, args, kwargs)

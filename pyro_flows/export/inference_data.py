@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows._checks import check_int
+from pyro_flows._threads import one_at_a_time
 from pyro_flows.export.containers import Groups, Variables, container, to_container
 from pyro_flows.export.runs import OWNER, SAMPLE_DIMS, ModelRuns, dims_of, generic_dims, read_sites, to_numpy
 from pyro_flows.importance.psis import pareto_smooth
@@ -123,7 +124,7 @@ def to_inference_data(
             f"num_samples={num_samples // num_chains * num_chains or num_chains}."
         )
     kwargs = dict(kwargs or {})
-    with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.no_grad():
+    with one_at_a_time(OWNER), torch.random.fork_rng(devices=[], enabled=seed is not None), torch.no_grad():
         if seed is not None:
             torch.default_generator.manual_seed(seed)
         sampler = ImportanceSampler(OWNER, on_full_plates(model), on_full_plates(guide), args, kwargs)

@@ -19,6 +19,7 @@ from torch.distributions.transforms import Transform
 
 from pyro_flows._checks import check_choice, check_positive
 from pyro_flows._recording import is_recording
+from pyro_flows._threads import one_at_a_time
 from pyro_flows.flows import FlowDistribution, FlowSpec
 from pyro_flows.flows.resolve import FlowLike, resolve
 from pyro_flows.guides.delta import DensityDelta
@@ -179,8 +180,9 @@ class AutoFlowGuide(SummarizedGuide):
         ``AutoFlowGuide(poutine.block(model, expose=[...]))``.
         """
         args, kwargs = calls[0]
-        posterior = self.setup(*args, **kwargs)._posterior
-        warm_start(model or self.model, posterior, calls, partial(self._make_plates, {}), self.init_scale, watch)
+        with one_at_a_time("AutoFlowGuide.warm_start"):
+            posterior = self.setup(*args, **kwargs)._posterior
+            warm_start(model or self.model, posterior, calls, partial(self._make_plates, {}), self.init_scale, watch)
         return self
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:

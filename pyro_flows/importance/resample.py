@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows._checks import check_int
+from pyro_flows._threads import one_at_a_time
 from pyro_flows.importance.psis import Smoothed, khat_threshold, nearly_constant, pareto_smooth
 from pyro_flows.importance.weights import ImportanceSampler
 
@@ -89,7 +90,7 @@ def importance_resample(
     if num_draws is None:
         num_draws = max(settings.min_draws, settings.draws_per_sample * num_samples)
     check_int("importance_resample", "num_draws", num_draws, 100)
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+    with one_at_a_time("importance_resample"), torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.default_generator.manual_seed(seed)
         sampler = ImportanceSampler("importance_resample", model, guide, args, kwargs)

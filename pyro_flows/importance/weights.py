@@ -13,6 +13,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_flows._threads import one_at_a_time
 from pyro_flows.models.particles import runs_in_a_plate
 from pyro_flows.models.scoring import ModelScorer, Score, concatenate
 from pyro_flows.models.structure import Structure, read_structure
@@ -199,6 +200,8 @@ def log_weights(
     Raises:
         NotImplementedError: As :func:`~pyro_flows.diagnose`.
     """
-    chunks = list(ImportanceSampler("log_weights", model, guide, args, kwargs).chunks(num_samples, progress=False))
+    with one_at_a_time("log_weights"):
+        sampler = ImportanceSampler("log_weights", model, guide, args, kwargs)
+        chunks = list(sampler.chunks(num_samples, progress=False))
     values = {name: torch.cat([chunk.values[name] for chunk in chunks]) for name in chunks[0].values}
     return torch.cat([chunk.log_weights.sum(-1) for chunk in chunks]), values

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows._checks import check_choice, check_int, check_positive
+from pyro_flows._threads import one_at_a_time
 from pyro_flows.diagnostics import Diagnosis
 from pyro_flows.diagnostics.report import NOT_KNOWN
 from pyro_flows.guides import AutoFlowGuide
@@ -286,7 +287,8 @@ def fit(
         check_positive("fit", "learning_rate", learning_rate)
     check_choice("fit", "compile", compile, (True, False, "auto"))
     make = None if optim is None else resolve_optimizer(optim)
-    with Monitor(progress, callback) as monitor, torch.random.fork_rng(devices=[], enabled=seed is not None):
+    isolated = torch.random.fork_rng(devices=[], enabled=seed is not None)
+    with Monitor(progress, callback) as monitor, one_at_a_time("fit"), isolated:
         if seed is not None:
             torch.default_generator.manual_seed(seed)
         settings = settings or FitSettings()
