@@ -21,6 +21,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "pyro_flows"
 LAYERS = {
     "_blame": 0,
     "_checks": 0,
+    "_memory": 0,
     "_recording": 0,
     "_storage": 0,
     "_threads": 0,

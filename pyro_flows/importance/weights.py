@@ -13,6 +13,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_flows._memory import in_chunks
 from pyro_flows._threads import one_at_a_time
 from pyro_flows.models.particles import runs_in_a_plate
 from pyro_flows.models.scoring import ModelScorer, Score, concatenate
@@ -102,6 +103,7 @@ class ImportanceSampler:
         kwargs: Mapping[str, Any] | None,
         settings: SamplerSettings = SamplerSettings(),
     ) -> None:
+        self._owner = owner
         self._guide = guide
         self._settings = settings
         self._call = Call(args, dict(kwargs or {}))
@@ -114,14 +116,14 @@ class ImportanceSampler:
         self.chunk = max(1, min(settings.max_chunk, settings.max_elements // max(self.structure.elements, 1)))
 
     def chunks(self, num_samples: int, *, progress: bool) -> Iterator[Draws]:
-        """Draws in chunks; with subsampled plates in at least 100, each of which is one mini-batch."""
+        """Draws in chunks, smaller ones where memory runs out; with subsampled plates in at least 100, each of which is
+        one mini-batch."""
         chunk = self.chunk
         if self.structure.subsampled:
             chunk = min(chunk, max(1, num_samples // self._settings.num_mini_batches))
         with tqdm(total=num_samples, desc="draws", disable=not progress, delay=1.0) as bar:
-            for start in range(0, num_samples, chunk):
-                draws = self.draw(min(chunk, num_samples - start))
-                bar.update(len(draws.log_guide))
+            for count, draws in in_chunks(self._owner, num_samples, chunk, self.draw):
+                bar.update(count)
                 yield draws
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_flows._blame import blame
+from pyro_flows._memory import does_not_fit, is_out_of_memory
 from pyro_flows.models.checks import check_data, first_run
 from pyro_flows.models.enumeration import (
     EnumerateSites,
@@ -112,6 +113,8 @@ class BatchedModel:
     def __init__(self, owner: str, model: Callable[..., Any], call: Call, probe: Values, nesting: int = 0) -> None:
         self.model = model
         self.call = call
+        self._owner = owner
+        self._max_draws = math.inf  # that fit into memory in one run
         self.enumerated: tuple[str, ...] = ()
         rows = ({name: value[row] for name, value in probe.items()} for row in range(_count(probe)))
         trace = first_run(owner, model, call, rows, check=partial(check_data, owner))
@@ -250,15 +253,23 @@ class BatchedModel:
         return {name: _padded(term, self.nesting) for name, term in found.items()}
 
     def _run_or_split(self, values: Values, task: _Task) -> dict[str, Tensor]:
+        count = _count(values)
         try:
-            return self._run(values, task)
+            if count <= self._max_draws:
+                return self._run(values, task)
         except NO_DENSITY:
             if not task.splits:
                 raise
-            if _count(values) == 1:
+            if count == 1:
                 # NaN as a function of the draw, so that a gradient exists.
                 nan = math.nan + torch.stack([0.0 * value.sum() for value in values.values()]).sum()
                 return {name: nan.expand(1) for name in task.shapes or self.nodes}
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if count == 1:
+                raise does_not_fit(self._owner, count, error) from error
+            self._max_draws = count // 2
         halves = zip(*(value.tensor_split(2) for value in values.values()), strict=True)
         parts = [self._run_or_split(dict(zip(values, half, strict=True)), task) for half in halves]
         return {name: _joined([part[name] for part in parts]) for name in parts[0]}

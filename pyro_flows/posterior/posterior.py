@@ -12,6 +12,7 @@ from pyro.distributions.util import sum_rightmost
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
+from pyro_flows._memory import in_chunks
 from pyro_flows.flows import DiagonalNormal, FlowSpec
 from pyro_flows.flows.bases import resolve_base
 from pyro_flows.flows.gradient_filter import GradientFilter
@@ -231,9 +232,8 @@ class Posterior(nn.Module):
         rows = max((item.lead.numel() for item in items.values()), default=1)
         step = max(2, PLATES.max_rows // rows // 2 * 2)
         generator = torch.Generator(next(self.parameters()).device).manual_seed(0) if repeatable else None
-        chunks: list[Latents] = []
-        for start in range(0, num_samples, step):
-            count = min(step, num_samples - start)
+
+        def draw(count: int) -> Latents:
             latents: Latents = {}
             if self.joint is not None:
                 flow = self.joint.flow
@@ -251,7 +251,12 @@ class Posterior(nn.Module):
                     part = Item(*(_narrow(value, axis, first, length) for value in own))
                     pieces.append(self._draw_items(block, part, near, count, generator))
                 latents[block.layout.plate_names] = torch.cat(pieces, axis)
-            chunks.append(latents)
+            return latents
+
+        chunks = [
+            latents
+            for _, latents in in_chunks("AutoFlowGuide", num_samples, step, draw, multiple=2 if repeatable else 1)
+        ]
         draws: Latents = {}
         for layout in self.layouts():
             value = torch.cat([chunk[layout.plate_names] for chunk in chunks])

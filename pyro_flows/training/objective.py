@@ -19,6 +19,7 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyro_flows._memory import is_out_of_memory
 from pyro_flows.compiled.graph import LossGraph, used_leaves
 from pyro_flows.compiled.parameters import FlatParameter, RecordingError, leaves_of, state_of, trial
 from pyro_flows.compiled.unread import tensor_loss
@@ -329,6 +330,10 @@ class Objective:
                     values.append(-float(elbo.loss(self.model, self.guide, *args, **kwargs)))
             except NO_DENSITY:
                 values.append(math.nan)
+            except (RuntimeError, MemoryError) as error:
+                if particles == 1 or not is_out_of_memory(error):
+                    raise
+                return self._estimate(runs, particles // 2)
         sample = torch.tensor(values, dtype=torch.float64)
         kept = sample[~sample.isnan()]
         if len(kept) < (1.0 - REFUSALS.max_share) * runs or not kept.isfinite().all():

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_flows._memory import DoesNotFit, first_line, is_out_of_memory
 from pyro_flows.compiled.parameters import RecordingError
 from pyro_flows.models.traces import NO_DENSITY
 from pyro_flows.training.objective import Objective
@@ -254,6 +255,14 @@ class Trainer:
             loss = self.objective.gradient(self._elbo)
         except NO_DENSITY:
             loss = math.nan
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DoesNotFit(
+                f"fit: expected memory for a step of {self.num_particles} particles, but it ran out "
+                f"({first_line(error)}). The guide is as it was before that step. "
+                f"Write num_particles={max(1, self.num_particles // 4)}, or pass mini-batches."
+            ) from error
         gradients = [_entries(p) for p in self._parameters if p.grad is not None]
         norm = torch.stack(torch._foreach_norm(gradients)).norm().item() if gradients else math.nan
         if not (math.isfinite(loss) and math.isfinite(norm)):
