@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_flows._checks import check_int
 from pyro_flows._threads import one_at_a_time
 from pyro_flows.importance.psis import Smoothed, khat_threshold, nearly_constant, pareto_smooth
-from pyro_flows.importance.weights import ImportanceSampler
+from pyro_flows.importance.weights import Draws, ImportanceSampler
 
 __all__ = ["importance_resample"]
 
@@ -29,12 +29,14 @@ class ResampleSettings:
         min_draws: Smallest default number of draws of the guide.
         max_khat: Largest k-hat that is accepted; above 1 weights have no mean.
         max_bad_items: Share of items whose k-hat may be above that, since k-hat is noisy.
+        min_usable: Smallest number of draws with a weight, of each item: a tail cannot be judged from fewer.
     """
 
     draws_per_sample: int = 10
     min_draws: int = 10_000
     max_khat: float = 1.0
     max_bad_items: float = 0.05
+    min_usable: int = 50
 
 
 def importance_resample(
@@ -70,7 +72,8 @@ def importance_resample(
         Site name -> ``(num_samples, *site shape)``, in random order.
 
     Raises:
-        RuntimeError: If k-hat is above 1: the weights have no mean, and no number of draws suffices.
+        RuntimeError: If k-hat is above 1: the weights have no mean, and no number of draws suffices. If the model has a
+            finite density at fewer than 50 draws.
         NotImplementedError: If plates are subsampled, or as :func:`diagnose`.
 
     Warns:
@@ -100,7 +103,9 @@ def importance_resample(
                 "which makes weights noisy. Pass a model of the full plate."
             )
         chunks = list(sampler.chunks(num_draws, progress=progress))
-        smoothed = [pareto_smooth(column) for column in torch.cat([c.log_weights for c in chunks]).unbind(1)]
+        log_weights = torch.cat([chunk.log_weights for chunk in chunks])
+        _check_usable(log_weights, chunks, settings)
+        smoothed = [pareto_smooth(column) for column in log_weights.unbind(1)]
         _check(torch.tensor([_khat(item) for item in smoothed]), num_draws, settings)
         picks = torch.stack([_systematic(item.log_weights.exp(), num_samples) for item in smoothed], -1)  # (S, N)
     result = {}
@@ -121,6 +126,25 @@ def _khat(smoothed: Smoothed) -> float:
     weights = smoothed.log_weights
     largest, ess = float(weights.max()) + math.log(len(weights)), float((-(2.0 * weights).logsumexp(0)).exp())
     return 0.0 if nearly_constant(largest, ess, len(weights)) else smoothed.khat
+
+
+def _check_usable(log_weights: Tensor, chunks: Sequence[Draws], settings: ResampleSettings) -> None:
+    """Refuse draws that have no weights, ``(S, N)``: a single draw would be repeated."""
+    if log_weights.isposinf().any():
+        raise RuntimeError(
+            "importance_resample: expected finite log densities, but the model's is infinite, or the guide's minus "
+            f"infinite, at {int(log_weights.isposinf().any(-1).sum())} of {len(log_weights)} draws. Look for a "
+            "parameter that underflows, such as a scale of 0."
+        )
+    usable = int(log_weights.isfinite().sum(0).min())
+    if usable < settings.min_usable:
+        refused = sum(int(chunk.log_likelihood.isnan().any(-1).sum()) for chunk in chunks)
+        raise RuntimeError(
+            f"importance_resample: expected draws of the guide that the model gives a density, but only {usable} of "
+            f"{len(log_weights)} have one ({refused} are refused: it raises, or its log density is NaN). Train the "
+            "guide, `fit(model, guide, args)`, or look at the model at its draws: "
+            "`pyro.condition(model, guide.median(*args))(*args)`."
+        )
 
 
 def _check(khat: Tensor, num_draws: int, settings: ResampleSettings) -> None:
