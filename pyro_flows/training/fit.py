@@ -191,6 +191,11 @@ class FitResult:
     @property
     def advice(self) -> str:
         """Recommended next step, in a sentence."""
+        if self.skipped > self.steps / 2:
+            return (
+                f"Next: in {self.skipped} of {self.steps} steps the loss or its gradient was not finite, or far too "
+                "large; print(diagnose(model, guide, args)) says at which share of the draws the model has no density."
+            )
         if self.kept == "start" and self.steps:
             return "Next: training gained nothing over the Gaussian start; compare another family, such as flow='iaf'."
         if self.rollbacks > 1:
