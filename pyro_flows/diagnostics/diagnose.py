@@ -15,13 +15,14 @@ from pyro_flows._threads import one_at_a_time
 from pyro_flows.diagnostics.elbo import estimate_elbo
 from pyro_flows.diagnostics.evidence import Evidence, estimate_evidence, lost_mass
 from pyro_flows.diagnostics.modes import LostMode, lost_modes
-from pyro_flows.diagnostics.report import Diagnosis, Items
+from pyro_flows.diagnostics.report import TRUST, Diagnosis, Items
 from pyro_flows.diagnostics.search import Regions, SearchResult, search_regions
 from pyro_flows.diagnostics.sites import SiteTally
 from pyro_flows.diagnostics.verdict import judge, not_known
 from pyro_flows.importance.psis import khat_threshold
 from pyro_flows.importance.weights import ImportanceSampler
 from pyro_flows.models.checks import warn_without_data
+from pyro_flows.models.precision import may_be_rounded, rounding_message
 
 __all__ = ["diagnose", "weigh"]
 
@@ -147,10 +148,13 @@ def weigh(
         lost=lost,
         obstacle=sampler.score.model.obstacle,
         num_refused=elbo.num_refused,
+        dtype=sample.dtype,
     )
     plates = structure.subsampled
     verdict = not_known(plates[0]) if plates else judge(diagnosis, evidence, search, guide)
-    return replace(diagnosis, **verdict._asdict())
+    is_suspect = verdict.verdict != TRUST or may_be_rounded(diagnosis.elbo)
+    rounding = rounding_message(sampler.score.model.model, guide, sampler.score.model.call) if is_suspect else ""
+    return replace(diagnosis, **verdict._asdict(), rounding=rounding)
 
 
 class _Sample(NamedTuple):
@@ -162,6 +166,7 @@ class _Sample(NamedTuple):
         log_weights: log p(x, z) - log q(z) by item, ``(S, N)``.
         where: Index of the region of each draw, ``(S, N)``; None if there was no search.
         group_sizes: Numbers of consecutive draws that share a mini-batch; None if all draws are independent.
+        dtype: Precision of the draws.
     """
 
     log_likelihood: Tensor
@@ -169,6 +174,7 @@ class _Sample(NamedTuple):
     log_weights: Tensor
     where: Tensor | None
     group_sizes: list[int] | None
+    dtype: torch.dtype
 
 
 def _draw(
@@ -192,6 +198,7 @@ def _draw(
         log_weights=torch.cat(weights),
         where=torch.cat(wheres) if wheres else None,
         group_sizes=[len(part) for part in weights] if structure.subsampled else None,
+        dtype=next(iter(draws.values.values())).dtype,
     )
 
 

@@ -86,6 +86,9 @@ class Diagnosis:
         num_refused: Number of draws that the model refuses: it raises (a failed Cholesky factorization) or its log
             density is NaN. Up to a tenth of all draws are excluded from the ELBO and its terms, which are then those of
             the guide restricted to the other draws; with more the ELBO is minus infinity. Their weights are zero.
+        dtype: Precision of the draws; log densities of the model are computed in it, and summed in float64.
+        rounding: What float32 is the reason for, such as refused draws or a large k-hat, and what to do; empty if
+            nothing is.
     """
 
     max_lines: ClassVar[int] = 12  # of the printed table of sites
@@ -109,6 +112,8 @@ class Diagnosis:
     lost: tuple[LostMode, ...]
     obstacle: str = ""
     num_refused: int = 0
+    dtype: torch.dtype | None = None
+    rounding: str = ""
 
     @property
     def trustworthy(self) -> bool:
@@ -148,6 +153,8 @@ class Diagnosis:
             )
         if self.obstacle:
             lines.append(f"Draws were run one by one, since {self.obstacle}")
+        if self.rounding:
+            lines.append(self.rounding)
         return "\n".join([*lines, f"Next: {self.advice}"])
 
 

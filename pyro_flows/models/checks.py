@@ -21,6 +21,7 @@ from pyro.util import check_site_shape
 from torch import Tensor
 
 from pyro_flows._blame import blame
+from pyro_flows.models.precision import remedy_at
 from pyro_flows.models.traces import NO_DENSITY, Call, mini_batches, replay_trace, run_quietly, sample_nodes
 
 __all__ = [
@@ -102,7 +103,11 @@ def first_run(
                 check(trace)
                 return trace
         except NO_DENSITY as error:
-            refused = refused or error
+            if refused is None:
+                refused = error
+                remedy = remedy_at(model, whole, call)
+                if remedy and hasattr(error, "add_note"):  # from Python 3.11 on
+                    error.add_note(f"{owner}: {remedy}")
     assert refused is not None
     raise refused
 
@@ -267,11 +272,12 @@ def where_not_finite(model: Callable[..., Any], guide: Callable[..., Any], call:
     return ""
 
 
-def start_elsewhere(owner: str, sites: Mapping[str, float]) -> str:
+def start_elsewhere(owner: str, sites: Mapping[str, float], remedy: str = "") -> str:
     """Error message for an initial location without density; ``sites`` are those of :func:`without_density`, one or
-    more."""
+    more, and ``remedy`` is that of :func:`~pyro_flows.models.precision.remedy_at`."""
     found = " and ".join(f"that of site '{name}' is {number}" for name, number in sites.items())
-    return (
-        f"{owner}: expected the model to have a finite log density where the guide starts, but {found}. Start where it "
-        f"has one, `init_loc_fn=init_to_value(values={{...}})`, or look at the parameters of '{next(iter(sites))}'."
+    return f"{owner}: expected the model to have a finite log density where the guide starts, but {found}. " + (
+        remedy
+        or "Start where it has one, `init_loc_fn=init_to_value(values={...})`, or look at the parameters of "
+        f"'{next(iter(sites))}'."
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_flows.models.batching import BatchedModel
 from pyro_flows.models.checks import start_elsewhere, without_density
 from pyro_flows.models.layout import Layout
+from pyro_flows.models.precision import remedy_at
 from pyro_flows.models.sites import Site
 from pyro_flows.models.traces import Call, by_draw, run_quietly, sample_nodes
 
@@ -104,7 +105,7 @@ class LogJoint:
         values, _ = self.table.unpack(start)
         sites = without_density(self.batched.model, values, self.batched.call)
         if sites:
-            return start_elsewhere(OWNER, sites)
+            return start_elsewhere(OWNER, sites, remedy_at(self.batched.model, values, self.batched.call))
         return (
             f"{OWNER}: expected a Gaussian with a finite ELBO, but none has one, although the log density is finite at "
             "the start. Look for what overflows around it, or give a smaller init_scale."

@@ -19,6 +19,7 @@ from pyro_flows._threads import one_at_a_time
 from pyro_flows.diagnostics import Diagnosis
 from pyro_flows.diagnostics.report import NOT_KNOWN
 from pyro_flows.guides import AutoFlowGuide
+from pyro_flows.models.precision import may_be_rounded
 from pyro_flows.posterior.mini_batches import MiniBatch
 from pyro_flows.training.batches import Batches
 from pyro_flows.training.checkpoint import Checkpoint
@@ -131,6 +132,8 @@ class FitResult:
             was found.
         diagnosis: A first verdict, by the weights of fresh draws, without the search for lost modes; None with
             mini-batches, where draws cannot share a run, and where the guide has no density.
+        dtype: Precision of the guide, in which everything was computed.
+        rounding: What float32 is the reason for, such as skipped steps, and what to do; empty if nothing is.
     """
 
     elbo: float
@@ -146,6 +149,8 @@ class FitResult:
     learning_rate: float
     losses: tuple[float, ...]
     obstacle: str = ""
+    dtype: torch.dtype | None = None
+    rounding: str = ""
     skipped_at: str = ""
     diagnosis: Diagnosis | None = None
 
@@ -185,13 +190,15 @@ class FitResult:
             verdict, reason = self.verdict, self.diagnosis.reason
             found = f"gap {self.gap:.3f} +/- {self.diagnosis.log_evidence_se:.3f} nats, k-hat {self.khat:.2f}"
             lines.append(f"{verdict[0].upper()}{verdict[1:]} ({found}): {reason}")
+        if self.rounding:
+            lines.append(self.rounding)
         lines.append(self.advice)
         return "\n".join(lines)
 
     @property
     def advice(self) -> str:
         """Recommended next step, in a sentence."""
-        if self.skipped > self.steps / 2:
+        if self.skipped > max(10, self.steps / 2):
             return (
                 f"Next: in {self.skipped} of {self.steps} steps the loss or its gradient was not finite, or far too "
                 "large; print(diagnose(model, guide, args)) says at which share of the draws the model has no density."
@@ -311,7 +318,9 @@ def fit(
                 kept, best = schedule.finish(schedule.train())
             finally:
                 objective.release()
-    state = trainer.state
+        state = trainer.state
+        is_suspect = state.num_skipped > 0 or may_be_rounded(best.mean)
+        rounding = objective.rounding() if is_suspect else ""
     return FitResult(
         elbo=best.mean,
         elbo_se=best.error,
@@ -328,6 +337,8 @@ def fit(
         obstacle=objective.obstacle,
         skipped_at=trainer.skipped_at,
         diagnosis=None if objective.subsampled else first_verdict(model, guide, *batches.first, settings.verdict),
+        dtype=objective.leaves[0].dtype if objective.leaves else None,
+        rounding=rounding,
     )
 
 

@@ -29,6 +29,7 @@ from pyro_flows.importance.weights import log_weights
 from pyro_flows.models.batching import BatchedModel
 from pyro_flows.models.checks import start_elsewhere, where_not_finite, without_density
 from pyro_flows.models.particles import at_a_draw, look_at
+from pyro_flows.models.precision import remedy_at, rounding_message
 from pyro_flows.models.traces import (
     NO_DENSITY,
     REFUSALS,
@@ -298,18 +299,27 @@ class Objective:
         call = Call(*self.batches.first)
         trace = run_quietly(self.guide, call)
         values = {name: node["value"] for name, node in sample_nodes(trace).items()}
-        sites = without_density(self.model, values, call._replace(fixed=mini_batches(trace)))
+        call = call._replace(fixed=mini_batches(trace))
+        sites = without_density(self.model, values, call)
         if sites:
-            return start_elsewhere("fit", sites)
+            return start_elsewhere("fit", sites, remedy_at(self.model, values, call))
+        reason = self.rounding() or (
+            "Look for what overflows in it, or in its gradient, such as the root of zero; or for draws at which it "
+            "raises."
+        )
         return (
             "fit: expected a finite loss and gradient in one of the first steps, but got none, although the model has "
-            "a finite log density. Look for what overflows in it, or in its gradient, such as the root of zero."
+            f"a finite log density at a draw. {reason}"
         )
 
     def where_not_finite(self) -> str:
         """Sites of the model without a finite log density at one of many draws of the guide, in words."""
         call = Call(*self.batches.first)
         return where_not_finite(self.model, self.guide, call, self.settings.num_sequential_runs)
+
+    def rounding(self) -> str:
+        """What float32 is the reason for; see :func:`~pyro_flows.models.precision.rounding_message`."""
+        return rounding_message(self.model, self.guide, Call(*self.batches.first))
 
     def prefers(self, now: Estimate, before: Estimate) -> bool:
         """Whether an estimate is accepted over an earlier one: higher, or with mini-batches not significantly lower.
