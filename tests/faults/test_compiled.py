@@ -19,7 +19,7 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.optim import Adam
 from torch import Tensor, nn
 
-from pyro_flows import AutoFlowGuide, CompiledSVI
+from pyro_flows import AutoFlowGuide, CompiledSVI, fit
 from pyro_flows.compiled import graph as graph_module
 from pyro_flows.compiled import inductor
 from pyro_flows.compiled.graph import AgreementSettings
@@ -394,3 +394,22 @@ def test_a_bad_first_batch_is_refused_as_by_svi() -> None:
     with pytest.raises(ValueError, match="nan"):
         svi.step(Y * float("nan"))
     assert torch.tensor([svi.step(Y) for _ in range(5)]).isfinite().all()
+
+
+def test_a_changed_value_under_fit() -> None:
+    """Its recorded steps are those of the model as it is."""
+
+    class Changing:
+        def __iter__(self) -> Iterator[Any]:
+            self.count = getattr(self, "count", 0) + 1
+            CONFIG.scale = 10.0 if self.count < 40 else 2.0
+            yield (Y,)
+
+    model = model_with(lambda: CONFIG.scale)
+    losses = []
+    for compile in (True, False):
+        pyro.clear_param_store()
+        options = {"num_steps": 60, "num_particles": 4, "seed": 0, "progress": False, "compile": compile}
+        losses.append(torch.tensor(fit(model, AutoNormal(model), Changing(), **options).losses))
+    assert losses[0][-1] > 2.0 * losses[0][10]
+    torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-3)
