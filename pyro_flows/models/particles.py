@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,12 +12,15 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer.util import is_validation_enabled
+from pyro.util import check_site_shape
 from torch import Tensor
 
 from pyro_flows.models.batching import BatchedModel
 from pyro_flows.models.checks import check_guide, check_latents, first_run, warn_without_data
 from pyro_flows.models.traces import (
     DRAWS,
+    NO_DENSITY,
     Call,
     by_draw,
     mini_batches,
@@ -27,7 +31,7 @@ from pyro_flows.models.traces import (
     sample_nodes,
 )
 
-__all__ = ["at_a_draw", "look_at", "runs_in_a_plate"]
+__all__ = ["at_a_draw", "check_shapes", "look_at", "runs_in_a_plate"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,26 @@ def at_a_draw(model: Callable[..., Any], guide: Callable[..., Any]) -> Callable[
         poutine.replay(model, trace=trace)(*args, **kwargs)
 
     return run
+
+
+@torch.no_grad()
+def check_shapes(model: Callable[..., Any], guide: Callable[..., Any], call: Call) -> None:
+    """Check the shapes of a model's sites as ``SVI`` does, at a draw of a guide; nothing where validation is off.
+
+    Raises:
+        ValueError: Pyro's own, of a site whose log density has not the shape of its plates.
+        Exception: Any exception of the model, but those that it raises where it has no density.
+    """
+    if not is_validation_enabled():
+        return
+    with torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
+        try:
+            trace = run_quietly(at_a_draw(model, guide), call)
+            trace.compute_log_prob()
+        except NO_DENSITY:
+            return
+    for node in sample_nodes(trace).values():
+        check_site_shape(node, max_plate_nesting=math.inf)
 
 
 def look_at(

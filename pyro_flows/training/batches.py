@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Arguments", "Batches"]
+__all__ = ["Arguments", "Batches", "by_shape"]
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -80,3 +80,12 @@ class Batches:
             if held > max_elements:
                 break
         return calls
+
+
+def by_shape(calls: Iterable[Arguments]) -> list[Arguments]:
+    """The first of the mini-batches of each combination of shapes, in order."""
+    found: dict[Any, Arguments] = {}
+    for args, kwargs in calls:
+        shapes = tuple(value.shape if torch.is_tensor(value) else None for value in (*args, *kwargs.values()))
+        found.setdefault(shapes, (args, kwargs))
+    return list(found.values())

@@ -198,6 +198,11 @@ class FitResult:
     @property
     def advice(self) -> str:
         """Recommended next step, in a sentence."""
+        if not math.isfinite(self.elbo):
+            return (
+                "Next: the ELBO is minus infinity, since the model has no density at some draws or data. Look for data "
+                "that are not finite; print(diagnose(model, guide, args)) says at which share of the draws."
+            )
         if self.skipped > max(10, self.steps / 2):
             return (
                 f"Next: in {self.skipped} of {self.steps} steps the loss or its gradient was not finite, or far too "

@@ -28,7 +28,7 @@ from pyro_flows.importance.psis import nearly_constant, pareto_smooth
 from pyro_flows.importance.weights import log_weights
 from pyro_flows.models.batching import BatchedModel
 from pyro_flows.models.checks import start_elsewhere, where_not_finite, without_density
-from pyro_flows.models.particles import at_a_draw, look_at
+from pyro_flows.models.particles import at_a_draw, check_shapes, look_at
 from pyro_flows.models.precision import remedy_at, rounding_message
 from pyro_flows.models.traces import (
     NO_DENSITY,
@@ -39,7 +39,7 @@ from pyro_flows.models.traces import (
     run_quietly,
     sample_nodes,
 )
-from pyro_flows.training.batches import Batches
+from pyro_flows.training.batches import Batches, by_shape
 from pyro_flows.training.elbo import VectorizedTrace_ELBO
 
 __all__ = ["Estimate", "EstimateSettings", "Objective"]
@@ -157,6 +157,8 @@ class Objective:
         self.num_items = max((site["value"].numel() for site in sites if not site["is_observed"]), default=1)
         self.num_values = sum(torch.as_tensor(site["value"]).numel() for site in sites)
         self._calls = batches.one_pass(self.settings.max_batches, self.settings.max_elements)
+        for call in by_shape(self._calls)[1:]:  # the first one was checked already
+            check_shapes(model, guide, Call(*call))
         of_guide = leaves_of(guide, args, kwargs)
         of_model = leaves_of(at_a_draw(model, guide), args, kwargs)
         self.trains_model = any(all(p is not q for q in of_guide) for p in of_model)

@@ -196,3 +196,22 @@ def test_draws_without_weights_are_left_out() -> None:
     model.limit = 1.7
     draws = importance_resample(model, guide, 500, (Y,), progress=False, seed=0)
     assert draws["loc"].min() >= model.limit
+
+
+def normal(y: Tensor) -> None:
+    loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+
+def test_fit_refuses_mini_batches_of_a_wrong_shape() -> None:
+    """In Pyro's own words, as SVI does; only the first mini-batch was checked."""
+    with pytest.raises(ValueError, match="invalid log_prob shape"):
+        fit(normal, AutoFlowGuide(normal), [(Y,), (Y[:3],), (Y.unsqueeze(-1),)], progress=False, num_steps=30)
+
+
+def test_fit_skips_a_mini_batch_that_is_not_finite() -> None:
+    guide = AutoFlowGuide(normal)
+    result = fit(normal, guide, [(Y,), (Y,), (Y * math.nan,)], progress=False, num_steps=30, seed=0)
+    assert (result.skipped, is_finite(guide)) == (10, True)
+    assert "Look for data that are not finite" in result.advice
