@@ -19,7 +19,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_flows._checks import check_int
+from pyro_flows._checks import checked, integer, shown
 from pyro_flows._threads import one_at_a_time
 from pyro_flows.compiled.adam import AdamRule
 from pyro_flows.compiled.graph import LossGraph
@@ -100,12 +100,13 @@ class CompiledSVI(SVI):
         >>> losses = svi.run(1000, torch.tensor([1.0, 2.0, 3.0]))  # doctest: +SKIP
     """
 
+    @checked()
     def __init__(self, model: Callable[..., Any], guide: Callable[..., Any], optim: PyroOptim, loss: ELBO) -> None:
         _check_optimizer(optim)
-        if not hasattr(loss, "differentiable_loss"):
+        if not isinstance(loss, ELBO) or not hasattr(loss, "differentiable_loss"):
             raise ValueError(
                 f"CompiledSVI: expected a loss with a differentiable_loss, such as Trace_ELBO(), but got "
-                f"{type(loss).__name__}. Train with pyro.infer.SVI."
+                f"{type(loss).__name__ if isinstance(loss, ELBO) else shown(loss)}. Train with pyro.infer.SVI."
             )
         super().__init__(model, guide, optim, loss)
         self._elbo = loss
@@ -208,6 +209,7 @@ class CompiledSVI(SVI):
             except (ValueError, RuntimeError):
                 return None
 
+    @checked(num_steps=integer(1))
     def run(self, num_steps: int, *args: Any, progress: bool = False, **kwargs: Any) -> list[float]:
         """Take ``num_steps`` steps on the same arguments.
 
@@ -220,7 +222,6 @@ class CompiledSVI(SVI):
         Returns:
             The loss before each step.
         """
-        check_int("CompiledSVI.run", "num_steps", num_steps, 1)
         losses = []
         with tqdm(total=num_steps, disable=not progress, mininterval=0.5) as bar:
             for step in range(num_steps):
@@ -319,7 +320,10 @@ def _check_optimizer(optim: PyroOptim) -> None:
         ValueError: If the optimizer is not elementwise, or its options differ between parameters.
     """
     if not isinstance(optim, PyroOptim):
-        raise ValueError(f"CompiledSVI: expected one of pyro.optim's optimizers, but got {type(optim).__name__}.")
+        raise ValueError(
+            f"CompiledSVI: expected optim to be one of pyro.optim's optimizers, such as Adam({{'lr': 0.01}}), but got "
+            f"{shown(optim)}."
+        )
     made = optim.pt_optim_args
     constructor = optim.pt_optim_constructor
     if isinstance(made, dict) and "optimizer" in made:  # a scheduler's

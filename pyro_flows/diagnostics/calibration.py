@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
@@ -15,7 +16,7 @@ from pyro.infer import Predictive
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_flows._checks import check_int
+from pyro_flows._checks import check_call, check_callable, check_program, check_type, checked, integer, optional, shown
 from pyro_flows._threads import one_at_a_time
 from pyro_flows.guides import AutoFlowGuide
 from pyro_flows.importance.weights import ImportanceSampler
@@ -121,6 +122,14 @@ class Calibration:
         return "\n".join(lines)
 
 
+@checked(
+    guide=optional(check_program),
+    refit=optional(check_callable),
+    to_args=optional(check_callable),
+    num_datasets=optional(integer(2)),
+    num_samples=integer(20),
+    settings=partial(check_type, kind=CalibrationSettings),
+)
 def check_calibration(
     model: Callable[..., Any],
     guide: Callable[..., Any] | None = None,
@@ -188,12 +197,12 @@ def check_calibration(
             f"{OWNER}: expected an amortized guide, or refit=..., but got {'neither' if guide is None else 'both'}. "
             "Write refit=lambda model, args, kwargs: ..., which trains a guide and returns it."
         )
-    if num_datasets is not None:
-        check_int(OWNER, "num_datasets", num_datasets, 2)
-    check_int(OWNER, "num_samples", num_samples, 20)
+    check_call(OWNER, "model", model, args, kwargs or {})
+    if refit is not None:
+        check_call(OWNER, "refit", refit, (model, args, kwargs), {}, "Write refit=lambda model, args, kwargs: ...")
     with one_at_a_time("check_calibration"), torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
-            torch.default_generator.manual_seed(seed)
+            torch.default_generator.manual_seed(int(seed))
         simulator = _Simulator(model, args, dict(kwargs or {}), to_args, amortized=refit is None)
         if num_datasets is None:
             many = math.ceil(settings.num_items / simulator.num_items)
@@ -205,7 +214,11 @@ def check_calibration(
             truth, conditioned, (new_args, new_kwargs) = simulator.draw()
             try:
                 fitted = guide if refit is None else refit(conditioned, new_args, new_kwargs)
-                assert fitted is not None
+                if not callable(fitted):
+                    raise TypeError(
+                        f"{OWNER}: expected refit to return a guide, but got {shown(fitted)}. Let it end in `return "
+                        "guide`."
+                    )
                 if at_once is None:
                     at_once = ImportanceSampler(OWNER, conditioned, fitted, new_args, new_kwargs).draws_at_once
                 draws = _draw(fitted, num_samples, new_args, new_kwargs, at_once=at_once)
@@ -296,7 +309,14 @@ class _Simulator:
         data = {name: node["value"] for name, node in nodes.items() if name not in truth}
         conditioned = poutine.condition(self._model, data=data)
         if self._to_args is not None:
-            return truth, conditioned, self._to_args(data)
+            made = self._to_args(data)
+            is_pair = isinstance(made, tuple) and len(made) == 2
+            if not (is_pair and isinstance(made[0], tuple) and isinstance(made[1], Mapping)):
+                raise TypeError(
+                    f"{OWNER}: expected to_args to return (args, kwargs), but got {shown(made)}. Write "
+                    "to_args=lambda data: ((data['y'],), {})."
+                )
+            return truth, conditioned, made
         args, kwargs = list(self._call[0]), dict(self._call[1])
         for name, place in self._places:
             holder: Any = args if isinstance(place, int) else kwargs

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pyro_flows._checks import check_int
+from pyro_flows._checks import check_program, checked, close_match, integer, shown
 from pyro_flows._threads import one_at_a_time
 from pyro_flows.diagnostics.diagnose import weigh
 from pyro_flows.diagnostics.report import NOT_KNOWN, SEARCH_ELSEWHERE, Diagnosis
@@ -63,7 +63,8 @@ class Comparison:
         for row in self.rows:
             if row.name == name:
                 return row
-        raise KeyError(name)
+        names = [row.name for row in self.rows]
+        raise KeyError(f"Comparison: expected a guide of {names}, but got {name!r}.{close_match(name, names)}")
 
     def __str__(self) -> str:
         width = max(len("guide"), *(len(row.name) for row in self.rows))
@@ -83,6 +84,17 @@ class Comparison:
         return "\n".join([*lines, f"{evidence}, by the weights of {self.source}{tail}"])
 
 
+def _check_guides(owner: str, name: str, value: Any) -> None:
+    """Raise ValueError unless ``value`` is a mapping from names to guides."""
+    if not isinstance(value, Mapping) or not value or not all(isinstance(key, str) for key in value):
+        raise ValueError(
+            f"{owner}: expected {name} to be guides by name, such as {{'AutoNormal': guide}}, but got {shown(value)}."
+        )
+    for label, guide in value.items():
+        check_program(owner, f"{name}[{label!r}]", guide)
+
+
+@checked(guides=_check_guides, num_samples=integer(100))
 def compare(
     model: Callable[..., Any],
     guides: Mapping[str, Callable[..., Any]],
@@ -115,14 +127,11 @@ def compare(
         ValueError: If ``guides`` is empty.
         NotImplementedError: As :func:`diagnose`.
     """
-    check_int("compare", "num_samples", num_samples, 100)
-    if not isinstance(guides, Mapping) or not guides:
-        raise ValueError(f"compare: expected guides by name, such as {{'AutoNormal': guide}}, but got {guides!r}.")
     found: dict[str, Diagnosis] = {}
     searched: dict[tuple[int, int], SearchResult] = {}
     with one_at_a_time("compare"), torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
-            torch.default_generator.manual_seed(seed)
+            torch.default_generator.manual_seed(int(seed))
         for name, guide in guides.items():
             sampler = ImportanceSampler("compare", model, guide, args, kwargs)
             layout = (sampler.structure.num_items, sampler.structure.item_dim)

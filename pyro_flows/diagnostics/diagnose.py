@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_flows._checks import check_int
+from pyro_flows._checks import checked, integer
 from pyro_flows._threads import one_at_a_time
 from pyro_flows.diagnostics.elbo import estimate_elbo
 from pyro_flows.diagnostics.evidence import Evidence, estimate_evidence, lost_mass
@@ -27,6 +27,7 @@ from pyro_flows.models.precision import may_be_rounded, rounding_message
 __all__ = ["diagnose", "weigh"]
 
 
+@checked(num_samples=integer(100))
 def diagnose(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -62,6 +63,7 @@ def diagnose(
         seed: Makes the result reproducible; torch's global random state is not changed. None uses the global state.
 
     Raises:
+        TypeError: If an argument is of another type, or the model or the guide does not take the arguments.
         NotImplementedError: If the guide has no density, or the model has latents that are neither in the guide nor
             enumerated.
         ValueError: If ``num_samples`` is out of range; if observed values are not finite or outside their support; if
@@ -89,10 +91,9 @@ def diagnose(
         Yao, Vehtari, Simpson, Gelman. Yes, but Did It Work?: Evaluating Variational Inference. ICML 2018.
         Vehtari, Simpson, Gelman, Yao, Gabry. Pareto Smoothed Importance Sampling. JMLR 25(72), 2024.
     """
-    check_int("diagnose", "num_samples", num_samples, 100)
     with one_at_a_time("diagnose"), torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
-            torch.default_generator.manual_seed(seed)
+            torch.default_generator.manual_seed(int(seed))
         sampler = ImportanceSampler("diagnose", model, guide, args, kwargs)
         warn_without_data("diagnose", sampler.score.model.nodes, sampler.score.model.call)
         found = search_regions(sampler, model, args, kwargs or {}, enabled=search, progress=progress)

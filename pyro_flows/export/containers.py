@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
+
+from pyro_flows._checks import shown
 
 __all__ = ["Groups", "Variables", "container", "to_container"]
 
@@ -81,10 +83,12 @@ def to_container(
             sizes[group] = {dim: size for pair in pairs for dim, size in pair}
     for dim, labels in coords.items():
         found = [own[dim] for own in sizes.values() if dim in own]
-        if len(labels) not in found:
+        count = len(labels) if isinstance(labels, Sized) and not isinstance(labels, str) else None
+        if count not in found:
             names = dict.fromkeys(dim for own in sizes.values() for dim in own)
             expected = f"{found[0]} labels" if found else f"labels of {', '.join(map(repr, names))}"
-            raise ValueError(f"{owner}: expected coords[{dim!r}] to be {expected}, but got {len(labels)} labels.")
+            came = shown(labels) if count is None else f"{count} labels"
+            raise ValueError(f"{owner}: expected coords[{dim!r}] to be {expected}, but got {came}.")
     labels_of: dict[str, Any] = {**indices, **coords}
     datasets = {}
     for group, own in sizes.items():

@@ -4,20 +4,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_flows._checks import check_int
+from pyro_flows._checks import check_bool, check_mapping, checked, integer, optional, shown
 from pyro_flows._threads import one_at_a_time
 from pyro_flows.export.containers import Groups, Variables, container, to_container
 from pyro_flows.export.runs import OWNER, SAMPLE_DIMS, ModelRuns, dims_of, generic_dims, read_sites, to_numpy
 from pyro_flows.importance.psis import pareto_smooth
 from pyro_flows.importance.weights import Draws, ImportanceSampler
 from pyro_flows.models.full_plates import on_full_plates
+from pyro_flows.models.sites import Site
 from pyro_flows.models.structure import Structure
 from pyro_flows.models.traces import Call
 from pyro_flows.prediction import draw_predictions, prior_predictive
@@ -27,6 +28,16 @@ __all__ = ["to_inference_data"]
 Names = dict[str, tuple[str, ...]]
 
 
+@checked(
+    num_samples=integer(1),
+    num_chains=integer(1),
+    num_prior_samples=integer(0),
+    posterior_predictive=check_bool,
+    log_likelihood=check_bool,
+    log_prior=check_bool,
+    coords=optional(check_mapping),
+    dims=optional(check_mapping),
+)
 def to_inference_data(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -115,9 +126,6 @@ def to_inference_data(
         {'chain': 1, 'draw': 2000, 'schools': 3}
     """
     make = container(OWNER)
-    check_int(OWNER, "num_samples", num_samples, 1)
-    check_int(OWNER, "num_prior_samples", num_prior_samples, 0)
-    check_int(OWNER, "num_chains", num_chains, 1)
     if num_samples % num_chains:
         raise ValueError(
             f"{OWNER}: expected chains of one length, but {num_samples} draws do not split into {num_chains}. Take "
@@ -126,10 +134,11 @@ def to_inference_data(
     kwargs = dict(kwargs or {})
     with one_at_a_time(OWNER), torch.random.fork_rng(devices=[], enabled=seed is not None), torch.no_grad():
         if seed is not None:
-            torch.default_generator.manual_seed(seed)
+            torch.default_generator.manual_seed(int(seed))
         sampler = ImportanceSampler(OWNER, on_full_plates(model), on_full_plates(guide), args, kwargs)
         structure = sampler.structure
         _check_structure(structure, log_likelihood=log_likelihood)
+        _check_plates(read_sites(sampler.score.model.nodes))
         chunks = list(sampler.chunks(num_samples, progress=False))
         values = {site.name: torch.cat([chunk.values[site.name] for chunk in chunks]) for site in structure.latents}
         runs = ModelRuns(sampler.score.model, structure)
@@ -222,12 +231,21 @@ def _checked_dims(
     for name, given_dims in dims.items():
         if name not in names:
             raise ValueError(f"{OWNER}: expected dims of {', '.join(map(repr, names))}, but got {name!r}.")
-        if isinstance(given_dims, str) or len(given_dims) != len(names[name]):
+        if not isinstance(given_dims, (list, tuple)) or len(given_dims) != len(names[name]):
             raise ValueError(
                 f"{OWNER}: expected dims[{name!r}] to be a list of {len(names[name])} names, in place of "
-                f"{list(names[name])}, but got {given_dims!r}."
+                f"{list(names[name])}, but got {shown(given_dims)}."
             )
     return {name: tuple(given_dims) for name, given_dims in dims.items()}
+
+
+def _check_plates(sites: Iterable[Site]) -> None:
+    for frame in (frame for site in sites for frame in site.frames):
+        if frame.name in SAMPLE_DIMS:
+            raise ValueError(
+                f"{OWNER}: expected plates with names of their own, but got plate '{frame.name}', a dimension of all "
+                "draws in ArviZ. Give it another name in the model."
+            )
 
 
 def _draws(values: Mapping[str, Tensor], names: Mapping[str, tuple[str, ...]], num_chains: int) -> Variables:

@@ -62,7 +62,7 @@ def dims_of(site: Site) -> tuple[str, ...]:
     dims = list(generic_dims(site.name, len(site.shape)))
     for frame in site.frames:
         axis = site.batch_rank + frame.dim
-        if axis >= 0 and site.shape[axis] == frame.size and frame.name not in SAMPLE_DIMS:
+        if axis >= 0 and site.shape[axis] == frame.size:
             dims[axis] = frame.name
     return tuple(dims)
 

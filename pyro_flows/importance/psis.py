@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
+
+from pyro_flows._checks import check_type, checked, integer, shown
 
 __all__ = ["PsisSettings", "Smoothed", "khat_threshold", "nearly_constant", "pareto_smooth"]
 
@@ -33,7 +36,8 @@ class Smoothed(NamedTuple):
 
     Attributes:
         log_weights: Normalized to ``logsumexp = 0``, in the order of the draws, ``(S,)``, float64.
-        khat: Tail shape; infinite if the tail is too short to fit, 0 if its weights are equal up to rounding.
+        khat: Tail shape; infinite if the tail is too short to fit, or no weight is positive and finite; 0 if its
+            weights are equal up to rounding.
     """
 
     log_weights: Tensor
@@ -51,6 +55,20 @@ def nearly_constant(largest: float, ess: float, num_samples: int) -> bool:
     return largest < math.log(2.0) and ess > 0.99 * num_samples
 
 
+def _check_log_weights(owner: str, name: str, value: Any) -> None:
+    """Raise TypeError unless ``value`` is a tensor; ValueError unless it is ``(S,)`` and not NaN."""
+    if not torch.is_tensor(value):
+        raise TypeError(f"{owner}: expected {name} to be a tensor of shape (S,), but got {shown(value)}.")
+    if value.dim() != 1 or not len(value):
+        raise ValueError(f"{owner}: expected {name} to be a tensor of shape (S,), but got shape {tuple(value.shape)}.")
+    if value.isnan().any():
+        raise ValueError(
+            f"{owner}: expected {name} to be a tensor without NaN, but got {int(value.isnan().sum())} of "
+            f"{len(value)} that are NaN. Write -inf where the model has no density."
+        )
+
+
+@checked(num_samples=integer(1))
 def khat_threshold(num_samples: int) -> float:
     r"""Largest k-hat at which estimates from S draws are reliable, :math:`\min(1 - 1/\log_{10} S, 0.7)`.
 
@@ -60,6 +78,7 @@ def khat_threshold(num_samples: int) -> float:
     return min(1.0 - 1.0 / math.log10(max(num_samples, 2)), 0.7)
 
 
+@checked(log_weights=_check_log_weights, settings=partial(check_type, kind=PsisSettings))
 def pareto_smooth(log_weights: Tensor, settings: PsisSettings = PsisSettings()) -> Smoothed:
     """Fit a generalized Pareto distribution to the largest :math:`M = min(S / 5, 3 sqrt(S))` weights, and replace them
     by its quantiles, truncated at the largest raw weight.
@@ -70,12 +89,18 @@ def pareto_smooth(log_weights: Tensor, settings: PsisSettings = PsisSettings()) 
         log_weights: ``(S,)``, not normalized.
         settings: When the tail is not fitted.
 
+    Raises:
+        TypeError: If ``log_weights`` is no tensor.
+        ValueError: If it has another shape, is empty, or has values that are NaN.
+
     References:
         Vehtari, Simpson, Gelman, Yao, Gabry. Pareto Smoothed Importance Sampling. JMLR 25(72), 2024.
         Zhang, Stephens. A New and Efficient Estimation Method for the Generalized Pareto Distribution.
         Technometrics 51(3), 2009.
     """
     count = len(log_weights)
+    if not log_weights.max().isfinite():
+        return Smoothed(log_weights.double(), math.inf)
     shifted = log_weights.double() - log_weights.double().max()
     ordered, order = shifted.sort()
     tail_length = min(math.ceil(min(count / 5, 3 * math.sqrt(count))), count - 1)

@@ -7,12 +7,13 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_flows._checks import check_int
+from pyro_flows._checks import check_type, checked, integer, optional
 from pyro_flows._threads import one_at_a_time
 from pyro_flows.importance.psis import Smoothed, khat_threshold, nearly_constant, pareto_smooth
 from pyro_flows.importance.weights import Draws, ImportanceSampler
@@ -39,6 +40,11 @@ class ResampleSettings:
     min_usable: int = 50
 
 
+@checked(
+    num_samples=integer(1),
+    num_draws=optional(integer(100)),
+    settings=partial(check_type, kind=ResampleSettings),
+)
 def importance_resample(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -89,13 +95,11 @@ def importance_resample(
         >>> {name: tuple(z.shape) for name, z in importance_resample(model, guide, 500, seed=0).items()}
         {'z': (500,)}
     """
-    check_int("importance_resample", "num_samples", num_samples, 1)
     if num_draws is None:
         num_draws = max(settings.min_draws, settings.draws_per_sample * num_samples)
-    check_int("importance_resample", "num_draws", num_draws, 100)
     with one_at_a_time("importance_resample"), torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
-            torch.default_generator.manual_seed(seed)
+            torch.default_generator.manual_seed(int(seed))
         sampler = ImportanceSampler("importance_resample", model, guide, args, kwargs)
         if sampler.structure.subsampled:
             raise NotImplementedError(
@@ -159,7 +163,7 @@ def _check(khat: Tensor, num_draws: int, settings: ResampleSettings) -> None:
             f"importance_resample: k-hat is {worst:.2f}, above {khat_threshold(num_draws):.2f}; the draws still lean "
             "toward the guide. See `diagnose(model, guide, args)` for what else to do.",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

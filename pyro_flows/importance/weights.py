@@ -13,6 +13,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_flows._checks import checked, integer
 from pyro_flows._memory import in_chunks
 from pyro_flows._threads import one_at_a_time
 from pyro_flows.models.particles import runs_in_a_plate
@@ -179,6 +180,7 @@ def _or_none(log_density: Tensor) -> Tensor:
     return torch.where(log_density.isnan(), -torch.inf, log_density)
 
 
+@checked(num_samples=integer(1))
 def log_weights(
     model: Callable[..., Any],
     guide: Callable[..., Any],

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -21,6 +22,7 @@ from pyro.util import check_site_shape
 from torch import Tensor
 
 from pyro_flows._blame import blame
+from pyro_flows._checks import shown
 from pyro_flows.models.precision import remedy_at
 from pyro_flows.models.traces import NO_DENSITY, Call, mini_batches, replay_trace, run_quietly, sample_nodes
 
@@ -90,6 +92,7 @@ def first_run(
         check: Raises an exception if a trace is invalid.
 
     Raises:
+        TypeError: If the model mixes NumPy arrays among its arguments with latents.
         ValueError: If the draws have other shapes than the model's sites.
         Exception: Any exception of the model or the check; if it raises at all draws, that of the first.
     """
@@ -101,7 +104,8 @@ def first_run(
             with torch.no_grad(), poutine.block():
                 trace = poutine.trace(replayed).get_trace(*call.args, **call.kwargs)
                 check(trace)
-                return trace
+            _check_arrays(owner, model, call, values)
+            return trace
         except NO_DENSITY as error:
             if refused is None:
                 refused = error
@@ -110,6 +114,30 @@ def first_run(
                     error.add_note(f"{owner}: {remedy}")
     assert refused is not None
     raise refused
+
+
+def _check_arrays(owner: str, model: Callable[..., Any], call: Call, values: Mapping[str, Any]) -> None:
+    """Run a model of NumPy arrays at latents that require a gradient, which torch refuses to mix with arrays.
+
+    Raises:
+        TypeError: If it does so in this model.
+    """
+    arguments = {**{f"args[{place}]": value for place, value in enumerate(call.args)}, **call.kwargs}
+    arrays = [name for name, value in arguments.items() if isinstance(value, np.ndarray)]
+    if not arrays:
+        return
+    leaves = {n: v.detach().requires_grad_() if v.is_floating_point() else v for n, v in values.items()}
+    replayed = poutine.replay(model, trace=replay_trace({**leaves, **call.fixed}))
+    try:
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]), poutine.block():
+            poutine.trace(replayed).get_trace(*call.args, **call.kwargs)
+    except RuntimeError as error:
+        if "numpy()" not in str(error):
+            raise
+        raise TypeError(
+            f"{owner}: expected data as tensors, but got a NumPy array in {arrays[0]}, which the model mixes with its "
+            "latents. Write torch.as_tensor(x), in the dtype of the model."
+        ) from error
 
 
 def check_guide(owner: str, drawn: Nodes) -> None:
@@ -142,7 +170,7 @@ def check_latents(owner: str, nodes: Nodes, drawn: Nodes) -> list[str]:
         Names of the model's latent sites that are neither drawn by the guide nor enumerated.
 
     Raises:
-        ValueError: If the guide draws none of the model's latent sites, though there are some.
+        ValueError: If the guide draws none of the model's latent sites, though there are some, or draws others.
     """
     latents = [n for n, node in nodes.items() if not (node["is_observed"] or node["infer"].get("enumerate"))]
     if latents and not set(latents) & set(drawn):
@@ -150,6 +178,14 @@ def check_latents(owner: str, nodes: Nodes, drawn: Nodes) -> list[str]:
         raise ValueError(
             f"{owner}: expected a guide of this model, whose latent sites are {', '.join(map(repr, latents))}, but the "
             f"guide draws {', '.join(map(repr, own)) or 'none'}. Make a guide from this model: AutoFlowGuide(model)."
+        )
+    auxiliary = {name for name, node in drawn.items() if node["infer"].get("is_auxiliary") or node["is_observed"]}
+    strange = [name for name in drawn if name not in nodes and name not in auxiliary]
+    if strange:
+        raise ValueError(
+            f"{owner}: expected the guide to draw sites of the model, but it draws {', '.join(map(repr, strange))}, "
+            f"which the model, with {', '.join(map(repr, latents))}, has not. If it is another model's guide, make one "
+            "from this model; if the guide needs the site, mark it with infer={'is_auxiliary': True}."
         )
     return [name for name in latents if name not in drawn]
 
@@ -162,26 +198,39 @@ def check_data(owner: str, trace: Trace) -> None:
         trace: A run of the model.
 
     Raises:
+        TypeError: If an observed value is no tensor.
         ValueError: If an observed value is NaN, infinite or outside the support of its site, and has no density there;
             or, with validation on, if Pyro finds wrong shapes.
     """
     nodes = sample_nodes(trace)
     try:
         trace.compute_log_prob()
-    except ValueError as error:
+    except Exception as error:
         # Pyro goes site by site: the first without a log density is the one at which it raises.
-        name = next((name for name, node in nodes.items() if "log_prob" not in node), None)
-        words = None if name is None else _wrong_data(nodes[name])
+        node = next((node for node in nodes.values() if "log_prob" not in node), None)
+        if node is None:
+            raise
+        if node["is_observed"] and not torch.is_tensor(node["value"]):
+            raise TypeError(
+                f"{owner}: expected the data of site '{node['name']}' to be a tensor, but got {shown(node['value'])}. "
+                "Write torch.as_tensor(y) where they come from."
+            ) from error
+        words = _wrong_data(node) if isinstance(error, ValueError) else None
         if words is None:
             raise
-        raise ValueError(f"{owner}: expected the data of site '{name}' to {words}") from error
+        raise ValueError(f"{owner}: expected the data of site '{node['name']}' to {words}") from error
     for name, node in nodes.items():
         words = None if node["log_prob"].isfinite().all() else _wrong_data(node)
         if words is not None:
             raise ValueError(f"{owner}: expected the data of site '{name}' to {words}")
     if is_validation_enabled():  # as SVI checks single particles; it checks vectorized ones less
         for node in nodes.values():
-            check_site_shape(node, max_plate_nesting=math.inf)
+            try:
+                check_site_shape(node, max_plate_nesting=math.inf)
+            except ValueError as error:
+                raise ValueError(
+                    f"{owner}: expected shapes of the model's sites that fit its plates, but {error}"
+                ) from None
 
 
 def _wrong_data(node: Mapping[str, Any]) -> str | None:

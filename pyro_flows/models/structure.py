@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.transforms import Transform, identity_transform
 
+from pyro_flows._checks import check_call
 from pyro_flows.models.checks import check_guide, check_latents, first_run
 from pyro_flows.models.enumeration import check_enumeration
 from pyro_flows.models.layout import Layout
@@ -108,11 +109,11 @@ def read_structure(
     Raises:
         NotImplementedError: If the guide is a point mass at a site, enumerates, or leaves a latent out; if the model
             enumerates sequentially, or scales an enumerated site.
-        TypeError: If ``args`` is not a tuple.
+        TypeError: If the model or the guide does not take these arguments.
         ValueError: If the two were swapped, or the guide is for another model or for data of another size.
     """
-    if not isinstance(args, tuple):
-        raise TypeError(f"{owner}: expected args to be a tuple, but got a {type(args).__name__}. Write args=(x,).")
+    for name, program in (("model", model), ("guide", guide)):
+        check_call(owner, name, program, args, kwargs)
     with poutine.block(), pyro.validation_enabled(False):  # only the structure is read
         guide_trace, again = (poutine.trace(guide).get_trace(*args, **kwargs) for _ in range(2))
     check_guide(owner, sample_nodes(guide_trace))
@@ -136,8 +137,9 @@ def read_structure(
             enumerated.append(name)
         else:
             raise NotImplementedError(
-                f"{owner}: expected the guide to draw latent site '{name}', but it does not. Add the site to the guide"
-                " or, if it is discrete, mark it: `model = config_enumerate(model)`."
+                f"{owner}: expected the guide to draw latent site '{name}', but it does not. If it is data, pass "
+                "them: args=(y,). Else add the site to the guide or, if it is discrete, mark it: `model = "
+                "config_enumerate(model)`."
             )
     check_enumeration(owner, nodes)
     items = None if subsampled else common_plate(frames)

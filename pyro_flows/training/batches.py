@@ -4,14 +4,39 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
 
+import numpy as np
 import torch
 
-__all__ = ["Arguments", "Batches", "by_shape"]
+from pyro_flows._checks import shown
+
+__all__ = ["Arguments", "Batches", "by_shape", "check_batches"]
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+USED_UP = (
+    "fit: expected args to be mini-batches that can be iterated over again, but a second pass got none. Pass the "
+    "DataLoader itself, or a list of argument tuples."
+)
+
+
+def check_batches(owner: str, name: str, value: Any) -> None:
+    """Raise TypeError unless ``value`` is a tuple of arguments, or mini-batches that can be iterated over again."""
+    if isinstance(value, tuple):
+        return
+    if torch.is_tensor(value) or isinstance(value, (str, Mapping, np.ndarray)) or not isinstance(value, Iterable):
+        raise TypeError(
+            f"{owner}: expected {name} to be a tuple of the model's arguments, or mini-batches, but got "
+            f"{shown(value)}. Write {name}=(x,)."
+        )
+    if isinstance(value, Iterator) or not (isinstance(value, Sized) or iter(value) is not iter(value)):
+        raise TypeError(
+            f"{owner}: expected {name} to be mini-batches that can be iterated over again, but got an iterator, "
+            f"{shown(value)}. Pass the DataLoader itself, or a list of argument tuples."
+        )
 
 
 class Batches:
@@ -27,29 +52,27 @@ class Batches:
         first: Positional and keyword arguments of the first one.
 
     Raises:
-        TypeError: If ``args`` is an iterator, which would be used up, or not a collection of arguments.
+        TypeError: If a mini-batch is a dictionary; in a later pass, if there is no mini-batch any more.
         ValueError: If there is no mini-batch.
     """
 
     def __init__(self, args: tuple[Any, ...] | Iterable[Any], kwargs: Mapping[str, Any] | None) -> None:
         self.kwargs = dict(kwargs or {})
         self.many = not isinstance(args, tuple)
-        if isinstance(args, Iterator):
-            raise TypeError(
-                "fit: expected mini-batches that can be iterated over again, but got an iterator. "
-                "Pass the DataLoader itself, or a list of argument tuples."
-            )
-        if torch.is_tensor(args) or isinstance(args, (str, Mapping)):
-            raise TypeError(f"fit: expected args to be a tuple, but got a {type(args).__name__}. Write args=(x,).")
         self._source: Iterable[Any] = args if self.many else [args]
         self._stream = self._endless()
         try:
-            self.first: Arguments = next(self._endless())
-        except RuntimeError:
-            raise ValueError("fit: expected at least one mini-batch, but got none.") from None
+            self.first: Arguments = next(self._pass())
+        except StopIteration:
+            raise ValueError("fit: expected args to have at least one mini-batch, but got none.") from None
 
     def _pass(self) -> Iterator[Arguments]:
         for item in self._source:
+            if isinstance(item, Mapping):
+                raise TypeError(
+                    f"fit: expected mini-batches to be tuples of the model's arguments, but got a dictionary of "
+                    f"{', '.join(map(repr, item))}. Write a loader, or its collate_fn, that makes (x, y)."
+                )
             yield (tuple(item) if isinstance(item, (tuple, list)) else (item,)), self.kwargs
 
     def _endless(self) -> Iterator[Arguments]:
@@ -59,7 +82,7 @@ class Batches:
                 empty = False
                 yield call
             if empty:
-                raise RuntimeError("no mini-batches")
+                raise TypeError(USED_UP)
 
     def next(self) -> Arguments:
         """The arguments of the next step."""
@@ -79,6 +102,8 @@ class Batches:
             held += sum(value.numel() for value in call[0] if torch.is_tensor(value))
             if held > max_elements:
                 break
+        if not calls:
+            raise TypeError(USED_UP)
         return calls
 
 

@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.infer import Trace_ELBO
+from pyro.infer import ELBO, Trace_ELBO
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 
-from pyro_flows._checks import check_int
+from pyro_flows._checks import check_choice, check_int, checked, integer
 from pyro_flows._recording import is_recording
 from pyro_flows.models.batching import BatchedModel
 from pyro_flows.models.particles import look_at
@@ -22,6 +23,12 @@ from pyro_flows.models.traces import REFUSALS, Call, by_draw, mini_batches, samp
 __all__ = ["VectorizedTrace_ELBO"]
 
 OWNER = "VectorizedTrace_ELBO"
+
+
+def _check_nesting(owner: str, name: str, value: Any) -> None:
+    """Raise ValueError unless ``value`` is an integer >= 0, or infinite."""
+    if not (isinstance(value, float) and value == math.inf):
+        check_int(owner, name, value, 0)
 
 
 class VectorizedTrace_ELBO(Trace_ELBO):
@@ -56,9 +63,12 @@ class VectorizedTrace_ELBO(Trace_ELBO):
         >>> loss = svi.step(torch.randn(10, 2), torch.randn(10))
     """
 
+    @checked(num_particles=integer(1), max_plate_nesting=_check_nesting)
     def __init__(self, num_particles: int = 1, max_plate_nesting: float = math.inf, **options: Any) -> None:
-        check_int(OWNER, "num_particles", num_particles, 1)
         options.pop("vectorize_particles", None)
+        known = [name for name in inspect.signature(ELBO).parameters if name != "vectorize_particles"]
+        for name in options:
+            check_choice(OWNER, "each option", name, known)
         self._least_nesting = 0 if math.isinf(max_plate_nesting) else int(max_plate_nesting)
         super().__init__(num_particles, max_plate_nesting, vectorize_particles=True, **options)  # type: ignore[no-untyped-call]
         self._batched: BatchedModel | None = None

@@ -9,19 +9,33 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_flows._checks import check_choice, check_int, check_positive
+from pyro_flows._checks import (
+    Settings,
+    check_bool,
+    check_call,
+    check_choice,
+    check_path,
+    check_positive,
+    check_type,
+    checked,
+    integer,
+    optional,
+)
 from pyro_flows._threads import one_at_a_time
 from pyro_flows.diagnostics import Diagnosis
 from pyro_flows.diagnostics.report import NOT_KNOWN
 from pyro_flows.guides import AutoFlowGuide
 from pyro_flows.models.precision import may_be_rounded
+from pyro_flows.models.traces import Call, run_quietly, sample_nodes
 from pyro_flows.posterior.mini_batches import MiniBatch
-from pyro_flows.training.batches import Batches
+from pyro_flows.training.batches import Batches, check_batches
 from pyro_flows.training.checkpoint import Checkpoint
 from pyro_flows.training.monitor import Callback, Monitor
 from pyro_flows.training.objective import EstimateSettings, Objective
@@ -34,7 +48,7 @@ __all__ = ["FitResult", "FitSettings", "fit"]
 
 
 @dataclass(frozen=True)
-class FitSettings:
+class FitSettings(Settings):
     """Constants of :func:`fit`: values of its arguments where these are None, and constants of its parts.
 
     Values without a source are heuristics; ``tests/benchmarks/`` measures their joint effect.
@@ -126,6 +140,7 @@ class FitResult:
         num_particles: Number of particles per step.
         learning_rate: Peak learning rate of the first cycle.
         losses: Negative ELBO estimates in nats, one per step.
+        is_point: Whether the guide is a point, as AutoDelta, so that ``elbo`` is the log joint density there.
         obstacle: Reason why the particles of a step cannot share a run of the model, with the line of the model; empty
             if they can.
         skipped_at: The sites without a finite log density at a draw like those of the first skipped step; empty if none
@@ -149,6 +164,7 @@ class FitResult:
     learning_rate: float
     losses: tuple[float, ...]
     obstacle: str = ""
+    is_point: bool = False
     dtype: torch.dtype | None = None
     rounding: str = ""
     skipped_at: str = ""
@@ -176,8 +192,9 @@ class FitResult:
         )
 
     def __str__(self) -> str:
+        what = "Log joint at a point" if self.is_point else "ELBO"
         lines = [
-            f"ELBO {self.elbo:.3f} +/- {self.elbo_se:.3f} nats (start {self.start_elbo:.3f}; kept: the {self.kept})",
+            f"{what} {self.elbo:.3f} +/- {self.elbo_se:.3f} nats (start {self.start_elbo:.3f}; kept: the {self.kept})",
             f"{self.steps} steps x {self.num_particles} draws in {self.seconds:.1f} s, "
             f"learning rate {self.learning_rate:g}; stopped: {self.reason}",
         ]
@@ -208,6 +225,8 @@ class FitResult:
                 f"Next: in {self.skipped} of {self.steps} steps the loss or its gradient was not finite, or far too "
                 "large; print(diagnose(model, guide, args)) says at which share of the draws the model has no density."
             )
+        if self.is_point:
+            return "Next: a point has no uncertainty; AutoFlowGuide(model) has."
         if self.kept == "start" and self.steps:
             return "Next: training gained nothing over the Gaussian start; compare another family, such as flow='iaf'."
         if self.rollbacks > 1:
@@ -220,6 +239,16 @@ class FitResult:
         return f"Next: {self.diagnosis.advice}"
 
 
+@checked(
+    args=check_batches,
+    num_steps=optional(integer(1)),
+    num_particles=optional(integer(1)),
+    learning_rate=optional(check_positive),
+    anneal=check_bool,
+    compile=partial(check_choice, choices=(True, False, "auto")),
+    checkpoint=optional(check_path),
+    settings=optional(partial(check_type, kind=FitSettings)),
+)
 def fit(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -279,7 +308,8 @@ def fit(
         settings: Constants of the algorithm, which rarely need a change; None takes :class:`FitSettings`.
 
     Raises:
-        TypeError: If ``args`` is an iterator, which would be used up, or ``optim`` is no way to make an optimizer.
+        TypeError: If an argument is of another type, the model or the guide does not take the arguments, ``args`` is an
+            iterator, which would be used up, or ``optim`` is no way to make an optimizer.
         ValueError: If a number is out of range, there are no mini-batches, or the checkpoint has other parameters.
         ValueError: If observed values are not finite or outside their support; if model and guide were swapped, or the
             guide is for another model or for data of another size.
@@ -297,22 +327,19 @@ def fit(
         >>> f"{result.elbo:.3f}"
         '-6.630'
     """
-    for name, value in (("num_steps", num_steps), ("num_particles", num_particles)):
-        if value is not None:
-            check_int("fit", name, value, 1)
-    if learning_rate is not None:
-        check_positive("fit", "learning_rate", learning_rate)
-    check_choice("fit", "compile", compile, (True, False, "auto"))
     make = None if optim is None else resolve_optimizer(optim)
     isolated = torch.random.fork_rng(devices=[], enabled=seed is not None)
     with Monitor(progress, callback) as monitor, one_at_a_time("fit"), isolated:
         if seed is not None:
-            torch.default_generator.manual_seed(seed)
+            torch.default_generator.manual_seed(int(seed))
         settings = settings or FitSettings()
         batches = Batches(args, kwargs)
+        for name, program in (("model", model), ("guide", guide)):
+            check_call("fit", name, program, *batches.first)
         file = Checkpoint(checkpoint, settings.checkpoint_interval)
         warm = not (anneal or file.exists) and _warm_start(model, guide, batches, settings, monitor)
         objective = Objective(model, guide, batches, settings.estimates)
+        is_point = _is_point(guide, *batches.first)
         if num_particles is None:
             num_particles = settings.num_particles(objective)
         rate = learning_rate or (make and peak_rate(make)) or settings.learning_rate(guide, warm=warm, anneal=anneal)
@@ -344,7 +371,15 @@ def fit(
         diagnosis=None if objective.subsampled else first_verdict(model, guide, *batches.first, settings.verdict),
         dtype=objective.leaves[0].dtype if objective.leaves else None,
         rounding=rounding,
+        is_point=is_point,
     )
+
+
+def _is_point(guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether all of a guide's sites are points."""
+    with torch.random.fork_rng(devices=[]):
+        nodes = sample_nodes(run_quietly(guide, Call(args, kwargs)))
+    return bool(nodes) and all(isinstance(node["fn"], dist.Delta) for node in nodes.values())
 
 
 def _warm_start(

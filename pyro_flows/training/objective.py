@@ -19,6 +19,7 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyro_flows._checks import Settings
 from pyro_flows._memory import is_out_of_memory
 from pyro_flows.compiled.graph import LossGraph, used_leaves
 from pyro_flows.compiled.parameters import FlatParameter, RecordingError, leaves_of, state_of, trial
@@ -46,7 +47,7 @@ __all__ = ["Estimate", "EstimateSettings", "Objective"]
 
 
 @dataclass(frozen=True)
-class EstimateSettings:
+class EstimateSettings(Settings):
     """Number of draws of ELBO estimates.
 
     Attributes:
@@ -274,7 +275,7 @@ class Objective:
         """
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
-                torch.default_generator.manual_seed(seed)
+                torch.default_generator.manual_seed(int(seed))
             settings = self.settings
             if not self.vectorized:
                 return self._estimate(settings.num_sequential_runs, 1)

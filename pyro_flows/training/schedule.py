@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pyro_flows._checks import Settings
 from pyro_flows.guides import AutoFlowGuide
 from pyro_flows.training.checkpoint import Checkpoint
 from pyro_flows.training.monitor import FitProgress, Monitor
@@ -23,7 +24,7 @@ INTERRUPTED = "interrupted"
 
 
 @dataclass(frozen=True)
-class ScheduleSettings:
+class ScheduleSettings(Settings):
     """Lengths of cycles, and criteria of convergence.
 
     A cycle is the last one if its gain is below a tolerance or below two standard errors, or if the next one, by

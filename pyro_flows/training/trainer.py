@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_flows._checks import Settings
 from pyro_flows._memory import DoesNotFit, first_line, is_out_of_memory
 from pyro_flows.compiled.parameters import RecordingError
 from pyro_flows.models.traces import NO_DENSITY
@@ -25,7 +26,7 @@ __all__ = ["Trainer", "TrainerSettings"]
 
 
 @dataclass(frozen=True)
-class TrainerSettings:
+class TrainerSettings(Settings):
     """Adam, its clipping and its learning-rate schedule within a cycle; when steps are recorded and compiled.
 
     Values without a source are heuristics; ``tests/benchmarks/`` measures their joint effect.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The recorded and compiled step gives the numbers of Pyro's own, and says when it can't."""
 
+import math
 import random
 import warnings
 
@@ -317,7 +318,7 @@ def test_parameters_that_others_move_or_replace(interpreted):
     [
         (Adam(lambda name: {"lr": 0.1}), "same options for all parameters"),
         (Adam({"lr": 0.1}, {"clip_norm": 1.0}), "no clip_norm"),
-        (pyro.optim.Adadelta, "expected one of pyro.optim's"),
+        (pyro.optim.Adadelta, "optim to be one of pyro.optim's"),
         (pyro.optim.DCTAdam({"lr": 0.1}), "but got DCTAdam"),
     ],
 )
@@ -329,6 +330,25 @@ def test_refuses_optimizers_that_would_move_otherwise(optim, message):
 def test_refuses_losses_without_a_differentiable_value():
     with pytest.raises(ValueError, match="TraceGraph_ELBO"):
         CompiledSVI(schools, AutoNormal(schools), Adam({"lr": 0.1}), TraceGraph_ELBO())
+
+
+def test_shapes_that_svi_refuses_are_refused_after_others_too(interpreted):
+    """Recording validates nothing, and a column of data broadcasts against a row."""
+
+    def model(x, y):
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(b * x, 1.0), obs=y)
+
+    for make in (AutoNormal, AutoFlowGuide):
+        pyro.clear_param_store()
+        svi = CompiledSVI(model, make(model), Adam({"lr": 0.1}), Trace_ELBO())
+        svi.step(Y, Y)
+        before = {name: value.clone() for name, value in svi.guide.named_parameters()}
+        with pytest.raises(ValueError, match='at site "y", invalid log_prob shape'):
+            svi.step(Y, Y.unsqueeze(-1))
+        assert all(torch.equal(value, before[name]) for name, value in svi.guide.named_parameters())
+        assert math.isfinite(svi.step(Y, Y))
 
 
 @pytest.mark.slow

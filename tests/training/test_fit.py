@@ -467,7 +467,15 @@ def test_constants_of_every_part_can_be_set() -> None:
     # All gradients but the first ones are out of proportion.
     skipped = run(min_particles=3, max_particles=3, schedule=short, trainer=TrainerSettings(skip=1e-6))
     assert skipped.skipped >= 18
+    assert f"Next: {skipped.skipped} of 20 gradients were not finite or far too large" in skipped.advice
     # A tolerance that nothing reaches: the gap itself is below it.
     assert "converged" in run(schedule=ScheduleSettings(first_cycle=10, min_gain=1e6, max_gap_without_tail=1e6)).reason
     exact = run(schedule=short, estimates=EstimateSettings(num_runs=50, num_particles=2000, max_values=10**6))
     assert exact.elbo_se < 0.5 * result.elbo_se
+
+
+def test_the_result_of_a_point_says_so() -> None:
+    options: dict[str, Any] = {"seed": 0, "progress": False, "num_steps": 20}
+    point, normal = (fit(conjugate, make(conjugate), (Y,), **options) for make in (AutoDelta, AutoNormal))
+    assert point.is_point and str(point).startswith("Log joint at a point") and "no uncertainty" in point.advice
+    assert not normal.is_point and str(normal).startswith("ELBO")
