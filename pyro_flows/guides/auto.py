@@ -17,7 +17,17 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_feasible
 from torch import Tensor
 from torch.distributions.transforms import Transform
 
-from pyro_flows._checks import check_choice, check_positive
+from pyro_flows._checks import (
+    check_bool,
+    check_call,
+    check_callable,
+    check_choice,
+    check_positive,
+    check_text,
+    checked,
+    optional,
+    shown,
+)
 from pyro_flows._recording import is_recording
 from pyro_flows._threads import one_at_a_time
 from pyro_flows.flows import FlowDistribution, FlowSpec
@@ -34,7 +44,7 @@ from pyro_flows.posterior.mini_batches import Arguments, Watch, unwatched
 from pyro_flows.posterior.plate import LocalBlock
 from pyro_flows.posterior.posterior import Latents, Posterior
 from pyro_flows.posterior.step_limit import StepLimit
-from pyro_flows.posterior.structure import STRUCTURES, check_plate, local_plates
+from pyro_flows.posterior.structure import STRUCTURES, check_plate, listed_plates, local_plates
 from pyro_flows.starts.plates import warm_start
 
 __all__ = ["AutoFlowGuide"]
@@ -68,7 +78,7 @@ class AutoFlowGuide(SummarizedGuide):
         init_loc_fn: Initial location of each site; see ``pyro.infer.autoguide.initialization``. The default is
             :func:`init_to_prior_median`, or ``AutoNormal``'s initial location if the model's density is higher there.
         init_scale: Initial standard deviation in unconstrained space, > 0.
-        create_plates: Function of the model's arguments that returns a plate or an iterable of plates.
+        create_plates: Function of the model's arguments that returns a plate or a list of plates.
         amortize: Plate -> encoder, any callable of the model's arguments that returns ``(batch, context_dim)``: the
             latents of that plate have no parameters of their own, and new data need no training. The encoder is called
             inside the plate where the plate subsamples, so that ``pyro.subsample`` works in it. Such latents are
@@ -111,6 +121,14 @@ class AutoFlowGuide(SummarizedGuide):
 
     _prototype_hide_fn = staticmethod(hide_from_guide)
 
+    @checked(
+        init_loc_fn=check_callable,
+        init_scale=check_positive,
+        create_plates=optional(check_callable),
+        structure=partial(check_choice, choices=STRUCTURES),
+        path_gradient=check_bool,
+        name=optional(check_text),
+    )
     def __init__(
         self,
         model: Callable[..., Any],
@@ -124,8 +142,6 @@ class AutoFlowGuide(SummarizedGuide):
         path_gradient: bool = True,
         name: str | None = None,
     ) -> None:
-        check_positive("AutoFlowGuide", "init_scale", init_scale)
-        check_choice("AutoFlowGuide", "structure", structure, STRUCTURES)
         super().__init__(model, init_loc_fn=checked_init(init_loc_fn), name=name)
         self._has_default_start = init_loc_fn is init_to_prior_median
         self._encoders = checked_encoders(amortize)
@@ -151,6 +167,7 @@ class AutoFlowGuide(SummarizedGuide):
         Afterwards a ``state_dict`` can be loaded. Takes the model's arguments; returns the guide.
         """
         if self.prototype_trace is None:
+            check_call("AutoFlowGuide", "model", self.model, args, kwargs)
             self._setup_prototype(*args, **kwargs)
         return self
 
@@ -179,6 +196,9 @@ class AutoFlowGuide(SummarizedGuide):
         bar. ``model`` is the model that will be trained, where the guide's own is a part of it, as in
         ``AutoFlowGuide(poutine.block(model, expose=[...]))``.
         """
+        is_list = isinstance(calls, (list, tuple)) and len(calls) > 0
+        if not is_list or not all(len(call) == 2 and isinstance(call[1], Mapping) for call in calls):
+            raise ValueError(f"warm_start_on: expected calls, [(args, kwargs), ...], but got {shown(calls)}.")
         args, kwargs = calls[0]
         with one_at_a_time("AutoFlowGuide.warm_start"):
             posterior = self.setup(*args, **kwargs)._posterior
@@ -225,16 +245,17 @@ class AutoFlowGuide(SummarizedGuide):
         self.prototype_trace = trace
         self._initial = self._fingerprint()
 
-    def _given_plates(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-        """Names of the plates that the user creates for the guide, or for the ``AutoGuideList`` that it is in."""
+    def _given_plates(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, pyro.plate]:
+        """The plates that the user creates for the guide, or for the ``AutoGuideList`` that it is in."""
         make = self.create_plates
         if make is None and self.master is not None:
             make = self.master().create_plates
         if make is None:
-            return []
+            return {}
+        check_call("AutoFlowGuide", "create_plates", make, args, kwargs, "Let it take the model's.")
         with poutine.block():
             plates = make(*args, **kwargs)
-        return [plate.name for plate in ([plates] if isinstance(plates, pyro.plate) else plates)]
+        return {plate.name: plate for plate in listed_plates(plates)}
 
     @property
     def _posterior(self) -> Posterior:

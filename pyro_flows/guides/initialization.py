@@ -11,6 +11,7 @@ from pyro.infer.autoguide.initialization import init_to_feasible
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
+from pyro_flows._checks import check_mapping, checked
 from pyro_flows.transforms.representable import unconstrained_limits
 
 __all__ = ["init_to_prior_median"]
@@ -40,6 +41,7 @@ class MedianSettings:
 MEDIAN = MedianSettings()
 
 
+@checked(site=check_mapping)
 def init_to_prior_median(site: dict[str, Any]) -> Tensor:
     """Initialize at the prior's exact median where its quantile function is known, else at the median of 15 draws.
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyro
@@ -17,6 +17,7 @@ from pyro.infer.autoguide import AutoContinuous
 from pyro.nn.module import _is_module_local_param_enabled
 from torch import Tensor, nn
 
+from pyro_flows._checks import check_mapping
 from pyro_flows.flows.version_0_1_0 import from_0_1_0, is_from_0_1_0
 from pyro_flows.transforms.preconditioner import look_again
 
@@ -68,6 +69,17 @@ class StoredGuide(AutoContinuous):
     def _trained(self) -> nn.Module:
         """The module that holds the parameters."""
         raise NotImplementedError
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load a state, as for any module.
+
+        Raises:
+            TypeError: If the state is no mapping.
+            RuntimeError: If the guide is not set up, and so has no parameters yet.
+        """
+        check_mapping("load_state_dict", "state_dict", state_dict)
+        self._trained()
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         for param in self.parameters():

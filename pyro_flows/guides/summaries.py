@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_flows._checks import check_int
+from pyro_flows._checks import check_int, check_mapping, shown
 from pyro_flows.guides.param_store import StoredGuide
 from pyro_flows.posterior.posterior import Posterior
 
@@ -94,12 +94,14 @@ class SummarizedGuide(StoredGuide):
             kwargs: The model's keyword arguments.
 
         Returns:
-            Log densities, ``batch_shape``.
+            Log densities, ``batch_shape``; minus infinity outside of a site's support.
 
         Raises:
-            ValueError: If sites are missing or a shape does not fit.
+            TypeError: If ``values`` is no mapping of tensors.
+            ValueError: If sites are missing, a shape does not fit, or a value is NaN.
             NotImplementedError: If the family has no inverse (``has_inverse`` of its spec).
         """
+        check_mapping("log_prob", "values", values)
         return self.setup(*args, **kwargs)._posterior.log_prob(values, args, kwargs)
 
     @torch.no_grad()
@@ -124,13 +126,12 @@ class SummarizedGuide(StoredGuide):
         Returns:
             Site name -> ``(len(quantiles), *site shape)``.
         """
+        levels = _levels(quantiles)
+        if num_samples is not None:
+            check_int("quantiles", "num_samples", num_samples, 1)
         posterior = self.setup(*args, **kwargs)._posterior
         if num_samples is None:
             num_samples = _num_draws(posterior, 4000)
-        check_int("quantiles", "num_samples", num_samples, 1)
-        levels = torch.as_tensor(quantiles)
-        if levels.dim() != 1 or not ((levels >= 0) & (levels <= 1)).all():
-            raise ValueError(f"quantiles: expected a list of probabilities in [0, 1], but got {quantiles}.")
         return posterior.quantiles(levels, num_samples, args, kwargs)
 
     def median(self, *args: Any, num_samples: int | None = None, **kwargs: Any) -> dict[str, Tensor]:
@@ -146,7 +147,9 @@ class SummarizedGuide(StoredGuide):
         Returns:
             Site name -> value of the site's shape.
         """
-        if num_samples is None:
+        if num_samples is not None:
+            check_int("median", "num_samples", num_samples, 1)
+        else:
             num_samples = _num_draws(self.setup(*args, **kwargs)._posterior, 400)
         medians = self.quantiles([0.5], *args, num_samples=num_samples, **kwargs)
         return {name: value.squeeze(0) for name, value in medians.items()}
@@ -154,6 +157,21 @@ class SummarizedGuide(StoredGuide):
 
 def _counted(dimensions: int) -> str:
     return f"{dimensions} dimension{'' if dimensions == 1 else 's'}"
+
+
+def _levels(quantiles: Any) -> Tensor:
+    """Probabilities, ``(count,)``."""
+    try:
+        levels = torch.as_tensor(quantiles)
+        is_valid = levels.dim() == 1 and len(levels) > 0 and bool(((levels >= 0) & (levels <= 1)).all())
+    except (TypeError, ValueError, RuntimeError):  # not numbers
+        is_valid = False
+    if not is_valid:
+        raise ValueError(
+            f"quantiles: expected quantiles to be a list of probabilities in [0, 1], such as [0.05, 0.5], but got "
+            f"{shown(quantiles)}."
+        )
+    return levels
 
 
 def _num_draws(posterior: Posterior, most: int) -> int:

@@ -6,10 +6,11 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -19,6 +20,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch.distributions import biject_to
 
+from pyro_flows._checks import shown
 from pyro_flows.models.sites import full_size
 
 __all__ = ["checked_init", "hide_from_guide", "log_density", "trace_latents"]
@@ -46,14 +48,26 @@ def checked_init(init_loc_fn: Callable[..., Any]) -> Callable[..., Any]:
         if bool(site["infer"].get("enumerate")):
             return site["fn"].sample()
         with _remedies(site["name"]), helpful_support_errors(site):
-            return init_loc_fn(site)
+            value = init_loc_fn(site)
+        shape = tuple(site["fn"].shape())
+        if value is not None and not (torch.is_tensor(value) and tuple(value.shape) == shape):
+            raise ValueError(
+                f"{OWNER}: expected init_loc_fn to return a tensor of shape {shape} for site '{site['name']}', but got "
+                f"{shown(value)}. Return torch.full({shape}, ...), or take init_to_value(values={{...}})."
+            )
+        if value is not None and not value.isfinite().all():
+            raise _wrong_start(site, value)
+        return value
 
     return init
 
 
 @torch.no_grad()
 def trace_latents(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], given: Collection[str] = ()
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    given: Mapping[str, pyro.plate] | None = None,
 ) -> Trace:
     """Run the model once and return the trace of its latent sites; refuses sites that the guide can't handle.
 
@@ -64,7 +78,7 @@ def trace_latents(
         model: The model.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
-        given: Names of the plates that the user creates for the guide.
+        given: The plates that the user creates for the guide, by name.
 
     Raises:
         RuntimeError: If there are no latents.
@@ -78,12 +92,20 @@ def trace_latents(
     trace = poutine.block(poutine.trace(hidden).get_trace)(*args, **kwargs)
     trace.remove_node("_INPUT")
     trace.remove_node("_RETURN")
+    given = given or {}
+    strange = [plate for plate in given if plate not in chosen.known]
+    if strange:
+        known = ", ".join(map(repr, chosen.known)) or "none"
+        raise ValueError(
+            f"{OWNER}: expected create_plates to return plates of the model, {known}, but got '{strange[0]}'. Give it "
+            "the model's name."
+        )
     unknown = chosen.plates - set(given)
     for name, site in trace.iter_stochastic_nodes():
-        _check_plates(name, site, unknown)
+        _check_plates(name, site, unknown, given)
         _check_support(name, site)
         _check_mask(name, site)
-        _check_start(name, site)
+        _check_start(site)
         _detach(site["fn"])
     if not any(site["value"].numel() for _, site in trace.iter_stochastic_nodes()):
         raise RuntimeError(
@@ -114,13 +136,19 @@ def log_density(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     return total if math.isfinite(total) else -math.inf
 
 
-def _check_plates(name: str, site: dict[str, Any], unknown: Collection[str]) -> None:
+def _check_plates(name: str, site: dict[str, Any], unknown: set[str], given: Mapping[str, pyro.plate]) -> None:
     for frame in site["cond_indep_stack"]:
         if not frame.vectorized:
             raise NotImplementedError(
                 f"{OWNER} does not support sequential pyro.plate, but site '{name}' is in the sequential plate "
                 f"'{frame.name}'. Write `with pyro.plate('{frame.name}', {frame.size}):` instead of iterating over "
                 "it, or use a Python range and name each site by its index."
+            )
+        dim = given[frame.name].dim if frame.name in given else None
+        if dim not in (None, frame.dim):
+            raise ValueError(
+                f"{OWNER}: expected create_plates to return plate '{frame.name}' with dim {frame.dim}, the model's, "
+                f"but got {dim}. Write dim={frame.dim}."
             )
         # The guide would draw other indices, which would replace the model's own (Pyro's issue 3468).
         if frame.name in unknown:
@@ -133,13 +161,16 @@ def _check_plates(name: str, site: dict[str, Any], unknown: Collection[str]) -> 
 
 
 class _ChosenItems(Messenger):
-    """Records the plates whose indices the model chooses itself, unless these are all items in order."""
+    """Records all plates, and those whose indices the model chooses itself, unless these are all items in order."""
 
     def __init__(self) -> None:
         super().__init__()
         self.plates: set[str] = set()
+        self.known: dict[str, None] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            self.known[msg["name"]] = None
         if not site_is_subsample(msg) or msg["value"] is None:
             return
         if torch.as_tensor(msg["value"]).tolist() != list(range(msg["fn"].size)):
@@ -177,14 +208,19 @@ def _detach(fn: torch.distributions.Distribution) -> None:
             _detach(value)
 
 
-def _check_start(name: str, site: dict[str, Any]) -> None:
+def _check_start(site: dict[str, Any]) -> None:
     value = site["value"]
     if not value.is_floating_point() or not biject_to(site["fn"].support).inv(value).isfinite().all():
-        raise ValueError(
-            f"{OWNER}: expected latent site '{name}' to start at finite floating-point numbers inside its support "
-            f"{site['fn'].support}, but got {value}. Pass an init_loc_fn that gives such a value, for example "
-            f"`init_to_value(values={{'{name}': ...}})`."
-        )
+        raise _wrong_start(site, value)
+
+
+def _wrong_start(site: Mapping[str, Any], value: torch.Tensor) -> ValueError:
+    name = site["name"]
+    return ValueError(
+        f"{OWNER}: expected latent site '{name}' to start at finite floating-point numbers inside its support "
+        f"{site['fn'].support}, but got {value}. Pass an init_loc_fn that gives such a value, for example "
+        f"`init_to_value(values={{'{name}': ...}})`."
+    )
 
 
 def _check_support(name: str, site: dict[str, Any]) -> None:

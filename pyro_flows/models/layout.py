@@ -13,7 +13,9 @@ import torch
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
+from pyro_flows._checks import shown
 from pyro_flows.models.sites import Site, full_size
+from pyro_flows.transforms.base import is_readable
 
 __all__ = ["Layout", "check_names", "partition"]
 
@@ -160,12 +162,17 @@ class Layout:
             ``batch_shape + lead + (D,)``, and ``log|det d packed / d values|`` of shape ``batch_shape + lead``.
 
         Raises:
-            ValueError: If sites are missing or unknown, or a shape does not fit.
+            TypeError: If a value is no number.
+            ValueError: If sites are missing or unknown, a shape does not fit, or a value is NaN.
         """
         check_names(self.names, values)
         parts, total, batch_shape = {}, torch.zeros(()), None
         for site in self.sites:
-            value = torch.as_tensor(values[site.name])
+            value = values[site.name]
+            if not torch.is_tensor(value):
+                value = _as_tensor(site, value)
+            if is_readable(value) and value.isnan().any():
+                raise ValueError(f"{OWNER}: expected the value of site '{site.name}' to be numbers, but got NaN.")
             found = self._batch_shape(site, value)
             batch_shape = found if batch_shape is None else batch_shape
             if found != batch_shape:
@@ -261,6 +268,16 @@ def check_names(names: Collection[str], values: Mapping[str, Any]) -> None:
             f"{OWNER}: expected a value for each of the latent sites {sorted(names)}, but missing are {missing} and "
             f"unknown are {unknown}."
         )
+
+
+def _as_tensor(site: Site, value: Any) -> Tensor:
+    """A number, a list or an array as a tensor."""
+    try:
+        return torch.as_tensor(value, dtype=site.dtype)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"{OWNER}: expected the value of site '{site.name}' to be a tensor, but got {shown(value)}."
+        ) from None
 
 
 def _axes(inner: Collection[int], event_dim: int) -> tuple[list[int], list[int]]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,20 @@ from pyro_flows.transforms.representable import Representable, unconstrained_lim
 __all__ = ["Site", "full_size", "read_sites"]
 
 
+@dataclass(frozen=True)
+class SupportSettings:
+    """When a value is on a support.
+
+    Attributes:
+        rounding: Largest error of an entry of a vector or a matrix, such as a simplex whose sum is rounded.
+    """
+
+    rounding: float = 1e-4
+
+
+SUPPORT = SupportSettings()
+
+
 @dataclass(frozen=True, eq=False)
 class Site:
     """One latent site of a trace.
@@ -33,6 +48,7 @@ class Site:
         to_support: The bijection from unconstrained values to the support; see :class:`Representable`.
         is_real: Whether that bijection is the identity.
         frames: Frames of the plates that it is in.
+        support: Its support, by which values are checked that are not the guide's own; None checks none.
     """
 
     name: str
@@ -42,10 +58,11 @@ class Site:
     to_support: Transform
     is_real: bool
     frames: tuple[CondIndepStackFrame, ...]
+    support: Any = None
 
     @classmethod
-    def read(cls, node: Mapping[str, Any], to_support: Transform) -> Site:
-        """Read a site off a node of a trace, given the bijection to its support."""
+    def read(cls, node: Mapping[str, Any], to_support: Transform, support: Any = None) -> Site:
+        """Read a site off a node of a trace, given the bijection to its support, and the support itself."""
         value = node["value"].detach()
         return cls(
             name=node["name"],
@@ -55,6 +72,7 @@ class Site:
             to_support=to_support,
             is_real=_is_identity(to_support),
             frames=tuple(frame for frame in node["cond_indep_stack"] if frame.vectorized),
+            support=support,
         )
 
     @property
@@ -93,11 +111,28 @@ class Site:
         return value, self._log_det(unconstrained, value)
 
     def unconstrain(self, value: Tensor) -> tuple[Tensor, Tensor | float]:
-        """Invert :meth:`constrain`; the log-determinant is the same."""
+        """Invert :meth:`constrain`; the log-determinant is the same, and minus infinity outside of the support."""
         if self.is_real:
             return value, 0.0
         unconstrained = self.to_support.inv(value)
-        return unconstrained, self._log_det(unconstrained, value)
+        log_det = self._log_det(unconstrained, value)
+        if self.support is None:
+            return unconstrained, log_det
+        outside = self._is_outside(value, unconstrained)
+        event = outside.reshape(outside.shape + (1,) * (unconstrained.dim() - outside.dim()))
+        return unconstrained.masked_fill(event, 0.0), log_det.masked_fill(outside, -math.inf)
+
+    def _is_outside(self, value: Tensor, unconstrained: Tensor) -> Tensor:
+        """Whether a value, not NaN, is outside of the support or on its boundary; of the value's batch shape."""
+        batch_dim = value.dim() - self.event_dim
+
+        def by_event(entries: Tensor) -> Tensor:
+            return entries.flatten(batch_dim).all(-1) if entries.dim() > batch_dim else entries
+
+        valid = by_event(self.support.check(value))
+        if self.event_dim:  # a sum, as of a simplex, is rounded by more than torch allows
+            valid = valid | by_event((self.to_support(unconstrained) - value).abs() < SUPPORT.rounding)
+        return ~(valid & by_event(unconstrained.isfinite())) & by_event(~value.isnan())
 
     def _log_det(self, unconstrained: Tensor, value: Tensor) -> Tensor:
         ladj = -self.to_support.log_abs_det_jacobian(unconstrained, value)
@@ -125,7 +160,7 @@ def read_sites(trace: Trace, varying: Collection[str] = ()) -> list[Site]:
         to_support = biject_to(support)
         if not _is_identity(to_support):
             to_support = Representable(to_support, unconstrained_limits(node["value"].dtype))
-        sites.append(Site.read(node, to_support))
+        sites.append(Site.read(node, to_support, support))
     return sites
 
 

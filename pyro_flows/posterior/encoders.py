@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_flows._checks import check_call, shown
+
 __all__ = ["Encoder", "checked_encoders", "probe"]
 
 EXAMPLE = 'amortize={"plate": encoder} with `encoder(*args, **kwargs)` of shape `(batch, context_dim)`'
@@ -23,11 +25,13 @@ def checked_encoders(amortize: Mapping[str, Callable[..., Any]] | None) -> dict[
     if amortize is None:
         return {}
     if not isinstance(amortize, Mapping):
-        raise TypeError(f"AutoFlowGuide: expected {EXAMPLE}, but got amortize={amortize!r}.")
+        raise TypeError(f"AutoFlowGuide: expected {EXAMPLE}, but got amortize={shown(amortize)}.")
     for plate, encoder in amortize.items():
+        if not isinstance(plate, str):
+            raise TypeError(f"AutoFlowGuide: expected amortize={{name of a plate: encoder}}, but got {shown(plate)}.")
         if not callable(encoder):
             raise TypeError(
-                f"AutoFlowGuide: expected an encoder for the amortized plate '{plate}', but got {encoder!r}. "
+                f"AutoFlowGuide: expected an encoder for the amortized plate '{plate}', but got {shown(encoder)}. "
                 f"Write {EXAMPLE.replace('plate', plate, 1)}."
             )
     return dict(amortize)
@@ -53,12 +57,13 @@ class Encoder(nn.Module):
             ValueError: If the output is not a floating-point matrix.
         """
         context = self.function(*args, **kwargs)
-        if not isinstance(context, Tensor) or context.dim() != 2 or not context.is_floating_point():
-            found = f"shape {tuple(context.shape)}" if isinstance(context, Tensor) else repr(type(context).__name__)
+        is_tensor = isinstance(context, Tensor)
+        if not is_tensor or context.dim() != 2 or not context.shape[1] or not context.is_floating_point():
+            found = f"shape {tuple(context.shape)} of {context.dtype}" if is_tensor else repr(type(context).__name__)
             raise ValueError(
                 f"AutoFlowGuide: expected the encoder of plate '{self.plate}' to return a floating-point tensor "
                 f"of shape (batch, context_dim), but got {found}. Let it end in `.flatten(1)`, or take the item "
-                "dimension first."
+                "dimension first; context_dim is 1 at least."
             )
         return context
 
@@ -86,6 +91,32 @@ class Encoder(nn.Module):
 
 
 @torch.no_grad()
-def probe(encoder: Encoder, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """Length of an encoder's context, found by calling it."""
-    return int(encoder(args, kwargs).shape[-1])
+def probe(encoder: Encoder, args: tuple[Any, ...], kwargs: Mapping[str, Any], sizes: tuple[int, int]) -> int:
+    """Length of an encoder's context, found by calling it.
+
+    Args:
+        encoder: The encoder.
+        args: The model's arguments.
+        kwargs: The model's keyword arguments.
+        sizes: Number of items of the plate, and of them in the mini-batch.
+
+    Raises:
+        TypeError: If it does not take the model's arguments.
+        ValueError: If its output is not finite, or has neither as many rows as the plate nor as the mini-batch.
+    """
+    check_call(
+        "AutoFlowGuide",
+        f"the encoder of plate '{encoder.plate}'",
+        encoder.function,
+        args,
+        kwargs,
+        "Let it take the model's.",
+    )
+    context = encoder(args, kwargs)
+    encoder.rows(context, sizes[0], torch.arange(sizes[1]))
+    if not context.isfinite().all():
+        raise ValueError(
+            f"AutoFlowGuide: expected the encoder of plate '{encoder.plate}' to return finite numbers, but got "
+            f"{int((~context.isfinite()).sum())} of {context.numel()} that are not. Look at its weights and the data."
+        )
+    return context.shape[-1]

@@ -93,7 +93,9 @@ class Posterior(nn.Module):
             prior = read_joint_prior(model, args, kwargs, joint) if joint_spec.knows_priors else None
             self.joint = JointBlock(joint, joint_spec, init_scale, prior=prior)
         self.encoders = nn.ModuleDict({_key((plate,)): Encoder(plate, f) for plate, f in amortize.items()})
-        widths = {encoder.plate: probe(encoder, args, kwargs) for encoder in self._encoders()}
+        frames = {frame.name: frame for site in sites for frame in site.frames}
+        sizes = {name: (full_size(frame), frame.size) for name, frame in frames.items()}
+        widths = {encoder.plate: probe(encoder, args, kwargs, sizes[encoder.plate]) for encoder in self._encoders()}
         self.local = nn.ModuleDict()
         for own in layouts:
             encoder_dims = [widths[name] for name in own.plate_names if name in widths]

@@ -3,19 +3,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pyro
+import torch
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_flows._checks import shown
 from pyro_flows._recording import is_recording
 from pyro_flows.models.sites import full_size
 
-__all__ = ["STRUCTURES", "check_plate", "local_plates"]
+__all__ = ["STRUCTURES", "check_plate", "listed_plates", "local_plates"]
 
 STRUCTURES = ("auto", "joint", "plates")
 
@@ -95,6 +97,48 @@ def _joint_dim(trace: Trace, local: Collection[str]) -> int:
     return total
 
 
+def listed_plates(plates: Any) -> list[pyro.plate]:
+    """What ``create_plates`` returned, as a list.
+
+    Raises:
+        TypeError: If it is neither a plate nor an iterable of plates; or an iterator, which Pyro would use up.
+    """
+    is_list = isinstance(plates, Iterable) and not isinstance(plates, (pyro.plate, Iterator))
+    found = list(plates) if is_list else [plates]
+    if not all(isinstance(plate, pyro.plate) for plate in found):
+        raise TypeError(
+            f"AutoFlowGuide: expected create_plates to return a plate, or a list of them, but got {shown(plates)}. "
+            "Write create_plates=lambda *args: pyro.plate('data', size, subsample=...)."
+        )
+    for plate in found:
+        check_subsample(plate)
+    return found
+
+
+def check_subsample(plate: pyro.plate) -> None:
+    """Refuse indices of a mini-batch that are none.
+
+    Raises:
+        TypeError: If they are no integers.
+        ValueError: If there are none, or one is outside of the plate, or they are not in one dimension.
+    """
+    owner, indices = f"AutoFlowGuide: expected the subsample of plate '{plate.name}' to be", plate._indices
+    if indices is None:
+        return
+    indices = torch.as_tensor(indices)
+    if indices.dim() != 1 or not len(indices):
+        found = f"shape {tuple(indices.shape)}" if indices.numel() else "none"
+        raise ValueError(f"{owner} a tensor of one dimension, with at least one index, but got {found}.")
+    if indices.is_floating_point() or indices.dtype == torch.bool:
+        raise TypeError(f"{owner} integers, but got {indices.dtype}. Write subsample=index.long().")
+    low, high = int(indices.min()), int(indices.max())
+    if low < 0 or high >= plate.size:
+        raise ValueError(
+            f"AutoFlowGuide: expected indices of plate '{plate.name}' in [0, {plate.size - 1}], but got "
+            f"{low if low < 0 else high}. Check the subsample that create_plates passes to pyro.plate."
+        )
+
+
 def check_plate(plate: Any, frame: CondIndepStackFrame, *, local: bool) -> None:
     """Refuse changes of a plate that is not amortized since the guide was set up.
 
@@ -116,9 +160,4 @@ def check_plate(plate: Any, frame: CondIndepStackFrame, *, local: bool) -> None:
             f'amortize={{"{frame.name}": encoder}} for a posterior that carries over to new items.'
         )
     if plate.subsample_size < plate.size and not is_recording():  # compiled code checks indices itself
-        low, high = int(plate.indices.min()), int(plate.indices.max())
-        if low < 0 or high >= plate.size:
-            raise ValueError(
-                f"AutoFlowGuide: expected indices of plate '{frame.name}' in [0, {plate.size - 1}], but got "
-                f"{low if low < 0 else high}. Check the subsample that create_plates passes to pyro.plate."
-            )
+        check_subsample(plate)
