@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import pyro.distributions as dist
 from torch import Tensor, nn
 
-from pyro_flows._checks import check_int
+from pyro_flows._checks import NamedOptions, check_int, check_type
 from pyro_flows.flows.bases import Base, BaseSpec, resolve_base
 from pyro_flows.flows.distribution import FlowDistribution
 from pyro_flows.flows.fields import check_fields, choice
@@ -29,6 +29,7 @@ from pyro_flows.transforms import (
     PlateHead,
     Preconditioner,
 )
+from pyro_flows.transforms.base import check_context
 
 __all__ = ["Flow", "FlowSpec"]
 
@@ -75,6 +76,13 @@ class Flow(nn.Module):
         base: Base | None = None,
     ) -> None:
         super().__init__()
+        check_type("Flow", "head", head, Head)
+        for part in (*layers, *([] if preconditioner is None else [preconditioner])):
+            check_type("Flow", "each of layers", part, FlowTransform)
+            if part.input_dim != head.input_dim:
+                raise ValueError(
+                    f"Flow: expected layers of input_dim {head.input_dim}, the head's, but got {part.input_dim}."
+                )
         self.input_dim = head.input_dim
         self.context_dim = head.context_dim
         self.base = Base(head.input_dim) if base is None else base
@@ -140,13 +148,7 @@ class Flow(nn.Module):
         Raises:
             ValueError: If the context is missing, given to an unconditional flow, or of the wrong length.
         """
-        found = 0 if context is None else context.shape[-1]
-        if found != self.context_dim:
-            raise ValueError(
-                f"Flow: expected a context of length {self.context_dim}, but got "
-                f"{'none' if context is None else f'shape {tuple(context.shape)}'}. "
-                "Build the flow with context_dim equal to the context's last dimension."
-            )
+        check_context("Flow", self.context_dim, context)
         base_dist = self.base_dist
         if context is not None:
             base_dist = base_dist.expand(context.shape[:-1])
@@ -154,7 +156,7 @@ class Flow(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowSpec:
+class FlowSpec(NamedOptions):
     """Recipe of a flow: hyper-parameters only, so it compares, prints and pickles as data.
 
     A family is a subclass that defines the layers between the noise and the affine head. Its hyper-parameters are

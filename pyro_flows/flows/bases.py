@@ -11,6 +11,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyro_flows._checks import NamedOptions, shown
 from pyro_flows.flows.fields import check_fields, integer, positive
 from pyro_flows.flows.noise import CenteredStudentT, DiagonalNormalMixture, StandardNormal
 
@@ -115,7 +116,7 @@ class MixtureBase(Base):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaseSpec:
+class BaseSpec(NamedOptions):
     """Recipe of a base distribution; plain data, like :class:`~pyro_flows.flows.FlowSpec`."""
 
     # Whether the flow that items of a plate share may have this base.
@@ -186,7 +187,7 @@ def resolve_base(owner: str, base: str | BaseSpec) -> BaseSpec:
     if not isinstance(base, str) or base not in _BASES:
         raise ValueError(
             f"{owner}: expected base to be one of {', '.join(map(repr, _BASES))}, or flows.StudentT(...) or "
-            f"flows.Mixture(...), but got {base!r}."
+            f"flows.Mixture(...), but got {shown(base)}."
         )
     return _BASES[base]
 

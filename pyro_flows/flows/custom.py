@@ -3,20 +3,30 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from pyro_flows._checks import check_callable
 from pyro_flows.flows.base import FlowSpec
 from pyro_flows.transforms import FlowTransform, adapt
 
 __all__ = ["CustomFlow"]
 
 
-def _check_callable(owner: str, name: str, value: Any) -> None:
-    """Raise TypeError unless ``value`` is callable."""
-    if not callable(value):
-        raise TypeError(f"{owner}: expected {name} to be callable, but got {value!r}.")
+def _check_maker(owner: str, name: str, value: Any) -> None:
+    """Raise TypeError unless ``value`` is a function of one argument."""
+    check_callable(owner, name, value)
+    try:
+        inspect.signature(value).bind(1)
+    except ValueError:  # no signature, as of some built-in callables
+        return
+    except TypeError:
+        raise TypeError(
+            f"{owner}: expected {name} to take input_dim, and nothing else, but got {name}{inspect.signature(value)}. "
+            "Write flow=lambda input_dim: T.planar(input_dim)."
+        ) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +56,7 @@ class CustomFlow(FlowSpec):
     has_inverse: ClassVar[bool] = False
     identity_start: ClassVar[bool] = False
 
-    function: Callable[[int], Any] = field(metadata={"check": _check_callable})
+    function: Callable[[int], Any] = field(metadata={"check": _check_maker})
 
     def layers(self, input_dim: int, context_dim: int) -> list[FlowTransform]:
         return adapt(self.function(input_dim), input_dim, context_dim)

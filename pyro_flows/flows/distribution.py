@@ -15,6 +15,7 @@ import torch
 from pyro.distributions.score_parts import ScoreParts
 from torch import Tensor
 
+from pyro_flows._checks import shown
 from pyro_flows.flows.gradient_filter import GradientFilter
 from pyro_flows.flows.noise import base_score
 from pyro_flows.transforms import BoundTransform, FlowTransform
@@ -85,6 +86,30 @@ class FlowDistribution(dist.TransformedDistribution):
         self._draw: tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None] | None = None
         super().__init__(base_dist, [self._bound])
 
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density of any value, ``batch_shape``; that of its own last draw takes no second pass.
+
+        Raises:
+            TypeError: If the value has a dtype that the flow can't take.
+            ValueError: If the value is no tensor, or its last dimension is not the flow's.
+        """
+        if not torch.is_tensor(value) or value.shape[-1:] != self.event_shape:
+            found = tuple(value.shape) if torch.is_tensor(value) else shown(value)
+            raise ValueError(
+                f"FlowDistribution: expected value to be a tensor of shape (..., {self.event_shape[0]}), but got "
+                f"{found}. Build the flow with the length of your vectors."
+            )
+        try:
+            return super().log_prob(value)
+        except RuntimeError as error:
+            dtype = next(self._bound.transform.parameters()).dtype
+            if value.dtype == dtype:
+                raise
+            raise TypeError(
+                f"FlowDistribution: expected value of dtype {dtype}, the flow's own, but got {value.dtype}. Write "
+                f"value.to({dtype}), or convert the flow."
+            ) from error
+
     def expand(self, batch_shape: torch.Size, _instance: object = None) -> FlowDistribution:
         base_dist = self.base_dist.expand(batch_shape)
         bound = self._bound
@@ -127,6 +152,8 @@ class FlowDistribution(dist.TransformedDistribution):
         return getattr(getattr(self.base_dist, "base_dist", None), "is_standard_normal", False)
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        if not isinstance(sample_shape, torch.Size):
+            sample_shape = _as_size(sample_shape)
         eps = self.base_dist.rsample(sample_shape)
         if not (self._path_gradient and torch.is_grad_enabled()):
             self._draw = None
@@ -209,6 +236,21 @@ class FlowDistribution(dist.TransformedDistribution):
             eps, ladj = transform.inverse_and_ladj(value, None if context is None else context.detach())
         path = (eps * base_score(self.base_dist, eps)).sum(-1)  # no gradient in parameters of the base
         return self.base_dist.log_prob(eps).detach() + (path - path.detach()) + ladj
+
+
+def _as_size(sample_shape: Any) -> torch.Size:
+    """A tuple of sizes as torch's own.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    try:
+        return torch.Size(sample_shape)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"FlowDistribution: expected sample_shape to be a tuple of sizes, such as (5,), but got "
+            f"{shown(sample_shape)}."
+        ) from None
 
 
 class _WithScores(torch.autograd.Function):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar, overload
 
-from pyro_flows._checks import check_choice
+from pyro_flows._checks import check_choice, check_text
 from pyro_flows.flows.base import FlowSpec
 
 __all__ = ["get", "names", "register"]
@@ -38,6 +38,7 @@ def register(name: str, spec_class: Any = None) -> Any:
         TypeError: If ``spec_class`` is not a subclass of :class:`FlowSpec`.
         ValueError: If the name is taken by another class or is no identifier.
     """
+    check_text("register", "name", name)
     if not name.isidentifier():
         raise ValueError(f"register: expected name to be an identifier, but got {name!r}.")
     if spec_class is None:

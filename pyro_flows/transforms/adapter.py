@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.transforms import Transform, _InverseTransform
 
+from pyro_flows._checks import checked
 from pyro_flows.transforms.base import FlowTransform
 from pyro_flows.transforms.permutation import Permutation
 
@@ -92,6 +93,7 @@ class PyroTransform(FlowTransform):
 
     has_score: ClassVar[bool] = False
 
+    @checked()
     def __init__(self, transform: Transform, input_dim: int, context_dim: int = 0) -> None:
         super().__init__(input_dim, context_dim)
         if not isinstance(transform, Transform):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyro_flows._checks import checked
 from pyro_flows.transforms.autoregressive import MaskedAutoregressive
 
 __all__ = ["AffineAutoregressive"]
@@ -38,6 +39,7 @@ class AffineAutoregressive(MaskedAutoregressive):
         Autoregressive Flow. NeurIPS 2016. arXiv:1606.04934, eq. (10).
     """
 
+    @checked()
     def __init__(
         self,
         input_dim: int,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyro_flows._checks import checked, integer
 from pyro_flows.transforms.coupling import Couplings
 
 __all__ = ["AffineCouplings"]
@@ -34,6 +35,7 @@ class AffineCouplings(Couplings):
         Dinh, Sohl-Dickstein, Bengio. Density estimation using Real NVP. ICLR 2017. arXiv:1605.08803, eq. (7)-(8).
     """
 
+    @checked(input_dim=integer(2), num_transforms=integer(1), num_parts=integer(2))
     def __init__(
         self,
         input_dim: int,

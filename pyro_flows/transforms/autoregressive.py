@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from pyro_flows._recording import is_recording
 from pyro_flows.transforms.base import FlowTransform, expand_context
 from pyro_flows.transforms.networks import ContextParameters
+from pyro_flows.transforms.permutation import as_order
 
 __all__ = ["AutoregressiveTransform", "MaskedAutoregressive", "MaskedNetwork", "propagate_score"]
 
@@ -47,7 +48,8 @@ class AutoregressiveTransform(FlowTransform):
 
     def __init__(self, input_dim: int, context_dim: int = 0, order: Sequence[int] | Tensor | None = None) -> None:
         super().__init__(input_dim, context_dim)
-        self.register_buffer("order", _resolve_order(type(self).__name__, input_dim, order))
+        order = torch.arange(input_dim) if order is None else order
+        self.register_buffer("order", as_order(type(self).__name__, "order", input_dim, order))
 
     def _map(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """``y`` and the elementwise ``log df/dx``, both of the shape of ``x``."""
@@ -197,21 +199,6 @@ def _solve(x: Tensor, y: Tensor, target: Tensor, order: Tensor) -> Tensor:
         target = target.index_select(-1, order).unsqueeze(-1)
         found = torch.linalg.solve_triangular(jacobian.mT, target, upper=True).squeeze(-1)
         return torch.zeros_like(found).index_copy(-1, order, found)
-
-
-def _resolve_order(owner: str, input_dim: int, order: Sequence[int] | Tensor | None) -> Tensor:
-    """``order`` as indices; None means 0 to ``input_dim - 1``.
-
-    Raises:
-        ValueError: If it is not a permutation of ``range(input_dim)``.
-    """
-    indices = torch.arange(input_dim) if order is None else torch.as_tensor(order).long()
-    if sorted(indices.tolist()) != list(range(input_dim)):
-        raise ValueError(
-            f"{owner}: expected order to hold 0 to {input_dim - 1} once each, but got {indices.tolist()}. "
-            "Use torch.arange(input_dim) or torch.randperm(input_dim)."
-        )
-    return indices
 
 
 class MaskedNetwork(nn.Module):

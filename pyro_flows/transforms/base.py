@@ -4,7 +4,7 @@ and the transform bound to a context. Forward always means base noise -> latent.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import constraints
@@ -12,12 +12,14 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor
 from torch.distributions.transforms import Transform
 
+from pyro_flows._checks import checked, shown
 from pyro_flows._recording import is_recording
 
 __all__ = [
     "BoundTransform",
     "FlowTransform",
     "as_rows",
+    "check_context",
     "expand_context",
     "is_jit_tracing",
     "is_readable",
@@ -69,6 +71,7 @@ class FlowTransform(TransformModule):
     has_score: ClassVar[bool] = True
     one_pass_inverse: ClassVar[bool] = True
 
+    @checked()
     def __init__(self, input_dim: int, context_dim: int = 0) -> None:
         super().__init__()
         self.input_dim = input_dim
@@ -114,7 +117,12 @@ class FlowTransform(TransformModule):
         return y, ladj, score_y
 
     def condition(self, context: Tensor | None) -> BoundTransform:
-        """Fix the context; the result is an ordinary ``torch.distributions`` transform."""
+        """Fix the context; the result is an ordinary ``torch.distributions`` transform.
+
+        Raises:
+            ValueError: If the context is missing, too much, or of another length.
+        """
+        check_context(type(self).__name__, self.context_dim, context)
         return BoundTransform(self, context)
 
     @property
@@ -125,13 +133,24 @@ class FlowTransform(TransformModule):
     # Pyro's interface, for use without a context.
 
     def _call(self, x: Tensor) -> Tensor:
-        return self.forward_and_ladj(x)[0]
+        return self.forward_and_ladj(self._checked(x))[0]
 
     def _inverse(self, y: Tensor) -> Tensor:
-        return self.inverse_and_ladj(y)[0]
+        return self.inverse_and_ladj(self._checked(y))[0]
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.forward_and_ladj(x)[1]
+        return self.forward_and_ladj(self._checked(x))[1]
+
+    def _checked(self, vectors: Any) -> Tensor:
+        """The vectors, of the right length, for a map without a context."""
+        if not torch.is_tensor(vectors) or vectors.shape[-1:] != (self.input_dim,):
+            found = tuple(vectors.shape) if torch.is_tensor(vectors) else shown(vectors)
+            raise ValueError(
+                f"{type(self).__name__}: expected a tensor of shape (..., {self.input_dim}), but got {found}. Build "
+                "the transform with the length of your vectors."
+            )
+        check_context(type(self).__name__, self.context_dim, None)
+        return vectors
 
 
 class BoundTransform(Transform):
@@ -180,6 +199,19 @@ class BoundTransform(Transform):
             self._call(x)
         assert self._last is not None
         return self._last[2]
+
+
+def check_context(owner: str, context_dim: int, context: Any) -> None:
+    """Raise ValueError unless a context has the length ``context_dim``, or is None and that is 0."""
+    is_vector = torch.is_tensor(context) and context.dim() > 0
+    if context_dim != (context.shape[-1] if is_vector else 0 if context is None else None):
+        found = "none" if context is None else shown(context)
+        if torch.is_tensor(context):
+            found = f"shape {tuple(context.shape)}"
+        raise ValueError(
+            f"{owner}: expected a context of length {context_dim}, but got {found}. Build it with context_dim equal to "
+            "the context's last dimension, and give the context with `.condition(context)` or `flow(context)`."
+        )
 
 
 def expand_context(context: Tensor, x: Tensor) -> Tensor:

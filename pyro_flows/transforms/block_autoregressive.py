@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyro_flows._checks import check_widths, checked
 from pyro_flows.transforms.autoregressive import AutoregressiveTransform
 
 __all__ = ["BlockAutoregressive"]
@@ -106,6 +107,7 @@ class BlockAutoregressive(AutoregressiveTransform):
 
     has_inverse: ClassVar[bool] = False
 
+    @checked(hidden_factors=check_widths)
     def __init__(self, input_dim: int, context_dim: int = 0, *, hidden_factors: Sequence[int] = (8, 8)) -> None:
         super().__init__(input_dim, context_dim)
         if not hidden_factors:

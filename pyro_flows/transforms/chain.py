@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
+from pyro_flows._checks import shown
 from pyro_flows.transforms.base import FlowTransform
 from pyro_flows.transforms.context import ContextLayout
 
@@ -24,7 +25,15 @@ class Chain(FlowTransform):
     """
 
     def __init__(self, parts: Iterable[FlowTransform], layout: ContextLayout | None = None) -> None:
-        parts = list(parts)
+        parts = list(parts) if isinstance(parts, Iterable) else [parts]
+        if not parts or not all(isinstance(part, FlowTransform) for part in parts):
+            raise TypeError(
+                f"Chain: expected parts to be FlowTransforms, at least one, but got {shown(parts)}. Use "
+                "transforms.adapt for those of Pyro."
+            )
+        dims = [part.input_dim for part in parts]
+        if len(set(dims)) > 1:
+            raise ValueError(f"Chain: expected parts of one input_dim, but got {dims}.")
         super().__init__(parts[-1].input_dim, parts[-1].context_dim)
         self.layout = layout
         self.parts = nn.ModuleList(parts)

@@ -7,6 +7,7 @@ import torch
 from pyro.distributions.transforms.householder import ConditionedHouseholder
 from torch import Tensor
 
+from pyro_flows._checks import checked, integer
 from pyro_flows.transforms.base import FlowTransform
 from pyro_flows.transforms.networks import ContextParameters
 
@@ -32,6 +33,7 @@ class Householder(FlowTransform):
         Tomczak, Welling. Improving Variational Auto-Encoders using Householder Flow. 2016. arXiv:1611.09630, eq. (9).
     """
 
+    @checked(num_reflections=integer(1))
     def __init__(self, input_dim: int, context_dim: int = 0, *, num_reflections: int = 8) -> None:
         super().__init__(input_dim, context_dim)
         directions = torch.nn.functional.normalize(torch.randn(num_reflections // 2, input_dim), dim=-1)

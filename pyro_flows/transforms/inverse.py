@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from pyro_flows._checks import check_type
 from pyro_flows.transforms.base import FlowTransform
 
 __all__ = ["Inverse"]
@@ -24,6 +25,7 @@ class Inverse(FlowTransform):
     """
 
     def __init__(self, transform: FlowTransform) -> None:
+        check_type("Inverse", "transform", transform, FlowTransform)
         if not transform.has_inverse:
             raise NotImplementedError(
                 f"Inverse: expected a transform with an inverse, but got {type(transform).__name__}. "

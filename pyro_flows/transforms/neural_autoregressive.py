@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pyro_flows._checks import checked, integer
 from pyro_flows.transforms.autoregressive import MaskedAutoregressive
 
 __all__ = ["NeuralAutoregressive"]
@@ -51,6 +52,7 @@ class NeuralAutoregressive(MaskedAutoregressive):
 
     has_inverse: ClassVar[bool] = False
 
+    @checked(num_units=integer(2))
     def __init__(
         self,
         input_dim: int,

@@ -4,13 +4,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_flows._checks import checked, shown
 from pyro_flows.transforms.base import FlowTransform
 
-__all__ = ["Permutation"]
+__all__ = ["Permutation", "as_order"]
+
+
+def as_order(owner: str, name: str, input_dim: int, order: Any) -> Tensor:
+    """The indices 0 to ``input_dim - 1`` in a given order, as a tensor.
+
+    Raises:
+        ValueError: If they are not these, once each.
+    """
+    try:
+        indices = torch.as_tensor(order)
+        is_order = not indices.is_floating_point() and sorted(indices.tolist()) == list(range(input_dim))
+    except (TypeError, ValueError, RuntimeError):  # not numbers
+        is_order = False
+    if not is_order:
+        raise ValueError(
+            f"{owner}: expected {name} to hold 0 to {input_dim - 1} once each, but got {shown(order)}. Use "
+            "torch.arange(input_dim) or torch.randperm(input_dim)."
+        )
+    return indices.long()
 
 
 class Permutation(FlowTransform):
@@ -30,17 +51,13 @@ class Permutation(FlowTransform):
 
     permutation: Tensor
 
+    @checked()
     def __init__(
         self, input_dim: int, context_dim: int = 0, *, permutation: Sequence[int] | Tensor | None = None
     ) -> None:
         super().__init__(input_dim, context_dim)
-        order = torch.randperm(input_dim) if permutation is None else torch.as_tensor(permutation).long()
-        if sorted(order.tolist()) != list(range(input_dim)):
-            raise ValueError(
-                f"Permutation: expected permutation to hold 0 to {input_dim - 1} once each, but got {order.tolist()}. "
-                "Use torch.randperm(input_dim)."
-            )
-        self.register_buffer("permutation", order)
+        random = torch.randperm(input_dim) if permutation is None else permutation
+        self.register_buffer("permutation", as_order("Permutation", "permutation", input_dim, random))
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return x[..., self.permutation], x.new_zeros(x.shape[:-1])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_flows._checks import checked, integer
 from pyro_flows.transforms.base import FlowTransform
 from pyro_flows.transforms.fixed import FixedParameter
 
@@ -155,6 +156,7 @@ class LowRankPreconditioner(Preconditioner):
         rank: Number of directions, in [1, input_dim]. Cost and size O(D rank).
     """
 
+    @checked(rank=integer(1))
     def __init__(self, input_dim: int, rank: int) -> None:
         super().__init__(input_dim)
         self.rank = rank

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pyro_flows._checks import check_widths, checked, integer, optional
 from pyro_flows.transforms.base import FlowTransform, as_rows
 from pyro_flows.transforms.fixed import FixedParameter
 from pyro_flows.transforms.networks import INPUT_BOUND, Packed, powerprop, reference_noise
@@ -105,6 +106,7 @@ class SiteOrderedAffine(FlowTransform):
     bias_of_row: Tensor
     is_below: Tensor
 
+    @checked(block_sizes=check_widths, rank=optional(integer(1)))
     def __init__(
         self,
         input_dim: int,
@@ -116,7 +118,10 @@ class SiteOrderedAffine(FlowTransform):
         log_scale_bound: float = 2.0,
     ) -> None:
         super().__init__(input_dim, context_dim)
-        assert sum(block_sizes) == input_dim, (block_sizes, input_dim)
+        if sum(block_sizes) != input_dim:
+            raise ValueError(
+                f"SiteOrderedAffine: expected block_sizes to add up to input_dim, {input_dim}, but got {block_sizes}."
+            )
         self.block_sizes = tuple(block_sizes)
         self.rank = rank
         self.log_scale_bound = FixedParameter(torch.tensor(float(log_scale_bound)))

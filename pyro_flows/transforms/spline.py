@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pyro_flows._checks import check_positive, checked, integer
 from pyro_flows.transforms.base import FlowTransform
 from pyro_flows.transforms.networks import ContextParameters
 
@@ -187,6 +188,7 @@ class Spline(FlowTransform):
         bound: Half-width of the warped box in base standard deviations, > 0.
     """
 
+    @checked(count_bins=integer(2), bound=check_positive)
     def __init__(self, input_dim: int, context_dim: int = 0, *, count_bins: int = 8, bound: float = 5.0) -> None:
         super().__init__(input_dim, context_dim)
         self.bound = bound

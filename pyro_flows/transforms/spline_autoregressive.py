@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyro_flows._checks import check_positive, checked, integer
 from pyro_flows.transforms.autoregressive import MaskedAutoregressive
 from pyro_flows.transforms.spline import RationalQuadratic
 
@@ -43,6 +44,7 @@ class SplineAutoregressive(MaskedAutoregressive):
         Durkan, Bekasov, Murray, Papamakarios. Neural Spline Flows. NeurIPS 2019. arXiv:1906.04032, section 3.
     """
 
+    @checked(count_bins=integer(2, 128), bound=check_positive)
     def __init__(
         self,
         input_dim: int,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from pyro_flows._checks import check_positive, checked, integer
 from pyro_flows.transforms.coupling import Couplings
 from pyro_flows.transforms.spline import RationalQuadratic
 
@@ -41,6 +42,7 @@ class SplineCouplings(Couplings):
         Durkan, Bekasov, Murray, Papamakarios. Neural Spline Flows. NeurIPS 2019. arXiv:1906.04032, section 3.
     """
 
+    @checked(input_dim=integer(2), num_transforms=integer(1), count_bins=integer(2, 128), bound=check_positive)
     def __init__(
         self,
         input_dim: int,

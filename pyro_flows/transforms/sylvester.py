@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pyro_flows._checks import checked, integer
 from pyro_flows.transforms.base import FlowTransform
 from pyro_flows.transforms.bisection import solve_tanh
 from pyro_flows.transforms.networks import ContextParameters
@@ -47,6 +48,7 @@ class Sylvester(FlowTransform):
 
     triangle: Tensor
 
+    @checked(num_ortho=integer(1))
     def __init__(self, input_dim: int, context_dim: int = 0, *, num_ortho: int = 8) -> None:
         super().__init__(input_dim, context_dim)
         self.num_ortho = min(num_ortho, input_dim)

@@ -182,7 +182,7 @@ def test_resolve() -> None:
         resolve(T.planar(3))
     with pytest.raises(TypeError, match=r"got the class PlanarFlow. Write flow=PlanarFlow\(\)"):
         resolve(flows.PlanarFlow)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="expected function to be callable"):
+    with pytest.raises(TypeError, match="expected function to be a function, but got 3"):
         flows.CustomFlow(function=3)  # type: ignore[arg-type]
 
 

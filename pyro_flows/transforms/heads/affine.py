@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from pyro_flows._checks import checked, integer
 from pyro_flows.transforms.heads.base import Head, decode_gaussian
 
 __all__ = ["AffineHead", "DiagonalAffine", "FullRankAffine", "LowRankAffine"]
@@ -96,6 +97,7 @@ class LowRankAffine(AffineHead):
         rank: Number of directions, in [1, input_dim].
     """
 
+    @checked(rank=integer(1))
     def __init__(self, input_dim: int, context_dim: int = 0, *, rank: int) -> None:
         super().__init__(input_dim, context_dim)
         self.rank = rank
