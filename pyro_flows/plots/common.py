@@ -11,10 +11,24 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from pyro_flows._checks import shown
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["STYLES", "Columns", "Style", "as_columns", "as_numpy", "bulk", "legend_above", "new_axes", "new_grid"]
+__all__ = [
+    "STYLES",
+    "Columns",
+    "Style",
+    "as_columns",
+    "as_numpy",
+    "bulk",
+    "check_ax",
+    "check_sites",
+    "legend_above",
+    "new_axes",
+    "new_grid",
+]
 
 Samples = Mapping[str, Mapping[str, Any]]
 
@@ -35,6 +49,23 @@ STYLES = (
     Style("#009e73", "-."),
     Style("#cc79a7", (0, (6, 1, 1, 1, 1, 1))),
 )
+
+
+def check_ax(owner: str, name: str, value: Any) -> None:
+    """Raise TypeError unless ``value`` is Axes of matplotlib, or None."""
+    from matplotlib.axes import Axes
+
+    if value is not None and not isinstance(value, Axes):
+        raise TypeError(
+            f"{owner}: expected {name} to be Axes of matplotlib, but got {shown(value)}. Write "
+            "`figure, ax = plt.subplots()`."
+        )
+
+
+def check_sites(owner: str, name: str, value: Any) -> None:
+    """Raise TypeError unless ``value`` is a list of names."""
+    if not isinstance(value, (list, tuple)) or not all(isinstance(site, str) for site in value):
+        raise TypeError(f"{owner}: expected {name} to be a list of names, such as ['mu'], but got {shown(value)}.")
 
 
 def new_axes(ax: Axes | None) -> Axes:
@@ -59,6 +90,8 @@ def new_grid(
 
         return plt.subplots(rows, columns, figsize=figsize, squeeze=False, layout="constrained", **options)[1]
     grid = np.asarray(axes, dtype=object)
+    for one in grid.flat:
+        check_ax(owner, "axes", one if one is not None else "None")
     if grid.size != rows * columns:
         raise ValueError(
             f"{owner}: expected {rows} x {columns} Axes, but got {grid.size}. "
@@ -67,9 +100,18 @@ def new_grid(
     return grid.reshape(rows, columns)
 
 
-def as_numpy(value: Any) -> np.ndarray:
-    """A tensor, an array or a list as an array of float64."""
-    return torch.as_tensor(value).detach().cpu().double().numpy()
+def as_numpy(owner: str, name: str, value: Any) -> np.ndarray:
+    """A tensor, an array or a list as an array of float64.
+
+    Raises:
+        TypeError: If it is none of these; names the function and its argument.
+    """
+    try:
+        return torch.as_tensor(value).detach().cpu().double().numpy()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"{owner}: expected {name} to be a tensor, an array or a list of numbers, but got {shown(value)}."
+        ) from None
 
 
 class Columns(NamedTuple):
@@ -99,6 +141,11 @@ def as_columns(owner: str, samples: Samples, sites: Sequence[str] | None, limit:
         TypeError: If ``samples`` is not a mapping from labels to sites.
         ValueError: If there are no draws, too many sets or columns, or a set lacks a site.
     """
+    if not isinstance(samples, Mapping):
+        raise TypeError(
+            f"{owner}: expected samples to be draws of sites by label, but got {shown(samples)}. "
+            'Write {"guide": guide.sample_posterior(1000)}, for example.'
+        )
     if not 1 <= len(samples) <= len(STYLES):
         raise ValueError(f"{owner}: expected 1 to {len(STYLES)} sets of draws, but got {len(samples)}.")
     tables = {}
@@ -108,7 +155,7 @@ def as_columns(owner: str, samples: Samples, sites: Sequence[str] | None, limit:
                 f"{owner}: expected draws of sites under {label!r}, but got a {type(draws).__name__}. "
                 'Write {"guide": guide.sample_posterior(1000)}, for example.'
             )
-        tables[label] = {name: as_numpy(value) for name, value in draws.items()}
+        tables[label] = {name: _table(owner, f"draws of {name!r} in {label!r}", value) for name, value in draws.items()}
     first = next(iter(tables.values()))
     names = [name for site in sites or first for name in _elements(owner, site, first)]
     if not 1 <= len(names) <= limit:
@@ -116,7 +163,9 @@ def as_columns(owner: str, samples: Samples, sites: Sequence[str] | None, limit:
             f"{owner}: expected 1 to {limit} columns, but got {len(names)}. "
             f"Name those you want, for example sites={names[: min(limit, 3)]}."
         )
-    sets = {label: np.stack([_column(owner, name, label, t) for name in names], 1) for label, t in tables.items()}
+    sets = {
+        label: _stack(owner, label, [_column(owner, name, label, t) for name in names]) for label, t in tables.items()
+    }
     for label, table in sets.items():
         for name, column in zip(names, table.T, strict=True):
             if not np.isfinite(column).any():
@@ -125,6 +174,22 @@ def as_columns(owner: str, samples: Samples, sites: Sequence[str] | None, limit:
                 )
     ranges = np.array([[bulk(table[:, i]) for table in sets.values()] for i in range(len(names))])  # (C, sets, 2)
     return Columns(names, sets, np.stack([ranges[..., 0].min(1), ranges[..., 1].max(1)], 1))
+
+
+def _table(owner: str, name: str, value: Any) -> np.ndarray:
+    """Draws as an array, ``(S, *site shape)``."""
+    table = as_numpy(owner, name, value)
+    if table.ndim == 0 or not len(table):
+        raise ValueError(f"{owner}: expected {name} to have shape (S, *site shape), but got {table.shape}.")
+    return table
+
+
+def _stack(owner: str, label: str, columns: Sequence[np.ndarray]) -> np.ndarray:
+    """Columns of equal length as a table."""
+    lengths = sorted({len(column) for column in columns})
+    if len(lengths) > 1:
+        raise ValueError(f"{owner}: expected as many draws of each site in {label!r}, but got {lengths}.")
+    return np.stack(columns, 1)
 
 
 def bulk(values: np.ndarray) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyro_flows._checks import check_int
+from pyro_flows._checks import checked, integer, optional, shown
 from pyro_flows.plots.common import (
     STYLES,
     Columns,
@@ -18,6 +18,8 @@ from pyro_flows.plots.common import (
     as_columns,
     as_numpy,
     bulk,
+    check_ax,
+    check_sites,
     legend_above,
     new_axes,
     new_grid,
@@ -44,6 +46,13 @@ class HistogramSettings:
     smoothing: float = 1.5
 
 
+def _check_probability(owner: str, name: str, value: Any) -> None:
+    """Raise ValueError unless ``value`` is a number in (0, 1)."""
+    if not isinstance(value, (int, float)) or not 0 < value < 1:
+        raise ValueError(f"{owner}: expected {name} to be in (0, 1), but got {shown(value)}.")
+
+
+@checked(sites=optional(check_sites), max_points=integer(1))
 def pairs(
     samples: Samples,
     *,
@@ -76,7 +85,6 @@ def pairs(
         >>> plots.pairs({"reference": draws, "guide": draws}).shape
         (3, 3)
     """
-    check_int("pairs", "max_points", max_points, 1)
     columns = as_columns("pairs", samples, sites, limit=8)
     count = len(columns.names)
     size = 1.0 + 1.8 * count
@@ -102,6 +110,7 @@ def pairs(
     return grid
 
 
+@checked(sites=optional(check_sites), num_columns=integer(1))
 def marginals(
     samples: Samples, *, sites: Sequence[str] | None = None, num_columns: int = 4, axes: Any = None
 ) -> np.ndarray:
@@ -126,7 +135,6 @@ def marginals(
         >>> plots.marginals({"NUTS": {"mu": torch.randn(500)}, "guide": {"mu": torch.randn(900)}}).shape
         (1, 1)
     """
-    check_int("marginals", "num_columns", num_columns, 1)
     columns = as_columns("marginals", samples, sites, limit=40)
     count = len(columns.names)
     width = min(count, num_columns)
@@ -142,6 +150,7 @@ def marginals(
     return grid
 
 
+@checked(interval=_check_probability, ax=check_ax)
 def posterior_predictive(
     draws: Any, observed: Any, *, x: Any = None, interval: float = 0.9, ax: Axes | None = None
 ) -> Axes:
@@ -167,15 +176,16 @@ def posterior_predictive(
         >>> ax.get_legend().get_texts()[-1].get_text()
         'data, 8 of 8 inside 90 %'
     """
-    draws, observed = as_numpy(draws), as_numpy(observed)
-    if draws.shape[1:] != observed.shape:
+    draws = as_numpy("posterior_predictive", "draws", draws)
+    observed = as_numpy("posterior_predictive", "observed", observed)
+    if not draws.size or draws.shape[1:] != observed.shape:
         raise ValueError(
             f"posterior_predictive: expected draws of shape (S, *{observed.shape}), but got {draws.shape}. "
             "Pass the draws of the observed site, such as `Predictive(...)(...)['y']`."
         )
-    if not 0 < interval < 1:
-        raise ValueError(f"posterior_predictive: expected interval to be in (0, 1), but got {interval!r}.")
-    position = np.arange(observed.size) if x is None else as_numpy(x).reshape(-1)
+    if not np.isfinite(draws).all():
+        raise ValueError("posterior_predictive: expected draws to be finite, but got some that are NaN or infinite.")
+    position = np.arange(observed.size) if x is None else as_numpy("posterior_predictive", "x", x).reshape(-1)
     if position.shape != (observed.size,):
         raise ValueError(f"posterior_predictive: expected {observed.size} values of x, but got {position.size}.")
     draws, observed = draws.reshape(len(draws), -1), observed.reshape(-1)

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_flows._checks import check_int
-from pyro_flows.plots.common import as_numpy
+from pyro_flows._checks import check_callable, check_sizes, checked, integer, optional, shown
+from pyro_flows.plots.common import as_numpy, check_ax
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +23,32 @@ __all__ = ["latent_traversal", "prior_samples", "reconstructions"]
 Decoder = Callable[[Tensor], Tensor]
 
 
+def _check_limits(owner: str, name: str, value: Any) -> None:
+    """Raise ValueError unless ``value`` is a pair of different numbers."""
+    is_pair = isinstance(value, (tuple, list)) and len(value) == 2
+    if not is_pair or not all(isinstance(limit, (int, float)) and math.isfinite(limit) for limit in value):
+        raise ValueError(f"{owner}: expected {name} to be two numbers, such as (0.0, 1.0), but got {shown(value)}.")
+    if not value[0] < value[1]:
+        raise ValueError(f"{owner}: expected {name} to be an increasing pair of numbers, but got {value}.")
+
+
+def _check_image_shape(owner: str, name: str, value: Any) -> None:
+    """Raise ValueError unless ``value`` is ``(height, width)`` or ``(height, width, 3)``."""
+    check_sizes(owner, name, value)
+    if not (len(value) == 2 or (len(value) == 3 and value[2] == 3)):
+        raise ValueError(f"{owner}: expected {name} to be (height, width) or (height, width, 3), but got {value}.")
+
+
+def _check_latents(owner: str, name: str, value: Any, rank: int) -> None:
+    """Raise TypeError unless ``value`` is a tensor; ValueError unless it has as many dimensions."""
+    if not torch.is_tensor(value):
+        raise TypeError(f"{owner}: expected {name} to be a tensor, but got {shown(value)}.")
+    shape, remedy = ("(N, latent_dim)", "z.unsqueeze(0)") if rank == 2 else ("(latent_dim,)", "z[0]")
+    if value.dim() != rank or not value.numel():
+        raise ValueError(f"{owner}: expected {name} of shape {shape}, but got {tuple(value.shape)}. Pass {remedy}.")
+
+
+@checked(image_shape=optional(_check_image_shape), limits=_check_limits, ax=check_ax)
 def reconstructions(
     images: Any,
     reconstructed: Any,
@@ -54,11 +81,13 @@ def reconstructions(
         >>> [tick.get_text() for tick in ax.get_yticklabels()]
         ['data', 'flow 1', 'flow 2', 'flow 3']
     """
-    images = as_numpy(images)
+    images = as_numpy("reconstructions", "images", images)
+    if images.ndim < 2 or not images.size:
+        raise ValueError(f"reconstructions: expected images of shape (N, *image), but got {images.shape}.")
     rows = {"data": images}
     sets = reconstructed if isinstance(reconstructed, Mapping) else {"draw": reconstructed}
     for label, values in sets.items():
-        values = as_numpy(values)
+        values = as_numpy("reconstructions", f"reconstructed {label!r}", values)
         if values.shape not in (images.shape, (len(values), *images.shape)):
             raise ValueError(
                 f"reconstructions: expected {label!r} to have shape {images.shape} or (R, *{images.shape}), but got "
@@ -72,6 +101,14 @@ def reconstructions(
     return _mosaic(tiles, limits, ax, rows=list(rows))
 
 
+@checked(
+    decode=check_callable,
+    z=partial(_check_latents, rank=2),
+    num_columns=integer(1),
+    image_shape=optional(_check_image_shape),
+    limits=_check_limits,
+    ax=check_ax,
+)
 @torch.no_grad()
 def prior_samples(
     decode: Decoder,
@@ -105,14 +142,20 @@ def prior_samples(
         >>> ax.images[0].get_array().shape  # two rows of twelve squares, with gaps
         (19, 109)
     """
-    check_int("prior_samples", "num_columns", num_columns, 1)
-    tiles = _tiles("prior_samples", as_numpy(decode(z)), image_shape)
+    tiles = _tiles("prior_samples", _decoded("prior_samples", decode, z), image_shape)
     width = min(num_columns, len(tiles))
     missing = -len(tiles) % width
     tiles = np.concatenate([tiles, np.full((missing, *tiles.shape[1:]), np.nan)])
     return _mosaic(tiles.reshape(-1, width, *tiles.shape[1:]), limits, ax)
 
 
+@checked(
+    decode=check_callable,
+    z=partial(_check_latents, rank=1),
+    image_shape=optional(_check_image_shape),
+    limits=_check_limits,
+    ax=check_ax,
+)
 @torch.no_grad()
 def latent_traversal(
     decode: Decoder,
@@ -148,19 +191,35 @@ def latent_traversal(
         >>> [tick.get_text() for tick in ax.get_yticklabels()]
         ['z[0]', 'z[2]']
     """
-    if z.dim() != 1:
-        raise ValueError(f"latent_traversal: expected z of shape (latent_dim,), but got {tuple(z.shape)}. Pass z[0].")
-    dims = list(range(min(10, len(z)))) if dims is None else list(dims)
-    if not dims or not all(0 <= dim < len(z) for dim in dims):
-        raise ValueError(f"latent_traversal: expected dims in [0, {len(z) - 1}], but got {dims}.")
-    steps = torch.as_tensor(torch.linspace(-2.5, 2.5, 11) if values is None else values).to(z)
+    dims = list(range(min(10, len(z)))) if dims is None else dims
+    if (
+        not isinstance(dims, (list, tuple))
+        or not dims
+        or not all(type(dim) is int and 0 <= dim < len(z) for dim in dims)
+    ):
+        raise ValueError(f"latent_traversal: expected dims in [0, {len(z) - 1}], but got {shown(dims)}.")
+    found = as_numpy("latent_traversal", "values", torch.linspace(-2.5, 2.5, 11) if values is None else values)
+    if found.ndim != 1 or not found.size:
+        raise ValueError(f"latent_traversal: expected values to be a list of numbers, but got {shown(values)}.")
+    steps = torch.as_tensor(found).to(z)
     points = z.repeat(len(dims), len(steps), 1)
     for row, dim in enumerate(dims):
         points[row, :, dim] = steps
-    tiles = _tiles("latent_traversal", as_numpy(decode(points.flatten(0, 1))), image_shape)
+    tiles = _tiles("latent_traversal", _decoded("latent_traversal", decode, points.flatten(0, 1)), image_shape)
     tiles = tiles.reshape(len(dims), len(steps), *tiles.shape[1:])
     names = [f"z[{dim}]" for dim in dims]
     return _mosaic(tiles, limits, ax, rows=names, columns=[f"{step:g}" for step in steps.tolist()])
+
+
+def _decoded(owner: str, decode: Decoder, z: Tensor) -> np.ndarray:
+    """Images of latents, ``(N, *image)``."""
+    images = as_numpy(owner, "the result of decode", decode(z))
+    if images.ndim < 2 or len(images) != len(z):
+        raise ValueError(
+            f"{owner}: expected decode to return images of shape ({len(z)}, *image), but got {images.shape}. Let it "
+            "take (N, latent_dim)."
+        )
+    return images
 
 
 def _tiles(owner: str, images: np.ndarray, image_shape: tuple[int, ...] | None, lead: int = 1) -> np.ndarray:

@@ -6,18 +6,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_flows._checks import check_int, check_positive
+from pyro_flows._checks import check_number, check_positive, check_type, checked, integer, optional, shown
 from pyro_flows.diagnostics.calibration import Calibration
 from pyro_flows.flows import Flow
 from pyro_flows.guides import AutoFlowGuide
 from pyro_flows.importance.psis import khat_threshold, pareto_smooth
-from pyro_flows.plots.common import STYLES, as_numpy, legend_above, new_axes, new_grid
+from pyro_flows.plots.common import STYLES, as_numpy, check_ax, check_sites, legend_above, new_axes, new_grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,6 +40,7 @@ class WeightRanges:
     min_half_width: float = 0.01
 
 
+@checked(gaussian=optional(check_number), log_evidence=optional(check_number), window=optional(integer(1)), ax=check_ax)
 def training(
     losses: Any,
     *,
@@ -71,17 +73,19 @@ def training(
         >>> ax.get_ylabel()
         'ELBO (nats)'
     """
-    if window is not None:
-        check_int("training", "window", window, 1)
     runs = losses if isinstance(losses, Mapping) else {"ELBO": losses}
     if not 1 <= len(runs) < len(STYLES):
         raise ValueError(f"training: expected 1 to {len(STYLES) - 1} runs, but got {len(runs)}.")
     ax = new_axes(ax)
     heights = [line for line in (gaussian, log_evidence) if line is not None]
     for (label, run), style in zip(runs.items(), STYLES[1:]):
-        elbo = -as_numpy(getattr(run, "losses", run))
-        if not elbo.size:
-            raise ValueError(f"training: expected losses of {label!r}, but got none. Pass what svi.step returned.")
+        elbo = -as_numpy("training", f"losses of {label!r}", getattr(run, "losses", run))
+        if elbo.ndim != 1 or not np.isfinite(elbo).any():
+            found = "none" if not elbo.size else "none that is finite" if elbo.ndim == 1 else f"shape {elbo.shape}"
+            raise ValueError(
+                f"training: expected losses of {label!r}, a list with one number per step, but got {found}. Pass what "
+                "svi.step returned, or the result of fit."
+            )
         width = min(window or max(1, len(elbo) // 100), len(elbo))
         mean = np.convolve(elbo, np.full(width, 1 / width), mode="valid")
         ax.plot(np.arange(1, len(elbo) + 1), elbo, color=style.color, linewidth=0.4, alpha=0.25)
@@ -131,10 +135,11 @@ def weights(log_weights: Any, *, axes: Any = None) -> np.ndarray:
         (2,)
     """
     ranges = WeightRanges()
-    raw = as_numpy(getattr(log_weights, "log_weights", log_weights))
-    if raw.ndim != 1 or len(raw) < 20 or np.isnan(raw).any() or not np.isfinite(raw).any():
+    raw = as_numpy("weights", "log_weights", getattr(log_weights, "log_weights", log_weights))
+    if raw.ndim != 1 or len(raw) < 20 or not raw.max() < np.inf or raw.max() == -np.inf:
         raise ValueError(
-            f"weights: expected at least 20 log weights, (S,), none of them NaN, but got shape {raw.shape}. "
+            f"weights: expected at least 20 log weights, (S,), none of them NaN or +inf, but got shape {raw.shape}"
+            f"{' with some' if raw.ndim == 1 and len(raw) >= 20 else ''}. "
             "Pass diagnose(model, guide, args) or, of many items, one item's: report.log_weights[:, 0]."
         )
     count = len(raw)
@@ -174,6 +179,7 @@ def weights(log_weights: Any, *, axes: Any = None) -> np.ndarray:
     return grid
 
 
+@checked(report=partial(check_type, kind=Calibration), sites=optional(check_sites), ax=check_ax)
 def calibration(report: Calibration, *, sites: Sequence[str] | None = None, ax: Axes | None = None) -> Axes:
     """Calibration plot: distribution functions of the ranks of true values among draws, less that of a uniform.
 
@@ -205,7 +211,7 @@ def calibration(report: Calibration, *, sites: Sequence[str] | None = None, ax: 
     ax.axhline(0.0, color="0.5", linewidth=0.8)
     levels = np.linspace(0.0, 1.0, 201)
     for name, style in zip(names, STYLES[1:]):
-        for index, column in enumerate(as_numpy(report.ranks[name]).T):
+        for index, column in enumerate(as_numpy("calibration", "ranks", report.ranks[name]).T):
             deviation = np.searchsorted(np.sort(column), levels, side="right") / count - levels
             label = name if index == 0 else None
             ax.plot(levels, deviation, color=style.color, linestyle=style.linestyle, linewidth=1.3, label=label)
@@ -216,6 +222,7 @@ def calibration(report: Calibration, *, sites: Sequence[str] | None = None, ax: 
     return ax
 
 
+@checked(extent=check_positive, num_lines=integer(2), ax=check_ax)
 @torch.no_grad()
 def flow_grid(
     flow: Flow | AutoFlowGuide | Callable[[Tensor], Tensor],
@@ -250,8 +257,6 @@ def flow_grid(
     """
     from matplotlib.collections import LineCollection
 
-    check_positive("flow_grid", "extent", extent)
-    check_int("flow_grid", "num_lines", num_lines, 2)
     transform, labels = _two_dimensional(flow, context)
     along = torch.linspace(-extent, extent, 201)
     across = torch.linspace(-extent, extent, num_lines)
@@ -265,7 +270,10 @@ def flow_grid(
         (torch.stack([radius * angle.cos(), radius * angle.sin()], -1), "black", 1.6, "--", "1, 2, ... sd of noise"),
     ):
         if len(lines):
-            image = as_numpy(transform(lines.reshape(-1, 2))).reshape(lines.shape)
+            image = as_numpy("flow_grid", "the flow's values", transform(lines.reshape(-1, 2)))
+            if image.shape != (lines.shape[0] * lines.shape[1], 2):
+                raise ValueError(f"flow_grid: expected flow to map (N, 2) to (N, 2), but got shape {image.shape}.")
+            image = image.reshape(lines.shape)
             ax.add_collection(
                 LineCollection(list(image), colors=color, linewidths=width, linestyles=style, label=label)
             )
@@ -288,11 +296,13 @@ def _two_dimensional(flow: Any, context: Tensor | None) -> tuple[Callable[[Tenso
         labels = (f"unconstrained {names[0]}", f"unconstrained {names[-1]}")
         like = next(flow.parameters())
     elif isinstance(flow, Flow):
-        transform = flow.transform.condition(context)
+        transform = flow(context).transforms[0]
         dim = flow.input_dim
         like = next(flow.parameters())
-    else:
+    elif callable(flow):
         transform, like = flow, torch.zeros(())
+    else:
+        raise TypeError(f"flow_grid: expected flow to be a guide, a flow or a function, but got {shown(flow)}.")
     if dim != 2:
         raise ValueError(
             f"flow_grid: expected a flow over two dimensions, but got one over {dim}. For a pair of coordinates of its "
