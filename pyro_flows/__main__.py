@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +88,22 @@ def main(argv: Sequence[str] | None = None, settings: Settings | None = None) ->
         description="Fit eight schools with AutoNormal and with AutoFlowGuide by plain SVI, and compare.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--steps", type=_positive, default=settings.num_steps, help="SVI steps for each guide")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers")
-    parser.add_argument("--flow", choices=flows.names(), default="auto", metavar="NAME",
-                        help="flow family: " + ", ".join(flows.names()))  # fmt: skip
+    parser.add_argument(
+        "--steps", type=partial(_integer, low=1), default=settings.num_steps, help="SVI steps for each guide"
+    )
+    parser.add_argument("--seed", type=partial(_integer, low=0, high=2**32 - 1), default=0,
+                        help="seed of all random numbers")  # fmt: skip
+    families = [name for name in flows.names() if flows.get(name).one_pass_sampling]
+    parser.add_argument("--flow", choices=families, default="auto", metavar="NAME",
+                        help="flow family: " + ", ".join(families))  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("eight_schools.png"), help="where to save the figure")
     options = parser.parse_args(argv)
-    if not options.out.resolve().parent.is_dir():
+    if not options.out.resolve().parent.is_dir() or options.out.is_dir():
         parser.error(f"--out: expected a file in an existing folder, but got {options.out}")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    if options.out.suffix[1:] not in (formats := FigureCanvasBase.get_supported_filetypes()):
+        parser.error(f"--out: expected a file that ends in one of .{', .'.join(formats)}, but got {options.out}")
     settings = replace(settings, num_steps=options.steps)
 
     args = (torch.tensor(SIGMA), torch.tensor(Y))
@@ -113,11 +122,11 @@ def main(argv: Sequence[str] | None = None, settings: Settings | None = None) ->
     print(f"\nmu against log tau: {options.out}")
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer >= 1, but got {value}")
-    return value
+def _integer(text: str, low: int, high: int | None = None) -> int:
+    wanted = f">= {low}" if high is None else f"in [{low}, {high}]"
+    if not text.strip().lstrip("-").isdecimal() or int(text) < low or (high is not None and int(text) > high):
+        raise argparse.ArgumentTypeError(f"expected an integer {wanted}, but got {text!r}")
+    return int(text)
 
 
 if __name__ == "__main__":
