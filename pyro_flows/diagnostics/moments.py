@@ -3,10 +3,28 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-__all__ = ["Moments"]
+__all__ = ["MomentErrors", "Moments"]
+
+
+class MomentErrors(NamedTuple):
+    """Estimated errors of the moments of draws, of the shape of a draw.
+
+    Attributes:
+        shift: Error of the mean, in standard deviations of the posterior.
+        shift_se: Its standard error.
+        log_sd: Error of the log standard deviation.
+        log_sd_se: Its standard error.
+    """
+
+    shift: Tensor
+    shift_se: Tensor
+    log_sd: Tensor
+    log_sd_se: Tensor
 
 
 class Moments:
@@ -17,7 +35,6 @@ class Moments:
 
     def __init__(self) -> None:
         self._count = 0
-        self._parts: list[Tensor] = []  # sum of z, of z^2, of w, of w z, of w z^2, all about the center
 
     def add(self, values: Tensor, log_weights: Tensor) -> None:
         """Add draws.
@@ -30,32 +47,92 @@ class Moments:
         top = log_weights.max(0).values
         if not self._count:
             self._center, self._top = values.mean(0), top
-            self._parts = [torch.zeros_like(self._center) for _ in range(5)]
+            # Sums of z^k, w z^k and w^2 z^k about the center, for k = 0 to 4.
+            self._sums = values.new_zeros(3, 5, *self._center.shape)
         new_top = torch.maximum(self._top, top)
         rescale = _exp(self._top - new_top)
+        self._sums[1] *= rescale
+        self._sums[2] *= rescale.square()
         weights = _exp(log_weights - new_top)
-        centered = values - self._center
-        plain = (centered.sum(0), centered.square().sum(0))
-        weighted = (weights.sum(0), (weights * centered).sum(0), (weights * centered.square()).sum(0))
-        self._parts = [
-            *(old + new for old, new in zip(self._parts[:2], plain, strict=True)),
-            *(old * rescale + new for old, new in zip(self._parts[2:], weighted, strict=True)),
-        ]
+        power, centered = torch.ones_like(values), values - self._center
+        for k in range(5):
+            self._sums[0, k] += power.sum(0)
+            self._sums[1, k] += (weights * power).sum(0)
+            self._sums[2, k] += (weights.square() * power).sum(0)
+            power = power * centered
         self._top = new_top
         self._count += len(values)
 
     @property
     def plain(self) -> tuple[Tensor, Tensor]:
         """Unweighted mean and standard deviation of the draws."""
-        first, second = (part / self._count for part in self._parts[:2])
-        return self._center + first, (second - first.square()).clamp_min(0.0).sqrt()
+        return self._mean_and_sd(0)
 
     @property
     def weighted(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation by self-normalized importance sampling."""
-        total = self._parts[2]
-        first, second = (part / total for part in self._parts[3:])
+        return self._mean_and_sd(1)
+
+    def errors(self) -> MomentErrors:
+        r"""Errors of the plain moments, estimated by the weighted ones.
+
+        Standard errors are those of the differences, by the delta method: with weights w of mean 1, a mean changes by
+        the average of :math:`w (z - \mu_w) - (z - \mu)`, which hardly varies where weights hardly do.
+        """
+        variances = [
+            self._covariance(p, 0, p, 0) - 2.0 * self._covariance(p, 0, w, 1) + self._covariance(w, 1, w, 1)
+            for p, w in zip(self._influences(0), self._influences(1), strict=True)
+        ]
+        return _errors(self.plain, self.weighted, *(variance / self._count for variance in variances))
+
+    def errors_against(self, reference: Moments) -> MomentErrors:
+        """Errors of the plain moments, estimated by the weighted ones of independent draws."""
+        variances = [
+            self._covariance(p, 0, p, 0) / self._count + reference._covariance(w, 1, w, 1) / reference._count
+            for p, w in zip(self._influences(0), reference._influences(1), strict=True)
+        ]
+        return _errors(self.plain, reference.weighted, *variances)
+
+    def _averages(self, power: int) -> Tensor:
+        """Averages of w^power z^k about the center, for weights of mean 1; ``(5, *shape)``."""
+        if power == 0:
+            return self._sums[0] / self._count
+        total = self._sums[1, 0]
+        return self._sums[1] / total if power == 1 else self._sums[2] * self._count / total.square()
+
+    def _mean_and_sd(self, power: int) -> tuple[Tensor, Tensor]:
+        _, first, second, *_ = self._averages(power)
         return self._center + first, (second - first.square()).clamp_min(0.0).sqrt()
+
+    def _influences(self, power: int) -> tuple[list[Tensor], list[Tensor]]:
+        r"""Coefficients in z of the influence of a draw on the mean, and on the log standard deviation.
+
+        A mean has the influence :math:`w (z - \mu)`, a log standard deviation
+        :math:`w ((z - \mu)^2 / \sigma^2 - 1) / 2`.
+        """
+        _, mean, second, *_ = self._averages(power)
+        variance = (second - mean.square()).clamp_min(torch.finfo(torch.double).tiny)
+        one = torch.ones_like(mean)
+        of_sd = [0.5 * (mean.square() / variance - 1.0), -mean / variance, 0.5 / variance]
+        return [-mean, one, torch.zeros_like(mean)], of_sd
+
+    def _covariance(self, left: list[Tensor], left_power: int, right: list[Tensor], right_power: int) -> Tensor:
+        """Average product of two influences, polynomials in z times a power of the weight."""
+        averages = self._averages(left_power + right_power)
+        products = [a * b * averages[i + j] for i, a in enumerate(left) for j, b in enumerate(right)]
+        return torch.stack(products).sum(0)
+
+
+def _errors(
+    plain: tuple[Tensor, Tensor], best: tuple[Tensor, Tensor], variance_of_mean: Tensor, variance_of_log_sd: Tensor
+) -> MomentErrors:
+    sd = best[1]
+    return MomentErrors(
+        shift=((plain[0] - best[0]) / sd).nan_to_num(0.0),
+        shift_se=(variance_of_mean.clamp_min(0.0).sqrt() / sd).nan_to_num(0.0),
+        log_sd=(plain[1] / sd).log().nan_to_num(0.0),
+        log_sd_se=variance_of_log_sd.clamp_min(0.0).sqrt().nan_to_num(0.0),
+    )
 
 
 def _exp(log_ratio: Tensor) -> Tensor:

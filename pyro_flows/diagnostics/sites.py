@@ -33,6 +33,9 @@ class SiteSummary:
         shift: Largest difference of means over coordinates, in weighted standard deviations and in unconstrained space.
         sd_ratio: Ratio of the guide's standard deviation to the weighted one, of the coordinate where it is farthest
             from 1, in unconstrained space.
+        max_shift: Upper limit of the error of a mean in standard deviations: two standard errors above the estimate, at
+            the coordinate where it is largest, of the site or in unconstrained space.
+        max_log_sd: The same for the error of a log standard deviation.
     """
 
     name: str
@@ -43,6 +46,8 @@ class SiteSummary:
     weighted_sd: Tensor
     shift: float
     sd_ratio: float
+    max_shift: float
+    max_log_sd: float
 
     @property
     def shape(self) -> torch.Size:
@@ -72,11 +77,17 @@ class _SiteSums:
                 shape[1 + self.item_axis] = -1
             moments.add(array, log_weights.reshape(shape))
 
-    def summary(self) -> SiteSummary:
+    def summary(self, reference: _SiteSums | None, z_score: float) -> SiteSummary:
         mean, sd = self.values.plain
-        weighted_mean, weighted_sd = self.values.weighted
-        (a, s), (b, t) = self.unconstrained.plain, self.unconstrained.weighted
-        log_ratio = (s / t).log().nan_to_num(0.0).flatten()
+        weighted_mean, weighted_sd = (self if reference is None else reference).values.weighted
+        errors = [
+            moments.errors() if against is None else moments.errors_against(against)
+            for moments, against in (
+                (self.unconstrained, reference and reference.unconstrained),
+                (self.values, reference and reference.values),
+            )
+        ]
+        log_ratio = errors[0].log_sd.flatten()
         return SiteSummary(
             name=self.latent.name,
             log_prior=self.log_prior / self.count if self.count else math.nan,
@@ -84,8 +95,10 @@ class _SiteSums:
             sd=sd.cpu(),
             weighted_mean=weighted_mean.cpu(),
             weighted_sd=weighted_sd.cpu(),
-            shift=((a - b) / t).nan_to_num(0.0).abs().max().item(),
+            shift=errors[0].shift.abs().max().item(),
             sd_ratio=log_ratio[log_ratio.abs().argmax()].exp().item(),
+            max_shift=max((e.shift.abs() + z_score * e.shift_se).max().item() for e in errors),
+            max_log_sd=max((e.log_sd.abs() + z_score * e.log_sd_se).max().item() for e in errors),
         )
 
 
@@ -103,6 +116,12 @@ class SiteTally:
             name = site.latent.name
             site.add(draws.values[name], draws.log_priors.get(name), log_weights)
 
-    def summaries(self) -> Mapping[str, SiteSummary]:
-        """Site name -> summary, in the model's order."""
-        return {site.latent.name: site.summary() for site in self._sites}
+    def summaries(self, reference: SiteTally | None = None, z_score: float = 2.0) -> Mapping[str, SiteSummary]:
+        """Site name -> summary, in the model's order.
+
+        Args:
+            reference: Weighted draws of another distribution, where the draws' own weights are unreliable.
+            z_score: Standard errors between an estimated error and its upper limit.
+        """
+        others = [None] * len(self._sites) if reference is None else reference._sites
+        return {s.latent.name: s.summary(other, z_score) for s, other in zip(self._sites, others, strict=True)}
