@@ -15,16 +15,20 @@ from pyro_flows._threads import one_at_a_time
 from pyro_flows.diagnostics.elbo import estimate_elbo
 from pyro_flows.diagnostics.evidence import Evidence, estimate_evidence, lost_mass
 from pyro_flows.diagnostics.modes import LostMode, lost_modes
+from pyro_flows.diagnostics.moves import measure_drift
+from pyro_flows.diagnostics.reference import sample_reference
 from pyro_flows.diagnostics.report import TRUST, Diagnosis, Items
 from pyro_flows.diagnostics.search import Regions, SearchResult, search_regions
 from pyro_flows.diagnostics.sites import SiteTally
 from pyro_flows.diagnostics.verdict import judge, not_known
 from pyro_flows.importance.psis import khat_threshold
-from pyro_flows.importance.weights import ImportanceSampler
+from pyro_flows.importance.weights import Draws, ImportanceSampler
 from pyro_flows.models.checks import warn_without_data
 from pyro_flows.models.precision import may_be_rounded, rounding_message
 
 __all__ = ["diagnose", "weigh"]
+
+MAX_KHAT_OF_VARIANCE = 0.5  # of the generalized Pareto distribution
 
 
 @checked(num_samples=integer(100))
@@ -116,7 +120,20 @@ def weigh(
     tally = SiteTally(structure)
     sample = _draw(sampler, num_samples, tally, search.regions, progress=progress)
     elbo = estimate_elbo(sample.log_likelihood, sample.log_ratio, sample.log_weights, sample.group_sizes)
+    threshold = khat_threshold(num_samples)
     evidence, lost = _evidence(sampler, sample, search.regions)
+    reference, drift = None, None
+    if search.regions is not None and sampler.score.is_vectorized:
+        reference = sample_reference(sampler, sample.first, search.regions)
+        drift = measure_drift(sampler, sample.first)
+    if reference is not None:
+        evidence = reference.correct(evidence, threshold)
+    summaries = tally.summaries()
+    by_reference = reference is not None and bool(reference.reliable.all())
+    if reference is not None and by_reference:
+        # Standard errors by the guide's weights need weights with a variance.
+        has_variance = bool((evidence.khat < MAX_KHAT_OF_VARIANCE).all())
+        summaries = tally.summaries(reference.tally, by_reference=not has_variance)
     log_evidence = evidence.log_evidence.sum().item()
     items = None
     if structure.items is not None:
@@ -138,13 +155,13 @@ def weigh(
         log_evidence_se=evidence.error.square().sum().sqrt().item(),
         gap=log_evidence - elbo.mean,
         khat=evidence.khat.quantile(0.95, interpolation="higher").item(),
-        khat_threshold=khat_threshold(num_samples),
+        khat_threshold=threshold,
         ess=evidence.ess.quantile(0.05, interpolation="lower").item(),
         verdict="",
         reason="",
         advice="",
         log_weights=sample.log_weights.sum(-1) if items is None else sample.log_weights,
-        sites=tally.summaries(),
+        sites=summaries,
         items=items,
         lost=lost,
         obstacle=sampler.score.model.obstacle,
@@ -152,7 +169,9 @@ def weigh(
         dtype=sample.dtype,
     )
     plates = structure.subsampled
-    verdict = not_known(plates[0]) if plates else judge(diagnosis, evidence, search, guide)
+    verdict = (
+        not_known(plates[0]) if plates else judge(diagnosis, evidence, search, guide, drift, by_reference=by_reference)
+    )
     is_suspect = verdict.verdict != TRUST or may_be_rounded(diagnosis.elbo)
     rounding = rounding_message(sampler.score.model.model, guide, sampler.score.model.call) if is_suspect else ""
     return replace(diagnosis, **verdict._asdict(), rounding=rounding)
@@ -168,6 +187,7 @@ class _Sample(NamedTuple):
         where: Index of the region of each draw, ``(S, N)``; None if there was no search.
         group_sizes: Numbers of consecutive draws that share a mini-batch; None if all draws are independent.
         dtype: Precision of the draws.
+        first: The draws of the first chunk.
     """
 
     log_likelihood: Tensor
@@ -176,6 +196,7 @@ class _Sample(NamedTuple):
     where: Tensor | None
     group_sizes: list[int] | None
     dtype: torch.dtype
+    first: Draws
 
 
 def _draw(
@@ -184,7 +205,9 @@ def _draw(
     """Draw in chunks; values of latents are added to the tally and not kept."""
     structure = sampler.structure
     likelihoods, ratios, weights, wheres = [], [], [], []
+    first: Draws | None = None
     for draws in sampler.chunks(num_samples, progress=progress):
+        first = first or draws
         log_weights = draws.log_weights
         likelihoods.append(draws.log_likelihood.sum(-1))
         ratios.append((draws.log_guide - draws.log_prior).sum(-1))
@@ -193,7 +216,9 @@ def _draw(
         tally.add(draws, log_weights if not structure.subsampled else torch.zeros_like(log_weights))
         if regions is not None:
             wheres.append(regions.locate(structure.pack(draws.values)).to("cpu", torch.int8))
+    assert first is not None
     return _Sample(
+        first=first,
         log_likelihood=torch.cat(likelihoods),
         log_ratio=torch.cat(ratios),
         log_weights=torch.cat(weights),
@@ -213,5 +238,8 @@ def _evidence(
     if regions is None or sample.where is None:
         return evidence, ()
     found = lost_mass(regions.log_mass.cpu(), regions.error.cpu(), sample.where, sample.log_weights)
-    evidence = evidence._replace(log_evidence=found.log_evidence, error=found.error, lost=found.share.sum(0))
+    missing = -torch.expm1(evidence.log_evidence - found.log_evidence)
+    evidence = evidence._replace(
+        log_evidence=found.log_evidence, error=found.error, lost=found.share.sum(0), missing=missing
+    )
     return evidence, lost_modes(sampler, regions, found.share)

@@ -41,6 +41,7 @@ class Evidence(NamedTuple):
         ess: Effective sample size, :math:`(\sum w)^2 / \sum w^2`.
         khat: Shape of the tail of the weights.
         lost: Share of the posterior mass in regions where the guide hardly draws, as far as a search found them.
+        missing: Share of the posterior mass that the guide's weights do not account for, where it is significant.
     """
 
     log_evidence: Tensor
@@ -48,11 +49,12 @@ class Evidence(NamedTuple):
     ess: Tensor
     khat: Tensor
     lost: Tensor
+    missing: Tensor
 
     @classmethod
     def unknown(cls, num_items: int) -> Evidence:
         """All NaN, where weights have the noise of mini-batches."""
-        return cls(*torch.full((5, num_items), math.nan, dtype=torch.double))
+        return cls(*torch.full((6, num_items), math.nan, dtype=torch.double))
 
 
 def estimate_evidence(log_weights: Tensor) -> Evidence:
@@ -63,7 +65,8 @@ def estimate_evidence(log_weights: Tensor) -> Evidence:
     error = relative.std(0) / math.sqrt(count)
     ess = count / relative.square().mean(0)
     khat = torch.tensor([pareto_smooth(column).khat for column in log_weights.unbind(1)], dtype=torch.double)
-    return Evidence(log_mean, error, ess, khat, torch.zeros_like(log_mean))
+    none = torch.zeros_like(log_mean)
+    return Evidence(log_mean, error, ess, khat, none, none)
 
 
 class LostMass(NamedTuple):

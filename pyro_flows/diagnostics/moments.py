@@ -73,6 +73,12 @@ class Moments:
         """Mean and standard deviation by self-normalized importance sampling."""
         return self._mean_and_sd(1)
 
+    @property
+    def log_sd_se(self) -> Tensor:
+        """Standard error of the log of the plain standard deviation."""
+        influence = self._influences(0)[1]
+        return (self._covariance(influence, 0, influence, 0) / self._count).clamp_min(0.0).sqrt()
+
     def errors(self) -> MomentErrors:
         r"""Errors of the plain moments, estimated by the weighted ones.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L7. Importance sampling that does not need the guide's density: a wide mixture around its draws and what a search found."""
+"""L7. Importance sampling that does not need the guide's density: a wide mixture around its draws and found regions."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_flows.diagnostics.evidence import Evidence, estimate_evidence
 from pyro_flows.diagnostics.search import Regions
+from pyro_flows.diagnostics.shape import robust_shape
 from pyro_flows.diagnostics.sites import SiteTally
 from pyro_flows.importance.psis import khat_threshold
 from pyro_flows.importance.weights import Draws, ImportanceSampler
@@ -25,13 +26,15 @@ class ReferenceSettings:
 
     Attributes:
         num_draws: Number of draws of the reference.
-        num_kernels: Number of draws of the guide that kernels are put around, so that the mixture has the guide's shape.
+        num_kernels: Number of draws of the guide that kernels are put around, of all items together; so the mixture has
+            the guide's shape.
         shares: Shares of the kernels, the wide component, and the regions.
         widening: Factor from the guide's standard deviations to those of the wide component.
         df: Degrees of freedom of the Student t components, whose tails are to be heavier than the posterior's.
-        clip: Draws of the guide are clipped at this many (robust) standard deviations, for their covariance.
         max_dim: Largest dimension of an item; above, weights of such a mixture degenerate.
         max_coordinates: Largest number of dimensions of all items together.
+        min_ess: Smallest effective number of draws of a reliable estimate: a standard error of a tenth.
+        min_z_score: Standard errors by which two estimates of the evidence must differ, so that false alarms are rare.
     """
 
     num_draws: int = 2000
@@ -39,32 +42,48 @@ class ReferenceSettings:
     shares: tuple[float, float, float] = (0.4, 0.4, 0.2)
     widening: float = 1.5
     df: float = 3.0
-    clip: float = 4.0
     max_dim: int = 12
-    max_coordinates: int = 50
+    max_coordinates: int = 24
+    min_ess: float = 100.0
+    min_z_score: float = 4.0
 
 
 class Reference(NamedTuple):
     """Estimates by weighted draws of the reference.
 
     Attributes:
-        evidence: Log evidence, its error and reliability, by item.
-        khat_threshold: Largest k-hat at which they are reliable.
+        evidence: Log evidence and its error, by item.
+        reliable: Items whose weights have a light tail and a sufficient effective sample size, ``(N,)``.
         tally: Moments of the sites.
+        min_z_score: Standard errors by which two estimates of the evidence must differ.
     """
 
     evidence: Evidence
-    khat_threshold: float
+    reliable: Tensor
     tally: SiteTally
+    min_z_score: float
 
-    def is_reliable(self, min_ess: float) -> bool:
-        """Whether the weights of all items have a light tail and a sufficient effective sample size."""
-        return bool((self.evidence.khat < self.khat_threshold).all() and (self.evidence.ess > min_ess).all())
+    def correct(self, own: Evidence, max_khat: float) -> Evidence:
+        """Take the reference's evidence of items where the guide's weights have a heavy tail or miss mass.
+
+        Args:
+            own: Estimates by the guide's weights.
+            max_khat: Largest k-hat at which these are reliable.
+        """
+        missed = self.evidence.log_evidence - own.log_evidence
+        noise = self.min_z_score * torch.hypot(self.evidence.error, own.error)
+        misses = self.reliable & (missed > noise)
+        taken = misses | (self.reliable & (own.khat > max_khat))
+        return own._replace(
+            log_evidence=torch.where(taken, self.evidence.log_evidence, own.log_evidence),
+            error=torch.where(taken, self.evidence.error, own.error),
+            missing=torch.where(misses, 1.0 - (1.0 - own.missing) * (-missed).exp(), own.missing),
+        )
 
 
 @torch.no_grad()
 def sample_reference(
-    sampler: ImportanceSampler, regions: Regions | None, settings: ReferenceSettings = ReferenceSettings()
+    sampler: ImportanceSampler, drawn: Draws, regions: Regions, settings: ReferenceSettings = ReferenceSettings()
 ) -> Reference | None:
     """Draw from a mixture of Student t distributions: kernels around draws of the guide, a wide one around all of them,
     and one at each region; None if there are too many dimensions.
@@ -75,9 +94,9 @@ def sample_reference(
     structure = sampler.structure
     dim, num_items = structure.item_dim, structure.num_items
     too_many = dim > settings.max_dim or dim * num_items > settings.max_coordinates
-    if structure.subsampled or not structure.is_continuous or too_many:
+    if too_many:
         return None
-    packed = structure.pack(sampler.draw(settings.num_draws // 2).values)
+    packed = structure.pack(drawn.values)
     mixture = _Mixture(packed.double(), regions, settings)
     draws = mixture.draw(settings.num_draws).to(packed)
     log_joint = torch.cat([sampler.log_joint(part) for part in draws.split(sampler.chunk)])
@@ -85,7 +104,9 @@ def sample_reference(
     values, _ = structure.unpack(draws)
     tally = SiteTally(structure)
     tally.add(Draws(values, log_weights, {}, torch.zeros_like(log_weights)), log_weights)
-    return Reference(estimate_evidence(log_weights), khat_threshold(settings.num_draws), tally)
+    evidence = estimate_evidence(log_weights)
+    reliable = (evidence.khat <= khat_threshold(settings.num_draws)) & (evidence.ess >= settings.min_ess)
+    return Reference(evidence, reliable, tally, settings.min_z_score)
 
 
 class _Group(NamedTuple):
@@ -107,26 +128,22 @@ class _Mixture:
 
     Args:
         packed: Draws of the guide, ``(S, N, d)``.
-        regions: Regions with posterior mass, if there are any.
+        regions: Regions with posterior mass.
         settings: Shape of the mixture.
     """
 
-    def __init__(self, packed: Tensor, regions: Regions | None, settings: ReferenceSettings) -> None:
+    def __init__(self, packed: Tensor, regions: Regions, settings: ReferenceSettings) -> None:
         self._df = settings.df
-        count, _, dim = packed.shape
-        quantiles = torch.tensor([0.159, 0.5, 0.841], dtype=packed.dtype, device=packed.device)
-        low, middle, high = packed.quantile(quantiles, 0)
-        scale = (0.5 * (high - low)).clamp_min(1e-12)
-        standard = ((packed - middle) / scale).clamp(-settings.clip, settings.clip).movedim(0, 1)  # (N, S, d)
-        correlation = standard.mT @ standard / count + 1e-6 * torch.eye(dim).to(packed)
-        factor = scale.unsqueeze(-1) * torch.linalg.cholesky(correlation)
-        bandwidth = settings.num_kernels ** (-1.0 / (dim + 4))  # Silverman's rule
+        dim = packed.shape[-1]
+        middle, _, factor = robust_shape(packed)
+        num_kernels = max(settings.num_kernels // packed.shape[1], 1)
+        bandwidth = num_kernels ** (-1.0 / (dim + 4))  # Silverman's rule
         kernels, wide, rest = settings.shares
         self._groups = [
-            _Group(packed[: settings.num_kernels], bandwidth * factor, kernels),
+            _Group(packed[:num_kernels], bandwidth * factor, kernels),
             _Group(middle.unsqueeze(0), settings.widening * factor, wide),
         ]
-        for center, own in () if regions is None else zip(regions.centers, regions.factors, strict=True):
+        for center, own in zip(regions.centers, regions.factors, strict=True):
             self._groups.append(_Group(center.unsqueeze(0), own, rest / len(regions.centers)))
         self._shares = torch.tensor([group.share for group in self._groups], dtype=torch.double)
         self._shares /= self._shares.sum()

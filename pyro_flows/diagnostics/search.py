@@ -25,7 +25,9 @@ class SearchSettings:
     """Settings of the search for regions with posterior mass.
 
     Attributes:
-        num_starts: Number of ascents from draws of the prior, and again from draws of the guide.
+        num_starts: Number of ascents from draws of the prior, and again from draws of the guide. Every second one from
+            the prior starts at a random point of the line from there to the center of the guide: in many dimensions all
+            draws of a wide prior are far away, from where ascents end in the widest mode.
         widening: Factor by which the draws of the guide are spread out about their mean.
         num_steps: Steps of L-BFGS on each path.
         candidate_steps: Numbers of steps after which a point is a candidate, besides the last one: the mode of a
@@ -166,7 +168,7 @@ class Search:
     @torch.no_grad()
     def run(self, *, progress: bool) -> Regions | None:
         """Find a few regions for each item; None if there are none or the log joint cannot be maximized."""
-        start = torch.cat([*self._from_prior(), self._from_guide()])
+        start = self._starts()
         start = torch.where(start.isfinite(), start, 0.0)
         self._dtype = start.dtype
         # An overlong step is shortened, where an exception would end all paths; masses are measured with validation.
@@ -197,10 +199,13 @@ class Search:
             values = {site.name: nodes[site.name]["value"].unsqueeze(0) for site in self._structure.latents}
             yield self._structure.pack(values)
 
-    def _from_guide(self) -> Tensor:
+    def _starts(self) -> Tensor:
+        """Draws of the prior and of the guide, some of them moved, ``(R, N, d)``."""
+        prior = list(self._from_prior())
         packed = self._structure.pack(self._sampler.draw(self._settings.num_starts).values)
         center = packed.mean(0)
-        return torch.cat([center + self._settings.widening * (packed - center), center.unsqueeze(0)])
+        prior[1::2] = [center + torch.rand(()).to(center) * (draw - center) for draw in prior[1::2]]
+        return torch.cat([*prior, center + self._settings.widening * (packed - center), center.unsqueeze(0)])
 
     def _radius(self) -> float:
         """Radius of the ball that holds 99 % of a standard normal, by Wilson and Hilferty's approximation."""

@@ -15,7 +15,22 @@ from pyro_flows.importance.weights import Draws
 from pyro_flows.models.sites import Site
 from pyro_flows.models.structure import Structure
 
-__all__ = ["SiteSummary", "SiteTally"]
+__all__ = ["SiteSettings", "SiteSummary", "SiteTally"]
+
+
+@dataclass(frozen=True)
+class SiteSettings:
+    """Limits of the errors of sites.
+
+    Attributes:
+        z_score: Standard errors between an estimated error and its upper limit: with one of each site's errors at the
+            limit, a sixth of such guides is accepted.
+        max_log_sd_se: Largest standard error of a log standard deviation, by the draws alone, at which the moments of a
+            coordinate are compared: beyond, its tails are so heavy that a standard deviation is no summary of it.
+    """
+
+    z_score: float = 1.0
+    max_log_sd_se: float = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +48,7 @@ class SiteSummary:
         shift: Largest difference of means over coordinates, in weighted standard deviations and in unconstrained space.
         sd_ratio: Ratio of the guide's standard deviation to the weighted one, of the coordinate where it is farthest
             from 1, in unconstrained space.
-        max_shift: Upper limit of the error of a mean in standard deviations: two standard errors above the estimate, at
+        max_shift: Upper limit of the error of a mean in standard deviations: one standard error above the estimate, at
             the coordinate where it is largest, of the site or in unconstrained space.
         max_log_sd: The same for the error of a log standard deviation.
     """
@@ -77,17 +92,16 @@ class _SiteSums:
                 shape[1 + self.item_axis] = -1
             moments.add(array, log_weights.reshape(shape))
 
-    def summary(self, reference: _SiteSums | None, z_score: float) -> SiteSummary:
+    def summary(self, reference: _SiteSums | None, settings: SiteSettings, *, by_reference: bool) -> SiteSummary:
         mean, sd = self.values.plain
-        weighted_mean, weighted_sd = (self if reference is None else reference).values.weighted
-        errors = [
-            moments.errors() if against is None else moments.errors_against(against)
-            for moments, against in (
-                (self.unconstrained, reference and reference.unconstrained),
-                (self.values, reference and reference.values),
-            )
+        weighted_mean, weighted_sd = (reference if reference and by_reference else self).values.weighted
+        pairs = [
+            (self.unconstrained, reference and reference.unconstrained),
+            (self.values, reference and reference.values),
         ]
-        log_ratio = errors[0].log_sd.flatten()
+        limits = [_upper_limits(own, other, settings, by_reference=by_reference) for own, other in pairs]
+        own = self.unconstrained.errors()
+        log_ratio = own.log_sd.flatten()
         return SiteSummary(
             name=self.latent.name,
             log_prior=self.log_prior / self.count if self.count else math.nan,
@@ -95,11 +109,25 @@ class _SiteSums:
             sd=sd.cpu(),
             weighted_mean=weighted_mean.cpu(),
             weighted_sd=weighted_sd.cpu(),
-            shift=errors[0].shift.abs().max().item(),
+            shift=own.shift.abs().max().item(),
             sd_ratio=log_ratio[log_ratio.abs().argmax()].exp().item(),
-            max_shift=max((e.shift.abs() + z_score * e.shift_se).max().item() for e in errors),
-            max_log_sd=max((e.log_sd.abs() + z_score * e.log_sd_se).max().item() for e in errors),
+            max_shift=max(limit[0] for limit in limits),
+            max_log_sd=max(limit[1] for limit in limits),
         )
+
+
+def _upper_limits(
+    draws: Moments, reference: Moments | None, settings: SiteSettings, *, by_reference: bool
+) -> tuple[float, float]:
+    """Largest upper limits of the errors of a mean and of a log standard deviation."""
+    found = [] if by_reference else [draws.errors()]
+    if reference is not None:
+        found.append(draws.errors_against(reference))
+    has_sd = draws.log_sd_se < settings.max_log_sd_se
+    shifts = [(e.shift.abs() + settings.z_score * e.shift_se) * has_sd for e in found]
+    log_sds = [(e.log_sd.abs() + settings.z_score * e.log_sd_se) * has_sd for e in found]
+    # Of two limits that hold, the lower one counts.
+    return torch.stack(shifts).amin(0).max().item(), torch.stack(log_sds).amin(0).max().item()
 
 
 class SiteTally:
@@ -116,12 +144,22 @@ class SiteTally:
             name = site.latent.name
             site.add(draws.values[name], draws.log_priors.get(name), log_weights)
 
-    def summaries(self, reference: SiteTally | None = None, z_score: float = 2.0) -> Mapping[str, SiteSummary]:
+    def summaries(
+        self,
+        reference: SiteTally | None = None,
+        settings: SiteSettings = SiteSettings(),
+        *,
+        by_reference: bool = False,
+    ) -> Mapping[str, SiteSummary]:
         """Site name -> summary, in the model's order.
 
         Args:
-            reference: Weighted draws of another distribution, where the draws' own weights are unreliable.
-            z_score: Standard errors between an estimated error and its upper limit.
+            reference: Weighted draws of another distribution, if they are reliable.
+            settings: Limits of errors.
+            by_reference: Whether only these count, since the draws' own weights have no variance.
         """
         others = [None] * len(self._sites) if reference is None else reference._sites
-        return {s.latent.name: s.summary(other, z_score) for s, other in zip(self._sites, others, strict=True)}
+        return {
+            site.latent.name: site.summary(other, settings, by_reference=by_reference)
+            for site, other in zip(self._sites, others, strict=True)
+        }

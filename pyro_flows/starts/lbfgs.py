@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_flows.compiled.replay import Replay
 
-__all__ = ["gradient_and_hessian", "lbfgs_paths", "local_factor"]
+__all__ = ["gradient_and_hessian", "lbfgs_paths", "local_factor", "value_and_gradient"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def lbfgs_paths(
     Yields:
         The current points after each iteration, ``(R, N, d)``.
     """
-    evaluate = Replay(lambda z: _value_and_gradient(target, z))
+    evaluate = Replay(lambda z: value_and_gradient(target, z))
     z, (value, gradient) = init_loc, evaluate(init_loc)
     steps = gradient_differences = z.new_zeros((0, *z.shape))
     direction, slope, step = _next_step(gradient, steps, gradient_differences)
@@ -188,7 +188,7 @@ def _difference_hessian(target: Target, points: Tensor) -> Tensor:
     """Hessian by central differences of gradients, ``(R, N, d, d)``."""
     rows = []
     for step in SETTINGS.difference * torch.eye(points.shape[-1], dtype=points.dtype, device=points.device):
-        above, below = (_value_and_gradient(target, points + sign * step)[1] for sign in (1.0, -1.0))
+        above, below = (value_and_gradient(target, points + sign * step)[1] for sign in (1.0, -1.0))
         rows.append((above - below) / (2.0 * SETTINGS.difference))
     return torch.stack(rows, -1).double()
 
@@ -198,7 +198,8 @@ def _total(value: Tensor) -> Tensor:
 
 
 @torch.enable_grad()
-def _value_and_gradient(target: Target, z: Tensor) -> tuple[Tensor, Tensor]:
+def value_and_gradient(target: Target, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Value, minus infinity for NaN, and gradient, 0 where there is none; ``(R, N)`` and ``(R, N, d)``."""
     z = z.detach().requires_grad_()
     value = target(z)
     total = _total(value)

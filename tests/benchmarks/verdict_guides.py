@@ -13,7 +13,7 @@ from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.optim import Adam
 from torch import Tensor
-from verdict_targets import Constructed, Packed, Target, gaussian, mixture_of, restricted, stretched
+from verdict_targets import Packed, Target, gaussian, mixture_of, restricted, stretched
 
 from pyro_flows import AutoFlowGuide, fit
 

@@ -10,7 +10,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -36,7 +36,7 @@ class Packed(dist.TorchDistribution):
         density: ``(S, D)`` -> log density, ``(S,)``.
     """
 
-    arg_constraints: dict[str, Any] = {}
+    arg_constraints: ClassVar[dict[str, Any]] = {}
     support = dist.constraints.real_vector
 
     def __init__(

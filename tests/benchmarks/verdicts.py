@@ -245,7 +245,10 @@ def rates_of(cases: Sequence[Case]) -> list[list[str]]:
     told = [case for case in seen if case["verdict"] == "use importance_resample"]
     quiet = [case for case in seen if case["resampled"] == "quiet"]
     rows += [
-        ["verdict 'use importance_resample', draws wrong", rate(count(told, lambda c: c["resampled wrong"]), len(told))],
+        [
+            "verdict 'use importance_resample', draws wrong",
+            rate(count(told, lambda c: c["resampled wrong"]), len(told)),
+        ],
         ["resampled without a warning, draws wrong", rate(count(quiet, lambda c: c["resampled wrong"]), len(quiet))],
         ["evidence within two standard errors, trusted", rate(count(seen, trusted, covered), count(seen, trusted))],
         ["the same, 'use importance_resample'", rate(count(told, covered), len(told))],
@@ -284,9 +287,16 @@ def stops_of(cases: Sequence[Case]) -> list[list[str]]:
     gained = [case for case in stopped if case["gain"] - 2 * case["gain se"] > MIN_GAIN]
     rows = [["fit says converged; four times the steps gain more than 0.05 nats", rate(len(gained), len(stopped))]]
     part = [case for case in cases if trusted(case)]
-    rows.append(["trained until fit stops: trusted and wrong, of the trusted", rate(len(part) - count(part, right), len(part))])
+    rows.append(
+        ["trained until fit stops: trusted and wrong, of the trusted", rate(len(part) - count(part, right), len(part))]
+    )
     good = [case for case in cases if right(case)]
-    rows.append(["trained until fit stops: right and not trusted, of the right", rate(len(good) - count(good, trusted), len(good))])
+    rows.append(
+        [
+            "trained until fit stops: right and not trusted, of the right",
+            rate(len(good) - count(good, trusted), len(good)),
+        ]
+    )
     return rows
 
 

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L7. A test by Hamiltonian Monte Carlo: moves that leave the posterior as it is also leave a good guide's draws."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_flows.diagnostics.shape import robust_shape
+from pyro_flows.importance.weights import Draws, ImportanceSampler
+from pyro_flows.starts.lbfgs import value_and_gradient
+
+__all__ = ["Drift", "MoveSettings", "measure_drift"]
+
+
+@dataclass(frozen=True)
+class MoveSettings:
+    """Settings of the moves.
+
+    Attributes:
+        num_draws: Largest number of draws of the guide that are moved, each once.
+        min_draws: Smallest such number; with fewer there is no test.
+        max_elements: Largest number of values in the runs of the model for one step of all of them, if there are more
+            than ``min_draws``.
+        step_size: Leapfrog step in units of the guide's standard deviations, times d^(-1/4): the step at which the
+            acceptance rate neither vanishes nor nears one as the dimension d grows.
+        shortest: Each draw's step is multiplied by a number between this and 1, since the posterior's scale may vary.
+        path_length: Length of a path: a quarter of the period of a normal whose scale is the guide's, after which a
+            position is independent of the initial one.
+        false_alarms: Probability that a guide which is the posterior is said to drift.
+    """
+
+    num_draws: int = 4000
+    min_draws: int = 400
+    max_elements: int = 2**17
+    step_size: float = 1.2
+    shortest: float = 0.5
+    path_length: float = 0.5 * math.pi
+    false_alarms: float = 1e-3
+
+
+class Drift(NamedTuple):
+    """Most significant change of the draws by a move, of a mean or of a mean distance from the median.
+
+    Attributes:
+        z_score: The change in its standard errors.
+        critical: z-score above which it is significant, given the number of coordinates.
+    """
+
+    z_score: float
+    critical: float
+
+
+def measure_drift(sampler: ImportanceSampler, draws: Draws, settings: MoveSettings = MoveSettings()) -> Drift | None:
+    """Move draws of the guide by Hamiltonian Monte Carlo, once, and measure whether they drift.
+
+    Importance weights are blind to what lies beyond the guide's support. The moves are not: they cross the border, and
+    where draws are the posterior's, as many go as come. Changes are averaged over acceptance and rejection (Rao and
+    Blackwell), and weighted, so that errors that weights correct do not count. None if there are too few draws.
+    """
+    affordable = max(settings.max_elements // max(sampler.structure.elements, 1), settings.min_draws)
+    packed = sampler.structure.pack(draws.values)[: min(settings.num_draws, affordable)]
+    if len(packed) < settings.min_draws:
+        return None
+    weights = draws.log_weights[: len(packed)].log_softmax(0).exp().to(packed.device) * len(packed)
+    start = packed.double()
+    middle, scale, factor = robust_shape(start)
+    num_steps = math.ceil(settings.path_length / (settings.step_size * packed.shape[-1] ** -0.25))
+    shortened = settings.shortest + (1.0 - settings.shortest) * torch.rand(len(packed), 1, 1)
+    step = (settings.path_length / num_steps * shortened).to(start)
+    momentum = torch.randn(start.shape).to(start)
+    kinetic = 0.5 * momentum.square().sum(-1)
+    position = start
+    with pyro.validation_enabled(False):
+        value, force = _value_and_force(sampler, position, factor, packed.dtype)
+        energy = kinetic - value
+        for _ in range(num_steps):
+            momentum = momentum + 0.5 * step * force
+            position = position + step * (factor @ momentum.unsqueeze(-1)).squeeze(-1)
+            value, force = _value_and_force(sampler, position, factor, packed.dtype)
+            momentum = momentum + 0.5 * step * force
+    accepted = (energy - 0.5 * momentum.square().sum(-1) + value).clamp_max(0.0).exp().nan_to_num(0.0)
+    before, after = ((x - middle) / scale for x in (start, position))
+    changes = torch.stack([after - before, after.abs() - before.abs()], -1).nan_to_num(0.0, 0.0, 0.0)
+    changes = (weights * accepted)[..., None, None] * changes  # (S, N, d, 2)
+    z_scores = changes.mean(0) / changes.std(0) * math.sqrt(len(changes))
+    quantile = torch.tensor(0.5 * settings.false_alarms / z_scores.numel(), dtype=torch.double)
+    critical = -torch.distributions.Normal(0.0, 1.0).icdf(quantile).item()
+    return Drift(z_scores.abs().nan_to_num(0.0).max().item(), critical)
+
+
+def _value_and_force(
+    sampler: ImportanceSampler, position: Tensor, factor: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Log joint, and its gradient in coordinates in which the guide's covariance is the identity."""
+    values, gradients = [], []
+    for part in position.split(sampler.chunk):
+        value, gradient = value_and_gradient(sampler.log_joint, part.to(dtype))
+        values.append(value)
+        gradients.append(gradient.double())
+    return torch.cat(values), (factor.mT @ torch.cat(gradients).unsqueeze(-1)).squeeze(-1)
