@@ -170,7 +170,9 @@ def weigh(
     )
     plates = structure.subsampled
     verdict = (
-        not_known(plates[0]) if plates else judge(diagnosis, evidence, search, guide, drift, by_reference=by_reference)
+        not_known(plates[0])
+        if plates
+        else judge(diagnosis, evidence, search, guide, drift=drift, by_reference=by_reference)
     )
     is_suspect = verdict.verdict != TRUST or may_be_rounded(diagnosis.elbo)
     rounding = rounding_message(sampler.score.model.model, guide, sampler.score.model.call) if is_suspect else ""

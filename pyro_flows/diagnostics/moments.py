@@ -73,11 +73,10 @@ class Moments:
         """Mean and standard deviation by self-normalized importance sampling."""
         return self._mean_and_sd(1)
 
-    @property
-    def log_sd_se(self) -> Tensor:
-        """Standard error of the log of the plain standard deviation."""
-        influence = self._influences(0)[1]
-        return (self._covariance(influence, 0, influence, 0) / self._count).clamp_min(0.0).sqrt()
+    def has_sd(self, max_log_sd_se: float) -> Tensor:
+        """Where the standard deviation is determined, by the draws or by the weighted draws, up to a relative error."""
+        errors = [self._covariance(x, k, x, k) / self._count for k in (0, 1) for x in self._influences(k)[1:]]
+        return torch.stack(errors).amin(0).clamp_min(0.0).sqrt() < max_log_sd_se
 
     def errors(self) -> MomentErrors:
         r"""Errors of the plain moments, estimated by the weighted ones.

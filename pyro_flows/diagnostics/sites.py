@@ -25,7 +25,7 @@ class SiteSettings:
     Attributes:
         z_score: Standard errors between an estimated error and its upper limit: with one of each site's errors at the
             limit, a sixth of such guides is accepted.
-        max_log_sd_se: Largest standard error of a log standard deviation, by the draws alone, at which the moments of a
+        max_log_sd_se: Largest standard error of a log standard deviation, plain or weighted, at which the moments of a
             coordinate are compared: beyond, its tails are so heavy that a standard deviation is no summary of it.
     """
 
@@ -123,7 +123,7 @@ def _upper_limits(
     found = [] if by_reference else [draws.errors()]
     if reference is not None:
         found.append(draws.errors_against(reference))
-    has_sd = draws.log_sd_se < settings.max_log_sd_se
+    has_sd = draws.has_sd(settings.max_log_sd_se)
     shifts = [(e.shift.abs() + settings.z_score * e.shift_se) * has_sd for e in found]
     log_sds = [(e.log_sd.abs() + settings.z_score * e.log_sd_se) * has_sd for e in found]
     # Of two limits that hold, the lower one counts.

@@ -35,6 +35,7 @@ class Thresholds:
             off by 0.45 standard deviations, since the KL is half of the squared shift.
         large_gap: KL per item in nats above which further training is advised rather than importance weights.
         gap_z_score: Standard errors by which a gap must exceed ``small_gap``.
+        max_gap_se: Largest acceptable standard error of the gap per item, in nats: beyond, it is not known.
         max_shift: Largest acceptable error of a mean, in standard deviations; the upper limit of its estimate counts.
         max_log_sd: Largest acceptable error of a log standard deviation, 15 %; the same.
         max_missing: Largest acceptable share of the mass that the guide's weights do not account for.
@@ -42,17 +43,21 @@ class Thresholds:
             called too low.
         min_ess: Effective number of draws that summaries need: Vehtari, Gelman, Simpson, Carpenter, Buerkner.
             Rank-Normalization, Folding, and Localization. Bayesian Analysis 16(2), 2021.
+        min_ess_to_resample: Effective number of draws below which resampling is not advised: with the 10,000 draws that
+            it takes, 200 of 4000 are 500.
         max_bad_items: Share of items that may be bad, since k-hat is noisy; with one item there is none.
     """
 
     small_gap: float = 0.1
     large_gap: float = 1.0
     gap_z_score: float = 2.0
+    max_gap_se: float = 0.2
     max_shift: float = 0.15
     max_log_sd: float = 0.14
     max_missing: float = 0.05
     evidence_z_score: float = 4.0
     min_ess: float = 400.0
+    min_ess_to_resample: float = 200.0
     max_bad_items: float = 0.05
 
 
@@ -85,9 +90,9 @@ def judge(
     evidence: Evidence,
     search: SearchResult,
     guide: Any,
-    drift: Drift | None,
     limits: Thresholds = Thresholds(),
     *,
+    drift: Drift | None = None,
     by_reference: bool = False,
 ) -> Verdict:
     """The verdict on a guide.
@@ -97,8 +102,8 @@ def judge(
         evidence: Estimates for each item; a single item where log weights do not factorize.
         search: Result of the search for lost modes.
         guide: The guide; the advice depends on its type.
-        drift: Change of its draws by moves that leave the posterior as it is; None if it was not measured.
         limits: Thresholds of the verdict.
+        drift: Change of the guide's draws by moves that leave the posterior as it is; None if it was not measured.
         by_reference: Whether summaries of sites and the evidence come from reliable weights of another distribution
             than the guide, since the guide's own have heavy tails.
 
@@ -205,12 +210,20 @@ def _inaccurate(diagnosis: Diagnosis, evidence: Evidence, limits: Thresholds, *,
     gap, gap_se = diagnosis.gap / num_items, math.hypot(diagnosis.log_evidence_se, diagnosis.elbo_se) / num_items
     min_ess = 0.0 if by_reference else min(limits.min_ess, diagnosis.num_samples / 2)
     reason = _wrong_site(diagnosis, limits)
-    if not reason and not gap - limits.gap_z_score * gap_se <= limits.small_gap:
-        reason = f"its gap is {gap:.2f} nats"
+    if not reason and not (gap - limits.gap_z_score * gap_se <= limits.small_gap and gap_se <= limits.max_gap_se):
+        reason = f"its gap is {gap:.2f} nats, with a standard error of {gap_se:.2f}"
     if not reason and not evidence.ess.double().quantile(limits.max_bad_items) >= min_ess:
         reason = "few draws carry most of the weight"
     if not reason:
         return None
+    if not evidence.ess.double().quantile(limits.max_bad_items) >= min(
+        limits.min_ess_to_resample, diagnosis.num_samples / 4
+    ):
+        return Verdict(
+            TRAIN,
+            f"{reason}, and the weights are worth {diagnosis.ess:.0f} draws, too few to correct it.",
+            "`fit(model, guide, args)` goes on from here; if that gains nothing, take another family.",
+        )
     return Verdict(
         RESAMPLE,
         f"{reason}, but k-hat is below {diagnosis.khat_threshold:.2f}, so importance weights can correct it.",
