@@ -49,7 +49,9 @@ def diagnose(
     importance sampling, and the gap between them; the tail of the weights (k-hat) shows whether that estimate is
     reliable. A guide's own draws cannot reveal a mode that it lost. So the log joint is also maximized from draws of
     the prior and from widened draws of the guide, and the probability mass around points on the paths of ascent is
-    compared with the guide's own estimate of it.
+    compared with the guide's own estimate of it. In up to 12 dimensions, weighted draws of a wider mixture than the
+    guide estimate evidence and moments too; and draws of the guide, moved once by Hamiltonian Monte Carlo, must not
+    drift.
 
     Enumerated discrete sites are summed out. Where every site of model and guide is in one plate (a variational
     autoencoder), all numbers are given item by item. Where plates are subsampled, only the ELBO and its terms are
@@ -61,8 +63,9 @@ def diagnose(
         args: The model's arguments; one mini-batch of them for an amortized guide.
         kwargs: The model's keyword arguments.
         num_samples: Number of draws S, >= 100.
-        search: Whether to search for lost modes, in models of up to 200 dimensions. It costs up to 90 runs of the model
-            and its gradient, vectorized over 25 initial points, and a backward pass for each dimension at the end.
+        search: Whether to look beyond the guide's draws, in models of up to 200 dimensions. It costs up to 90 runs of
+            the model and its gradient, vectorized over 25 initial points, a backward pass for each dimension at the
+            end, 2000 draws of the mixture, and a few gradients at some of the guide's draws.
         progress: Whether to show a progress bar, if it takes more than a second.
         seed: Makes the result reproducible; torch's global random state is not changed. None uses the global state.
 

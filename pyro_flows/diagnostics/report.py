@@ -68,7 +68,8 @@ class Diagnosis:
         expected_log_likelihood: :math:`E_q \log p(x | z)`, the reconstruction. Latents whose prior depends on an
             enumerated site count here.
         kl_to_prior: :math:`KL(q \| p(z))`.
-        log_evidence: log p(x) by importance sampling, lost modes included. NaN where plates are subsampled.
+        log_evidence: log p(x) by importance sampling, mass that the guide misses included, as far as it was found. NaN
+            where plates are subsampled.
         log_evidence_se: Its standard error; too small where k-hat is above the threshold.
         gap: ``log_evidence - elbo``.
         khat: Tail shape of the importance weights; over many items its 95 % quantile.

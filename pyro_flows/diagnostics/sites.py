@@ -95,11 +95,13 @@ class _SiteSums:
     def summary(self, reference: _SiteSums | None, settings: SiteSettings, *, by_reference: bool) -> SiteSummary:
         mean, sd = self.values.plain
         weighted_mean, weighted_sd = (reference if reference and by_reference else self).values.weighted
-        pairs = [
-            (self.unconstrained, reference and reference.unconstrained),
-            (self.values, reference and reference.values),
+        limits = [
+            _upper_limits(draws, other, settings, by_reference=by_reference)
+            for draws, other in (
+                (self.unconstrained, None if reference is None else reference.unconstrained),
+                (self.values, None if reference is None else reference.values),
+            )
         ]
-        limits = [_upper_limits(own, other, settings, by_reference=by_reference) for own, other in pairs]
         own = self.unconstrained.errors()
         log_ratio = own.log_sd.flatten()
         return SiteSummary(

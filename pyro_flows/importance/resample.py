@@ -60,7 +60,9 @@ def importance_resample(
     r"""Draw from the guide, and resample the draws by their Pareto-smoothed importance weights.
 
     Resampling is systematic: a draw of normalized weight w is taken ``num_samples * w`` times, rounded up or down, so
-    that draws with large weights repeat. Where every site is in one plate, each item is resampled on its own.
+    that draws with large weights repeat. Where every site is in one plate, each item is resampled on its own. Mass
+    where the guide does not draw cannot be brought back, nor seen from weights: :func:`~pyro_flows.diagnose` looks for
+    it.
 
     Args:
         model: Any Pyro model.

@@ -17,7 +17,10 @@ from pyro_flows.diagnostics import pareto_smooth
 from pyro_flows.diagnostics.calibration import CalibrationSettings
 from pyro_flows.diagnostics.evidence import LostMassSettings, estimate_evidence, lost_mass
 from pyro_flows.diagnostics.modes import RidgeSettings, lost_modes
+from pyro_flows.diagnostics.moves import MoveSettings, measure_drift
+from pyro_flows.diagnostics.reference import ReferenceSettings, sample_reference
 from pyro_flows.diagnostics.search import Regions, SearchResult, SearchSettings, search_regions
+from pyro_flows.diagnostics.sites import SiteSettings, SiteTally
 from pyro_flows.diagnostics.verdict import Thresholds, judge
 from pyro_flows.export.runs import ExportSettings, ModelRuns
 from pyro_flows.importance.psis import PsisSettings
@@ -54,6 +57,44 @@ def test_lost_mass() -> None:
         assert lost_mass(*region, *draws, settings).share.item() == 0
 
 
+def test_reference() -> None:
+    regions = search().regions
+    drawn = sampler().draw(500)
+    assert regions is not None
+    found = sample_reference(sampler(), drawn, regions)
+    assert found is not None and found.reliable.all()
+    assert abs(found.evidence.log_evidence).item() < 4 * found.evidence.error.item()
+    strict = sample_reference(sampler(), drawn, regions, ReferenceSettings(min_ess=1e9))
+    assert strict is not None and not strict.reliable.any()
+    for settings in (ReferenceSettings(max_dim=0), ReferenceSettings(max_coordinates=0)):
+        assert sample_reference(sampler(), drawn, regions, settings) is None
+    # Of a guide of one mode all weights are as large as they should be, but for the mass of the other mode.
+    own = estimate_evidence(sampler(LOST_A_MODE).draw(4000).log_weights)
+    assert found.correct(own, 0.7).missing.item() == pytest.approx(0.3, abs=0.05)
+    assert found._replace(min_z_score=1e3).correct(own, 0.7).missing.item() == 0
+    taken = found._replace(min_z_score=1e3).correct(own, -10.0)  # a k-hat that is too large for its limit
+    assert taken.log_evidence == found.evidence.log_evidence
+
+
+def test_moves() -> None:
+    few = sampler().draw(300)
+    assert measure_drift(sampler(), few) is None
+    drift = measure_drift(sampler(), few, MoveSettings(min_draws=200))
+    assert drift is not None and drift.z_score < drift.critical < 4.5
+    rare = measure_drift(sampler(), few, MoveSettings(min_draws=200, false_alarms=1e-9))
+    assert rare is not None and rare.critical > 6.0
+
+
+def test_limits_of_sites() -> None:
+    """Upper limits grow with the z-score, and a standard deviation that is not determined is not judged."""
+    tally = SiteTally(sampler().structure)
+    draws = sampler(LOST_A_MODE).draw(1000)
+    tally.add(draws, draws.log_weights)
+    near, far = (tally.summaries(settings=SiteSettings(z_score=z))["z"] for z in (1.0, 5.0))
+    assert 0 < near.max_shift < far.max_shift and near.max_log_sd < far.max_log_sd
+    assert tally.summaries(settings=SiteSettings(max_log_sd_se=0.0))["z"].max_shift == 0
+
+
 def test_ridges() -> None:
     ones = torch.ones(1, 1, 1, dtype=torch.double)
     regions = Regions(-5 * ones, ones.unsqueeze(-1), 2.0, ones[0], ones[0])
@@ -69,8 +110,11 @@ def test_ridges() -> None:
         (Thresholds(min_ess=1e9), "use importance_resample"),  # no more than half of the draws are asked for
         (Thresholds(small_gap=-1.0), "use importance_resample"),
         (Thresholds(max_shift=-1.0), "use importance_resample"),
+        (Thresholds(max_gap_se=0.0), "use importance_resample"),
+        (Thresholds(max_shift=-1.0, min_ess_to_resample=1e9), "train longer"),  # no more than a quarter is asked for
+        (Thresholds(max_missing=-1.0), "train longer"),
     ],
-    ids=["default", "min_ess", "small_gap", "max_shift"],
+    ids=["default", "min_ess", "small_gap", "max_shift", "max_gap_se", "min_ess_to_resample", "max_missing"],
 )
 def test_verdict(limits: Thresholds, verdict: str) -> None:
     fit = normal_fit(3, scale=1.05)
@@ -78,6 +122,8 @@ def test_verdict(limits: Thresholds, verdict: str) -> None:
     evidence = estimate_evidence(report.log_weights.unsqueeze(-1))
     if limits.min_ess > report.num_samples:  # a quarter of the draws is enough by default
         evidence = evidence._replace(ess=evidence.ess / 4)
+    if limits.min_ess_to_resample > report.num_samples:
+        evidence = evidence._replace(ess=evidence.ess / 8)
     assert judge(report, evidence, SearchResult(None, "search is off"), fit.guide, limits).verdict == verdict
 
 
