@@ -28,8 +28,6 @@ from pyro_flows.models.precision import may_be_rounded, rounding_message
 
 __all__ = ["diagnose", "weigh"]
 
-MAX_KHAT_OF_VARIANCE = 0.5  # of the generalized Pareto distribution
-
 
 @checked(num_samples=integer(100))
 def diagnose(
@@ -129,14 +127,11 @@ def weigh(
     if search.regions is not None and sampler.score.is_vectorized:
         reference = sample_reference(sampler, sample.first, search.regions)
         drift = measure_drift(sampler, sample.first)
-    if reference is not None:
+    if reference is None:
+        sites, by_reference = tally.summaries(), False
+    else:
         evidence = reference.correct(evidence, threshold)
-    summaries = tally.summaries()
-    by_reference = reference is not None and bool(reference.reliable.all())
-    if reference is not None and by_reference:
-        # Standard errors by the guide's weights need weights with a variance.
-        has_variance = bool((evidence.khat < MAX_KHAT_OF_VARIANCE).all())
-        summaries = tally.summaries(reference.tally, by_reference=not has_variance)
+        sites, by_reference = reference.summaries(tally, evidence.khat), reference.is_reliable
     log_evidence = evidence.log_evidence.sum().item()
     items = None
     if structure.items is not None:
@@ -164,7 +159,7 @@ def weigh(
         reason="",
         advice="",
         log_weights=sample.log_weights.sum(-1) if items is None else sample.log_weights,
-        sites=summaries,
+        sites=sites,
         items=items,
         lost=lost,
         obstacle=sampler.score.model.obstacle,

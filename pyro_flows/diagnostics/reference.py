@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from pyro_flows.diagnostics.evidence import Evidence, estimate_evidence
 from pyro_flows.diagnostics.search import Regions
 from pyro_flows.diagnostics.shape import robust_shape
-from pyro_flows.diagnostics.sites import SiteTally
+from pyro_flows.diagnostics.sites import SiteSummary, SiteTally
 from pyro_flows.importance.psis import khat_threshold
 from pyro_flows.importance.weights import Draws, ImportanceSampler
 
@@ -35,6 +36,7 @@ class ReferenceSettings:
         max_coordinates: Largest number of dimensions of all items together.
         min_ess: Smallest effective number of draws of a reliable estimate: a standard error of a tenth.
         min_z_score: Standard errors by which two estimates of the evidence must differ, so that false alarms are rare.
+        max_khat_of_variance: Largest k-hat at which the guide's own weights have a variance, and so standard errors.
     """
 
     num_draws: int = 2000
@@ -46,6 +48,7 @@ class ReferenceSettings:
     max_coordinates: int = 24
     min_ess: float = 100.0
     min_z_score: float = 4.0
+    max_khat_of_variance: float = 0.5
 
 
 class Reference(NamedTuple):
@@ -55,13 +58,18 @@ class Reference(NamedTuple):
         evidence: Log evidence and its error, by item.
         reliable: Items whose weights have a light tail and a sufficient effective sample size, ``(N,)``.
         tally: Moments of the sites.
-        min_z_score: Standard errors by which two estimates of the evidence must differ.
+        settings: When estimates are used.
     """
 
     evidence: Evidence
     reliable: Tensor
     tally: SiteTally
-    min_z_score: float
+    settings: ReferenceSettings
+
+    @property
+    def is_reliable(self) -> bool:
+        """Whether all items are."""
+        return bool(self.reliable.all())
 
     def correct(self, own: Evidence, max_khat: float) -> Evidence:
         """Take the reference's evidence of items where the guide's weights have a heavy tail or miss mass.
@@ -71,7 +79,7 @@ class Reference(NamedTuple):
             max_khat: Largest k-hat at which these are reliable.
         """
         missed = self.evidence.log_evidence - own.log_evidence
-        noise = self.min_z_score * torch.hypot(self.evidence.error, own.error)
+        noise = self.settings.min_z_score * torch.hypot(self.evidence.error, own.error)
         misses = self.reliable & (missed > noise)
         taken = misses | (self.reliable & (own.khat > max_khat))
         return own._replace(
@@ -79,6 +87,17 @@ class Reference(NamedTuple):
             error=torch.where(taken, self.evidence.error, own.error),
             missing=torch.where(misses, 1.0 - (1.0 - own.missing) * (-missed).exp(), own.missing),
         )
+
+    def summaries(self, tally: SiteTally, khat: Tensor) -> Mapping[str, SiteSummary]:
+        """Summaries of sites by the guide's weights, if these have a variance, and by the reference, if it is reliable.
+
+        Args:
+            tally: Moments of the guide's draws, plain and weighted.
+            khat: Tail shape of their weights, ``(N,)``.
+        """
+        if not self.is_reliable:
+            return tally.summaries()
+        return tally.summaries(self.tally, by_reference=bool((khat >= self.settings.max_khat_of_variance).any()))
 
 
 @torch.no_grad()
@@ -106,7 +125,7 @@ def sample_reference(
     tally.add(Draws(values, log_weights, {}, torch.zeros_like(log_weights)), log_weights)
     evidence = estimate_evidence(log_weights)
     reliable = (evidence.khat <= khat_threshold(settings.num_draws)) & (evidence.ess >= settings.min_ess)
-    return Reference(evidence, reliable, tally, settings.min_z_score)
+    return Reference(evidence, reliable, tally, settings)
 
 
 class _Group(NamedTuple):
