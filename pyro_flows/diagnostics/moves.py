@@ -55,6 +55,11 @@ class Drift(NamedTuple):
     z_score: float
     critical: float
 
+    @property
+    def is_significant(self) -> bool:
+        """Whether the draws are not the posterior's, near where they are."""
+        return self.z_score > self.critical
+
 
 def measure_drift(sampler: ImportanceSampler, draws: Draws, settings: MoveSettings = MoveSettings()) -> Drift | None:
     """Move draws of the guide by Hamiltonian Monte Carlo, once, and measure whether they drift.

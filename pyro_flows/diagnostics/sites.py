@@ -26,7 +26,8 @@ class SiteSettings:
         z_score: Standard errors between an estimated error and its upper limit: with one of each site's errors at the
             limit, a sixth of such guides is accepted.
         max_log_sd_se: Largest standard error of a log standard deviation, plain or weighted, at which the moments of a
-            coordinate are compared: beyond, its tails are so heavy that a standard deviation is no summary of it.
+            coordinate are compared: beyond, its tails are so heavy that a standard deviation is no summary of it, and
+            those in unconstrained space take its place.
     """
 
     z_score: float = 1.0
@@ -49,8 +50,8 @@ class SiteSummary:
         sd_ratio: Ratio of the guide's standard deviation to the weighted one, of the coordinate where it is farthest
             from 1, in unconstrained space.
         max_shift: Upper limit of the error of a mean in standard deviations: one standard error above the estimate, at
-            the coordinate where it is largest, of the site or in unconstrained space.
-        max_log_sd: The same for the error of a log standard deviation.
+            the coordinate where it is largest; in unconstrained space where tails are too heavy.
+        max_sd_error: The same for the relative error of a standard deviation.
     """
 
     name: str
@@ -62,7 +63,7 @@ class SiteSummary:
     shift: float
     sd_ratio: float
     max_shift: float
-    max_log_sd: float
+    max_sd_error: float
 
     @property
     def shape(self) -> torch.Size:
@@ -95,13 +96,10 @@ class _SiteSums:
     def summary(self, reference: _SiteSums | None, settings: SiteSettings, *, by_reference: bool) -> SiteSummary:
         mean, sd = self.values.plain
         weighted_mean, weighted_sd = (reference if reference and by_reference else self).values.weighted
-        limits = [
-            _upper_limits(draws, other, settings, by_reference=by_reference)
-            for draws, other in (
-                (self.unconstrained, None if reference is None else reference.unconstrained),
-                (self.values, None if reference is None else reference.values),
-            )
-        ]
+        pairs = [(self.values, None if reference is None else reference.values)]
+        if not self.values.has_sd(settings.max_log_sd_se).all():
+            pairs.append((self.unconstrained, None if reference is None else reference.unconstrained))
+        limits = [_upper_limits(draws, other, settings, by_reference=by_reference) for draws, other in pairs]
         own = self.unconstrained.errors()
         log_ratio = own.log_sd.flatten()
         return SiteSummary(
@@ -114,22 +112,22 @@ class _SiteSums:
             shift=own.shift.abs().max().item(),
             sd_ratio=log_ratio[log_ratio.abs().argmax()].exp().item(),
             max_shift=max(limit[0] for limit in limits),
-            max_log_sd=max(limit[1] for limit in limits),
+            max_sd_error=max(limit[1] for limit in limits),
         )
 
 
 def _upper_limits(
     draws: Moments, reference: Moments | None, settings: SiteSettings, *, by_reference: bool
 ) -> tuple[float, float]:
-    """Largest upper limits of the errors of a mean and of a log standard deviation."""
+    """Largest upper limits of the errors of a mean, in standard deviations, and of a standard deviation, relative."""
     found = [] if by_reference else [draws.errors()]
     if reference is not None:
         found.append(draws.errors_against(reference))
     has_sd = draws.has_sd(settings.max_log_sd_se)
     shifts = [(e.shift.abs() + settings.z_score * e.shift_se) * has_sd for e in found]
-    log_sds = [(e.log_sd.abs() + settings.z_score * e.log_sd_se) * has_sd for e in found]
+    sds = [(e.log_sd.expm1().abs() + settings.z_score * e.log_sd_se) * has_sd for e in found]
     # Of two limits that hold, the lower one counts.
-    return torch.stack(shifts).amin(0).max().item(), torch.stack(log_sds).amin(0).max().item()
+    return torch.stack(shifts).amin(0).max().item(), torch.stack(sds).amin(0).max().item()
 
 
 class SiteTally:

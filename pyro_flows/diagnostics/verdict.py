@@ -37,7 +37,7 @@ class Thresholds:
         gap_z_score: Standard errors by which a gap must exceed ``small_gap``.
         max_gap_se: Largest acceptable standard error of the gap per item, in nats: beyond, it is not known.
         max_shift: Largest acceptable error of a mean, in standard deviations; the upper limit of its estimate counts.
-        max_log_sd: Largest acceptable error of a log standard deviation, 15 %; the same.
+        max_sd_error: Largest acceptable relative error of a standard deviation; the same.
         max_missing: Largest acceptable share of the mass that the guide's weights do not account for.
         evidence_z_score: Standard errors by which one guide's estimate of the evidence must lie below another's to be
             called too low.
@@ -53,7 +53,7 @@ class Thresholds:
     gap_z_score: float = 2.0
     max_gap_se: float = 0.2
     max_shift: float = 0.15
-    max_log_sd: float = 0.14
+    max_sd_error: float = 0.15
     max_missing: float = 0.05
     evidence_z_score: float = 4.0
     min_ess: float = 400.0
@@ -116,7 +116,7 @@ def judge(
         _without_density(diagnosis),
         _lost_modes(diagnosis, evidence, limits),
         # Tails that hardly matter, as a reference shows, do not count.
-        _heavy_tails(diagnosis, evidence, guide, limits) if inaccurate or not by_reference else None,
+        _heavy_tails(diagnosis, evidence, guide, drift, limits) if inaccurate or not by_reference else None,
         _missing_mass(evidence, drift, limits),
         inaccurate,
     ):
@@ -158,13 +158,17 @@ def _lost_modes(diagnosis: Diagnosis, evidence: Evidence, limits: Thresholds) ->
     )
 
 
-def _heavy_tails(diagnosis: Diagnosis, evidence: Evidence, guide: Any, limits: Thresholds) -> Verdict | None:
+def _heavy_tails(
+    diagnosis: Diagnosis, evidence: Evidence, guide: Any, drift: Drift | None, limits: Thresholds
+) -> Verdict | None:
     """Verdict if the tail of the importance weights is too heavy."""
     threshold, num_items = diagnosis.khat_threshold, len(evidence.khat)
     bad = evidence.khat > threshold
     log_weights = diagnosis.log_weights.reshape(diagnosis.num_samples, num_items)
     largest = (log_weights - evidence.log_evidence).max().item()
-    # k-hat is invariant to scale, so it is meaningless for weights that hardly differ.
+    # k-hat is invariant to scale, so it is meaningless for weights that hardly differ; a few that are large do not
+    # matter if draws that are moved, into the tails too, stay what they are.
+    largest = largest if drift is None or drift.is_significant else 0.0
     is_noise = nearly_constant(largest, float(evidence.ess.min()), diagnosis.num_samples)
     if not _is_bad(bad, limits) or is_noise:
         return None
@@ -190,7 +194,7 @@ def _missing_mass(evidence: Evidence, drift: Drift | None, limits: Thresholds) -
     """Verdict if there is mass where the guide does not draw, although none of its modes is lost."""
     if _is_bad(evidence.missing > limits.max_missing, limits):
         reason = f"about {evidence.missing.max():.0%} of the mass lies where the guide does not go"
-    elif drift is not None and drift.z_score > drift.critical:
+    elif drift is not None and drift.is_significant:
         reason = (
             "mass lies next to where the guide goes: moves by Hamiltonian Monte Carlo, which leave the posterior as it "
             f"is, change its draws ({drift.z_score:.1f} standard errors)"
@@ -236,8 +240,8 @@ def _wrong_site(diagnosis: Diagnosis, limits: Thresholds) -> str:
     for site in diagnosis.sites.values():
         if site.max_shift > limits.max_shift:
             return f"the mean of '{site.name}' may be {site.max_shift:.2f} sds off"
-        if site.max_log_sd > limits.max_log_sd:
-            return f"the sd of '{site.name}' may be {math.expm1(site.max_log_sd):.0%} off"
+        if site.max_sd_error > limits.max_sd_error:
+            return f"the sd of '{site.name}' may be {site.max_sd_error:.0%} off"
     return ""
 
 

@@ -92,7 +92,7 @@ def test_limits_of_sites() -> None:
     draws = sampler(LOST_A_MODE).draw(1000)
     tally.add(draws, draws.log_weights)
     near, far = (tally.summaries(settings=SiteSettings(z_score=z))["z"] for z in (1.0, 5.0))
-    assert 0 < near.max_shift < far.max_shift and near.max_log_sd < far.max_log_sd
+    assert 0 < near.max_shift < far.max_shift and near.max_sd_error < far.max_sd_error
     assert tally.summaries(settings=SiteSettings(max_log_sd_se=0.0))["z"].max_shift == 0
 
 
