@@ -112,8 +112,7 @@ def sample_reference(
     """
     structure = sampler.structure
     dim, num_items = structure.item_dim, structure.num_items
-    too_many = dim > settings.max_dim or dim * num_items > settings.max_coordinates
-    if too_many:
+    if dim > settings.max_dim or dim * num_items > settings.max_coordinates:
         return None
     packed = structure.pack(drawn.values)
     mixture = _Mixture(packed.double(), regions, settings)
