@@ -125,7 +125,6 @@ def read_structure(
         trace = first_run(owner, model, call, draws)
     nodes = sample_nodes(trace)
     check_latents(owner, nodes, drawn)
-    _check_no_more(owner, nodes, drawn)
     frames = [[f for f in node["cond_indep_stack"] if f.vectorized] for node in (*drawn.values(), *nodes.values())]
     subsampled = {f.name for stack in frames for f in stack if full_size(f) > f.size}
     latents, enumerated = [], []
@@ -173,21 +172,6 @@ def _check_guide(owner: str, drawn: Mapping[str, dict[str, Any]], again: Trace) 
                 "does, so that there is no ELBO to compare with the evidence. Use AutoNormal or AutoFlowGuide for the "
                 f"site, or take it as known: `poutine.condition(model, data={{'{name}': value}})`."
             )
-
-
-def _check_no_more(owner: str, nodes: Mapping[str, Any], drawn: Mapping[str, dict[str, Any]]) -> None:
-    """Refuse a guide with a site that the model lacks: its density would count against the guide for nothing.
-
-    Raises:
-        ValueError: If there is one that is not marked as auxiliary.
-    """
-    more = [name for name, node in drawn.items() if name not in nodes and not node["infer"].get("is_auxiliary")]
-    if more:
-        raise ValueError(
-            f"{owner}: expected a guide of this model's latent sites, but it also draws {', '.join(map(repr, more))}, "
-            "which the model lacks. Remove the site; or, if latent sites are a one-to-one function of it, mark it, "
-            "`pyro.sample(..., infer={'is_auxiliary': True})`, and write these as Delta sites with the log-determinant."
-        )
 
 
 def common_plate(frames: list[list[CondIndepStackFrame]]) -> CondIndepStackFrame | None:
