@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_flows.importance.weights import ImportanceSampler
-from pyro_flows.models.traces import Call, run_quietly, sample_nodes
+from pyro_flows.models.traces import NO_DENSITY, Call, run_quietly, sample_nodes
 from pyro_flows.starts.lbfgs import lbfgs_paths, local_factor
 
 __all__ = ["Regions", "Search", "SearchResult", "SearchSettings", "search_regions"]
@@ -190,11 +190,14 @@ class Search:
         return torch.cat(candidates if number in candidate_steps else [*candidates, points])
 
     def _from_prior(self) -> Iterator[Tensor]:
+        """Draws of the prior; none where it cannot be drawn from."""
         for _ in range(self._settings.num_starts):
             try:
                 trace = run_quietly(self._model, Call(self._args, self._kwargs))
-            except ValueError:  # a likelihood that refuses a draw of the prior
+            except NO_DENSITY:  # a likelihood that refuses a draw of the prior
                 continue
+            except NotImplementedError:  # an improper prior
+                return
             nodes = sample_nodes(trace)
             values = {site.name: nodes[site.name]["value"].unsqueeze(0) for site in self._structure.latents}
             yield self._structure.pack(values)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyro_flows import AutoFlowGuide, diagnose
 from pyro_flows.diagnostics.search import Search
@@ -106,6 +107,20 @@ def test_amortized_guides_are_judged_item_by_item() -> None:
     assert ((report.items.log_evidence - exact) / report.items.log_evidence_se).abs().max() < 4
     assert report.items.gap.sum().item() == pytest.approx(report.gap, abs=1e-6)
     assert not report.trustworthy and "by item of 'data'" in str(report)
+
+
+def test_improper_priors_are_searched_from_the_guide() -> None:
+    """They have no draws; Pyro's error about that ended the diagnosis."""
+
+    def model() -> None:
+        scale = pyro.sample("scale", dist.ImproperUniform(constraints.positive, (), ()))
+        pyro.sample("x", dist.Exponential(1.0 / scale), obs=torch.tensor(1.0))
+        pyro.factor("weight", -scale.log() * 3.0)  # evidence: the integral of s**-4 * exp(-1 / s), which is 2
+
+    guide = AutoFlowGuide(model, init_scale=0.5)
+    report = diagnose(model, guide, seed=0, progress=False)
+    assert report.log_evidence == pytest.approx(math.log(2.0), abs=5 * report.log_evidence_se)
+    assert "not looked for" not in report.reason
 
 
 def test_what_is_not_searched_says_so() -> None:
