@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide.initialization import init_to_feasible
 from torch import Tensor
@@ -48,9 +49,9 @@ def init_to_prior_median(site: dict[str, Any]) -> Tensor:
     Pyro always takes the median of 15 draws, whose standard error is a third of the prior's standard deviation. In a
     hierarchy, that scatters the members of a group around their parent, which the guide must first unlearn.
 
-    Two kinds of sites are initialized as by ``AutoNormal``, at zero in unconstrained space: bounded sites with an
-    uninformative prior, such as ``Gamma(0.001, 0.001)``, whose median is below the smallest floating-point number; and
-    sites with a multivariate prior.
+    Three kinds of sites are initialized at zero in unconstrained space: bounded sites with an uninformative prior, such
+    as ``Gamma(0.001, 0.001)``, whose median is below the smallest floating-point number; sites with a multivariate
+    prior; and sites with an improper prior, which ``AutoNormal`` does not initialize.
 
     Args:
         site: A site of a Pyro trace.
@@ -61,6 +62,11 @@ def init_to_prior_median(site: dict[str, Any]) -> Tensor:
     fn = site["fn"]
     while hasattr(fn, "base_dist") and hasattr(fn, "reinterpreted_batch_ndims"):
         fn = fn.base_dist  # to_event() does not change quantiles
+    if isinstance(fn, dist.ImproperUniform):
+        to_support = biject_to(fn.support)
+        start: Tensor = to_support(torch.zeros(to_support.inverse_shape(fn.shape())))
+        start._pyro_custom_init = False  # type: ignore[attr-defined]  # as Pyro marks its own
+        return start
     if fn.event_shape:
         feasible: Tensor = init_to_feasible(site)
         return feasible
@@ -73,7 +79,7 @@ def init_to_prior_median(site: dict[str, Any]) -> Tensor:
         is_number = unconstrained == unconstrained.clamp(*unconstrained_limits(median.dtype))
         usable &= is_number & ((to_support.inv(high) - to_support.inv(low)).abs() < MEDIAN.max_central_half)
     value = torch.where(usable, median, to_support(torch.zeros_like(median))).detach()
-    value._pyro_custom_init = False  # type: ignore[attr-defined]  # as Pyro marks its own
+    value._pyro_custom_init = False  # type: ignore[attr-defined]
     return value
 
 

@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from torch.distributions import biject_to, constraints
 
 from pyro_flows import AutoFlowGuide, init_to_prior_median
 
@@ -36,6 +37,25 @@ def test_median_is_exact_and_draws_nothing(name):
 def test_others_fall_back_on_the_support(fn):
     value = init_to_prior_median({"name": "z", "fn": fn})
     assert fn.support.check(value).all()
+
+
+IMPROPER = {"real": (), "positive": (), "simplex": (3,)}
+
+
+@pytest.mark.parametrize(("name", "shape"), IMPROPER.items(), ids=IMPROPER)
+def test_improper_priors_start_at_zero_in_unconstrained_space(name, shape):
+    """They have no draws, and Pyro's error about that was told as one about their support."""
+    support = getattr(constraints, name)
+
+    def model():
+        with pyro.plate("plate", 4):
+            pyro.sample("z", dist.ImproperUniform(support, (), shape))
+
+    median = AutoFlowGuide(model).median()["z"]
+    assert median.shape == (4, *shape)
+    torch.testing.assert_close(
+        biject_to(support).inv(median), torch.zeros(biject_to(support).inverse_shape((4, *shape)))
+    )
 
 
 def test_members_start_at_their_parent():
