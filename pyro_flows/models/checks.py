@@ -185,8 +185,8 @@ def check_latents(owner: str, nodes: Nodes, drawn: Nodes) -> list[str]:
         raise ValueError(
             f"{owner}: expected the guide to draw sites of the model, but it draws {', '.join(map(repr, strange))}, "
             f"which the model, with {', '.join(map(repr, latents))}, has not. If it is another model's guide, make one "
-            "from this model; if latent sites are functions of the site, mark it with infer={'is_auxiliary': True}, and "
-            "write them as Delta sites with the log-determinant."
+            "from this model; if latent sites are functions of the site, mark it with infer={'is_auxiliary': True} "
+            "and write them as Delta sites with the log-determinant."
         )
     return [name for name in latents if name not in drawn]
 
