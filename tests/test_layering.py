@@ -21,6 +21,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "pyro_flows"
 LAYERS = {
     "_blame": 0,
     "_checks": 0,
+    "_files": 0,
     "_memory": 0,
     "_recording": 0,
     "_storage": 0,
@@ -144,7 +145,7 @@ def test_what_can_be_tuned_is_in_a_settings_dataclass():
     """So that a reader finds it with its unit and reason, and a test can change it.
 
     Numbers in a map or in noise are part of its definition: with others, stored parameters would mean something else.
-    Those of the demo are its data, that of a checkpoint its format.
+    Those of the demo are its data, those of files their format.
     """
     definitions = (
         "transforms/",
@@ -152,6 +153,7 @@ def test_what_can_be_tuned_is_in_a_settings_dataclass():
         "flows/bases.py",
         "flows/version_0_1_0.py",
         "training/checkpoint.py",
+        "_files.py",
         "__main__.py",
     )
     for path in MODULES:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, overload
 from pyro_flows._checks import check_choice, check_text
 from pyro_flows.flows.base import FlowSpec
 
-__all__ = ["get", "names", "register"]
+__all__ = ["family_name", "get", "names", "register"]
 
 _FAMILIES: dict[str, type[FlowSpec]] = {}
 
@@ -54,6 +54,11 @@ def register(name: str, spec_class: Any = None) -> Any:
 def names() -> tuple[str, ...]:
     """Names of all registered families, sorted."""
     return tuple(sorted(_FAMILIES))
+
+
+def family_name(spec_class: type[FlowSpec]) -> str:
+    """Name of a class's family; empty if it is not registered."""
+    return next((name for name, each in _FAMILIES.items() if each is spec_class), "")
 
 
 def get(name: str, **hyper: Any) -> FlowSpec:

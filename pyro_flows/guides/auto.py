@@ -31,11 +31,12 @@ from pyro_flows._checks import (
 from pyro_flows._recording import is_recording
 from pyro_flows._threads import one_at_a_time
 from pyro_flows.flows import FlowDistribution, FlowSpec
+from pyro_flows.flows.recipe import Recipe
 from pyro_flows.flows.resolve import FlowLike, resolve
 from pyro_flows.guides.delta import DensityDelta
+from pyro_flows.guides.files import FiledGuide
 from pyro_flows.guides.initialization import init_to_prior_median
 from pyro_flows.guides.refusals import warn_of_refused
-from pyro_flows.guides.summaries import SummarizedGuide
 from pyro_flows.models.latents import checked_init, hide_from_guide, log_density, trace_latents
 from pyro_flows.models.sites import full_size
 from pyro_flows.posterior.encoders import checked_encoders
@@ -50,7 +51,7 @@ from pyro_flows.starts.plates import warm_start
 __all__ = ["AutoFlowGuide"]
 
 
-class AutoFlowGuide(SummarizedGuide):
+class AutoFlowGuide(FiledGuide):
     r"""A normalizing flow over the latents of a model; a drop-in replacement for ``AutoNormal``.
 
     The initial guide is exactly the mean-field normal of ``AutoNormal`` (for families that are initialized to the
@@ -153,6 +154,7 @@ class AutoFlowGuide(SummarizedGuide):
         self._has_warned = False
         self._spec: FlowSpec | None = resolve(flow)
         self._family = flow if isinstance(flow, str) else type(self._spec).__name__
+        self._recipe = Recipe.of(self._spec)
         if not self._spec.one_pass_sampling:
             raise NotImplementedError(
                 f"AutoFlowGuide: expected a flow that draws in one pass, but {type(self._spec).__name__} takes a pass "

@@ -95,7 +95,7 @@ class Posterior(nn.Module):
         self.encoders = nn.ModuleDict({_key((plate,)): Encoder(plate, f) for plate, f in amortize.items()})
         frames = {frame.name: frame for site in sites for frame in site.frames}
         sizes = {name: (full_size(frame), frame.size) for name, frame in frames.items()}
-        widths = {encoder.plate: probe(encoder, args, kwargs, sizes[encoder.plate]) for encoder in self._encoders()}
+        widths = {encoder.plate: probe(encoder, args, kwargs, sizes[encoder.plate]) for encoder in self.all_encoders()}
         self.local = nn.ModuleDict()
         for own in layouts:
             encoder_dims = [widths[name] for name in own.plate_names if name in widths]
@@ -137,14 +137,15 @@ class Posterior(nn.Module):
         split = self.joint.layout.split(self.joint.gradient_filter.refused_draw)
         return {site.name: site.to_support(part) for site, part in split}
 
-    def _encoders(self) -> Iterator[Encoder]:
+    def all_encoders(self) -> Iterator[Encoder]:
+        """The encoders of all amortized plates."""
         for encoder in self.encoders.values():
             assert isinstance(encoder, Encoder)
             yield encoder
 
     def encoder(self, plate: str) -> Encoder | None:
         """The plate's encoder, if it is amortized."""
-        return next((encoder for encoder in self._encoders() if encoder.plate == plate), None)
+        return next((encoder for encoder in self.all_encoders() if encoder.plate == plate), None)
 
     def blocks(self) -> Iterator[LocalBlock]:
         """The local blocks; a block comes after its parents."""
