@@ -3,9 +3,10 @@
 
 from pyro_flows.training.convergence import Convergence, ConvergenceSettings, until_converged
 from pyro_flows.training.elbo import VectorizedTrace_ELBO
-from pyro_flows.training.fit import FitResult, FitSettings, fit
+from pyro_flows.training.fit import FitSettings, fit
 from pyro_flows.training.monitor import FitProgress
 from pyro_flows.training.objective import EstimateSettings
+from pyro_flows.training.result import FitResult
 from pyro_flows.training.schedule import ScheduleSettings
 from pyro_flows.training.trainer import TrainerSettings
 from pyro_flows.training.verdict import VerdictSettings

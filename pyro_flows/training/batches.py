@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from pyro_flows._checks import shown
+from pyro_flows.training.random_state import capture_random_state, generators_of, restore_random_state
 
 __all__ = ["Arguments", "Batches", "by_shape", "check_batches"]
 
@@ -42,6 +43,9 @@ def check_batches(owner: str, name: str, value: Any) -> None:
 class Batches:
     """An endless sequence of the model's arguments.
 
+    A position in it can be found again if each pass over the mini-batches is determined by the state of the random
+    generators at its beginning: torch's, NumPy's and Python's global ones, and those of a ``DataLoader``.
+
     Args:
         args: A tuple of arguments; or mini-batches: an iterable that can be iterated over repeatedly, of tuples or
             lists of arguments (as a ``DataLoader`` gives), or of single arguments.
@@ -50,6 +54,7 @@ class Batches:
     Attributes:
         many: Whether there are mini-batches.
         first: Positional and keyword arguments of the first one.
+        generators: Generators of a ``DataLoader``, other than torch's global one.
 
     Raises:
         TypeError: If a mini-batch is a dictionary; in a later pass, if there is no mini-batch any more.
@@ -60,6 +65,9 @@ class Batches:
         self.kwargs = dict(kwargs or {})
         self.many = not isinstance(args, tuple)
         self._source: Iterable[Any] = args if self.many else [args]
+        self.generators = generators_of(args) if self.many else []
+        self._begin: dict[str, Any] | None = None  # random state at the beginning of the pass
+        self._taken = 0  # mini-batches of the pass
         self._stream = self._endless()
         try:
             self.first: Arguments = next(self._pass())
@@ -77,9 +85,12 @@ class Batches:
 
     def _endless(self) -> Iterator[Arguments]:
         while True:
+            if self.many:
+                self._begin, self._taken = capture_random_state(self.generators), 0
             empty = True
             for call in self._pass():
                 empty = False
+                self._taken += 1
                 yield call
             if empty:
                 raise TypeError(USED_UP)
@@ -87,6 +98,20 @@ class Batches:
     def next(self) -> Arguments:
         """The arguments of the next step."""
         return next(self._stream)
+
+    @property
+    def position(self) -> dict[str, Any] | None:
+        """Where the sequence is, for :meth:`seek`; None if all its elements are the same."""
+        return {"taken": self._taken, "random": self._begin} if self.many else None
+
+    def seek(self, position: dict[str, Any]) -> None:
+        """Go to a position, by going through its pass again; changes the random state."""
+        self._stream = self._endless()
+        self._begin, self._taken = None, 0
+        if position["random"] is not None:
+            restore_random_state(position["random"], self.generators)
+            for _ in range(position["taken"]):
+                self.next()
 
     def one_pass(self, limit: int, max_elements: int) -> list[Arguments]:
         """The mini-batches of one pass.

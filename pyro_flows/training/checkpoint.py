@@ -5,39 +5,49 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pyro_flows.flows.version_0_1_0 import from_0_1_0, names_in_0_1_0
+from pyro_flows import _files
+from pyro_flows.compiled.parameters import trial
 from pyro_flows.guides import AutoFlowGuide
-from pyro_flows.training.state import Point, TrainingState
+from pyro_flows.models.fingerprint import data_difference, describe_data, describe_model, model_difference
+from pyro_flows.models.traces import Call
+from pyro_flows.training.objective import Objective
+from pyro_flows.training.options import RunOptions
+from pyro_flows.training.random_state import capture_random_state, restore_random_state
+from pyro_flows.training.state import TrainingState
+from pyro_flows.training.version_0_1_0 import is_run_of_0_1_0, state_from_0_1_0
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "StoredRun"]
 
 # Version of the file's format; files of 0.1.0 have none.
-FORMAT = 2
-# Name in 0.1.0 -> attribute of TrainingState.
-NAMES_0_1_0 = {
-    "rate": "learning_rate",
-    "start": "initial_point",
-    "best_point": "best_point",
-    "point": "point",
-    "start_is_best": "initial_is_best",
-    "cycle": "cycle",
-    "step": "step",
-    "steps": "num_steps",
-    "losses": "losses",
-    "skipped": "num_skipped",
-    "rollbacks": "num_rollbacks",
-    "last_gain": "last_gain",
-    "seed": "seed",
-    "reason": "reason",
-}
-POINTS = ("initial_point", "best_point", "point")
+FORMAT = 3
+KIND = "a run of fit"
+
+
+@dataclass
+class StoredRun:
+    """What a checkpoint holds.
+
+    Attributes:
+        options: Options of the run, as they were chosen; None in files of 0.1.0.
+        before_data: Random state before the data were looked at; None in files of 0.1.0.
+        before_analysis: Random state after the warm start; None before its end.
+        program: Description of guide, model and data; None before the end of the warm start.
+        state: State of the run, as a dictionary; None before the end of the warm start.
+    """
+
+    options: RunOptions | None = None
+    before_data: dict[str, Any] | None = None
+    before_analysis: dict[str, Any] | None = None
+    program: dict[str, Any] | None = None
+    state: dict[str, Any] | None = field(default=None, repr=False)
 
 
 class Checkpoint:
@@ -46,79 +56,204 @@ class Checkpoint:
     Args:
         path: Path of the file; None writes no checkpoint.
         interval: Seconds between two checkpoints within a cycle, >= 0.
+
+    Raises:
+        TypeError: If this is not a path.
+
+    Attributes:
+        run: What the file holds, or will hold.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, interval: float) -> None:
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else _files.as_path("fit", "checkpoint", path)
         self.interval = interval
+        self.run = StoredRun()
         self._saved = time.monotonic()
-
-    @property
-    def exists(self) -> bool:
-        """Whether there is a run to resume."""
-        return self.path is not None and self.path.exists()
+        self._has_warned = False
 
     @property
     def is_due(self) -> bool:
         """Whether the file is old enough to be replaced."""
         return self.path is not None and time.monotonic() - self._saved >= self.interval
 
-    def save(self, state: TrainingState) -> None:
-        """Replace the file; the old one stays until the new one is whole."""
-        if self.path is None:
-            return
-        part = self.path.with_name(self.path.name + ".part")
-        torch.save({"format": FORMAT, **state.to_dict()}, part)
-        os.replace(part, self.path)
-        self._saved = time.monotonic()
+    def error(self, expected: str, remedy: str) -> ValueError:
+        """An error about the file."""
+        return ValueError(f"fit: expected the checkpoint '{self.path}' {expected}. {remedy}")
 
-    def load(self, leaves: Sequence[Tensor], guide: Callable[..., Any]) -> TrainingState:
-        """Load the state in the file, which version 0.1.0 may have written.
+    def read(self, asked: RunOptions) -> None:
+        """Read the file, if there is one.
 
         Args:
-            leaves: Unconstrained parameters of the guide and the model, in order.
-            guide: The guide, set up.
+            asked: Options that the call asks for.
 
         Raises:
-            ValueError: If the state has other parameters, or the file does not hold the state of a run.
+            ValueError: If the file is not a run's, was damaged, or its run has other options.
         """
-        assert self.path is not None
-        values: dict[str, Any] = torch.load(self.path, map_location=leaves[0].device, weights_only=True)
-        if values.pop("format", None) == FORMAT:
-            state = TrainingState.from_dict(values)
-        else:
-            renamed = {NAMES_0_1_0.get(name, name): value for name, value in values.items()}
-            state = TrainingState.from_dict(renamed)
-            for name in POINTS:
-                setattr(state, name, _point_from_0_1_0(getattr(state, name), leaves, guide))
+        if self.path is None or not os.path.lexists(self.path):
+            return
+        try:
+            values = _files.read(self.path, unsigned=True)
+        except (_files.FileError, OSError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise self.error(
+                f"to be a file that fit has written, but {reason}", "Pass another path, or move the file away."
+            ) from None
+        self.run = self._parsed(values)
+        difference = "" if self.run.options is None else self.run.options.difference(asked)
+        if difference:
+            raise self.error(
+                f"to be resumed with the options of its run, {difference}",
+                "Leave the option as it was (all but anneal, compile and settings may be left out), or pass another "
+                "path for a new run.",
+            )
+
+    def begin(self, asked: RunOptions, generators: Sequence[torch.Generator]) -> None:
+        """Put the random state back to that of the run's begin; a new run writes its first file.
+
+        Args:
+            asked: Options that the call asks for.
+            generators: Generators of the data, other than torch's global one.
+
+        Raises:
+            ValueError: If the file can't be written.
+        """
+        if self.run.before_data is not None:
+            restore_random_state(self.run.before_data, generators)
+        elif self.run.state is None and self.path is not None:
+            self.run = StoredRun(asked, capture_random_state(generators))
+            try:
+                _files.write(self.path, self._values())
+            except OSError as error:
+                raise self.error(
+                    f"to be a file that can be written, but {error.strerror or error}",
+                    "Make its folder, free space on the disk, or pass another path.",
+                ) from None
+
+    def _parsed(self, values: Mapping[str, Any]) -> StoredRun:
+        if is_run_of_0_1_0(values):
+            return StoredRun(state=dict(values))
+        found, kind = values.get("format"), values.get("kind")
+        if kind != KIND or found != FORMAT:
+            what = f"it is {kind or 'something else'}" if kind != KIND else f"its format is {found}, not {FORMAT}"
+            raise self.error(f"to hold {KIND}, but {what}", "Pass another path, or move the file away.")
+        return StoredRun(
+            RunOptions(**values["options"]),
+            values["before_data"],
+            values["before_analysis"],
+            values["program"],
+            values["state"],
+        )
+
+    def describe(self, objective: Objective) -> None:
+        """Note what the run is one of, at the parameters of its begin."""
+        if self.path is not None and self.run.program is None:
+            self.run.program = _describe(objective)
+
+    def check(self, objective: Objective, *, complete: bool) -> None:
+        """Refuse a run of another model, guide, or other data.
+
+        Args:
+            objective: Model, guide and data of the call.
+            complete: Whether data and log densities are compared, too; then parameters and random state must be those
+                of the run's begin.
+        """
+        stored = self.run.program
+        if stored is None:
+            return
+        found = _describe(objective)
+        difference = (
+            (data_difference(stored["data"], found["data"]) if complete else "")
+            or model_difference(stored["model"], found["model"], densities=complete)
+            or _difference("the guide", stored["guide"], found["guide"])
+            or _difference("the shapes of the parameters", stored["parameters"], found["parameters"])
+        )
+        if difference:
+            raise self.error(
+                f"to hold a run of this model, guide and data, but {difference}",
+                "Pass what the run was begun with, or another path for a new run. Mini-batches have to be the same "
+                "where the random state is: shuffle by torch's generators.",
+            )
+
+    def load(self, objective: Objective) -> TrainingState:
+        """The state in the file.
+
+        Raises:
+            ValueError: If it is not that of the objective's parameters, or not a state.
+        """
+        assert self.run.state is not None
+        leaves = objective.leaves
+        try:
+            if self.run.options is None:
+                state = state_from_0_1_0(self.run.state, leaves, objective.guide)
+            else:
+                state = TrainingState.from_dict(self.run.state)
+        except (TypeError, ValueError) as error:
+            raise self.error(f"to hold the state of a run, but {error}", "Pass another path.") from None
         found = [tuple(value.shape) for value in state.point]
         expected = [tuple(leaf.shape) for leaf in leaves]
         if found != expected:
-            raise ValueError(
-                f"fit: expected '{self.path.name}' to hold the state of this model and guide, whose parameters have "
-                f"shapes {expected}, but got {found}. Delete the file, or pass another checkpoint."
+            raise self.error(
+                f"to hold the state of this model and guide, whose parameters have shapes {expected}, but got {found}",
+                "Pass the model and the guide of its run, or another path for a new run.",
             )
+        self.run.state = None
+        for point in (state.initial_point, state.best_point, state.point, state.window_point):
+            if point:
+                point[:] = [value.to(leaf.device) for value, leaf in zip(point, leaves, strict=True)]
         return state
 
+    def save(self, state: TrainingState) -> None:
+        """Replace the file; the old one stays until the new one is whole. If it can't be written, warn once."""
+        if self.path is None:
+            return
+        self._saved = time.monotonic()
+        self.run.state = state.to_dict()
+        try:
+            _files.write(self.path, self._values())
+        except OSError as error:
+            if not self._has_warned:
+                self._has_warned = True
+                warnings.warn(
+                    f"fit: can't write the checkpoint '{self.path}' ({error}), and goes on; the last one that was "
+                    "written stays. Free space on the disk; the next one is tried in "
+                    f"{self.interval:g} seconds. This is said once.",
+                    stacklevel=2,
+                )
+        finally:
+            self.run.state = None
 
-def _point_from_0_1_0(values: Sequence[Tensor], leaves: Sequence[Tensor], guide: Callable[..., Any]) -> Point:
-    """Convert a point of version 0.1.0, whose flow guides had other parameters; unchanged if their number is wrong."""
+    def _values(self) -> dict[str, Any]:
+        run = self.run
+        assert run.options is not None
+        return {
+            "format": FORMAT,
+            "kind": KIND,
+            "options": run.options.to_dict(),
+            "before_data": run.before_data,
+            "before_analysis": run.before_analysis,
+            "program": run.program,
+            "state": run.state,
+        }
+
+
+def _describe(objective: Objective) -> dict[str, Any]:
+    """Guide, model and data of an objective at its current parameters."""
+    args, kwargs = objective.batches.first
+    with trial(objective.buffers):
+        return {
+            "guide": _name_of(objective.guide),
+            "parameters": [tuple(leaf.shape) for leaf in objective.leaves],
+            "model": describe_model(objective.model, Call(args, kwargs)),
+            "data": describe_data(objective.calls),
+        }
+
+
+def _difference(title: str, stored: Any, found: Any) -> str:
+    return "" if stored == found else f"{title} is {stored} there and {found} here"
+
+
+def _name_of(guide: Callable[..., Any]) -> str:
+    """A guide's class, and the flows of its parts."""
     parts = guide.modules() if isinstance(guide, nn.Module) else ()
-    flows = [part.posterior for part in parts if isinstance(part, AutoFlowGuide)]  # several in an AutoGuideList
-    formers = [names_in_0_1_0(flow) for flow in flows]
-    of_flow = {id(parameter): index for index, flow in enumerate(flows) for parameter in flow.parameters()}
-    if len(values) != sum(map(len, formers)) + sum(id(leaf) not in of_flow for leaf in leaves):
-        return list(values)
-    rest = iter(values)
-    converted: dict[int, Mapping[str, Tensor]] = {}
-    names = {id(parameter): name for flow in flows for name, parameter in flow.named_parameters()}
-    point = []
-    for leaf in leaves:
-        index = of_flow.get(id(leaf))
-        if index is None:
-            point.append(next(rest))
-            continue
-        if index not in converted:  # a flow's parameters are consecutive
-            converted[index] = from_0_1_0({name: next(rest) for name in formers[index]}, flows[index])
-        point.append(converted[index][names[id(leaf)]])
-    return point
+    flows = [part.flow_title for part in parts if isinstance(part, AutoFlowGuide)]
+    return ", ".join([type(guide).__name__, *flows])

@@ -131,6 +131,8 @@ class Objective:
         num_values: Number of latent and observed values in a mini-batch.
         batched: The model at many draws; None if only Pyro can enumerate its sites.
         trains_model: Whether the model has parameters of its own.
+        calls: Arguments of the mini-batches that estimates go through.
+        buffers: Tensors of the model's and the guide's modules that a step may change in place.
         inverse_temperature: Factor of the log joint in gradients, in (0, 1]; 1 is the model itself.
         leaves: Unconstrained leaves of the guide's and the model's parameters.
         parameters: The leaves; or, once a step is recorded, one vector of those in use.
@@ -157,12 +159,13 @@ class Objective:
         self.scale = max((float(torch.as_tensor(site["scale"]).max()) for site in sites), default=1.0)
         self.num_items = max((site["value"].numel() for site in sites if not site["is_observed"]), default=1)
         self.num_values = sum(torch.as_tensor(site["value"]).numel() for site in sites)
-        self._calls = batches.one_pass(self.settings.max_batches, self.settings.max_elements)
-        for call in by_shape(self._calls)[1:]:  # the first one was checked already
+        self.calls = batches.one_pass(self.settings.max_batches, self.settings.max_elements)
+        for call in by_shape(self.calls)[1:]:  # the first one was checked already
             check_shapes(model, guide, Call(*call))
         of_guide = leaves_of(guide, args, kwargs)
         of_model = leaves_of(at_a_draw(model, guide), args, kwargs)
         self.trains_model = any(all(p is not q for q in of_guide) for p in of_model)
+        self.buffers = state_of(model, guide)
         self.inverse_temperature = 1.0
         self.leaves = list({id(p): p for p in (*of_guide, *of_model)}.values())
         self.parameters = self.leaves
@@ -233,7 +236,7 @@ class Objective:
         """
         args, kwargs = self.batches.first
         loss = partial(tensor_loss(elbo), *self._programs(elbo))
-        state = state_of(self.model, self.guide)
+        state = self.buffers
         with trial(state):
             leaves = used_leaves(loss, self.leaves, args, kwargs)
             flat = FlatParameter(leaves)
@@ -279,7 +282,7 @@ class Objective:
             settings = self.settings
             if not self.vectorized:
                 return self._estimate(settings.num_sequential_runs, 1)
-            runs = max(settings.num_runs, len(self._calls))
+            runs = max(settings.num_runs, len(self.calls))
             affordable = settings.max_values // (runs * self.num_items)
             return self._estimate(runs, max(2, min(settings.num_particles, affordable)))
 
@@ -336,7 +339,7 @@ class Objective:
     def _estimate(self, runs: int, particles: int) -> Estimate:
         elbo = self.elbo(particles)
         values = []
-        for args, kwargs in itertools.islice(itertools.cycle(self._calls), runs):
+        for args, kwargs in itertools.islice(itertools.cycle(self.calls), runs):
             try:
                 # Without validation, which would raise at draws of zero density.
                 with _quiet(), pyro.validation_enabled(False):

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L7. The optimizer of a run: Adam, or one that the user chooses."""
+"""L7. The optimizers of a run: Adam, or one that the user chooses, and lazy Adam for parameters with sparse gradients;
+their moments as data."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -13,7 +15,9 @@ from pyro.optim import PyroOptim
 from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
 
-__all__ = ["MakeOptimizer", "adam", "carry_over", "peak_rate", "resolve_optimizer"]
+from pyro_flows.training.state import Moments
+
+__all__ = ["MakeOptimizer", "Optimizers", "adam", "described", "peak_rate", "resolve_optimizer"]
 
 # From parameters to their optimizer.
 MakeOptimizer = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
@@ -53,45 +57,108 @@ def resolve_optimizer(optim: Any) -> MakeOptimizer:
     return optim
 
 
+def described(make: MakeOptimizer | None) -> str:
+    """Name and options of the optimizer that a function makes, by which a resumed run is compared; None makes Adam."""
+    if make is None:
+        return "Adam"
+    made = _made(make)
+    options = ", ".join(f"{name}={value}" for name, value in sorted(made.defaults.items()))
+    return f"{type(made).__name__}({options})"
+
+
 def peak_rate(make: MakeOptimizer) -> float:
     """The learning rate of an optimizer that a function makes.
 
     Raises:
         TypeError: If it makes none.
     """
-    made = make([torch.zeros(1, requires_grad=True)])
-    if not isinstance(made, torch.optim.Optimizer):
-        raise TypeError(f"fit: expected optim to make a torch.optim.Optimizer, but got a {type(made).__name__}.")
+    made = _made(make)
     rate = float(made.param_groups[0].get("lr", math.nan))
     if not rate > 0:
         raise ValueError(f"fit: expected an optimizer with a learning rate > 0, but got {rate}.")
     return rate
 
 
-def carry_over(before: Sequence[torch.optim.Optimizer], leaves: Sequence[Tensor], vector: Tensor, to: Any) -> None:
-    """Give an optimizer of one vector the state that the optimizers of its parts have; with a fresh one the next steps
-    would be as long as the first ones of a cycle, but without a warmup of the learning rate.
+def _made(make: MakeOptimizer) -> torch.optim.Optimizer:
+    """The optimizer of an example."""
+    made = make([torch.zeros(1, requires_grad=True)])
+    if not isinstance(made, torch.optim.Optimizer):
+        raise TypeError(f"fit: expected optim to make a torch.optim.Optimizer, but got a {type(made).__name__}.")
+    return made
+
+
+class Optimizers:
+    """The optimizers of all parameters, without moments at first.
 
     Args:
-        before: Optimizers of the parts.
-        leaves: The parts, in the order in which they make up the vector.
-        vector: The vector.
-        to: The optimizer of the vector.
+        parameters: All parameters.
+        tables: Those among them with sparse gradients: a step updates the rows of its mini-batch only.
+        make: Makes the optimizer of all others.
+        betas: Betas of Adam for the tables.
+        table_eps: Adam's eps for the tables, > 0.
     """
-    states: dict[Tensor, dict[str, Any]] = {}
-    for optimizer in before:
-        states.update(optimizer.state)
-    if not states:
-        return
-    part, example = next(iter(states.items()))
-    carried: dict[str, Any] = {}
-    for name, value in example.items():
-        values = {p: state[name] for p, state in states.items()}
-        if name == "step":
-            carried[name] = max(values.values(), key=float)
-            carried[name] = carried[name].clone() if torch.is_tensor(carried[name]) else carried[name]
-        elif torch.is_tensor(value) and value.shape == part.shape:
-            carried[name] = torch.cat([values.get(p, torch.zeros_like(p)).reshape(-1) for p in leaves])
-        else:
-            carried[name] = value
-    to.state[vector] = carried
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        tables: Sequence[Tensor],
+        make: MakeOptimizer,
+        betas: tuple[float, float],
+        table_eps: float,
+    ) -> None:
+        sparse = {id(table) for table in tables}
+        tables = [p for p in parameters if id(p) in sparse]
+        dense = [p for p in parameters if id(p) not in sparse]
+        self._members: list[torch.optim.Optimizer] = []
+        if dense:
+            self._members.append(make(dense))
+        if tables:
+            self._members.append(torch.optim.SparseAdam(tables, betas=betas, eps=table_eps))
+
+    def step(self, rate: float) -> None:
+        """Take a step at a learning rate."""
+        for optimizer in self._members:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+
+    def moments(self) -> Moments:
+        """A copy of all moments."""
+        return [
+            [copy.deepcopy(optimizer.state[p]) if p in optimizer.state else None for p in _parameters(optimizer)]
+            for optimizer in self._members
+        ]
+
+    def load(self, moments: Moments) -> None:
+        """Invert :meth:`moments`; those of other parameters are left out."""
+        for optimizer, each in zip(self._members, moments):
+            parameters = _parameters(optimizer)
+            if len(parameters) == len(each):
+                for parameter, values in zip(parameters, each, strict=True):
+                    if values is not None:
+                        optimizer.state[parameter] = copy.deepcopy(values)
+
+    def join(self, leaves: Sequence[Tensor], before: Optimizers) -> None:
+        """Take over the moments of leaves of which the only parameter is made, from their optimizers; with none, the
+        next steps would be as long as the first ones of a cycle, but without a warmup of the learning rate."""
+        states: dict[Tensor, dict[str, Any]] = {}
+        for optimizer in before._members:
+            states.update(optimizer.state)
+        if not states:
+            return
+        part, example = next(iter(states.items()))
+        joined: dict[str, Any] = {}
+        for name, value in example.items():
+            values = {p: state[name] for p, state in states.items()}
+            if name == "step":
+                joined[name] = copy.copy(max(values.values(), key=float))
+            elif torch.is_tensor(value) and value.shape == part.shape:
+                joined[name] = torch.cat([values.get(p, torch.zeros_like(p)).reshape(-1) for p in leaves])
+            else:
+                joined[name] = value
+        (vector,) = _parameters(self._members[0])
+        self._members[0].state[vector] = joined
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

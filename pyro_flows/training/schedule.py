@@ -5,6 +5,7 @@ until the ELBO has converged."""
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from dataclasses import dataclass
 
@@ -13,10 +14,11 @@ import torch
 from pyro_flows._checks import Settings
 from pyro_flows.guides import AutoFlowGuide
 from pyro_flows.training.checkpoint import Checkpoint
+from pyro_flows.training.interrupts import Interrupts
 from pyro_flows.training.monitor import FitProgress, Monitor
 from pyro_flows.training.objective import Estimate
+from pyro_flows.training.state import TrainingState
 from pyro_flows.training.trainer import Trainer
-from pyro_flows.transforms.preconditioner import look_again
 
 __all__ = ["Schedule", "ScheduleSettings"]
 
@@ -80,14 +82,10 @@ class Schedule:
         trainer: The trainer that takes the steps.
         num_steps: Number of steps of a single cycle, >= 1; None stops on convergence.
         checkpoint: The file to resume from and to write to.
+        interrupts: Hears Ctrl-C.
         anneal: Whether the first cycle begins with a flattened log joint.
         monitor: The progress bar and the user's callback.
         settings: Lengths of cycles, and criteria of convergence.
-
-    Attributes:
-        initial_estimate: ELBO estimate before training.
-        best_estimate: Highest ELBO estimate so far.
-        lengths: Numbers of steps of the cycles.
     """
 
     def __init__(
@@ -95,6 +93,7 @@ class Schedule:
         trainer: Trainer,
         num_steps: int | None,
         checkpoint: Checkpoint,
+        interrupts: Interrupts,
         *,
         anneal: bool,
         monitor: Monitor,
@@ -104,74 +103,174 @@ class Schedule:
         self.trainer = trainer
         self.objective = trainer.objective
         self.checkpoint = checkpoint
+        self.interrupts = interrupts
         self.anneal = anneal
         self.monitor = monitor
         self.num_steps = num_steps
-        self.lengths = self.settings.lengths(num_steps, long=self.objective.subsampled or anneal)
-        # With mini-batches the same noise each time, since the noise of estimates would exceed any gain.
-        trainer.state.seed = int(torch.randint(2**31, ())) if self.objective.subsampled else None
-        if checkpoint.exists:
-            self._resume()
-        else:
-            self.initial_estimate = self.best_estimate = self._estimate()
 
-    def _resume(self) -> None:
-        trainer = self.trainer
-        state = trainer.state = self.checkpoint.load(self.objective.leaves, self.objective.guide)
-        if state.reason == INTERRUPTED:
-            state.reason = ""
+    def _lengths(self) -> list[int]:
+        return self.settings.lengths(self.num_steps, long=self.objective.subsampled or self.anneal)
+
+    def begin(self) -> None:
+        """Estimate the initial guide's ELBO, and save the beginning of the run."""
+        state = self.trainer.state
+        state.lengths = self._lengths()
+        # With mini-batches the same noise each time, since the noise of estimates would exceed any gain.
+        state.seed = int(torch.randint(2**31, ())) if self.objective.subsampled else None
+        try:
+            estimate = self._estimate()
+        except KeyboardInterrupt:
+            self._count_interruption()
+            estimate = self._estimate()
+        state.initial_estimate = state.best_estimate = estimate
+        self._save()
+
+    def resume(self, state: TrainingState) -> None:
+        """Go on from a state, whose run this call may extend.
+
+        Raises:
+            ValueError: If the run has more steps than this call asks for, or another way to stop and is not finished.
+        """
+        trainer, former = self.trainer, self.checkpoint.run.options
+        if former is None:  # version 0.1.0 wrote neither options nor estimates
+            trainer.resume(state)
+            state.lengths = self._lengths()
+            self._estimate_again()
+            return
+        if self.num_steps != former.num_steps and not self._extends(state, former.num_steps):
+            steps = former.num_steps if former.num_steps is not None else state.num_steps
+            finished = "" if state.kept else ", which is not finished,"
+            raise self.checkpoint.error(
+                f"to be resumed with more steps, or as many, but its run{finished} has num_steps={former.num_steps} "
+                f"(and took {state.num_steps}), and got {self.num_steps}",
+                f"Pass num_steps={former.num_steps} for the same run, more than {steps} to go on after it, or another "
+                "path for a new run.",
+            )
+        if state.kept:
+            trainer.state = state
+            trainer.restore_all()
+        else:
+            trainer.resume(state)
+
+    def _extends(self, state: TrainingState, former: int | None) -> bool:
+        """Add the steps that this call asks for in addition; returns whether that is possible."""
+        if not state.kept:
+            if former is None or self.num_steps is None or self.num_steps < sum(state.lengths):
+                return False
+            state.lengths.append(self.num_steps - sum(state.lengths))
+            state.reason = ""  # it may have done all steps, but the final comparison
+            return True
+        if self.num_steps is not None and self.num_steps <= state.num_steps:
+            return False
+        done = state.lengths[: state.cycle]
+        more = self._lengths() if self.num_steps is None else [self.num_steps - state.num_steps]
+        state.lengths = [*done, *more]
+        if state.kept == "start":
+            state.best_point, state.best_estimate, state.initial_is_best = state.point, state.initial_estimate, True
+        state.kept, state.reason, state.step = "", "", 0
+        return True
+
+    def _estimate_again(self) -> None:
+        trainer, state = self.trainer, self.trainer.state
         trainer.restore(state.initial_point)
-        if isinstance(self.objective.guide, AutoFlowGuide):
-            look_again(self.objective.guide)  # the warm start was in another process
-        self.initial_estimate = self.best_estimate = self._estimate()
+        state.initial_estimate = state.best_estimate = self._estimate()
         if not state.initial_is_best:
             trainer.restore(state.best_point)
-            self.best_estimate = self._estimate()
+            state.best_estimate = self._estimate()
         trainer.restore(state.point)
 
     def _estimate(self) -> Estimate:
         return self.objective.estimate(self.trainer.state.seed)
 
+    def _best(self) -> Estimate:
+        found = self.trainer.state.best_estimate
+        assert found is not None
+        return found
+
     def _save(self) -> None:
-        if self.checkpoint.path is not None:
-            self.trainer.state.point = self.trainer.snapshot()
-            self.checkpoint.save(self.trainer.state)
+        if self.checkpoint.path is None:
+            return
+        state = self.trainer.state
+        reason = state.reason
+        state.reason = "" if reason == INTERRUPTED else reason  # from the file, the run goes on
+        try:
+            self.trainer.freeze()
+            self.checkpoint.save(state)
+        finally:
+            state.reason = reason
+
+    def _count_interruption(self) -> None:
+        """Note that the run was interrupted; raises ``KeyboardInterrupt`` if it was before."""
+        self.interrupts.count += 1
+        if self.interrupts.count > 1:
+            raise KeyboardInterrupt
+        self.trainer.state.reason = INTERRUPTED
 
     def train(self) -> bool:
         """Run to the end, or until Ctrl-C.
 
         Returns:
             Whether the trained point has yet to be compared with the initial one.
+
+        Raises:
+            KeyboardInterrupt: At the second Ctrl-C; the best parameters until then are kept.
         """
         objective, state = self.objective, self.trainer.state
+        if state.kept:
+            return False
+        assert state.initial_estimate is not None
         judged = self.num_steps is None and not objective.trains_model
-        is_close = self.initial_estimate.variance / 2 < self.settings.max_gap_of_start
+        is_close = state.initial_estimate.variance / 2 < self.settings.max_gap_of_start
         if judged and not self.anneal and not state.reason and state.initial_is_best and is_close:
             state.reason = "the start is the posterior, as far as its draws can tell"
         try:
             while not state.reason:
-                if state.cycle == len(self.lengths):
-                    state.reason = f"all {sum(self.lengths)} steps done"
+                if state.cycle == len(state.lengths):
+                    state.reason = f"all {sum(state.lengths)} steps done"
                     break
-                self._one_cycle(self.lengths[state.cycle], judged=judged)
+                self._one_cycle(state.lengths[state.cycle], judged=judged)
+            if state.reason != INTERRUPTED:
+                self._save()
         except KeyboardInterrupt:
-            state.reason = INTERRUPTED
-            now = self._estimate()
-            if objective.prefers(now, self.best_estimate):
-                self._keep(now)
+            self._stop()
         self.trainer.restore(state.best_point)
         return not objective.trains_model and not state.initial_is_best
 
+    def _stop(self) -> None:
+        """After Ctrl-C: save the state to go on from, and keep the better one of the current and the best point."""
+        try:
+            self._count_interruption()
+            self._save()
+            now = self._estimate()
+            if self.objective.prefers(now, self._best()):
+                self._keep(now)
+        except KeyboardInterrupt:
+            self._keep_by_losses()
+            self.trainer.restore(self.trainer.state.best_point)
+            raise
+
+    def _keep_by_losses(self) -> None:
+        """Keep the current point without an estimate, if the losses of the latest steps are not higher than the best
+        estimate's."""
+        objective, trainer, state = self.objective, self.trainer, self.trainer.state
+        recent = state.losses[state.num_losses :][-trainer.settings.window :] if state.step else []
+        if len(recent) < 2:
+            return
+        error = statistics.stdev(recent) / math.sqrt(len(recent)) if objective.subsampled else 0.0
+        is_annealed = self.anneal and state.cycle == 0
+        if objective.trains_model or is_annealed or -statistics.fmean(recent) + 2 * error > self._best().mean:
+            state.best_point, state.initial_is_best = trainer.snapshot(), False
+
     def _one_cycle(self, length: int, *, judged: bool) -> None:
         objective, trainer, state = self.objective, self.trainer, self.trainer.state
-        done = sum(self.lengths[: state.cycle])
+        done = sum(state.lengths[: state.cycle])
         anneal = self.anneal and state.cycle == 0
         self.monitor.begin_cycle(state.cycle + 1, done + state.step, done + length)
         trainer.cycle(length, self._after_step, anneal=anneal)
         now = self._estimate()
-        gain, error = now.gain_over(self.best_estimate)
+        gain, error = now.gain_over(self._best())
         is_worse = gain < -2 * error and not objective.trains_model
-        if objective.trains_model or objective.prefers(now, self.best_estimate) or anneal:
+        if objective.trains_model or objective.prefers(now, self._best()) or anneal:
             self._keep(now)
         if judged and self._has_converged(now):
             state.reason = f"converged: log weights have a standard deviation of {math.sqrt(now.variance):.3f} nats"
@@ -188,7 +287,7 @@ class Schedule:
 
     def _wants_to_stop(self, now: Estimate) -> bool:
         """Report a cycle to the user's callback; returns whether it wants the run to stop."""
-        state, best = self.trainer.state, self.best_estimate
+        state, best = self.trainer.state, self._best()
         progress = FitProgress(
             cycle=state.cycle,
             step=state.num_steps,
@@ -203,11 +302,11 @@ class Schedule:
     def _is_worth_more(self, gain: float, error: float) -> bool:
         """Whether a cycle gained more than the tolerance, and the next one will, if gains go on falling as they did."""
         state = self.trainer.state
-        tolerance = self._min_gain() / self.lengths[0]  # a step
-        if gain < max(tolerance * self.lengths[state.cycle], 2 * error):
+        tolerance = self._min_gain() / self._lengths()[0]  # a step
+        if gain < max(tolerance * state.lengths[state.cycle], 2 * error):
             return False
         falls = min(gain / state.last_gain, 1.0) if state.last_gain > 0 else 1.0
-        ahead = self.lengths[state.cycle + 1 : state.cycle + 2]
+        ahead = state.lengths[state.cycle + 1 : state.cycle + 2]
         return gain * falls > 0.5 * tolerance * sum(ahead)
 
     def _min_gain(self) -> float:
@@ -224,13 +323,14 @@ class Schedule:
         return self.objective.subsampled or not self.objective.vectorized or self.objective.has_light_tails()
 
     def _keep(self, now: Estimate) -> None:
-        self.best_estimate = now
-        self.trainer.state.best_point, self.trainer.state.initial_is_best = self.trainer.snapshot(), False
+        state = self.trainer.state
+        state.best_estimate, state.best_point, state.initial_is_best = now, self.trainer.snapshot(), False
 
     def _after_step(self) -> None:
-        """Update the progress bar, and write a checkpoint if one is due."""
+        """Update the progress bar, write a checkpoint if one is due, and heed Ctrl-C."""
         state = self.trainer.state
         self.monitor.step(state.losses, state.num_steps)
+        self.interrupts.raise_pending()
         if self.checkpoint.is_due:
             self._save()
 
@@ -242,15 +342,29 @@ class Schedule:
                 mini-batches; otherwise the current one is kept.
         """
         state = self.trainer.state
-        kept, best = "start" if state.initial_is_best else "flow", self.best_estimate
+        if state.kept:
+            assert state.final_estimate is not None
+            return state.kept, state.final_estimate
+        kept, best = "start" if state.initial_is_best else "flow", self._best()
         if compare:
-            seed = int(torch.randint(2**31, ()))
-            best = self.objective.estimate(seed)
-            self.trainer.restore(state.initial_point)
-            initial = self.objective.estimate(seed)
-            if self.objective.prefers(best, initial):
+            try:
+                kept, best = self._compare()
+            except KeyboardInterrupt:
                 self.trainer.restore(state.best_point)
-            else:
-                kept, best = "start", initial
-        self._save()
+                self._count_interruption()
+        if state.reason != INTERRUPTED:
+            state.kept, state.final_estimate = kept, best
+            self._save()
         return kept, best
+
+    def _compare(self) -> tuple[str, Estimate]:
+        """Keep the initial or the trained point, which is the current one."""
+        state = self.trainer.state
+        seed = int(torch.randint(2**31, ()))
+        trained = self.objective.estimate(seed)
+        self.trainer.restore(state.initial_point)
+        initial = self.objective.estimate(seed)
+        if not self.objective.prefers(trained, initial):
+            return "start", initial
+        self.trainer.restore(state.best_point)
+        return "flow", trained

@@ -3,71 +3,124 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["Point", "TrainingState"]
+from pyro_flows.compiled.cost import StepCost
+from pyro_flows.training.objective import Estimate
+
+__all__ = ["Point", "TrainingState", "set_leaves"]
 
 # Values of the objective's leaves, in order.
 Point = list[Tensor]
+# Of each optimizer, of each of its parameters in order: name -> tensor or number of steps; None before the first step.
+Moments = list[list[dict[str, Any] | None]]
+
+
+@torch.no_grad()
+def set_leaves(leaves: Sequence[Tensor], point: Point) -> None:
+    """Set an objective's leaves to a point."""
+    for leaf, value in zip(leaves, point, strict=True):
+        leaf.copy_(value)
 
 
 @dataclass
 class TrainingState:
     """State of a run. The trainer and the schedule share one and write to it; a checkpoint is one in a file.
 
-    Optimizers are not part of it: a resumed run begins with fresh moments, as a cycle does.
-
     Attributes:
         learning_rate: Peak learning rate of the current cycle, > 0.
         initial_point: Parameters before training.
         best_point: Parameters with the best ELBO so far.
-        point: Parameters when the state was saved; empty during a run, whose parameters are the leaves themselves.
         initial_is_best: Whether no cycle has improved on the initial point.
+        initial_estimate: ELBO estimate of the initial point; None before it is made.
+        best_estimate: That of the best point.
+        lengths: Numbers of steps of all cycles.
         cycle: Number of finished cycles.
         step: Number of steps of the current cycle that were taken.
         num_steps: Number of steps of all cycles that were taken.
         losses: Negative ELBO estimates in nats, one per step; only those that are finite.
+        norms: Gradient norms of the latest steps.
         num_skipped: Number of steps that were skipped.
         num_rollbacks: Number of returns to an earlier point, each of which halved the learning rate.
         last_gain: ELBO gain of the last cycle in nats; 0 after the first, whose gain depends on the initial point.
         seed: Seed of the noise of ELBO estimates, where they share it; None draws it afresh.
-        reason: Why the run stopped; empty while it is in progress.
+        num_losses: Number of losses before the current cycle.
+        window_loss: Lowest mean loss of a window of steps in the current cycle.
+        window_spread: Standard deviation of a loss in that window.
+        window_point: Parameters after that window; None while they are the cycle's first.
+        cost: Cost of an eager step; None before it is counted.
+        step_kind: Whether steps are ``"eager"``, ``"recorded"`` or ``"compiled"``.
+        is_step_kind_final: Whether this is decided for good.
+        reason: Why training stopped; empty while it is in progress.
+        kept: ``"flow"`` or ``"start"``, see ``FitResult``; empty while this is not decided.
+        final_estimate: ELBO estimate of the parameters that were kept.
+        point: Parameters when the state was saved; empty during a run, whose parameters are the leaves themselves.
+        buffers: Other tensors that a step changes, then.
+        moments: Moments of the optimizers, then; empty between two cycles.
+        random: State of the random generators, then.
+        position: Position in the data, then.
     """
 
     learning_rate: float
     initial_point: Point
     best_point: Point
-    point: Point = field(default_factory=list)
     initial_is_best: bool = True
+    initial_estimate: Estimate | None = None
+    best_estimate: Estimate | None = None
+    lengths: list[int] = field(default_factory=list)
     cycle: int = 0
     step: int = 0
     num_steps: int = 0
     losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
     num_skipped: int = 0
     num_rollbacks: int = 0
     last_gain: float = 0.0
     seed: int | None = None
+    num_losses: int = 0
+    window_loss: float = math.inf
+    window_spread: float = 0.0
+    window_point: Point | None = None
+    cost: StepCost | None = None
+    step_kind: str = "eager"
+    is_step_kind_final: bool = False
     reason: str = ""
+    kept: str = ""
+    final_estimate: Estimate | None = None
+    point: Point = field(default_factory=list)
+    buffers: list[Tensor] = field(default_factory=list)
+    moments: Moments = field(default_factory=list)
+    random: dict[str, Any] | None = None
+    position: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a dictionary of numbers, strings, and lists of numbers and tensors, by the attributes' names."""
-        return {each.name: getattr(self, each.name) for each in fields(self)}
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        for name in ("initial_estimate", "best_estimate", "final_estimate"):
+            values[name] = None if values[name] is None else tuple(values[name])
+        values["cost"] = None if self.cost is None else (self.cost.operations, self.cost.elements)
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainingState:
-        """Invert :meth:`to_dict`.
+        """Invert :meth:`to_dict`; attributes that are missing have their default.
 
         Raises:
-            ValueError: If an attribute is missing or unknown.
+            ValueError: If an attribute that has no default is missing, or one is unknown.
         """
-        names = {each.name for each in fields(cls)}
-        if names != values.keys():
-            raise ValueError(
-                f"fit: expected a training state with {sorted(names)}, but got one with {sorted(values)}. "
-                "Pass a checkpoint that fit has written."
-            )
-        return cls(**values)
+        unknown = sorted(values.keys() - {each.name for each in fields(cls)})
+        missing = sorted({"learning_rate", "initial_point", "best_point"} - values.keys())
+        if unknown or missing:
+            raise ValueError(f"it has {f'no {missing[0]!r}' if missing else f'an unknown {unknown[0]!r}'}")
+        state = cls(**values)
+        for name in ("initial_estimate", "best_estimate", "final_estimate"):
+            found = getattr(state, name)
+            setattr(state, name, None if found is None else Estimate(*found))
+        state.cost = None if state.cost is None else StepCost(*values["cost"])
+        return state

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +16,13 @@ from torch import Tensor
 
 from pyro_flows._checks import Settings
 from pyro_flows._memory import DoesNotFit, first_line, is_out_of_memory
+from pyro_flows.compiled.cost import OperationCounter, StepCost
 from pyro_flows.compiled.parameters import RecordingError
 from pyro_flows.models.traces import NO_DENSITY
 from pyro_flows.training.objective import Objective
-from pyro_flows.training.optimizers import MakeOptimizer, adam, carry_over
-from pyro_flows.training.state import Point, TrainingState
+from pyro_flows.training.optimizers import MakeOptimizer, Optimizers, adam
+from pyro_flows.training.random_state import capture_random_state, restore_random_state
+from pyro_flows.training.state import Point, TrainingState, set_leaves
 
 __all__ = ["Trainer", "TrainerSettings"]
 
@@ -52,10 +54,14 @@ class TrainerSettings(Settings):
         initial_temperature: Temperature at which annealing begins, >= 1; it falls geometrically to 1 in half of the
             cycle. Rezende, Mohamed. Variational inference with normalizing flows. ICML 2015. arXiv:1505.05770,
             eq. (20), for annealing.
-        timed_steps: Number of steps, the later half of which is timed, before steps may be recorded, >= 2.
+        eager_operation: Seconds that an operation of an eager step takes, Pyro's share included. These times are
+            estimates, for a core of 2023: measured ones would differ from run to run, and with them what is recorded
+            and how it is rounded, so that neither a seed nor a checkpoint would reproduce a run.
+        recorded_operation: The same in a recorded step.
+        element: Seconds that an element of an operation's result takes, in addition.
         min_steps_to_record: Smallest number of remaining steps for which a step is recorded: recording takes as long as
             a hundred eager steps, and halves the time of those that follow.
-        min_seconds_to_record: Smallest time in seconds that the remaining steps would take.
+        min_seconds_to_record: Smallest time in seconds that the remaining eager steps would take.
         eager_saving: Fraction of an eager step's time that compilation saves.
         recorded_saving: Fraction of a recorded step's time that compilation saves.
         compile_seconds: Seconds that the compiler takes per operation of the graph, on two cores.
@@ -72,7 +78,9 @@ class TrainerSettings(Settings):
     table_eps: float = 0.1
     max_failures: int = 10
     initial_temperature: float = 30.0
-    timed_steps: int = 20
+    eager_operation: float = 6e-6
+    recorded_operation: float = 2e-6
+    element: float = 3e-10
     min_steps_to_record: int = 200
     min_seconds_to_record: float = 2.0
     eager_saving: float = 0.85
@@ -86,6 +94,11 @@ class TrainerSettings(Settings):
             return (progress + 1e-3) / (self.warmup + 1e-3)
         down = (progress - self.warmup) / (1.0 - self.warmup)
         return self.final_rate + (1.0 - self.final_rate) * 0.5 * (1.0 + math.cos(math.pi * down))
+
+    def seconds(self, cost: StepCost, *, recorded: bool) -> float:
+        """Approximate time of a step."""
+        operation = self.recorded_operation if recorded else self.eager_operation
+        return cost.operations * operation + cost.elements * self.element
 
     def inverse_temperature(self, progress: float) -> float:
         """Factor of the log joint, in (0, 1], after a fraction of an annealed cycle in [0, 1]."""
@@ -130,78 +143,118 @@ class Trainer:
         self._tables = tables
         self._compile = compile
         self._make = adam(self.settings.betas) if make is None else make
-        self._seconds: deque[float] = deque(maxlen=self.settings.timed_steps // 2)
+        self._optimizers: Optimizers | None = None  # between two cycles
 
-    def _fresh_optimizers(self) -> list[torch.optim.Optimizer]:
-        made: list[torch.optim.Optimizer] = []
-        rate, betas = self.state.learning_rate, self.settings.betas
-        tables = [p for p in self._parameters if any(p is table for table in self._tables)]
-        dense = [p for p in self._parameters if all(p is not table for table in self._tables)]
-        if dense:
-            made.append(self._make(dense))
-        if tables:
-            eps = self.settings.table_eps * self.objective.scale
-            made.append(torch.optim.SparseAdam(tables, lr=rate, betas=betas, eps=eps))
-        return made
+    def freeze(self) -> None:
+        """Write into the state all that :meth:`resume` needs, between two steps."""
+        state, objective = self.state, self.objective
+        state.norms = list(self._norms)
+        state.point = self.snapshot()
+        state.buffers = [buffer.detach().clone() for buffer in objective.buffers]
+        state.moments = [] if self._optimizers is None else self._optimizers.moments()
+        state.random = capture_random_state(objective.batches.generators)
+        state.position = objective.batches.position
 
-    def _continued(self, before: Sequence[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
-        """Optimizers of the vector of the parameters, in the state of those before."""
-        made = self._fresh_optimizers()
-        (vector,) = self._parameters
-        carry_over(before, self.objective.recorded_leaves, vector, made[0])
-        return made
+    def resume(self, state: TrainingState) -> None:
+        """Go on from a state that :meth:`freeze` has completed, in this or another process."""
+        self.state = state
+        self._norms.extend(state.norms)
+        if state.step_kind != "eager":
+            self._record_again()
+        if state.step:
+            self._optimizers = self._fresh_optimizers()
+            self._optimizers.load(state.moments)
+        if state.position is not None:
+            self.objective.batches.seek(state.position)
+        self.restore_all()
 
-    @property
-    def _parameters(self) -> list[Tensor]:
-        return self.objective.parameters
+    def _record_again(self) -> None:
+        state = self.state
+        failure: RecordingError | None = None
+        for point in (state.point, state.best_point, state.initial_point):  # any of them, where the loss is finite
+            self.restore(point)
+            try:
+                graph = self.objective.record(self._elbo)
+                break
+            except RecordingError as error:
+                failure = error
+        else:
+            state.step_kind, state.is_step_kind_final = "eager", True
+            warnings.warn(
+                f"fit: goes on with eager steps where the run had recorded ones, since {failure}. Results differ from "
+                "those of the uninterrupted run by rounding.",
+                stacklevel=4,
+            )
+            return
+        if state.step_kind == "compiled":
+            try:
+                self.objective.compile()
+                return
+            except RuntimeError as error:
+                warnings.warn(f"fit: goes on without compilation, since {error}.", stacklevel=4)
+        graph.script(*self.objective.batches.first)
 
-    def _record_or_compile(self, steps_left: int) -> bool:
-        """Record the step, or compile the recorded one, if that saves time; returns whether the parameters changed to a
-        single vector."""
-        settings = self.settings
+    def _fresh_optimizers(self) -> Optimizers:
+        eps = self.settings.table_eps * self.objective.scale
+        return Optimizers(self.objective.parameters, self._tables, self._make, self.settings.betas, eps)
+
+    def _choose_step_kind(self, steps_left: int) -> None:
+        """Record the step, or compile the recorded one, if that saves time."""
+        settings, state = self.settings, self.state
         asked = self._compile is True
-        if self._compile is False or not (asked or len(self._seconds) == self._seconds.maxlen):
-            return False
-        ahead = steps_left * statistics.median(self._seconds) if self._seconds else math.inf
-        is_new = self.objective.graph is None
+        if self._compile is False or state.is_step_kind_final or not (asked or state.cost):
+            return
+        is_new = state.step_kind == "eager"
+        ahead = math.inf if state.cost is None else steps_left * settings.seconds(state.cost, recorded=not is_new)
         if is_new:
             pays = steps_left >= settings.min_steps_to_record and ahead >= settings.min_seconds_to_record
             if not (asked or pays):
-                return False
+                return
             try:
                 if self._tables:
                     raise RecordingError("items have parameters of their own, of which a step moves a few rows")
                 self.objective.record(self._elbo)
             except RecordingError as error:
-                self._compile = False
+                state.is_step_kind_final = True
                 if asked:
                     warnings.warn(f"fit: takes eager steps, since {error}.", stacklevel=4)
-                return False
+                return
+            state.step_kind = "recorded"
+            before, self._optimizers = self._optimizers, self._fresh_optimizers()
+            if before is not None:
+                self._optimizers.join(self.objective.recorded_leaves, before)
         graph = self.objective.graph
         assert graph is not None
         saving = settings.eager_saving if is_new else settings.recorded_saving
         if asked or ahead * saving > graph.num_operations * settings.compile_seconds:
-            self._compile = False
+            state.is_step_kind_final = True
             try:
                 self.objective.compile()
-                return is_new
+                state.step_kind = "compiled"
+                return
             except RuntimeError as error:
                 if asked:
                     warnings.warn(f"fit: runs its recorded step without compilation, since {error}.", stacklevel=4)
         if is_new:
             graph.script(*self.objective.batches.first)
-            self._seconds.clear()
-        return is_new
 
     def snapshot(self) -> Point:
         """A copy of all parameters."""
         return [leaf.detach().clone() for leaf in self.objective.leaves]
 
-    @torch.no_grad()
     def restore(self, point: Point) -> None:
         """Set all parameters to a snapshot."""
-        for leaf, value in zip(self.objective.leaves, point, strict=True):
-            leaf.copy_(value)
+        set_leaves(self.objective.leaves, point)
+
+    @torch.no_grad()
+    def restore_all(self) -> None:
+        """Set parameters, buffers and random state to those of the state."""
+        state = self.state
+        self.restore(state.point)
+        if state.random is not None:  # version 0.1.0 stored neither
+            for buffer, value in zip(self.objective.buffers, state.buffers, strict=True):
+                buffer.copy_(value)
+            restore_random_state(state.random, self.objective.batches.generators)
 
     def roll_back(self, point: Point) -> None:
         """On divergence, restore an earlier point and halve the learning rate of all later steps."""
@@ -224,36 +277,47 @@ class Trainer:
             Exception: Any exception that the model raises then.
         """
         state, settings = self.state, self.settings
-        best_loss, best_spread, best_point = math.inf, 0.0, self.snapshot()
-        optimizers = self._fresh_optimizers()
-        first, num_losses = state.step, len(state.losses)
-        for step in range(first, length):
-            if not anneal and step in (first, first + settings.timed_steps) and self._record_or_compile(length - step):
-                optimizers = self._continued(optimizers)
+        if state.step == 0:
+            self._optimizers = self._fresh_optimizers()
+            state.num_losses, state.window_loss, state.window_spread = len(state.losses), math.inf, 0.0
+            state.window_point = self.snapshot()
+            if not anneal:
+                self._choose_step_kind(length)
+        for step in range(state.step, length):
             if anneal:
                 self.objective.inverse_temperature = settings.inverse_temperature(step / length)
-            begin = time.perf_counter()
-            self._step(optimizers, state.learning_rate * settings.rate(step / length))
-            self._seconds.append(time.perf_counter() - begin)
-            state.step = step + 1
-            after_step()
+            was_counted = state.cost is not None
+            self._step(state.learning_rate * settings.rate(step / length))
+            state.step, state.num_steps = step + 1, state.num_steps + 1
             if state.step % settings.window == 0:
-                window = state.losses[max(num_losses, len(state.losses) - settings.window) :]
-                loss = statistics.fmean(window) if window else math.inf
-                spread = statistics.stdev(window) if len(window) > 1 else 0.0
-                if loss < best_loss:
-                    best_loss, best_spread, best_point = loss, spread, self.snapshot()
-                elif not anneal and not loss < best_loss + settings.divergence * best_spread + 1.0:
-                    self.roll_back(best_point)
-                    optimizers = self._fresh_optimizers()
+                self._look_back(may_roll_back=not anneal)
+            if state.cost is not None and not (was_counted or anneal):
+                self._choose_step_kind(length - state.step)
+            after_step()
+        self._optimizers = None
 
-    def _step(self, optimizers: Sequence[torch.optim.Optimizer], rate: float) -> None:
+    def _look_back(self, *, may_roll_back: bool) -> None:
+        """Keep the best window's point in the cycle, or go back to it."""
         state, settings = self.state, self.settings
-        state.num_steps += 1
-        for parameter in self._parameters:
+        window = state.losses[max(state.num_losses, len(state.losses) - settings.window) :]
+        loss = statistics.fmean(window) if window else math.inf
+        spread = statistics.stdev(window) if len(window) > 1 else 0.0
+        if loss < state.window_loss:
+            state.window_loss, state.window_spread, state.window_point = loss, spread, self.snapshot()
+        elif may_roll_back and not loss < state.window_loss + settings.divergence * state.window_spread + 1.0:
+            assert state.window_point is not None
+            self.roll_back(state.window_point)
+            self._optimizers = self._fresh_optimizers()
+
+    def _step(self, rate: float) -> None:
+        state, settings = self.state, self.settings
+        for parameter in self.objective.parameters:
             parameter.grad = None
+        counts = state.cost is None and self._compile is not False and state.step_kind == "eager"
+        counter = OperationCounter()
         try:
-            loss = self.objective.gradient(self._elbo)
+            with counter if counts else nullcontext():
+                loss = self.objective.gradient(self._elbo)
         except NO_DENSITY:
             loss = math.nan
         except (RuntimeError, MemoryError) as error:
@@ -264,7 +328,7 @@ class Trainer:
                 f"({first_line(error)}). The guide is as it was before that step. "
                 f"Write num_particles={max(1, self.num_particles // 4)}, or pass mini-batches."
             ) from error
-        gradients = [_entries(p) for p in self._parameters if p.grad is not None]
+        gradients = [_entries(p) for p in self.objective.parameters if p.grad is not None]
         norm = torch.stack(torch._foreach_norm(gradients)).norm().item() if gradients else math.nan
         if not (math.isfinite(loss) and math.isfinite(norm)):
             state.num_skipped += 1
@@ -273,6 +337,8 @@ class Trainer:
             if state.num_skipped == 1:
                 self.skipped_at = self.objective.where_not_finite()
             return
+        if counts:
+            state.cost = counter.cost
         state.losses.append(loss)
         median = statistics.median(self._norms) if self._norms else norm
         longest = settings.skip * median
@@ -282,10 +348,8 @@ class Trainer:
             return
         if norm > settings.clip * median:
             torch._foreach_mul_(gradients, settings.clip * median / norm)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
+        assert self._optimizers is not None
+        self._optimizers.step(rate)
 
 
 def _entries(parameter: Tensor) -> Tensor:

@@ -21,9 +21,10 @@ from pyro_flows import AutoFlowGuide, FitProgress, fit
 from pyro_flows.training.batches import Batches
 from pyro_flows.training.checkpoint import Checkpoint
 from pyro_flows.training.fit import FitSettings
+from pyro_flows.training.interrupts import Interrupts
 from pyro_flows.training.monitor import Monitor
 from pyro_flows.training.objective import EstimateSettings, Objective
-from pyro_flows.training.optimizers import carry_over, resolve_optimizer
+from pyro_flows.training.optimizers import Optimizers, resolve_optimizer
 from pyro_flows.training.schedule import Schedule, ScheduleSettings
 from pyro_flows.training.trainer import Trainer, TrainerSettings
 
@@ -309,19 +310,19 @@ def test_an_optimizer_of_the_user(optim: Any) -> None:
 def test_a_recorded_step_goes_on_with_the_state_of_the_optimizer(optim: Any) -> None:
     make = resolve_optimizer(optim)
     parameters = [torch.ones(3, requires_grad=True), torch.ones((), requires_grad=True)]
-    before = make(parameters)
+    before = Optimizers(parameters, [], make, (0.9, 0.99), 0.1)
     for _ in range(3):
         for p in parameters:
             p.grad = p.detach().clone()
-        before.step()
+        before.step(0.01)
     vector = torch.cat([p.detach().reshape(-1) for p in parameters]).requires_grad_()
-    after = make([vector])
-    carry_over([before], parameters, vector, after)
+    after = Optimizers([vector], [], make, (0.9, 0.99), 0.1)
+    after.join(parameters, before)
     for p in parameters:
         p.grad = torch.ones_like(p)
     vector.grad = torch.ones(4)
-    before.step()
-    after.step()
+    before.step(0.01)
+    after.step(0.01)
     torch.testing.assert_close(vector, torch.cat([p.reshape(-1) for p in parameters]))
 
 
@@ -444,8 +445,9 @@ def test_tails_of_weights_are_looked_at_before_it_is_called_arrived(df: float, l
 def test_a_cycle_that_promises_little_is_not_begun(last_gain: float, gain: float, worth: bool) -> None:
     """Gains of .066, .051, .020 were followed by 2000 steps for .009, half of the whole time."""
     trainer = Trainer(Objective(banana, AutoNormal(banana), Batches((), {})), 1, 0.01)
-    schedule = Schedule(trainer, None, Checkpoint(None, 60.0), anneal=False, monitor=Monitor())
-    assert schedule.lengths == [250, 250, 500, 1000, 2000]
+    schedule = Schedule(trainer, None, Checkpoint(None, 60.0), Interrupts(), anneal=False, monitor=Monitor())
+    schedule.begin()
+    assert trainer.state.lengths == [250, 250, 500, 1000, 2000]
     trainer.state.cycle, trainer.state.last_gain = 3, last_gain
     assert schedule._is_worth_more(gain, error=0.001) is worth
 

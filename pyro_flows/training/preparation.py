@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L7. What :func:`~pyro_flows.fit` does to a guide before its first step, and undoes after the last."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_flows.guides import AutoFlowGuide
+from pyro_flows.posterior.mini_batches import MiniBatch
+from pyro_flows.training.batches import Arguments, Batches
+from pyro_flows.training.checkpoint import Checkpoint
+from pyro_flows.training.monitor import Monitor
+from pyro_flows.training.objective import EstimateSettings, Objective
+from pyro_flows.training.random_state import restore_random_state
+from pyro_flows.training.state import TrainingState, set_leaves
+from pyro_flows.transforms.preconditioner import look_again
+
+__all__ = ["restored", "set_up", "sparse_tables", "warm_start", "without_step_limit"]
+
+
+def set_up(guide: Callable[..., Any], batches: Batches, limit: int, max_elements: int) -> list[Arguments]:
+    """Set up a flow guide that has not seen data yet; returns mini-batches to warm-start it on, none for other guides.
+
+    Args:
+        guide: Any guide.
+        batches: The data.
+        limit: Largest number of mini-batches.
+        max_elements: See :meth:`Batches.one_pass`.
+    """
+    if not isinstance(guide, AutoFlowGuide) or guide.prototype_trace is not None:
+        return []
+    calls = batches.one_pass(limit, max_elements)
+    guide.setup(*calls[0][0], **calls[0][1])
+    return calls
+
+
+def warm_start(
+    model: Callable[..., Any], guide: Callable[..., Any], batches: Batches, calls: list[Arguments], monitor: Monitor
+) -> bool:
+    """Warm-start a guide on the mini-batches of :func:`set_up`; returns whether it was warm-started."""
+    if not calls:
+        return False
+    assert isinstance(guide, AutoFlowGuide)
+    if len(calls) > 1 and not len(guide.posterior.local):
+        return False  # the posterior given a part of the data is too wide, and in another place
+
+    def watch(passed: Iterator[MiniBatch], title: str) -> Iterable[MiniBatch]:
+        total = len(calls) if batches.many else None  # unknown for plates that draw their own
+        return monitor.watch(passed, title, total)
+
+    before = copy.deepcopy(guide.posterior.state_dict())
+    try:
+        guide.warm_start_on(calls, watch, model)
+    except NotImplementedError:  # amortized plates, say
+        return False
+    except BaseException:  # Ctrl-C, say: no half of a warm start stays
+        guide.posterior.load_state_dict(before)
+        raise
+    return True
+
+
+def restored(
+    file: Checkpoint, model: Callable[..., Any], guide: Callable[..., Any], batches: Batches, settings: EstimateSettings
+) -> tuple[Objective, TrainingState]:
+    """Objective and state of a run in a file, with the guide as it was when the run began.
+
+    Raises:
+        ValueError: If it is a run of another model, guide, or other data; then the guide is as before.
+    """
+    objective = Objective(model, guide, batches, settings)
+    file.check(objective, complete=False)
+    before = [leaf.detach().clone() for leaf in objective.leaves]
+    state = file.load(objective)
+    set_leaves(objective.leaves, state.initial_point)
+    if isinstance(guide, torch.nn.Module):
+        look_again(guide)  # the warm start was in another process
+    if file.run.before_analysis is not None:
+        # Once more, as it was done then: mini-batches may be shuffled, and how draws share a run is found out at draws.
+        restore_random_state(file.run.before_analysis, batches.generators)
+        objective = Objective(model, guide, batches, settings)
+    try:
+        file.check(objective, complete=True)
+    except ValueError:
+        set_leaves(objective.leaves, before)
+        raise
+    return objective, state
+
+
+@contextmanager
+def without_step_limit(guide: Callable[..., Any]) -> Iterator[None]:
+    """Lift a guide's step limit: the learning rates here suit a flow, and divergence is rolled back."""
+    parts = guide.modules() if isinstance(guide, torch.nn.Module) else ()
+    flows = [part for part in parts if isinstance(part, AutoFlowGuide)]  # several in an AutoGuideList
+    try:
+        for flow in flows:
+            flow.limits_steps = False
+            flow.step_limit.forget()
+        yield
+    finally:
+        for flow in flows:
+            flow.limits_steps = True
+            flow.step_limit.forget()
+
+
+@contextmanager
+def sparse_tables(guide: Callable[..., Any], *, enabled: bool) -> Iterator[list[Tensor]]:
+    """The parameter tables of a guide's local latents, with sparse gradients within this context."""
+    blocks = list(guide.posterior.blocks()) if enabled and isinstance(guide, AutoFlowGuide) else []
+    blocks = [block for block in blocks if block.items is not None]
+    try:
+        for block in blocks:
+            block.sparse = True
+        yield [block.items for block in blocks]
+    finally:
+        for block in blocks:
+            block.sparse = False

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L7. What :func:`~pyro_flows.fit` returns."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from pyro_flows.diagnostics import Diagnosis
+from pyro_flows.diagnostics.report import NOT_KNOWN
+
+__all__ = ["FitResult"]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """Result of :func:`fit`; prints as a summary.
+
+    Attributes:
+        elbo: ELBO of the guide as it is now, from fresh draws, in nats.
+        elbo_se: Its standard error (over mini-batches too, if there are any).
+        start_elbo: ELBO of the initial guide, after the warm start if there was one, from as many draws.
+        steps: Number of optimizer steps.
+        seconds: Wall time, of this call where a run was resumed.
+        kept: ``"flow"`` (the trained guide), or ``"start"`` (the initial guide) where training did not improve the
+            ELBO.
+        reason: Why training stopped.
+        skipped: Number of skipped steps, whose gradient was not finite or above 20 times its running median norm.
+        rollbacks: Number of times that, on divergence, the best parameters were restored and the learning rate halved.
+        num_particles: Number of particles per step.
+        learning_rate: Peak learning rate of the first cycle.
+        losses: Negative ELBO estimates in nats, one per step.
+        is_point: Whether the guide is a point, as AutoDelta, so that ``elbo`` is the log joint density there.
+        obstacle: Reason why the particles of a step cannot share a run of the model, with the line of the model; empty
+            if they can.
+        skipped_at: The sites without a finite log density at a draw like those of the first skipped step; empty if none
+            was found.
+        diagnosis: A first verdict, by the weights of fresh draws, without the search for lost modes; None with
+            mini-batches, where draws cannot share a run, and where the guide has no density.
+        dtype: Precision of the guide, in which everything was computed.
+        rounding: What float32 is the reason for, such as skipped steps, and what to do; empty if nothing is.
+    """
+
+    elbo: float
+    elbo_se: float
+    start_elbo: float
+    steps: int
+    seconds: float
+    kept: str
+    reason: str
+    skipped: int
+    rollbacks: int
+    num_particles: int
+    learning_rate: float
+    losses: tuple[float, ...]
+    obstacle: str = ""
+    is_point: bool = False
+    dtype: torch.dtype | None = None
+    rounding: str = ""
+    skipped_at: str = ""
+    diagnosis: Diagnosis | None = None
+
+    @property
+    def gap(self) -> float:
+        """Estimated KL divergence from the posterior, in nats; NaN without a diagnosis."""
+        return math.nan if self.diagnosis is None else self.diagnosis.gap
+
+    @property
+    def khat(self) -> float:
+        """Tail shape of the importance weights; NaN without a diagnosis."""
+        return math.nan if self.diagnosis is None else self.diagnosis.khat
+
+    @property
+    def verdict(self) -> str:
+        """In words, as :class:`~pyro_flows.Diagnosis` has it; ``"not known"`` without a diagnosis."""
+        return NOT_KNOWN if self.diagnosis is None else self.diagnosis.verdict
+
+    def __repr__(self) -> str:
+        return (
+            f"FitResult(elbo={self.elbo:.4g}, elbo_se={self.elbo_se:.2g}, steps={self.steps}, kept={self.kept!r}, "
+            f"verdict={self.verdict!r})"
+        )
+
+    def __str__(self) -> str:
+        what = "Log joint at a point" if self.is_point else "ELBO"
+        lines = [
+            f"{what} {self.elbo:.3f} +/- {self.elbo_se:.3f} nats (start {self.start_elbo:.3f}; kept: the {self.kept})",
+            f"{self.steps} steps x {self.num_particles} draws in {self.seconds:.1f} s, "
+            f"learning rate {self.learning_rate:g}; stopped: {self.reason}",
+        ]
+        if self.skipped or self.rollbacks:
+            where = f" (at a draw where {self.skipped_at})" if self.skipped_at else ""
+            lines.append(f"{self.skipped} steps skipped{where}, {self.rollbacks} times rolled back")
+        if self.obstacle:
+            lines.append(f"Draws are run one by one, and few, since {self.obstacle}")
+        if self.diagnosis is not None:
+            verdict, reason = self.verdict, self.diagnosis.reason
+            found = f"gap {self.gap:.3f} +/- {self.diagnosis.log_evidence_se:.3f} nats, k-hat {self.khat:.2f}"
+            lines.append(f"{verdict[0].upper()}{verdict[1:]} ({found}): {reason}")
+        if self.rounding:
+            lines.append(self.rounding)
+        lines.append(self.advice)
+        return "\n".join(lines)
+
+    @property
+    def advice(self) -> str:
+        """Recommended next step, in a sentence."""
+        if not math.isfinite(self.elbo):
+            return (
+                "Next: the ELBO is minus infinity, since the model has no density at some draws or data. Look for data "
+                "that are not finite; print(diagnose(model, guide, args)) says at which share of the draws."
+            )
+        if self.skipped > max(10, self.steps / 2):
+            return (
+                f"Next: in {self.skipped} of {self.steps} steps the loss or its gradient was not finite, or far too "
+                "large; print(diagnose(model, guide, args)) says at which share of the draws the model has no density."
+            )
+        if self.is_point:
+            return "Next: a point has no uncertainty; AutoFlowGuide(model) has."
+        if self.kept == "start" and self.steps:
+            return "Next: training gained nothing over the Gaussian start; compare another family, such as flow='iaf'."
+        if self.rollbacks > 1:
+            return f"Next: training was unstable; try learning_rate={self.learning_rate / 4:g}."
+        if self.reason.startswith("all"):
+            return f"Next: call fit again; it goes on from here (with checkpoint=, pass num_steps={2 * self.steps})."
+        if self.diagnosis is None or self.diagnosis.trustworthy:
+            more = "how far from the posterior it is" if self.diagnosis is None else "whether it has lost a mode"
+            return f"Next: print(diagnose(model, guide, args)) says {more}."
+        return f"Next: {self.diagnosis.advice}"
