@@ -19,6 +19,8 @@ from torch import Tensor
 
 from pyro_flows import AutoFlowGuide, CompiledSVI, VectorizedTrace_ELBO, diagnose, fit, importance_resample
 from pyro_flows.compiled import inductor
+from pyro_flows.training.fit import FitSettings
+from pyro_flows.training.objective import EstimateSettings
 
 Y = torch.tensor([3.0, 1.0, 2.0, 2.5])
 
@@ -163,7 +165,9 @@ def test_a_model_that_raises_at_some_draws(elbo: Any) -> None:
     if elbo is Trace_ELBO:
         assert refused[SVI] > refused[CompiledSVI]
     limit = 0.9
-    result = fit(model, guide, (Y,), progress=False, num_steps=20, num_particles=16, seed=0, compile=False)
+    few = FitSettings(estimates=EstimateSettings(num_runs=4, num_particles=100))
+    options = {"num_steps": 20, "num_particles": 16, "seed": 0, "compile": False, "settings": few}
+    result = fit(model, guide, (Y,), progress=False, **options)
     assert is_finite(guide)
     assert result.skipped < 5
 
