@@ -7,6 +7,7 @@ import copy
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,8 +115,17 @@ class Site:
         """Invert :meth:`constrain`; the log-determinant is the same, and minus infinity outside of the support."""
         if self.is_real:
             return value, 0.0
-        unconstrained = self.to_support.inv(value)
-        log_det = self._log_det(unconstrained, value)
+        invertible = value
+        try:
+            unconstrained = self.to_support.inv(value)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # some matrices have no Cholesky factor
+            if self.support is None:
+                raise
+            valid = self._by_event(self.support.check(value), value.dim() - self.event_dim)
+            anywhere = self.to_support(value.new_zeros(self.to_support.inverse_shape(value.shape)))
+            invertible = torch.where(valid.reshape(valid.shape + (1,) * self.event_dim), value, anywhere)
+            unconstrained = self.to_support.inv(invertible)
+        log_det = self._log_det(unconstrained, invertible)
         if self.support is None:
             return unconstrained, log_det
         outside = self._is_outside(value, unconstrained)
@@ -124,15 +134,16 @@ class Site:
 
     def _is_outside(self, value: Tensor, unconstrained: Tensor) -> Tensor:
         """Whether a value, not NaN, is outside of the support or on its boundary; of the value's batch shape."""
-        batch_dim = value.dim() - self.event_dim
-
-        def by_event(entries: Tensor) -> Tensor:
-            return entries.flatten(batch_dim).all(-1) if entries.dim() > batch_dim else entries
-
+        by_event = partial(self._by_event, batch_dim=value.dim() - self.event_dim)
         valid = by_event(self.support.check(value))
         if self.event_dim:  # a sum, as of a simplex, is rounded by more than torch allows
             valid = valid | by_event((self.to_support(unconstrained) - value).abs() < SUPPORT.rounding)
         return ~(valid & by_event(unconstrained.isfinite())) & by_event(~value.isnan())
+
+    @staticmethod
+    def _by_event(entries: Tensor, batch_dim: int) -> Tensor:
+        """Whether a condition holds for all entries of an event."""
+        return entries.flatten(batch_dim).all(-1) if entries.dim() > batch_dim else entries
 
     def _log_det(self, unconstrained: Tensor, value: Tensor) -> Tensor:
         ladj = -self.to_support.log_abs_det_jacobian(unconstrained, value)

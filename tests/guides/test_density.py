@@ -77,6 +77,15 @@ def test_one_dimensional_density_integrates_to_one(flow: str, site: str) -> None
     assert torch.trapezoid(density, grid).item() == pytest.approx(1.0, abs=1e-3)
 
 
+def test_no_density_at_matrices_without_a_cholesky_factor() -> None:
+    """One of them in a batch was an error about its factor."""
+    guide = randomized(lambda: pyro.sample("x", dist.LKJ(2, 1.0)))
+    inside = torch.tensor([[1.0, 0.3], [0.3, 1.0]])
+    found = guide.log_prob({"x": torch.stack([inside, torch.full((2, 2), -1e3), inside])})
+    assert found[1] == -torch.inf
+    torch.testing.assert_close(found[::2], guide.log_prob({"x": inside}).expand(2))
+
+
 def test_draws_have_that_density() -> None:
     guide = randomized(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)), init_scale=1.0)
     draws = guide.sample_posterior(20_000)["x"]

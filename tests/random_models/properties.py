@@ -213,6 +213,25 @@ def assert_close(case: Case, guide: AutoFlowGuide, found: Tensor, expected: Tens
     assert abs(found.item() - expected.item()) <= eps * scale, f"{found.item()} but {expected.item()}, |u| <= {far:.1f}"
 
 
+def outside(case: Case) -> None:
+    """log_prob outside the support is minus infinity, or an error that names the site."""
+    guide = case.guide().setup(*case.args)
+    _, model_trace = pair(case, guide)
+    inside = {name: value[0] for name, value in guide.sample_posterior(1, *case.args).items()}
+    for name, node in latent_nodes(model_trace).items():
+        for far in (-1e3, 1e3):
+            wrong = torch.full_like(inside[name], far)
+            own = torch.full_like(node["value"], far)
+            if bool(node["fn"].support.check(own).all()):
+                continue
+            try:
+                found = guide.log_prob({**inside, name: wrong}, *case.args)
+            except ValueError as error:
+                assert name in str(error), error
+            else:
+                assert found.item() == -math.inf, f"{name} = {far}: {found.item()}"
+
+
 def start(case: Case) -> None:
     """The first ELBO is AutoNormal's, from the same location; and not below it from its own."""
     if "amortized" in case.features:
@@ -381,6 +400,7 @@ QUICK: dict[str, Callable[[Case], None]] = {
     "builds": builds,
     "density": density,
     "state": state,
+    "outside": outside,
 }
 SLOW: dict[str, Callable[[Case], None]] = {
     "start": start,
