@@ -26,7 +26,6 @@ from pyro_flows._checks import (
     check_text,
     checked,
     optional,
-    shown,
 )
 from pyro_flows._recording import is_recording
 from pyro_flows._threads import one_at_a_time
@@ -36,12 +35,12 @@ from pyro_flows.flows.resolve import FlowLike, resolve
 from pyro_flows.guides.delta import DensityDelta
 from pyro_flows.guides.files import FiledGuide
 from pyro_flows.guides.initialization import init_to_prior_median
-from pyro_flows.guides.refusals import warn_of_refused
+from pyro_flows.guides.refusals import check_spec, warn_of_refused
 from pyro_flows.models.latents import checked_init, hide_from_guide, log_density, trace_latents
 from pyro_flows.models.sites import full_size
 from pyro_flows.posterior.encoders import checked_encoders
 from pyro_flows.posterior.joint import JointBlock
-from pyro_flows.posterior.mini_batches import Arguments, Watch, unwatched
+from pyro_flows.posterior.mini_batches import Arguments, Watch, check_calls, unwatched
 from pyro_flows.posterior.plate import LocalBlock
 from pyro_flows.posterior.posterior import Latents, Posterior
 from pyro_flows.posterior.step_limit import StepLimit
@@ -153,13 +152,8 @@ class AutoFlowGuide(FiledGuide):
         self.limits_steps = True
         self._has_warned = False
         self._spec: FlowSpec | None = resolve(flow)
-        self._family = flow if isinstance(flow, str) else type(self._spec).__name__
         self._recipe = Recipe.of(self._spec)
-        if not self._spec.one_pass_sampling:
-            raise NotImplementedError(
-                f"AutoFlowGuide: expected a flow that draws in one pass, but {type(self._spec).__name__} takes a pass "
-                'per dimension, and a guide draws at every step. Use "iaf", the same family in the other direction.'
-            )
+        check_spec(self._spec)
 
     # Life cycle
 
@@ -198,9 +192,7 @@ class AutoFlowGuide(FiledGuide):
         bar. ``model`` is the model that will be trained, where the guide's own is a part of it, as in
         ``AutoFlowGuide(poutine.block(model, expose=[...]))``.
         """
-        is_list = isinstance(calls, (list, tuple)) and len(calls) > 0
-        if not is_list or not all(len(call) == 2 and isinstance(call[1], Mapping) for call in calls):
-            raise ValueError(f"warm_start_on: expected calls, [(args, kwargs), ...], but got {shown(calls)}.")
+        check_calls(calls)
         args, kwargs = calls[0]
         with one_at_a_time("AutoFlowGuide.warm_start"):
             posterior = self.setup(*args, **kwargs)._posterior

@@ -31,7 +31,6 @@ Guide = TypeVar("Guide", bound="FiledGuide")
 class FiledGuide(SummarizedGuide):
     """A guide that can be saved to a file and loaded from it."""
 
-    _recipe: Recipe
     init_scale: float
     structure: str
     path_gradient: bool

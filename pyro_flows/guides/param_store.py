@@ -78,7 +78,6 @@ class StoredGuide(AutoContinuous):
             RuntimeError: If the guide is not set up, and so has no parameters yet.
         """
         check_mapping("load_state_dict", "state_dict", state_dict)
-        self._trained()
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:

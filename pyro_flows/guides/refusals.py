@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L5. The warning about gradients that are not finite, which guides leave out: once, with the site that caused it."""
+"""L5. What a guide refuses: flows that are too slow to draw from, and gradients that are not finite."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pyro_flows.flows import FlowSpec
 from pyro_flows.models.checks import without_density
 from pyro_flows.models.traces import Call
 from pyro_flows.posterior.posterior import Posterior
 
-__all__ = ["warn_of_refused"]
+__all__ = ["check_spec", "warn_of_refused"]
 
 
 def warn_of_refused(
@@ -38,3 +39,16 @@ def warn_of_refused(
         UserWarning,
         stacklevel=3,
     )
+
+
+def check_spec(spec: FlowSpec) -> None:
+    """Refuse a family that a guide cannot draw from in one pass.
+
+    Raises:
+        NotImplementedError: If it takes a pass per dimension.
+    """
+    if not spec.one_pass_sampling:
+        raise NotImplementedError(
+            f"AutoFlowGuide: expected a flow that draws in one pass, but {type(spec).__name__} takes a pass "
+            'per dimension, and a guide draws at every step. Use "iaf", the same family in the other direction.'
+        )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows._checks import check_int, check_mapping, shown
+from pyro_flows.flows.recipe import Recipe
 from pyro_flows.guides.param_store import StoredGuide
 from pyro_flows.posterior.posterior import Posterior
 
@@ -37,7 +38,7 @@ SUMMARY = SummarySettings()
 class SummarizedGuide(StoredGuide):
     """A guide with draws, densities and quantiles of its distribution, without runs of the model."""
 
-    _family: str = ""  # of flows, by name
+    _recipe: Recipe
     _initial: float = math.nan  # fingerprint of the parameters at set-up
 
     def setup(self, *args: Any, **kwargs: Any) -> SummarizedGuide:
@@ -53,7 +54,7 @@ class SummarizedGuide(StoredGuide):
         return sum(p.detach().double().cos().sum().item() for p in self._posterior.parameters())
 
     def __repr__(self) -> str:
-        name = f"{type(self).__name__}(flow={self._family!r}, "
+        name = f"{type(self).__name__}(flow={self._recipe.family or self._recipe.title!r}, "
         if self.prototype_trace is None:
             return f"{name}not set up: has not seen the model's arguments)"
         is_initial = math.isclose(self._fingerprint(), self._initial, rel_tol=1e-9)

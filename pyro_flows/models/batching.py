@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from pyro_flows._blame import blame
 from pyro_flows._memory import does_not_fit, is_out_of_memory
+from pyro_flows.models.agreement import AGREEMENT, agree, agree_on_average, are_same
 from pyro_flows.models.checks import check_data, first_run
 from pyro_flows.models.enumeration import (
     EnumerateSites,
@@ -45,25 +45,6 @@ __all__ = ["ENUMERATED", "BatchedModel"]
 # Site name of terms in which enumerated sites are summed out.
 ENUMERATED = "_pyro_flows_enumerated"
 
-
-@dataclass(frozen=True)
-class AgreementSettings:
-    """How closely a vectorized run has to agree with one run per draw.
-
-    Attributes:
-        relative: Largest difference relative to the log density; allows for rounding in float32.
-        nats: Largest absolute difference, in nats, in addition to the relative one.
-        num_averaged: Number of draws for models that draw random numbers of their own, which agree on average only.
-        num_errors: Largest difference of such averages, in standard errors.
-    """
-
-    relative: float = 1e-4
-    nats: float = 1e-3
-    num_averaged: int = 100
-    num_errors: float = 5.0
-
-
-AGREEMENT = AgreementSettings()
 
 Values = Mapping[str, Tensor]
 Pick = Callable[[Trace], Mapping[str, Tensor]]
@@ -222,7 +203,9 @@ class BatchedModel:
                 except Exception as error:
                     obstacle = blame(error)
                     continue
-                wrong = (n for n in shapes if not all(_same(found[n], expected[n][: len(found[n])]) for found in both))
+                wrong = (
+                    n for n in shapes if not all(are_same(found[n], expected[n][: len(found[n])]) for found in both)
+                )
                 other = next(wrong, None)
                 if other is None:
                     return self
@@ -327,13 +310,13 @@ class BatchedModel:
         self._run = self._one_by_one
         expected, again = self._log_probs(probe, task), self._log_probs(probe, task)
         if all(torch.equal(again[name].nan_to_num(), expected[name].nan_to_num()) for name in expected):
-            agree = _agree
+            agrees = agree
             kept = torch.stack([by_draw(term) for term in expected.values()]).sum(0).isfinite()
             if kept.any():  # draws without a finite density can't be compared
                 probe = {name: value[kept] for name, value in probe.items()}
                 expected = {name: term[kept] for name, term in expected.items()}
         else:
-            agree = _agree_on_average
+            agrees = agree_on_average
             probe = {name: value[:1].expand(AGREEMENT.num_averaged, *value.shape[1:]) for name, value in probe.items()}
             expected = self._log_probs(probe, task)
         obstacle = ""
@@ -345,7 +328,7 @@ class BatchedModel:
                 for count in {_count(probe), max(1, _count(probe) - 1)}:
                     few = {name: value[:count] for name, value in probe.items()}
                     found = self._log_probs(few, task._replace(splits=False))
-                    wrong = (n for n in expected if n not in found or not agree(found[n], expected[n][:count]))
+                    wrong = (n for n in expected if n not in found or not agrees(found[n], expected[n][:count]))
                     other = other or next(wrong, None)
             except Exception as error:  # each model fails in its own way at shapes it never meant to see
                 obstacle = blame(error)
@@ -384,23 +367,3 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     """Concatenate terms of different draws; parts without a density are ``(count,)`` and are broadcast."""
     shape = torch.broadcast_shapes(*(part.shape[1:] for part in parts))
     return torch.cat([_padded(part, len(shape)).expand(-1, *shape) for part in parts])
-
-
-def _same(found: Tensor, expected: Tensor) -> bool:
-    """Whether values are equal up to rounding."""
-    if found.dtype != expected.dtype or not found.is_floating_point():
-        return torch.equal(found, expected)
-    return torch.allclose(found, expected, rtol=AGREEMENT.relative, atol=AGREEMENT.relative, equal_nan=True)
-
-
-def _agree(found: Tensor, expected: Tensor) -> bool:
-    """Whether log densities, ``(S, ...)``, have the same sums."""
-    one, other = (by_draw(value) for value in (found, expected))
-    return torch.allclose(one, other, rtol=AGREEMENT.relative, atol=AGREEMENT.nats, equal_nan=True)
-
-
-def _agree_on_average(found: Tensor, expected: Tensor) -> bool:
-    """Whether log densities that are random, ``(S, ...)``, have the same mean."""
-    one, other = (by_draw(value).double() for value in (found, expected))
-    error = ((one.var() + other.var()) / len(one)).sqrt() * AGREEMENT.num_errors
-    return bool((one.mean() - other.mean()).abs() <= error + AGREEMENT.relative * other.mean().abs() + AGREEMENT.nats)

@@ -16,10 +16,11 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_flows._checks import shown
 from pyro_flows.models.layout import Layout
 from pyro_flows.models.traces import Call
 
-__all__ = ["Arguments", "MakePlates", "MiniBatch", "Watch", "mini_batches", "unwatched"]
+__all__ = ["Arguments", "MakePlates", "MiniBatch", "Watch", "check_calls", "mini_batches", "unwatched"]
 
 Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 MakePlates = Callable[[tuple[Any, ...], Mapping[str, Any]], dict[str, pyro.plate]]
@@ -49,6 +50,13 @@ class MiniBatch:
     def scale(self, layout: Layout) -> float:
         """Factor by which subsampled plates scale the log densities of these items, >= 1."""
         return layout.num_items / math.prod(len(self.indices[name]) for name in layout.plate_names)
+
+
+def check_calls(calls: Any) -> None:
+    """Raise ValueError unless these are the arguments of mini-batches, at least one."""
+    is_list = isinstance(calls, (list, tuple)) and len(calls) > 0
+    if not is_list or not all(len(call) == 2 and isinstance(call[1], Mapping) for call in calls):
+        raise ValueError(f"warm_start_on: expected calls, [(args, kwargs), ...], but got {shown(calls)}.")
 
 
 # Wraps a pass over mini-batches in a progress bar, with a title.

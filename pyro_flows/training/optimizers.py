@@ -151,7 +151,7 @@ class Optimizers:
         for name, value in example.items():
             values = {p: state[name] for p, state in states.items()}
             if name == "step":
-                joined[name] = copy.copy(max(values.values(), key=float))
+                joined[name] = copy.deepcopy(max(values.values(), key=float))
             elif torch.is_tensor(value) and value.shape == part.shape:
                 joined[name] = torch.cat([values.get(p, torch.zeros_like(p)).reshape(-1) for p in leaves])
             else:

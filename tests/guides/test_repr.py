@@ -33,7 +33,7 @@ def test_a_joint_guide():
     fit(schools, guide, (Y,), num_steps=3, progress=False)
     assert repr(guide) == shown.format("warm-started or trained")
     other = AutoFlowGuide(schools, flows.get("auto")).setup(Y)
-    assert "flow='Auto', not trained" in repr(other)
+    assert "flow='auto', not trained" in repr(other)
     other.load_state_dict(guide.state_dict())
     assert "warm-started or trained" in repr(other)
 

@@ -88,7 +88,9 @@ def run_schools(path: Path | None) -> tuple[Any, FitResult]:
 
 
 def run_recorded(path: Path | None) -> tuple[Any, FitResult]:
-    return train(path, flow=small("auto"), settings=FitSettings(0.02, checkpoint_interval=0.0, trainer=RECORDED))
+    return train(
+        path, flow=small("auto"), settings=FitSettings(rate_warm=0.02, checkpoint_interval=0.0, trainer=RECORDED)
+    )
 
 
 def run_cycles(path: Path | None) -> tuple[Any, FitResult]:
@@ -98,7 +100,7 @@ def run_cycles(path: Path | None) -> tuple[Any, FitResult]:
         checkpoint_interval=0.0,
         estimates=ESTIMATES,
         trainer=TrainerSettings(window=4, divergence=1e-9),
-        schedule=ScheduleSettings(first_cycle=15, max_steps=30, min_gain=1e-9, patience=1000, max_gap_of_start=0.0),
+        schedule=ScheduleSettings(first_cycle=15, max_steps=30, min_gain=1e-9, patience=1000, max_gap_of_start=1e-12),
     )
     return train(path, num_steps=None, seed=None, settings=settings)
 
@@ -216,7 +218,7 @@ def test_more_steps_go_on_after_a_finished_run(tmp_path: Path) -> None:
     _, more = train(path, num_steps=50)
     assert more.steps == 50 and more.losses[:20] == first.losses and more.reason == "all 50 steps done"
     assert more.start_elbo == first.start_elbo
-    schedule = ScheduleSettings(first_cycle=10, max_steps=20, max_gap_of_start=0.0)
+    schedule = ScheduleSettings(first_cycle=10, max_steps=20, max_gap_of_start=1e-12)
     with pytest.raises(ValueError, match=r"schedule\.first_cycle of its settings to be the default, but got 10"):
         train(
             path, num_steps=None, settings=FitSettings(checkpoint_interval=0.0, estimates=ESTIMATES, schedule=schedule)
@@ -228,7 +230,7 @@ def test_more_steps_go_on_after_a_finished_run(tmp_path: Path) -> None:
 
 def test_a_finished_run_goes_on_until_convergence(tmp_path: Path) -> None:
     ends = {"min_gain": 1e6, "max_gap_without_tail": 1e6}
-    schedule = ScheduleSettings(first_cycle=10, max_steps=20, max_gap_of_start=0.0, **ends)
+    schedule = ScheduleSettings(first_cycle=10, max_steps=20, max_gap_of_start=1e-12, **ends)
     settings = FitSettings(checkpoint_interval=0.0, estimates=ESTIMATES, schedule=schedule)
     train(tmp_path / "run.pt", num_steps=20, settings=settings)
     _, result = train(tmp_path / "run.pt", num_steps=None, settings=settings)
