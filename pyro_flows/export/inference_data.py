@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_flows._checks import check_bool, check_mapping, checked, integer, optional, shown
+from pyro_flows._checks import check_bool, check_call, check_mapping, checked, integer, optional, shown
 from pyro_flows._threads import one_at_a_time
 from pyro_flows.export.containers import Groups, Variables, container, to_container
 from pyro_flows.export.runs import OWNER, SAMPLE_DIMS, ModelRuns, dims_of, generic_dims, read_sites, to_numpy
@@ -132,6 +132,8 @@ def to_inference_data(
             f"num_samples={num_samples // num_chains * num_chains or num_chains}."
         )
     kwargs = dict(kwargs or {})
+    for name, program in (("model", model), ("guide", guide)):
+        check_call(OWNER, name, program, args, kwargs)
     with one_at_a_time(OWNER), torch.random.fork_rng(devices=[], enabled=seed is not None), torch.no_grad():
         if seed is not None:
             torch.default_generator.manual_seed(int(seed))

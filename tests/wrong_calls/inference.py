@@ -558,7 +558,7 @@ DIAGNOSTICS: dict[str, Row] = {
     "importance_resample, no density": (
         lambda: resample(model=impossible, guide=ready(model_a, kind=AutoNormal), args=()),
         RuntimeError,
-        "importance_resample: expected draws at which the model has a density, but none of 10000",
+        "importance_resample: expected draws of the guide that the model gives a density, but only 0 of 10000",
     ),
     "log_weights, a point": (
         lambda: log_weights(regression, point(), 10, DATA),
@@ -697,11 +697,6 @@ DIAGNOSTICS: dict[str, Row] = {
         lambda: to_inference_data(chains, ready(chains, Y), (Y,), num_samples=10),
         ValueError,
         "plate 'chain'.*ArviZ",
-    ),
-    "export, subsampled": (
-        lambda: to_inference_data(subsampled, ready(subsampled, Y, kind=AutoNormal), (Y,)),
-        NotImplementedError,
-        "full plates, but plate 'items' is subsampled",
     ),
 }
 
