@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from pyro_flows.diagnostics import Diagnosis
-from pyro_flows.diagnostics.report import NOT_KNOWN
+from pyro_flows.diagnostics.report import NOT_KNOWN, TRUST
 
-__all__ = ["FitResult"]
+__all__ = ["LOOK_CLOSER", "FitResult"]
+
+LOOK_CLOSER = "look closer"
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,11 @@ class FitResult:
 
     @property
     def verdict(self) -> str:
-        """In words, as :class:`~pyro_flows.Diagnosis` has it; ``"not known"`` without a diagnosis."""
-        return NOT_KNOWN if self.diagnosis is None else self.diagnosis.verdict
+        """``"trust it"``; ``"look closer"`` where :func:`~pyro_flows.diagnose`, which also looks beyond the guide's draws,
+        has to decide; ``"not known"`` without a diagnosis."""
+        if self.diagnosis is None:
+            return NOT_KNOWN
+        return TRUST if self.diagnosis.trustworthy else LOOK_CLOSER
 
     def __repr__(self) -> str:
         return (
@@ -96,9 +101,8 @@ class FitResult:
         if self.obstacle:
             lines.append(f"Draws are run one by one, and few, since {self.obstacle}")
         if self.diagnosis is not None:
-            verdict, reason = self.verdict, self.diagnosis.reason
             found = f"gap {self.gap:.3f} +/- {self.diagnosis.log_evidence_se:.3f} nats, k-hat {self.khat:.2f}"
-            lines.append(f"{verdict[0].upper()}{verdict[1:]} ({found}): {reason}")
+            lines.append(f"{self.verdict.capitalize()} ({found}): {self.diagnosis.reason}")
         if self.rounding:
             lines.append(self.rounding)
         lines.append(self.advice)
@@ -125,7 +129,6 @@ class FitResult:
             return f"Next: training was unstable; try learning_rate={self.learning_rate / 4:g}."
         if self.reason.startswith("all"):
             return f"Next: call fit again; it goes on from here (with checkpoint=, pass num_steps={2 * self.steps})."
-        if self.diagnosis is None or self.diagnosis.trustworthy:
-            more = "how far from the posterior it is" if self.diagnosis is None else "whether it has lost a mode"
-            return f"Next: print(diagnose(model, guide, args)) says {more}."
-        return f"Next: {self.diagnosis.advice}"
+        says = {NOT_KNOWN: "says how far from the posterior it is", TRUST: "says whether it has lost a mode"}
+        more = says.get(self.verdict, "looks beyond the guide's draws, and says what to do")
+        return f"Next: print(diagnose(model, guide, args)) {more}."
