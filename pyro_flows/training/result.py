@@ -76,8 +76,8 @@ class FitResult:
 
     @property
     def verdict(self) -> str:
-        """``"trust it"``; ``"look closer"`` where :func:`~pyro_flows.diagnose`, which looks beyond the guide's draws, has
-        to decide; ``"not known"`` without a diagnosis."""
+        """``"trust it"``; ``"look closer"`` where :func:`~pyro_flows.diagnose` has to decide, which looks beyond the
+        guide's draws; ``"not known"`` without a diagnosis."""
         if self.diagnosis is None:
             return NOT_KNOWN
         return TRUST if self.diagnosis.trustworthy else LOOK_CLOSER
