@@ -268,6 +268,9 @@ def fit(
                     schedule.resume(state)
                     file.run.options = replace(options, num_steps=num_steps)
                 kept, best = schedule.finish(schedule.train())
+            diagnosis = None
+            if not objective.subsampled:
+                diagnosis = first_verdict(model, guide, *batches.first, settings.verdict)
         state = trainer.state
         assert state.initial_estimate is not None
         is_suspect = state.num_skipped > 0 or may_be_rounded(best.mean)
@@ -287,7 +290,7 @@ def fit(
         losses=tuple(state.losses),
         obstacle=objective.obstacle,
         skipped_at=trainer.skipped_at,
-        diagnosis=None if objective.subsampled else first_verdict(model, guide, *batches.first, settings.verdict),
+        diagnosis=diagnosis,
         dtype=objective.leaves[0].dtype if objective.leaves else None,
         rounding=rounding,
         is_point=is_point,

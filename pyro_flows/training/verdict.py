@@ -50,8 +50,8 @@ def first_verdict(
         settings: Number of draws.
 
     Returns:
-        The diagnosis; None if the guide has no density, draws cannot share a run of the model, or a draw has too many
-        values.
+        The diagnosis; None if the guide has no density, draws cannot share a run of the model, a draw has too many
+        values, or at Ctrl-C, since the guide is trained.
     """
     with torch.random.fork_rng(devices=[], enabled=True):
         try:
@@ -63,4 +63,7 @@ def first_verdict(
         if num_draws < max(settings.min_draws, 1) or not at_once or sampler.structure.subsampled:
             return None
         not_searched = SearchResult(None, "fit leaves that to diagnose")
-        return weigh(sampler, guide, num_draws, not_searched, progress=False)
+        try:
+            return weigh(sampler, guide, num_draws, not_searched, progress=False)
+        except KeyboardInterrupt:
+            return None

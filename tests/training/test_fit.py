@@ -348,6 +348,8 @@ def test_the_result_has_a_first_verdict() -> None:
     assert result.verdict == "trust it" and abs(result.gap) < 0.01 and result.khat < 0.7
     assert "Trust it (gap " in str(result) and "whether it has lost a mode" in result.advice
     assert torch.equal(state, torch.random.get_rng_state())
+    torch.rand(3)  # with a seed, the verdict is that of the seed too
+    assert fit(conjugate, AutoFlowGuide(conjugate), (Y,), seed=0, progress=False).khat == result.khat
 
     narrow = AutoNormal(banana, init_scale=0.01)
     result = fit(banana, narrow, num_steps=1, learning_rate=1e-6, seed=0, progress=False)
