@@ -64,7 +64,8 @@ def main() -> None:
                     # Warnings of the machine that it ran on, with paths of that machine.
                     cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
                     for output in cell.outputs:
-                        output.pop("execution_count", None)
+                        if output.output_type == "execute_result":  # which has to have the key
+                            output.execution_count = None
             notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
             nbformat.write(notebook, path)
         else:
