@@ -114,7 +114,7 @@ class Flow(nn.Module):
 
     @property
     def preconditioner(self) -> Preconditioner | None:
-        """Affine map that a warm start may set: outside of the head, or inside of one that knows the priors."""
+        """Affine map that a warm start may set, outside of the head, or inside of one that knows the priors."""
         return self._parts.preconditioner
 
     def standardize(self, y: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ class FlowSpec(NamedOptions):
     """Recipe of a flow: hyper-parameters only, so it compares, prints and pickles as data.
 
     A family is a subclass that defines the layers between the noise and the affine head. Its hyper-parameters are
-    fields of :mod:`pyro_flows.flows.fields`, which are checked when a recipe is made.
+    fields of ``pyro_flows.flows.fields``, which are checked when a recipe is made.
 
     Args:
         head: Outermost affine layer: ``"diagonal"``, ``"low_rank"`` or ``"full_rank"``.

@@ -41,8 +41,10 @@ class CustomFlow(FlowSpec):
             transforms, or a list of them, base side first.
 
     Raises:
-        TypeError: If ``function`` is not callable; in :meth:`build`, if it does not return transforms.
-        ValueError: In :meth:`build`, if a transform has the wrong dimension, or its density is known to be wrong.
+        TypeError: If ``function`` is not callable; in :meth:`~pyro_flows.flows.FlowSpec.build`, if it does not return
+            transforms.
+        ValueError: In :meth:`~pyro_flows.flows.FlowSpec.build`, if a transform has the wrong dimension, or its density
+            is known to be wrong.
 
     Example:
         >>> import pyro.distributions.transforms as T

@@ -135,7 +135,7 @@ class BatchedModel:
         Returns:
             A trace of parameters and sample sites. Sample sites have a ``log_prob``, scaled and masked, of
             ``nesting + 1`` dimensions, the first of length S. Sites that depend on enumerated ones are replaced by
-            sites named after :data:`ENUMERATED`, with the enumerated ones summed out.
+            sites named after ``ENUMERATED``, with the enumerated ones summed out.
         """
         seen: dict[str, dict[str, Any]] = {}
 

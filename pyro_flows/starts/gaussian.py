@@ -113,7 +113,7 @@ class Gaussian:
 
     @property
     def conditional_scale(self) -> Tensor:
-        """Standard deviation of each coordinate given the others: the scale of the best mean-field normal."""
+        """Standard deviation of each coordinate given the others, the scale of the best mean-field normal."""
         if self.factor.dim() == 1:
             return self.factor
         return torch.cholesky_inverse(self.factor.double()).diagonal().rsqrt().to(self.factor)
@@ -132,7 +132,7 @@ def best_gaussian(log_joint: LogJoint, init_loc: Tensor, init_scale: float, *, c
       with the most mass;
     - if no local Hessian gives a good Gaussian, the best mean-field normal on fixed draws, and one with the Hessian
       there;
-    - if the best so far has a gap, Newton steps on its ELBO (see :func:`refined`);
+    - if the best so far has a gap, Newton steps on its ELBO (see ``refined``);
     - if that is poor too, the best normal with a full covariance on fixed draws.
 
     Args:

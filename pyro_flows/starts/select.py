@@ -63,7 +63,7 @@ class Start(NamedTuple):
 def warm_start_joint(block: JointBlock, log_joint: LogJoint, init_scale: float) -> None:
     """Initialize a block at a good Gaussian for a target; with another base, at a fit of that base.
 
-    See :func:`best_gaussian`, :func:`best_low_rank`, :func:`best_mixture`, :func:`fit_modes` and :func:`fit_tails`.
+    See :func:`best_gaussian`, ``best_low_rank``, :func:`best_mixture`, :func:`fit_modes` and :func:`fit_tails`.
     """
     flow = block.flow
     if flow.preconditioner is not None:
