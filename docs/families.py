@@ -13,28 +13,22 @@ from typing import Any
 from pyro_flows import flows
 from pyro_flows.flows import FlowSpec
 
-COLUMNS = {
-    "Name": 14,
-    "Spec": 13,
-    "Best for": 21,
-    "Dimension": 12,
-    "Cost of a draw": 12,
-    "Inverse": 8,
-    "Tails (unconstrained space)": 20,
-    "Parameters": 16,
-    "Exact start": 6,
-    "Reference": 18,
-}
+# Two tables, each of which fits a page: column -> width. The first column of both is the name.
+USE = {"Name": 20, "Spec": 21, "Best for": 24, "Dimension": 11, "Cost of a draw": 16, "Inverse": 8}
+NATURE = {"Name": 20, "Tails (unconstrained space)": 26, "Parameters": 18, "Exact start": 8, "Reference": 28}
 # Where parameters are counted.
 SIZES = (10, 100)
 
 
 def family_table() -> str:
-    """A ``list-table`` with a row for each family, by name."""
-    table = [list(COLUMNS), *(row(name) for name in flows.names())]
-    lines = [".. list-table::", "   :header-rows: 1", f"   :widths: {' '.join(map(str, COLUMNS.values()))}", ""]
-    for cells in table:
-        lines += [f"   {'  -' if index else '* -'} {cell}".rstrip() for index, cell in enumerate(cells)]
+    """Two ``list-table`` with a row for each family, by name: when to take it, and what it is."""
+    lines = []
+    for columns in (USE, NATURE):
+        lines += [".. list-table::", "   :header-rows: 1", f"   :widths: {' '.join(map(str, columns.values()))}", ""]
+        for cells in ({column: column for column in columns}, *map(row, flows.names())):
+            for index, column in enumerate(columns):
+                lines.append(f"   {'  -' if index else '* -'} {cells[column]}".rstrip())
+        lines.append("")
     return "\n".join(lines)
 
 
@@ -48,23 +42,23 @@ def family_classes() -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def row(name: str) -> list[str]:
-    """The cells of a family."""
+def row(name: str) -> dict[str, str]:
+    """The cells of a family, by column."""
     spec = flows.get(name)
     largest = " and up" if spec.practical_dim is None else f" to about {_spaced(spec.practical_dim)}"
     counts = " and ".join(_rounded(_count_parameters(spec, size)) for size in SIZES)
-    return [
-        f"``{name}``",
-        f":class:`~pyro_flows.flows.{type(spec).__name__}`",
-        spec.best_for,
-        f"{spec.min_dim}{largest}",
-        spec.draw_cost,
-        _inverse(spec),
-        spec.tails,
-        f"{spec.parameters}; {counts}",
-        "yes" if spec.identity_start else "near",
-        "; ".join(references(type(spec))),
-    ]
+    return {
+        "Name": f"``{name}``",
+        "Spec": f":class:`~pyro_flows.flows.{type(spec).__name__}`",
+        "Best for": spec.best_for,
+        "Dimension": f"{spec.min_dim}{largest}",
+        "Cost of a draw": spec.draw_cost,
+        "Inverse": _inverse(spec),
+        "Tails (unconstrained space)": spec.tails,
+        "Parameters": f"{spec.parameters}; {counts}",
+        "Exact start": "yes" if spec.identity_start else "near",
+        "Reference": "; ".join(references(type(spec))),
+    }
 
 
 def references(spec_class: type[FlowSpec]) -> list[str]:
