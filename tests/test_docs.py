@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import textwrap
 from pathlib import Path
@@ -15,6 +16,7 @@ from pyro_flows import diagnostics, flows, plots, transforms
 from tests.flows import test_conformance, test_specs
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+TUTORIALS = sorted((DOCS.parent / "tutorials").glob("*.ipynb"))
 
 
 def code_blocks(text: str) -> list[str]:
@@ -23,11 +25,13 @@ def code_blocks(text: str) -> list[str]:
     return [textwrap.dedent(block) for block in blocks]
 
 
+PAGES = sorted(page.stem for page in DOCS.glob("*.rst") if code_blocks(page.read_text()))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["choosing_a_flow", "diagnostics", "extending", "prediction", "training"])
+@pytest.mark.parametrize("page", PAGES)
 def test_code_runs(page: str, restored_registry: None) -> None:
     blocks = code_blocks((DOCS / f"{page}.rst").read_text())
-    assert blocks
     namespace: dict[str, object] = {"__name__": "docs_example"}
     for block in blocks:
         if "MCMC" in block:  # Takes minutes; test_density.py and test_neutra.py have these lines with fewer draws.
@@ -73,3 +77,9 @@ def test_everything_public_is_in_the_reference(module) -> None:
     text = as_built("api")
     documented = re.findall(rf"^\.\. auto\w+:: {re.escape(module.__name__)}\.(\w+)$", text, re.MULTILINE)
     assert sorted(documented) == sorted(module.__all__)
+
+
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+def test_jupyter_opens_the_tutorial(path: Path) -> None:
+    nbformat = pytest.importorskip("nbformat")
+    nbformat.validate(json.loads(path.read_text()))
