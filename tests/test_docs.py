@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import pyro_flows
 from pyro_flows import diagnostics, flows, plots, transforms
 from tests.flows import test_conformance, test_specs
 
@@ -54,6 +56,25 @@ def test_the_family_of_the_docs_keeps_the_contract(context_dim: int, restored_re
     test_conformance.test_every_parameter_gets_a_gradient(name, context_dim)
     test_conformance.test_context_matters(name)
     test_conformance.test_identity_start(name, context_dim, 5)
+
+
+def test_quoted_messages_are_those_of_the_library() -> None:
+    """Readers search the page of symptoms for the message that they have. Names and numbers are @ here."""
+    messages = []
+    for path in Path(pyro_flows.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                messages.append("".join(p.value if isinstance(p, ast.Constant) else "@" for p in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                messages.append(node.value)
+    messages = [message.replace("'@'", "@") for message in messages]
+    text = " ".join((DOCS / "troubleshooting.rst").read_text().split())
+    quotes = re.findall(r'\*"(.+?)"\*', text)
+    assert len(quotes) > 10
+    for quote in quotes:
+        for part in re.sub(r"'\w+'|\d+%?", "@", quote).split(" ... "):
+            part = part.removesuffix(" ...")
+            assert any(part in message for message in messages), part
 
 
 def as_built(page: str) -> str:
