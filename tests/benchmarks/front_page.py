@@ -52,12 +52,12 @@ def main() -> None:
 
     args = (torch.tensor(SIGMA), torch.tensor(Y))
     pyro.set_rng_seed(0)
-    panels = {"the posterior": exact(*args)}
+    panels = {"posterior\nby quadrature": exact(*args)}
     for guide in (AutoNormal(model), AutoFlowGuide(model)):
         train(guide, args)
         weights, values = log_weights(model, guide, NUM_DRAWS, args)
         gap = LOG_EVIDENCE - weights.mean().item()
-        name = f"{type(guide).__name__}(model): {gap:.3f} nats short"
+        name = f"{type(guide).__name__}(model)\n{gap:.3f} nats short"
         panels[name] = (values["mu"].flatten(), values["tau"].flatten().log())
         print(name)
     figure, axes = plt.subplots(1, 3, figsize=(9, 3), sharex=True, sharey=True, layout="constrained")
