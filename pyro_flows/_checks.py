@@ -43,6 +43,7 @@ __all__ = [
     "check_widths",
     "checked",
     "close_match",
+    "constant",
     "integer",
     "optional",
     "shown",
@@ -137,10 +138,10 @@ def check_text(owner: str, name: str, value: Any) -> None:
         raise TypeError(f"{owner}: expected {name} to be a string, and not empty, but got {shown(value)}.")
 
 
-def check_path(owner: str, name: str, value: Any) -> None:
-    """Raise TypeError unless ``value`` is a path that is not empty."""
+def check_path(owner: str, name: str, value: Any, of: str = "file") -> None:
+    """Raise TypeError unless ``value`` is a path that is not empty, of a file or of a folder."""
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
-        raise TypeError(f"{owner}: expected {name} to be the path of a file, but got {shown(value)}.")
+        raise TypeError(f"{owner}: expected {name} to be the path of a {of}, but got {shown(value)}.")
 
 
 def check_type(owner: str, name: str, value: Any, kind: type) -> None:
@@ -173,7 +174,7 @@ class NamedOptions:
 
 class Settings(NamedOptions):
     """Base of dataclasses of constants. Numbers are of the kind of the default, and positive; those that are named as a
-    minimum or an interval may be zero."""
+    minimum or an interval may be zero. Fields that are made by :func:`constant` have a check of their own."""
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
@@ -181,13 +182,20 @@ class Settings(NamedOptions):
             value = getattr(self, each.name)
             default = each.default if each.default is not dataclasses.MISSING else each.default_factory()  # type: ignore
             may_be_zero = each.name.startswith("min_") or each.name.endswith("_interval")
-            if isinstance(default, int):
+            if "check" in each.metadata:
+                each.metadata["check"](owner, each.name, value)
+            elif isinstance(default, int):
                 check_int(owner, each.name, value, 0 if may_be_zero else 1)
             elif isinstance(default, float):
                 if not (may_be_zero and type(value) in (int, float) and value == 0):
                     check_positive(owner, each.name, value)
             else:
                 check_type(owner, each.name, value, type(default))
+
+
+def constant(default: Any, check: Check) -> Any:
+    """A field of :class:`Settings` with a check of its own."""
+    return dataclasses.field(default=default, metadata={"check": check})
 
 
 def optional(check: Check) -> Check:
@@ -216,12 +224,12 @@ def checked(**checks: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
-        is_constructor = function.__name__ == "__init__"
+        is_method = next(iter(signature.parameters), "") in ("self", "cls")
         used = {name: check for name, check in (COMMON | checks).items() if name in signature.parameters}
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            owner = type(args[0]).__name__ if is_constructor else function.__qualname__
+            owner = _owner(function, args[0]) if is_method and args else function.__qualname__
             for name, value in _bound(owner, signature, args, kwargs).items():
                 if name in used:
                     used[name](owner, name, value)
@@ -230,6 +238,12 @@ def checked(**checks: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return call
 
     return decorate
+
+
+def _owner(method: Callable[..., Any], bound: Any) -> str:
+    """Name of a method, of the class that it is called on; of the class alone for its constructor."""
+    kind = bound.__name__ if isinstance(bound, type) else type(bound).__name__
+    return kind if method.__name__ == "__init__" else f"{kind}.{method.__name__}"
 
 
 def check_call(
@@ -264,7 +278,7 @@ def _bound(owner: str, signature: inspect.Signature, args: Any, kwargs: Mapping[
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     unknown = [] if takes_any else [name for name in kwargs if name not in parameters]
     if unknown:
-        names = [name for name in parameters if name != "self"]
+        names = [name for name in parameters if name not in ("self", "cls")]
         hint = close_match(unknown[0], names)
         if not hint and "kwargs" in parameters:
             hint = f" Arguments of the model go into args=(...,) or kwargs={{{unknown[0]!r}: ...}}."
@@ -272,7 +286,7 @@ def _bound(owner: str, signature: inspect.Signature, args: Any, kwargs: Mapping[
     try:
         return signature.bind(*args, **kwargs).arguments
     except TypeError as error:
-        needed = [name for name, p in parameters.items() if p.default is p.empty and name != "self"]
+        needed = [name for name, p in parameters.items() if p.default is p.empty and name not in ("self", "cls")]
         raise TypeError(f"{owner}: expected {owner}({', '.join(needed)}, ...), but got {error}.") from None
 
 

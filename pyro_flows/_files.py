@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["FileError", "as_path", "read", "write"]
+__all__ = ["FileError", "read", "write"]
 
 # torch.save writes a zip archive, which may end in a comment: here the checksum of all that is before it. Zeros stand
 # for the comment's length, which are the last two bytes of an archive without one.
@@ -27,13 +27,6 @@ SIZE = len(MARK) + 2 * hashlib.sha256().digest_size
 
 class FileError(ValueError):
     """A file can't be read: what is wrong with it, without its name."""
-
-
-def as_path(owner: str, name: str, path: Any) -> Path:
-    """Convert an argument to a path, or raise TypeError."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"{owner}: expected {name} to be the path of a file, but got {path!r}.")
-    return Path(path)
 
 
 def write(path: Path, contents: Mapping[str, Any]) -> None:

@@ -29,6 +29,7 @@ class Storage:
 
     Raises:
         MemoryError: If the draws take more than ``max_bytes`` in memory.
+        ValueError: If the folder can't be made.
     """
 
     def __init__(
@@ -50,13 +51,14 @@ class Storage:
             )
         self._owner = owner
         self._folder = None if path is None else Path(path)
+        if self._folder is not None:
+            _make(owner, self._folder)
         shapes = {name: (num_samples, *value.shape) for name, value in like.items()}
         self._rooms: dict[str, Tensor] = {}
         for name, value in like.items():
             if self._folder is None:
                 self._rooms[name] = torch.empty(shapes[name], dtype=value.dtype)
                 continue
-            self._folder.mkdir(parents=True, exist_ok=True)
             dtype = torch.empty((), dtype=value.dtype).numpy().dtype
             opened = np.lib.format.open_memmap(self._part(name), mode="w+", dtype=dtype, shape=shapes[name])
             self._rooms[name] = torch.from_numpy(opened)
@@ -88,3 +90,13 @@ class Storage:
         for name in names:
             os.replace(self._part(name), self._file(name))
         return {name: torch.from_numpy(np.load(self._file(name), mmap_mode="c")) for name in names}
+
+
+def _make(owner: str, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{owner}: expected path to be a folder, or one that can be made, but '{folder}' is not: "
+            f"{error.strerror or error}. Pass another path."
+        ) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,21 +13,32 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_flows._checks import check_int
+from pyro_flows._checks import check_call, check_mapping, check_path, check_type, checked, integer, optional
 from pyro_flows._storage import Storage
 from pyro_flows._threads import one_at_a_time
 from pyro_flows.guides import AutoFlowGuide
 from pyro_flows.models.alignment import Items, Trained
 from pyro_flows.models.draws import GuideSampler
 from pyro_flows.models.full_plates import on_full_plates
-from pyro_flows.models.predictor import PredictionSettings, Predictor
+from pyro_flows.models.predictor import PredictionSettings, Predictor, check_names
 from pyro_flows.models.traces import Call, run_quietly, sample_nodes
 
 __all__ = ["draw_predictions", "predict", "prior_predictive"]
 
 Values = dict[str, Tensor]
 
+REMEDY = "Let what is to be drawn be optional: `def model(x, y=None)`, with `obs=y`; a guide takes the same."
 
+_check_options = checked(
+    num_samples=integer(1),
+    sites=optional(check_names),
+    items=optional(check_mapping),
+    path=optional(partial(check_path, of="folder")),
+    settings=optional(partial(check_type, kind=PredictionSettings)),
+)
+
+
+@_check_options
 def predict(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -79,8 +91,10 @@ def predict(
 
     Raises:
         RuntimeError: If the guide has not seen any data yet.
-        ValueError: If data are passed, and ``sites`` does not name what to draw; if a name is unknown; if the guide is
-            for another model, or a shape differs elsewhere than along a plate; if ``items`` does not fit.
+        TypeError: If an argument is of another type, or the model or the guide does not take the arguments.
+        ValueError: If a number is out of range, or there can be no folder at ``path``; if data are passed, and
+            ``sites`` does not name what to draw; if a name is unknown; if the guide is for another model, or a shape
+            differs elsewhere than along a plate; if ``items`` does not fit.
         MemoryError: If the result is larger than ``settings.max_bytes``, and there is no ``path``.
         NotImplementedError: If an enumerated site depends on the training data.
         Exception: Any exception of the model.
@@ -102,11 +116,10 @@ def predict(
         >>> y.shape, [round(float(mean)) for mean in y.mean(0)]
         (torch.Size([1000, 2]), [40, 60])
     """
-    check_int("predict", "num_samples", num_samples, 1)
-    call = _call("predict", args, kwargs)
+    call = Call(args, dict(kwargs or {}))
     with one_at_a_time("predict"), torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
-            torch.default_generator.manual_seed(seed)
+            torch.default_generator.manual_seed(int(seed))
         return draw_predictions(
             "predict",
             model,
@@ -137,6 +150,8 @@ def draw_predictions(
 ) -> tuple[dict[str, Tensor], Mapping[str, Mapping[str, Any]]]:
     """What :func:`predict` returns, and the model's sample sites in a run."""
     settings = settings or PredictionSettings()
+    for name, program in (("model", model), ("guide", guide)):
+        check_call(owner, name, program, call.args, call.kwargs, REMEDY)
     model = on_full_plates(model)
     draw, trained, elements = guide_draws(owner, guide, call)
     probe = draw(settings.num_probes)
@@ -151,6 +166,7 @@ def draw_predictions(
     return storage.finish(), predictor.nodes
 
 
+@_check_options
 def prior_predictive(
     model: Callable[..., Any],
     args: tuple[Any, ...] = (),
@@ -180,8 +196,9 @@ def prior_predictive(
         Site -> ``(num_samples, *site shape)``, latent, deterministic and data sites.
 
     Raises:
-        ValueError: If data are passed, and ``sites`` does not name what to draw; if a name is unknown; if there are no
-            latent sites.
+        TypeError: As :func:`predict`.
+        ValueError: If a number is out of range, or there can be no folder at ``path``; if data are passed, and
+            ``sites`` does not name what to draw; if a name is unknown; if there are no latent sites.
         MemoryError: As :func:`predict`.
         NotImplementedError: If a prior cannot be drawn from.
         Exception: Any exception of the model.
@@ -197,14 +214,14 @@ def prior_predictive(
         >>> {site: tuple(draws.shape) for site, draws in prior.items()}
         {'slope': (200,), 'y': (200, 3)}
     """
-    check_int("prior_predictive", "num_samples", num_samples, 1)
     settings = settings or PredictionSettings()
-    call = _call("prior_predictive", args, kwargs)
+    call = Call(args, dict(kwargs or {}))
+    check_call("prior_predictive", "model", model, call.args, call.kwargs, REMEDY)
     model = on_full_plates(model)
     isolated = torch.random.fork_rng(devices=[], enabled=seed is not None)
     with one_at_a_time("prior_predictive"), torch.no_grad(), isolated:
         if seed is not None:
-            torch.default_generator.manual_seed(seed)
+            torch.default_generator.manual_seed(int(seed))
         nodes = sample_nodes(run_quietly(model, call)).values()
         root = next((node for node in nodes if not node["is_observed"] and node["value"].numel()), None)
         if root is None:
@@ -227,12 +244,6 @@ def prior_predictive(
                 storage.write(start, predictor(draw(count)))
                 bar.update(count)
     return storage.finish()
-
-
-def _call(owner: str, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Call:
-    if not isinstance(args, tuple):
-        raise TypeError(f"{owner}: expected args to be a tuple, but got a {type(args).__name__}. Write args=(x,).")
-    return Call(args, dict(kwargs or {}))
 
 
 def guide_draws(owner: str, guide: Callable[..., Any], call: Call) -> tuple[Callable[[int], Values], Trained, int]:

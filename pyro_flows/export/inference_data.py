@@ -28,6 +28,16 @@ __all__ = ["to_inference_data"]
 Names = dict[str, tuple[str, ...]]
 
 
+def _check_predictions(owner: str, name: str, value: Any) -> None:
+    """Raise TypeError unless ``value`` is a tuple of arguments, or a dictionary of them."""
+    is_named = isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+    if not isinstance(value, tuple) and not is_named:
+        raise TypeError(
+            f"{owner}: expected {name} to be a tuple of the model's arguments, or a dictionary of them by name, but "
+            f"got {shown(value)}. Write {name}=(x,)."
+        )
+
+
 @checked(
     num_samples=integer(1),
     num_chains=integer(1),
@@ -35,6 +45,7 @@ Names = dict[str, tuple[str, ...]]
     posterior_predictive=check_bool,
     log_likelihood=check_bool,
     log_prior=check_bool,
+    predictions=optional(_check_predictions),
     coords=optional(check_mapping),
     dims=optional(check_mapping),
 )
@@ -181,8 +192,6 @@ def _predictions(
 ) -> tuple[dict[str, Tensor], Names, dict[str, Tensor]]:
     """Predictions, the dimensions of all sites, and the arguments that are tensors."""
     call = Call((), dict(given)) if isinstance(given, Mapping) else Call(given, {})
-    if not isinstance(call.args, tuple):
-        raise TypeError(f"{OWNER}: expected predictions to be a tuple, but got a {type(given).__name__}. Write (x,).")
     drawn, nodes = draw_predictions(OWNER, model, guide, call, num_samples)
     names = {site.name: dims_of(site) for site in read_sites(nodes)}
     return drawn, names, _tensor_arguments(model, call.args, call.kwargs)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import _files
+from pyro_flows._checks import check_call, check_callable, check_path, check_text, checked, optional
 from pyro_flows.flows.recipe import Recipe
 from pyro_flows.flows.resolve import FlowLike, resolve
 from pyro_flows.guides.initialization import init_to_prior_median
@@ -41,6 +42,7 @@ class FiledGuide(SummarizedGuide):
         """The flow's family and its hyper-parameters, as text."""
         return self._recipe.title
 
+    @checked(path=check_path)
     def save(self, path: str | os.PathLike[str]) -> None:
         """Save the guide: its parameters, those of encoders included, its flow and its options.
 
@@ -55,7 +57,7 @@ class FiledGuide(SummarizedGuide):
             TypeError: If this is not a path.
             ValueError: If the file can't be written.
         """
-        target, posterior = _files.as_path("AutoFlowGuide.save", "path", path), self._posterior
+        posterior = self._posterior
         contents = {
             "format": FORMAT,
             "kind": KIND,
@@ -72,14 +74,20 @@ class FiledGuide(SummarizedGuide):
             "state": dict(posterior.state_dict()),
         }
         try:
-            _files.write(target, contents)
+            _files.write(Path(path), contents)
         except OSError as error:
             raise ValueError(
-                f"AutoFlowGuide.save: expected '{path}' to be a file that can be written, but "
+                f"{type(self).__name__}.save: expected '{path}' to be a file that can be written, but "
                 f"{error.strerror or error}. Make its folder, free space on the disk, or pass another path."
             ) from None
 
     @classmethod
+    @checked(
+        path=check_path,
+        init_loc_fn=check_callable,
+        create_plates=optional(check_callable),
+        name=optional(check_text),
+    )
     def load(
         cls: type[Guide],
         path: str | os.PathLike[str],
@@ -112,11 +120,12 @@ class FiledGuide(SummarizedGuide):
                 Parameters that the store holds under this name are removed.
 
         Raises:
-            TypeError: If this is not a path.
+            TypeError: If an argument is of another type, or the model does not take the arguments.
             ValueError: If the file is not a guide's or was damaged; if model, data or flow do not fit it.
         """
-        owner = f"AutoFlowGuide.load: expected '{path}' to"
-        contents = _contents(owner, _files.as_path("AutoFlowGuide.load", "path", path))
+        owner = f"{cls.__name__}.load: expected '{path}' to"
+        check_call(f"{cls.__name__}.load", "model", model, args, kwargs or {})
+        contents = _contents(owner, Path(path))
         recipe, options = Recipe(**contents["recipe"]), contents["options"]
         make: Any = cls  # AutoFlowGuide, or a subclass with its arguments
         guide: Guide = make(

@@ -14,12 +14,14 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_flows._checks import shown
 from pyro_flows.models.sites import full_size
 from pyro_flows.models.traces import NO_DENSITY, Call, sample_nodes
 
 __all__ = ["NEW", "Alignment", "Items", "Trained", "align"]
 
 NEW = "new"
+INDICES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # Plate -> for each of its items the training item that it is, or -1; or "new", if all are.
 Items = Mapping[str, str | Sequence[int] | Tensor]
 
@@ -135,12 +137,13 @@ class _Aligner(Messenger):
             return torch.full((count,), -1)
         try:
             wanted = torch.as_tensor(given)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):  # torch has one for each way to be no tensor
             wanted = torch.empty(0)
-        if wanted.shape != (count,) or wanted.is_floating_point() or wanted.min() < -1 or wanted.max() >= size:
+        are_indices = wanted.shape == (count,) and wanted.dtype in INDICES
+        if not are_indices or (wanted < -1).any() or (wanted >= size).any():
             raise ValueError(
                 f"{self.owner}: expected items['{plate}'] to be '{NEW}', or {count} indices of training items in "
-                f"[0, {size - 1}], with -1 for a new item, but got {given!r}."
+                f"[0, {size - 1}], with -1 for a new item, but got {shown(given)}."
             )
         return wanted.long()
 
@@ -222,5 +225,5 @@ def _check_match(owner: str, aligner: _Aligner, nodes: Mapping[str, Mapping[str,
             f"{owner}: plate '{plate}' has {size} items, and had {before} in training, so all of them are taken for new"
             f" ones, drawn from their prior given the globals. Write items={{'{plate}': '{NEW}'}} if they are; or list"
             f" the training item that each one is, with -1 for a new one.",
-            stacklevel=7,
+            stacklevel=8,
         )

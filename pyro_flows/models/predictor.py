@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,18 +12,19 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_flows._checks import Settings, shown
 from pyro_flows.models.alignment import Items, Trained, align
 from pyro_flows.models.batching import BatchedModel
 from pyro_flows.models.enumeration import enumerated_sites
 from pyro_flows.models.traces import Call, sample_nodes
 
-__all__ = ["DrawData", "PredictionSettings", "Predictor", "data_of"]
+__all__ = ["DrawData", "PredictionSettings", "Predictor", "check_names", "data_of"]
 
 Values = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class PredictionSettings:
+class PredictionSettings(Settings):
     """Sizes of runs and of results.
 
     Attributes:
@@ -37,6 +38,15 @@ class PredictionSettings:
     max_chunk: int = 1000
     num_probes: int = 3
     max_bytes: int = 2**32
+
+
+def check_names(owner: str, name: str, value: Any) -> None:
+    """Raise TypeError unless ``value`` is a name, or names; an iterator is left alone, since a look would use it up."""
+    if isinstance(value, (str, Iterator)):
+        return
+    is_list = isinstance(value, Collection) and not torch.is_tensor(value)
+    if not is_list or not all(isinstance(site, str) for site in value):
+        raise TypeError(f"{owner}: expected {name} to be a list of names, such as ['y'], but got {shown(value)}.")
 
 
 class Predictor:

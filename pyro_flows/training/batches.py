@@ -18,12 +18,6 @@ __all__ = ["Arguments", "Batches", "by_shape", "check_batches"]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-USED_UP = (
-    "fit: expected args to be mini-batches that can be iterated over again, but a second pass got none. Pass the "
-    "DataLoader itself, or a list of argument tuples."
-)
-
-
 def check_batches(owner: str, name: str, value: Any) -> None:
     """Raise TypeError unless ``value`` is a tuple of arguments, or mini-batches that can be iterated over again."""
     if isinstance(value, tuple):
@@ -50,6 +44,7 @@ class Batches:
         args: A tuple of arguments; or mini-batches: an iterable that can be iterated over repeatedly, of tuples or
             lists of arguments (as a ``DataLoader`` gives), or of single arguments.
         kwargs: Keyword arguments, the same for each mini-batch.
+        owner: Name of the caller, for error messages.
 
     Attributes:
         many: Whether there are mini-batches.
@@ -61,7 +56,10 @@ class Batches:
         ValueError: If there is no mini-batch.
     """
 
-    def __init__(self, args: tuple[Any, ...] | Iterable[Any], kwargs: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self, args: tuple[Any, ...] | Iterable[Any], kwargs: Mapping[str, Any] | None, owner: str = "fit"
+    ) -> None:
+        self._owner = owner
         self.kwargs = dict(kwargs or {})
         self.many = not isinstance(args, tuple)
         self._source: Iterable[Any] = args if self.many else [args]
@@ -72,14 +70,14 @@ class Batches:
         try:
             self.first: Arguments = next(self._pass())
         except StopIteration:
-            raise ValueError("fit: expected args to have at least one mini-batch, but got none.") from None
+            raise ValueError(f"{owner}: expected args to have at least one mini-batch, but got none.") from None
 
     def _pass(self) -> Iterator[Arguments]:
         for item in self._source:
             if isinstance(item, Mapping):
                 raise TypeError(
-                    f"fit: expected mini-batches to be tuples of the model's arguments, but got a dictionary of "
-                    f"{', '.join(map(repr, item))}. Write a loader, or its collate_fn, that makes (x, y)."
+                    f"{self._owner}: expected mini-batches to be tuples of the model's arguments, but got a dictionary "
+                    f"of {', '.join(map(repr, item))}. Write a loader, or its collate_fn, that makes (x, y)."
                 )
             yield (tuple(item) if isinstance(item, (tuple, list)) else (item,)), self.kwargs
 
@@ -93,7 +91,7 @@ class Batches:
                 self._taken += 1
                 yield call
             if empty:
-                raise TypeError(USED_UP)
+                raise self._used_up()
 
     def next(self) -> Arguments:
         """The arguments of the next step."""
@@ -128,8 +126,14 @@ class Batches:
             if held > max_elements:
                 break
         if not calls:
-            raise TypeError(USED_UP)
+            raise self._used_up()
         return calls
+
+    def _used_up(self) -> TypeError:
+        return TypeError(
+            f"{self._owner}: expected args to be mini-batches that can be iterated over again, but a second pass got "
+            "none. Pass the DataLoader itself, or a list of argument tuples."
+        )
 
 
 def by_shape(calls: Iterable[Arguments]) -> list[Arguments]:

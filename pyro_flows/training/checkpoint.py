@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,15 +58,12 @@ class Checkpoint:
         path: Path of the file; None writes no checkpoint.
         interval: Seconds between two checkpoints within a cycle, >= 0.
 
-    Raises:
-        TypeError: If this is not a path.
-
     Attributes:
         run: What the file holds, or will hold.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, interval: float) -> None:
-        self.path = None if path is None else _files.as_path("fit", "checkpoint", path)
+        self.path = None if path is None else Path(path)
         self.interval = interval
         self.run = StoredRun()
         self._saved = time.monotonic()

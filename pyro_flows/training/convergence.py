@@ -4,31 +4,52 @@
 from __future__ import annotations
 
 import math
+import numbers
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyro
 import torch
+from pyro.infer import SVI
 from torch import Tensor
 
-from pyro_flows._checks import check_int
+from pyro_flows._checks import (
+    Settings,
+    check_call,
+    check_positive,
+    check_type,
+    checked,
+    constant,
+    integer,
+    optional,
+    shown,
+)
 from pyro_flows.models.checks import where_not_finite
 from pyro_flows.models.traces import Call
-from pyro_flows.training.batches import Batches
+from pyro_flows.training.batches import Batches, check_batches
 from pyro_flows.training.monitor import Monitor
 
 __all__ = ["Convergence", "ConvergenceSettings", "until_converged"]
 
 
+def _check_share(owner: str, name: str, value: Any) -> None:
+    """Raise ValueError unless ``value`` is in (0, 0.5], so that there is room for two windows."""
+    check_positive(owner, name, value)
+    if value > 0.5:
+        raise ValueError(f"{owner}: expected {name} to be a number in (0, 0.5], but got {shown(value)}.")
+
+
 @dataclass(frozen=True)
-class ConvergenceSettings:
+class ConvergenceSettings(Settings):
     """The stopping rule of a loop.
 
     Attributes:
         min_window: Smallest number of steps of each of the two windows that are compared, >= 10.
-        share: Length of a window as a share of all steps, so that the comparison gets sharper the longer a run lasts.
+        share: Length of a window as a share of all steps, in (0, 0.5], so that the comparison gets sharper the longer
+            a run lasts.
         growth: Ratio of the numbers of steps at two checks, > 1.
         z_score: Standard errors that the loss has to fall by from one window to the next for training to go on.
         min_gain: Nats that it has to fall by, > 0.
@@ -38,15 +59,36 @@ class ConvergenceSettings:
         num_draws: Number of draws at which it is looked for.
     """
 
-    min_window: int = 400
-    share: float = 0.25
-    growth: float = 1.2
+    min_window: int = constant(400, integer(10))
+    share: float = constant(0.25, _check_share)
+    growth: float = constant(1.2, partial(check_positive, low=1))
     z_score: float = 0.5
     min_gain: float = 0.01
     num_checks: int = 2
     max_failures: int = 10
-    snapshot_interval: int = 10
+    snapshot_interval: int = constant(10, integer(1))
     num_draws: int = 100
+
+
+def _check_loss(owner: str, name: str, value: Any) -> None:
+    """Raise TypeError unless ``value`` is a number, or a tensor of one, which need not be finite."""
+    if torch.is_tensor(value) and value.numel() == 1:
+        value = value.item()
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{owner}: expected {name} to be a number, but got {shown(value)}.")
+
+
+def _check_svi(owner: str, name: str, value: Any) -> None:
+    """Raise TypeError unless ``value`` takes steps on data, which an optimizer does not."""
+    no_data = isinstance(value, (type, torch.optim.Optimizer))
+    if no_data or not callable(getattr(value, "step", None)):
+        raise TypeError(
+            f"{owner}: expected {name} to be an SVI, or to have a method step(*args, **kwargs), but got {shown(value)}."
+            " Write SVI(model, guide, optim, Trace_ELBO())."
+        )
+
+
+_check_settings = optional(partial(check_type, kind=ConvergenceSettings))
 
 
 class Convergence:
@@ -71,6 +113,7 @@ class Convergence:
         True
     """
 
+    @checked(settings=_check_settings)
     def __init__(self, settings: ConvergenceSettings | None = None) -> None:
         self.settings = settings or ConvergenceSettings()
         self.losses: list[float] = []
@@ -78,8 +121,10 @@ class Convergence:
         self._next = 2 * self.settings.min_window
         self._num_flat = 0
 
+    @checked(loss=_check_loss)
     def add(self, loss: float) -> bool:
         """Add the loss of a step, in nats; returns whether training has converged."""
+        loss = float(loss)
         if math.isfinite(loss):
             self.losses.append(loss)
         settings, count = self.settings, len(self.losses)
@@ -102,6 +147,7 @@ def _error_of_median(values: list[float]) -> float:
     return (high - low) / (2 * normal.inv_cdf(0.75)) * math.sqrt(math.pi / (2 * len(values)))
 
 
+@checked(svi=_check_svi, args=check_batches, max_steps=integer(1), settings=_check_settings)
 def until_converged(
     svi: Any,
     args: tuple[Any, ...] | Iterable[Any] = (),
@@ -128,7 +174,9 @@ def until_converged(
         The loss of each step, in nats.
 
     Raises:
-        TypeError: If ``args`` is an iterator, which would be used up.
+        TypeError: If an argument is of another type, ``svi`` or its model or guide does not take the arguments, or
+            ``args`` is an iterator, which would be used up.
+        ValueError: If a number is out of range, or there are no mini-batches.
         RuntimeError: If the parameters are no longer finite, or losses have not been for ten steps; names the sites of
             the model that have no finite log density at draws of the guide.
 
@@ -148,8 +196,11 @@ def until_converged(
         >>> len(losses) < 2000
         True
     """
-    check_int("until_converged", "max_steps", max_steps, 1)
-    return _steps(svi, Batches(args, kwargs), max_steps, progress, settings or ConvergenceSettings())
+    batches = Batches(args, kwargs, "until_converged")
+    programs = {"model": svi.model, "guide": svi.guide} if isinstance(svi, SVI) else {}
+    for name, program in {**programs, "svi.step": svi.step}.items():
+        check_call("until_converged", name, program, *batches.first)
+    return _steps(svi, batches, max_steps, progress, settings or ConvergenceSettings())
 
 
 def _steps(
@@ -163,7 +214,9 @@ def _steps(
             if num_failures == 0 and (not point or step % settings.snapshot_interval == 0):
                 point = _parameters()
             args, kwargs = batches.next()
-            loss = float(svi.step(*args, **kwargs))
+            loss = svi.step(*args, **kwargs)
+            _check_loss("until_converged", "what svi.step returns", loss)
+            loss = float(loss)
             num_failures = 0 if math.isfinite(loss) else num_failures + 1
             lost = [name for name, value in _parameters().items() if not value.isfinite().all()] if num_failures else []
             if lost or num_failures >= settings.max_failures:

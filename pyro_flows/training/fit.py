@@ -33,7 +33,7 @@ from pyro_flows.models.traces import Call, run_quietly, sample_nodes
 from pyro_flows.training.batches import Batches, check_batches
 from pyro_flows.training.checkpoint import Checkpoint
 from pyro_flows.training.interrupts import Interrupts
-from pyro_flows.training.monitor import Callback, Monitor
+from pyro_flows.training.monitor import Callback, Monitor, check_callback
 from pyro_flows.training.objective import EstimateSettings, Objective
 from pyro_flows.training.optimizers import described, peak_rate, resolve_optimizer
 from pyro_flows.training.options import RunOptions, changed_settings
@@ -128,6 +128,7 @@ class FitSettings(Settings):
     num_particles=optional(integer(1)),
     learning_rate=optional(check_positive),
     anneal=check_bool,
+    callback=optional(check_callback),
     compile=partial(check_choice, choices=(True, False, "auto")),
     checkpoint=optional(check_path),
     settings=optional(partial(check_type, kind=FitSettings)),

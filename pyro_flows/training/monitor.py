@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
-__all__ = ["Callback", "FitProgress", "Monitor"]
+from pyro_flows._checks import Settings, check_call, check_callable
+
+__all__ = ["Callback", "FitProgress", "Monitor", "check_callback"]
 
 Item = TypeVar("Item")
 
@@ -43,8 +45,14 @@ class FitProgress:
 Callback = Callable[[FitProgress], Any]
 
 
+def check_callback(owner: str, name: str, value: Any) -> None:
+    """Raise TypeError unless ``value`` is a function of one argument."""
+    check_callable(owner, name, value)
+    check_call(owner, name, value, (None,), {}, "Let it take a FitProgress.")
+
+
 @dataclass(frozen=True)
-class MonitorSettings:
+class MonitorSettings(Settings):
     """What the bar shows.
 
     Attributes:

@@ -81,7 +81,14 @@ def peak_rate(make: MakeOptimizer) -> float:
 
 def _made(make: MakeOptimizer) -> torch.optim.Optimizer:
     """The optimizer of an example."""
-    made = make([torch.zeros(1, requires_grad=True)])
+    try:
+        made = make([torch.zeros(1, requires_grad=True)])
+    except (TypeError, ValueError) as error:  # of a function that takes others, or of an option that torch refuses
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(
+            f"fit: expected optim to make an optimizer of a list of parameters, but it raises {error!r}. Write "
+            "optim=functools.partial(torch.optim.AdamW, lr=0.01)."
+        ) from error
     if not isinstance(made, torch.optim.Optimizer):
         raise TypeError(f"fit: expected optim to make a torch.optim.Optimizer, but got a {type(made).__name__}.")
     return made

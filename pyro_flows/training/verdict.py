@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from pyro_flows._checks import Settings, constant, integer
 from pyro_flows.diagnostics import Diagnosis
 from pyro_flows.diagnostics.diagnose import weigh
 from pyro_flows.diagnostics.search import SearchResult
@@ -19,7 +20,7 @@ __all__ = ["VerdictSettings", "first_verdict"]
 
 
 @dataclass(frozen=True)
-class VerdictSettings:
+class VerdictSettings(Settings):
     """Cost of a first verdict.
 
     Attributes:
@@ -28,7 +29,7 @@ class VerdictSettings:
         max_values: Largest number of draws times values of a draw.
     """
 
-    num_draws: int = 2000
+    num_draws: int = constant(2000, integer(0))
     min_draws: int = 500
     max_values: int = 2**24
 

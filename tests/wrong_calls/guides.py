@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -508,4 +511,179 @@ METHODS: dict[str, Row] = {
     ),
 }
 
-CALLS = {**CONSTRUCTOR, **SETUP, **METHODS}
+FOLDER = tempfile.TemporaryDirectory()
+
+
+@functools.cache
+def saved() -> Path:
+    """The file of a guide."""
+    path = Path(FOLDER.name) / "guide.pt"
+    ready(hierarchy, Y).save(path)
+    return path
+
+
+def load(path: Any, model: Any = hierarchy, args: Any = (Y,), kwargs: Any = None, **options: Any) -> Any:
+    return AutoFlowGuide.load(path, model, args, kwargs, **options)
+
+
+def load_saved(**options: Any) -> Any:
+    return load(saved(), **options)
+
+
+PATHS: dict[str, tuple[Any, str]] = {
+    "None": (None, "None"),
+    "a number": (3, "3"),
+    "True": (True, "True"),
+    "empty": ("", "''"),
+    "a list": (["guide.pt"], r"\['guide.pt'\]"),
+    "bytes": (b"guide.pt", "b'guide.pt'"),
+    "a model": (regression, "<function regression"),
+}
+
+FILES: dict[str, Row] = {
+    **{
+        f"{method}, path is {name}": (
+            lambda call=call, value=value: call(value),
+            TypeError,
+            f"AutoFlowGuide.{method}: expected path to be the path of a file, but got {words}",
+        )
+        for method, call in (("save", lambda path: ready().save(path)), ("load", load))
+        for name, (value, words) in PATHS.items()
+    },
+    "save, path is a folder": (
+        lambda: ready().save(FOLDER.name),
+        ValueError,
+        "AutoFlowGuide.save: expected '.*' to be a file that can be written, but Is a directory",
+    ),
+    "save, a missing folder": (
+        lambda: ready().save(Path(FOLDER.name) / "none" / "guide.pt"),
+        ValueError,
+        r"AutoFlowGuide.save: expected '.*none/guide\.pt' to be a file that can be written, but No such file",
+    ),
+    "save, not set up": (lambda: guide().save(saved()), RuntimeError, r"Call `guide\.setup\(\*args, \*\*kwargs\)`"),
+    "save, no path": (lambda: ready().save(), TypeError, r"expected AutoFlowGuide\.save\(path, \.\.\.\).*'path'"),
+    "load, no model": (
+        lambda: AutoFlowGuide.load(saved()),  # type: ignore[call-arg]
+        TypeError,
+        r"expected AutoFlowGuide\.load\(path, model, \.\.\.\), but got missing a required argument: 'model'",
+    ),
+    "load, a missing file": (
+        lambda: load(Path(FOLDER.name) / "none.pt"),
+        ValueError,
+        r"AutoFlowGuide.load: expected '.*none\.pt' to be a file that guide\.save has written, but",
+    ),
+    "load, a folder": (
+        lambda: load(FOLDER.name),
+        ValueError,
+        r"AutoFlowGuide.load: expected '.*' to be a file that guide\.save has written, but it is a folder",
+    ),
+    "load, text": (
+        lambda: load(__file__),
+        ValueError,
+        r"AutoFlowGuide.load: expected '.*guides\.py' to be a file that guide\.save has written, but it was cut off",
+    ),
+    **{
+        f"load, model is {name}": (
+            lambda value=value: load_saved(model=value),
+            TypeError,
+            f"AutoFlowGuide.load: expected model to be a Pyro model, a function, but got {words}",
+        )
+        for name, (value, words) in NOT_PROGRAMS.items()
+    },
+    "load, the guide as model": (
+        lambda: load_saved(model=ready(hierarchy, Y)),
+        ValueError,
+        "AutoFlowGuide.load: expected model to be a model, but got a guide",
+    ),
+    "load, another model": (
+        lambda: load_saved(model=items),
+        ValueError,
+        "AutoFlowGuide.load: expected '.*' to hold a guide of this model and these data, but site 'mu' is of shape",
+    ),
+    "load, data of another size": (
+        lambda: load_saved(args=(Y[:3],)),
+        ValueError,
+        r"hold a guide of this model and these data, but site 'theta' is of shape \(8\).*of shape \(3\)",
+    ),
+    **{
+        f"load, args is {name}": (
+            lambda value=value: load_saved(args=value),
+            TypeError,
+            rf"AutoFlowGuide.load: expected args to be a tuple, but got {words}",
+        )
+        for name, value, words in (
+            ("a tensor", Y, "a tensor"),
+            ("None", None, "None"),
+            ("a list", [3], r"\[3\]"),
+        )
+    },
+    "load, kwargs is a tensor": (
+        lambda: load_saved(args=(), kwargs=Y),
+        TypeError,
+        "AutoFlowGuide.load: expected kwargs to be a dictionary of the model's arguments",
+    ),
+    "load, no arguments": (
+        lambda: load_saved(args=()),
+        TypeError,
+        "AutoFlowGuide.load: expected the arguments that model takes.*got 0 by position.*'y'",
+    ),
+    "load, an argument too much": (
+        lambda: load_saved(args=(Y, Y)),
+        TypeError,
+        "AutoFlowGuide.load: expected the arguments that model takes.*got 2 by position",
+    ),
+    "load, flow is a number": (lambda: load_saved(flow=3), TypeError, "expected.*flow.*3"),
+    "load, an unknown flow": (lambda: load_saved(flow="nsf"), ValueError, "expected.*got 'nsf'"),
+    "load, another flow": (
+        lambda: load_saved(flow="planar"),
+        ValueError,
+        "AutoFlowGuide.load: expected '.*' to hold a guide with flow=planar.*Leave flow= out",
+    ),
+    "load, init_loc_fn is a number": (
+        lambda: load_saved(init_loc_fn=3),
+        TypeError,
+        "AutoFlowGuide.load: expected init_loc_fn to be a function, but got 3",
+    ),
+    "load, create_plates is a plate's name": (
+        lambda: load_saved(create_plates="groups"),
+        TypeError,
+        "AutoFlowGuide.load: expected create_plates to be a function, but got 'groups'",
+    ),
+    "load, create_plates of a guide without": (
+        lambda: load_saved(create_plates=lambda y: pyro.plate("groups", len(y))),
+        ValueError,
+        "be loaded as it was made, but the guide was made without create_plates",
+    ),
+    "load, encoders of a guide without": (
+        lambda: load_saved(amortize={"groups": nn.Linear(1, 2)}),
+        ValueError,
+        r"hold a guide with encoders for \['groups'\], but it has them for \[\]",
+    ),
+    "load, amortize is a list": (
+        lambda: load_saved(amortize=["groups"]),
+        TypeError,
+        r"expected amortize.*\['groups'\]",
+    ),
+    "load, name is a number": (
+        lambda: load_saved(name=3),
+        TypeError,
+        "AutoFlowGuide.load: expected name to be a string, and not empty, but got 3",
+    ),
+    "load, name is empty": (
+        lambda: load_saved(name=""),
+        TypeError,
+        "AutoFlowGuide.load: expected name to be a string, and not empty, but got ''",
+    ),
+    "load, a misspelt option": (
+        lambda: load_saved(amortise={}),
+        TypeError,
+        "AutoFlowGuide.load: expected options among path.*'amortise'. Did you mean 'amortize'",
+    ),
+    "load, the model's argument": (
+        lambda: load_saved(y=Y),
+        TypeError,
+        r"AutoFlowGuide.load: expected options among path.*'y'.*kwargs=\{'y'",
+    ),
+}
+
+CALLS = {**CONSTRUCTOR, **SETUP, **METHODS, **FILES}
