@@ -267,7 +267,7 @@ def refined(log_joint: Target, begin: Gaussian, moving: Tensor | None = None) ->
     factor = begin.factor if begin.factor.dim() == 2 else begin.factor.diag()
     (best,) = scored(log_joint, [replace(begin, factor=factor)], GAUSSIAN.num_elbo_draws)
     moving = torch.arange(len(begin.loc), device=begin.loc.device) if moving is None else moving
-    if len(moving) > GAUSSIAN.max_hessian_dim:
+    if not 0 < len(moving) <= GAUSSIAN.max_hessian_dim:
         return best
     count = GAUSSIAN.num_newton_draws + GAUSSIAN.num_newton_rows // len(begin.loc)
     for _ in range(GAUSSIAN.num_newton_steps):

@@ -266,6 +266,14 @@ def nested() -> None:
         pyro.sample("y", dist.Normal(group[..., of_row], scales[2]), obs=torch.sin(torch.arange(24.0)))
 
 
+def known_scales() -> None:
+    """All latents are links of the chain: no coordinate is free."""
+    a = pyro.sample("a", dist.Normal(1.0, 2.0))
+    b = pyro.sample("b", dist.Normal(a, 0.5))
+    c = pyro.sample("c", dist.Normal(0.5 * b - 1.0, 1.0))
+    pyro.sample("y", dist.Normal(c, 0.7), obs=torch.tensor(1.5))
+
+
 def scales_that_follow() -> None:
     """Volatility: the scale of each step follows the one before, which no Gaussian head can pool at once."""
     x = pyro.sample("x_0", dist.Normal(0.0, 1.0))
@@ -286,6 +294,18 @@ def test_a_chain_of_priors_is_pooled_at_once(model: Callable[[], None], pooled: 
     torch.testing.assert_close(head.own_slope.detach(), torch.zeros_like(head.own_slope), rtol=0.0, atol=0.03)
     assert sorted(head.own_tilt.tolist()) == pytest.approx([0.0] * (len(head.own_tilt) - 1) + [1.0], abs=1e-4)
     assert log_weights(model, guide, 4000)[0].var() / 2 < 0.35  # 0.8 and 0.4 with each link on its own
+
+
+def test_a_chain_without_free_coordinates_is_exact() -> None:
+    guide = AutoFlowGuide(known_scales).warm_start()
+    assert guide.posterior.only_block.flow.head.sizes == [0, 3]
+    assert log_weights(known_scales, guide, 1000)[0].std() < 1e-3
+    # From the default start, in a loop of one's own, too.
+    guide = AutoFlowGuide(known_scales)
+    svi = SVI(known_scales, guide, Adam({"lr": 0.02}), Trace_ELBO())
+    losses = [svi.step() for _ in range(500)]
+    exact = dist.Normal(-0.5, (1.0 + 0.25 * 4.25 + 0.49) ** 0.5).log_prob(torch.tensor(1.5))
+    assert sum(losses[-50:]) / 50 < -exact + 0.3
 
 
 def test_links_of_a_chain_are_one_block_of_the_flow() -> None:
