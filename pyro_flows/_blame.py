@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L0. Which line of a user's program an exception comes from."""
+"""L0. Which line of a user's program an exception or a warning comes from."""
 
 from __future__ import annotations
 
+import inspect
 import os
 import traceback
 
 import pyro
 import torch
 
-__all__ = ["blame"]
+__all__ = ["blame", "user_level"]
 
 # Folders whose lines are not the user's.
 LIBRARIES = tuple(os.path.dirname(module.__file__) + os.sep for module in (torch, pyro) if module.__file__)
@@ -39,3 +40,12 @@ def blame(error: BaseException, *never: str) -> str:
             name = os.path.basename(name) if os.path.isabs(name) else name
             return f"{name}, line {found[-1].lineno}, `{found[-1].line}`: {message}"
     return message
+
+
+def user_level() -> int:
+    """The ``stacklevel`` at which a warning of the caller names the user's line: the first outside of this package,
+    Pyro and torch."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_code.co_filename.startswith((OURS, *LIBRARIES)):
+        frame, level = frame.f_back, level + 1
+    return level

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import threading
 import warnings
+
+from pyro_flows._blame import user_level
 
 __all__ = ["one_at_a_time"]
 
@@ -31,7 +32,7 @@ class one_at_a_time:
             warnings.warn(
                 f"{self._owner}: waits for {one_at_a_time.holder} in another thread, since Pyro's handlers and torch's "
                 "random numbers belong to the whole process. To run several side by side, start processes.",
-                stacklevel=_level_of_the_user(),
+                stacklevel=user_level(),
             )
             self.lock.acquire()
         self._before, one_at_a_time.holder = one_at_a_time.holder, self._owner
@@ -39,14 +40,6 @@ class one_at_a_time:
     def __exit__(self, *error: object) -> None:
         one_at_a_time.holder = self._before
         self.lock.release()
-
-
-def _level_of_the_user() -> int:
-    """Number of frames, the caller's included, up to the first one outside of this package, or 1 if there is none."""
-    frame, level = inspect.currentframe(), 0
-    while frame is not None and str(frame.f_globals.get("__name__", "")).split(".")[0] == __name__.split(".")[0]:
-        frame, level = frame.f_back, level + 1
-    return max(level, 1)
 
 
 def _start_anew() -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_flows._blame import user_level
 from pyro_flows._checks import checked, integer, shown
 from pyro_flows._threads import one_at_a_time
 from pyro_flows.compiled.adam import AdamRule
@@ -286,7 +286,7 @@ class CompiledSVI(SVI):
 
     def _warn(self, message: str) -> None:
         """Warn at the line that takes the step."""
-        warnings.warn(f"CompiledSVI: {message}.", stacklevel=1 + _depth())
+        warnings.warn(f"CompiledSVI: {message}.", stacklevel=user_level())
 
     def _compile(self, graph: LossGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Compile the graph; after the first step, which created the optimizer's state."""
@@ -303,14 +303,6 @@ class CompiledSVI(SVI):
 
     def _loss(self, *args: Any, **kwargs: Any) -> Tensor:
         return tensor_loss(self._elbo)(self.model, self.guide, *args, **kwargs)
-
-
-def _depth() -> int:
-    """Number of frames of this file above the caller's line, the caller included."""
-    depth, frame = 0, inspect.currentframe()
-    while frame is not None and frame.f_code.co_filename == __file__:
-        depth, frame = depth + 1, frame.f_back
-    return depth
 
 
 def _check_optimizer(optim: PyroOptim) -> None:

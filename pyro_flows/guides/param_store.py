@@ -17,6 +17,7 @@ from pyro.infer.autoguide import AutoContinuous
 from pyro.nn.module import _is_module_local_param_enabled
 from torch import Tensor, nn
 
+from pyro_flows._blame import user_level
 from pyro_flows._checks import check_mapping
 from pyro_flows.flows.version_0_1_0 import from_0_1_0, is_from_0_1_0
 from pyro_flows.transforms.preconditioner import look_again
@@ -131,7 +132,7 @@ class StoredGuide(AutoContinuous):
                         f"AutoFlowGuide: the parameter store holds other tensors under the name '{self._pyro_name}' "
                         f"(another guide's, or a loaded file's), so this guide goes on with its own as '{free}'. "
                         "To take parameters from the store, pass a name: AutoFlowGuide(model, name=...).",
-                        stacklevel=6,
+                        stacklevel=user_level(),
                     )
                 self._pyro_set_supermodule(free, self._pyro_context)
         self._registered = True

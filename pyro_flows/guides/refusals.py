@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pyro_flows._blame import user_level
 from pyro_flows.flows import FlowSpec
 from pyro_flows.models.checks import without_density
 from pyro_flows.models.traces import Call
@@ -37,7 +38,7 @@ def warn_of_refused(
         "one step; this is said once, and `guide.num_refused` goes on counting. If it is many, look at the site's "
         "parameters and data for what overflows, or run the model in float64.",
         UserWarning,
-        stacklevel=3,
+        stacklevel=user_level(),
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_flows._blame import user_level
 from pyro_flows._checks import check_type, checked, integer, optional
 from pyro_flows._threads import one_at_a_time
 from pyro_flows.importance.psis import Smoothed, khat_threshold, nearly_constant, pareto_smooth
@@ -165,7 +166,7 @@ def _check(khat: Tensor, num_draws: int, settings: ResampleSettings) -> None:
             f"importance_resample: k-hat is {worst:.2f}, above {khat_threshold(num_draws):.2f}; the draws still lean "
             "toward the guide. See `diagnose(model, guide, args)` for what else to do.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=user_level(),
         )
 
 

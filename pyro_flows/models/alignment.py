@@ -14,6 +14,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_flows._blame import user_level
 from pyro_flows._checks import shown
 from pyro_flows.models.sites import full_size
 from pyro_flows.models.traces import NO_DENSITY, Call, sample_nodes
@@ -225,5 +226,5 @@ def _check_match(owner: str, aligner: _Aligner, nodes: Mapping[str, Mapping[str,
             f"{owner}: plate '{plate}' has {size} items, and had {before} in training, so all of them are taken for new"
             f" ones, drawn from their prior given the globals. Write items={{'{plate}': '{NEW}'}} if they are; or list"
             f" the training item that each one is, with -1 for a new one.",
-            stacklevel=8,
+            stacklevel=user_level(),
         )

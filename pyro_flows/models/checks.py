@@ -21,7 +21,7 @@ from pyro.poutine.util import site_is_subsample
 from pyro.util import check_site_shape
 from torch import Tensor
 
-from pyro_flows._blame import blame
+from pyro_flows._blame import blame, user_level
 from pyro_flows._checks import shown
 from pyro_flows.models.precision import remedy_at
 from pyro_flows.models.traces import NO_DENSITY, Call, mini_batches, replay_trace, run_quietly, sample_nodes
@@ -281,7 +281,7 @@ def warn_without_data(owner: str, nodes: Nodes, call: Call) -> None:
     warnings.warn(
         f"{owner}: no site of the model is observed, so that its posterior is its prior. If "
         f"{' or '.join(map(repr, largest))} is data, write `pyro.sample('{largest[-1]}', ..., obs=...)`.",
-        stacklevel=4,
+        stacklevel=user_level(),
     )
 
 

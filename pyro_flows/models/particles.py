@@ -16,6 +16,7 @@ from pyro.infer.util import is_validation_enabled
 from pyro.util import check_site_shape
 from torch import Tensor
 
+from pyro_flows._blame import user_level
 from pyro_flows.models.batching import BatchedModel
 from pyro_flows.models.checks import check_guide, check_latents, first_run, warn_without_data
 from pyro_flows.models.traces import (
@@ -102,7 +103,7 @@ def look_at(
         warnings.warn(
             f"{owner}: the guide does not draw {', '.join(map(repr, missing))}, which the model draws from the prior "
             "at every step.",
-            stacklevel=3,
+            stacklevel=user_level(),
         )
     warn_without_data(owner, nodes, call)
     latents = [name for name, node in nodes.items() if name in drawn[0] and not node["is_observed"]]

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from pyro_flows import _files
+from pyro_flows._blame import user_level
 from pyro_flows.compiled.parameters import trial
 from pyro_flows.guides import AutoFlowGuide
 from pyro_flows.models.fingerprint import data_difference, describe_data, describe_model, model_difference
@@ -215,7 +216,7 @@ class Checkpoint:
                     f"fit: can't write the checkpoint '{self.path}' ({error}), and goes on; the last one that was "
                     "written stays. Free space on the disk; the next one is tried in "
                     f"{self.interval:g} seconds. This is said once.",
-                    stacklevel=2,
+                    stacklevel=user_level(),
                 )
         finally:
             self.run.state = None

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_flows._blame import user_level
 from pyro_flows._checks import Settings
 from pyro_flows._memory import DoesNotFit, first_line, is_out_of_memory
 from pyro_flows.compiled.cost import OperationCounter, StepCost
@@ -183,7 +184,7 @@ class Trainer:
             warnings.warn(
                 f"fit: goes on with eager steps where the run had recorded ones, since {failure}. Results differ from "
                 "those of the uninterrupted run by rounding.",
-                stacklevel=4,
+                stacklevel=user_level(),
             )
             return
         if state.step_kind == "compiled":
@@ -191,7 +192,7 @@ class Trainer:
                 self.objective.compile()
                 return
             except RuntimeError as error:
-                warnings.warn(f"fit: goes on without compilation, since {error}.", stacklevel=4)
+                warnings.warn(f"fit: goes on without compilation, since {error}.", stacklevel=user_level())
         graph.script(*self.objective.batches.first)
 
     def _fresh_optimizers(self) -> Optimizers:
@@ -217,7 +218,7 @@ class Trainer:
             except RecordingError as error:
                 state.is_step_kind_final = True
                 if asked:
-                    warnings.warn(f"fit: takes eager steps, since {error}.", stacklevel=4)
+                    warnings.warn(f"fit: takes eager steps, since {error}.", stacklevel=user_level())
                 return
             state.step_kind = "recorded"
             before, self._optimizers = self._optimizers, self._fresh_optimizers()
@@ -234,7 +235,9 @@ class Trainer:
                 return
             except RuntimeError as error:
                 if asked:
-                    warnings.warn(f"fit: runs its recorded step without compilation, since {error}.", stacklevel=4)
+                    warnings.warn(
+                        f"fit: runs its recorded step without compilation, since {error}.", stacklevel=user_level()
+                    )
         if is_new:
             graph.script(*self.objective.batches.first)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.transforms import Transform, _InverseTransform
 
+from pyro_flows._blame import user_level
 from pyro_flows._checks import checked
 from pyro_flows.transforms.base import FlowTransform
 from pyro_flows.transforms.permutation import Permutation
@@ -210,7 +211,7 @@ def _check_density(transform: Transform) -> None:
             "BlockAutoregressive: without residual connections its range is bounded, so the guide's tails are cut off "
             'and importance weights fail. Pass residual="gated" or use flow="block_autoregressive".',
             UserWarning,
-            stacklevel=2,
+            stacklevel=user_level(),
         )
 
 

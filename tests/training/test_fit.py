@@ -483,3 +483,14 @@ def test_the_result_of_a_point_says_so() -> None:
     point, normal = (fit(conjugate, make(conjugate), (Y,), **options) for make in (AutoDelta, AutoNormal))
     assert point.is_point and str(point).startswith("Log joint at a point") and "no uncertainty" in point.advice
     assert not normal.is_point and str(normal).startswith("ELBO")
+
+
+def test_a_warning_names_the_users_line() -> None:
+    def model(y: Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(loc if float(loc.sum()) else 0.0, 1.0), obs=y)
+
+    with pytest.warns(UserWarning, match="fit: takes eager steps, since") as caught:
+        fit(model, AutoNormal(model), (Y,), num_steps=2, num_particles=1, compile=True, progress=False)
+    assert [w.filename for w in caught if "takes eager steps" in str(w.message)] == [__file__]
