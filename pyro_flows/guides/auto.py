@@ -13,7 +13,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_feasible
+from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 from torch.distributions.transforms import Transform
 
@@ -34,9 +34,9 @@ from pyro_flows.flows.recipe import Recipe
 from pyro_flows.flows.resolve import FlowLike, resolve
 from pyro_flows.guides.delta import DensityDelta
 from pyro_flows.guides.files import FiledGuide
-from pyro_flows.guides.initialization import init_to_prior_median
+from pyro_flows.guides.initialization import better_start, init_to_prior_median
 from pyro_flows.guides.refusals import check_spec, warn_of_refused
-from pyro_flows.models.latents import checked_init, hide_from_guide, log_density, trace_latents
+from pyro_flows.models.latents import checked_init, hide_from_guide, trace_latents
 from pyro_flows.models.sites import full_size
 from pyro_flows.posterior.encoders import checked_encoders
 from pyro_flows.posterior.joint import JointBlock
@@ -201,9 +201,8 @@ class AutoFlowGuide(FiledGuide):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         if self._has_default_start:
-            feasible = InitMessenger(checked_init(init_to_feasible))(self.model)
-            if log_density(feasible, args, kwargs) > log_density(self.started_model, args, kwargs):
-                self._model = (self.model, feasible)
+            init_loc_fn = better_start(self.model, self.init_scale, args, kwargs)
+            self._model = (self.model, InitMessenger(checked_init(init_loc_fn))(self.model))
         given = self._given_plates(args, kwargs)
         trace = trace_latents(self.started_model, args, kwargs, given)
         if self.master is not None and self.master().prototype_trace is not None:

@@ -51,14 +51,19 @@ class SummarizedGuide(StoredGuide):
 
     def _fingerprint(self) -> float:
         """A number that any change of the parameters changes."""
-        return sum(p.detach().double().cos().sum().item() for p in self._posterior.parameters())
+        # Of the slope of the sine at one: parameters are initialized to zero, where the cosine has none.
+        return sum((p.detach().double() + 1.0).sin().sum().item() for p in self._posterior.parameters())
+
+    @property
+    def is_initial(self) -> bool:
+        """Whether the guide is as it was set up, neither warm-started, trained nor loaded."""
+        return self.prototype_trace is not None and math.isclose(self._fingerprint(), self._initial, rel_tol=1e-12)
 
     def __repr__(self) -> str:
         name = f"{type(self).__name__}(flow={self._recipe.family or self._recipe.title!r}, "
         if self.prototype_trace is None:
             return f"{name}not set up: has not seen the model's arguments)"
-        is_initial = math.isclose(self._fingerprint(), self._initial, rel_tol=1e-9)
-        lines = [f"{name}{'not trained' if is_initial else 'warm-started or trained'})"]
+        lines = [f"{name}{'not trained' if self.is_initial else 'warm-started or trained'})"]
         for layout in self._posterior.layouts():
             sites = ", ".join(f"{site.name} {tuple(site.shape)}" for site in layout)
             amortized = any(self._posterior.encoder(plate) is not None for plate in layout.plate_names)

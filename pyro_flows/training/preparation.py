@@ -25,7 +25,7 @@ __all__ = ["restored", "set_up", "sparse_tables", "warm_start", "without_step_li
 
 
 def set_up(guide: Callable[..., Any], batches: Batches, limit: int, max_elements: int) -> list[Arguments]:
-    """Set up a flow guide that has not seen data yet; returns mini-batches to warm-start it on, none for other guides.
+    """Set up a flow guide; returns mini-batches to warm-start it on, none if it is trained or no flow guide.
 
     Args:
         guide: Any guide.
@@ -33,7 +33,7 @@ def set_up(guide: Callable[..., Any], batches: Batches, limit: int, max_elements
         limit: Largest number of mini-batches.
         max_elements: See :meth:`Batches.one_pass`.
     """
-    if not isinstance(guide, AutoFlowGuide) or guide.prototype_trace is not None:
+    if not isinstance(guide, AutoFlowGuide) or not (guide.prototype_trace is None or guide.is_initial):
         return []
     calls = batches.one_pass(limit, max_elements)
     guide.setup(*calls[0][0], **calls[0][1])

@@ -151,6 +151,35 @@ def test_the_start_is_where_auto_normal_is_if_the_density_is_higher_there() -> N
     assert (start["z"].item(), start["tau"].item()) == pytest.approx((5.0, 5.0), abs=1e-3)
 
 
+def test_each_site_starts_where_the_elbo_is_higher() -> None:
+    """A vague prior's median is far from data, and an informative one's is near them."""
+
+    def model(y: Tensor) -> None:
+        rate = pyro.sample("rate", dist.LogNormal(3.0, 0.1))
+        z = pyro.sample("z", dist.Normal(500.0, 1000.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(z, rate), obs=y)
+
+    y = torch.tensor([20.0, -20.0, 5.0])
+    start = AutoFlowGuide(model).setup(y).median(y)
+    assert (start["z"].item(), start["rate"].item()) == pytest.approx((0.0, math.exp(3.0)), abs=1e-3)
+
+
+def test_a_start_of_high_density_whose_draws_have_none_is_not_taken() -> None:
+    """As of a hierarchy whose members are all alike: the smaller their scale, the higher the density."""
+
+    def model(y: Tensor) -> None:
+        scale = pyro.sample("scale", dist.LogNormal(-12.0, 5.0))
+        with pyro.plate("groups", len(y)):
+            member = pyro.sample("member", dist.Normal(0.0, scale))
+            pyro.sample("y", dist.Normal(member, 1.0), obs=y)
+
+    y = torch.tensor([1.0, -1.0, 2.0, 0.5])
+    starts = [InitMessenger(init)(model) for init in (init_to_prior_median, init_to_feasible)]
+    assert log_density(starts[0], (y,), {}) > log_density(starts[1], (y,), {})
+    assert AutoFlowGuide(model).setup(y).median(y)["scale"] == pytest.approx(1.0, abs=1e-3)
+
+
 def test_the_log_density_is_that_of_unconstrained_latents() -> None:
     def model() -> None:
         pyro.sample("s", dist.LogNormal(torch.zeros(3), 2.0).to_event(1))
@@ -204,7 +233,7 @@ def test_set_up_draws_the_same_noise_as_without_the_check(monkeypatch: pytest.Mo
     for check in (True, False):
         pyro.set_rng_seed(0)
         if not check:
-            monkeypatch.setattr("pyro_flows.guides.auto.log_density", lambda *_: 0.0)
+            monkeypatch.setattr("pyro_flows.guides.auto.better_start", lambda *_: init_to_prior_median)
         AutoFlowGuide(model).setup()
         states.append(torch.get_rng_state())
     assert torch.equal(*states)

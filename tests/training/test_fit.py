@@ -52,6 +52,19 @@ def test_a_gaussian_posterior_needs_no_steps() -> None:
     assert "draws can tell" in result.reason
 
 
+@pytest.mark.parametrize("before", ["setup", "median", "moved"])
+def test_a_guide_that_was_used_but_not_trained_is_warm_started(before: str) -> None:
+    guide = AutoFlowGuide(conjugate).setup(Y)
+    if before == "median":
+        guide.median(Y)
+    if before == "moved":  # by less than a step of any optimizer
+        with torch.no_grad():
+            next(guide.parameters()).add_(1e-5)
+    assert guide.is_initial == (before != "moved")
+    result = fit(conjugate, guide, (Y,), num_steps=2, seed=0, progress=False)
+    assert (result.elbo == pytest.approx(LOG_EVIDENCE, abs=1e-3)) == (before != "moved")
+
+
 @pytest.mark.slow
 def test_a_banana_is_fitted_in_one_call() -> None:
     # Eager: when steps are recorded depends on the machine, and rounding then decides where rare gradients lead.
