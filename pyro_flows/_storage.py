@@ -57,9 +57,9 @@ class Storage:
         self._rooms: dict[str, Tensor] = {}
         for name, value in like.items():
             if self._folder is None:
-                self._rooms[name] = torch.empty(shapes[name], dtype=value.dtype)
+                self._rooms[name] = torch.empty(shapes[name], dtype=value.dtype, device="cpu")
                 continue
-            dtype = torch.empty((), dtype=value.dtype).numpy().dtype
+            dtype = torch.empty((), dtype=value.dtype, device="cpu").numpy().dtype
             opened = np.lib.format.open_memmap(self._part(name), mode="w+", dtype=dtype, shape=shapes[name])
             self._rooms[name] = torch.from_numpy(opened)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_flows._checks import check_call, check_mapping, check_path, check_type, checked, integer, optional
+from pyro_flows._random import seeded
 from pyro_flows._storage import Storage
 from pyro_flows._threads import one_at_a_time
 from pyro_flows.guides import AutoFlowGuide
@@ -117,9 +118,7 @@ def predict(
         (torch.Size([1000, 2]), [40, 60])
     """
     call = Call(args, dict(kwargs or {}))
-    with one_at_a_time("predict"), torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.default_generator.manual_seed(int(seed))
+    with one_at_a_time("predict"), seeded(seed):
         return draw_predictions(
             "predict",
             model,
@@ -218,10 +217,8 @@ def prior_predictive(
     call = Call(args, dict(kwargs or {}))
     check_call("prior_predictive", "model", model, call.args, call.kwargs, REMEDY)
     model = on_full_plates(model)
-    isolated = torch.random.fork_rng(devices=[], enabled=seed is not None)
+    isolated = seeded(seed)
     with one_at_a_time("prior_predictive"), torch.no_grad(), isolated:
-        if seed is not None:
-            torch.default_generator.manual_seed(int(seed))
         nodes = sample_nodes(run_quietly(model, call)).values()
         root = next((node for node in nodes if not node["is_observed"] and node["value"].numel()), None)
         if root is None:

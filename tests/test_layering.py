@@ -23,6 +23,7 @@ LAYERS = {
     "_checks": 0,
     "_files": 0,
     "_memory": 0,
+    "_random": 0,
     "_recording": 0,
     "_storage": 0,
     "_threads": 0,

@@ -29,6 +29,8 @@ class AdamRule:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._group = optimizer.param_groups[0]
         self._state = optimizer.state[self._group["params"][0]]
+        if torch.is_tensor(self._state["step"]):  # on the default device, where torch has made it
+            self._state["step"] = self._state["step"].cpu()
         self._clips = isinstance(optimizer, pyro.optim.clipped_adam.ClippedAdam)
         self.options = self._options()
         self._next = self.rates(0.0, 0.0)
@@ -37,14 +39,12 @@ class AdamRule:
     @staticmethod
     def applies_to(optimizer: torch.optim.Optimizer) -> bool:
         """Whether an optimizer can be recorded: torch's ``Adam`` or Pyro's ``ClippedAdam`` without rarely used options,
-        after its first step, of one parameter on a CPU. CUDA graphs do not allow inputs that change, and on a GPU Adam
-        is one kernel anyway."""
+        after its first step, of one parameter."""
         if type(optimizer) not in (torch.optim.Adam, pyro.optim.clipped_adam.ClippedAdam):
             return False
         (group,) = optimizer.param_groups
-        unusual = ("amsgrad", "maximize", "weight_decay", "centered_variance", "differentiable", "capturable")
-        known = not any(group.get(name) for name in unusual) and not torch.is_tensor(group["lr"])
-        return known and group["params"][0].device.type == "cpu"
+        unusual = ("amsgrad", "maximize", "weight_decay", "centered_variance", "differentiable", "capturable", "fused")
+        return not any(group.get(name) for name in unusual) and not torch.is_tensor(group["lr"])
 
     def _options(self) -> tuple[Any, ...]:
         return self._group["betas"], self._group["eps"], self._group.get("clip_norm")
@@ -61,7 +61,7 @@ class AdamRule:
 
     def next_rates(self) -> Tensor:
         """Count a step; returns its bias-corrected learning rate, and the bias correction of the second moment's root,
-        ``(2,)``, in memory that the next call overwrites."""
+        ``(2,)``, on the CPU, in memory that the next call overwrites."""
         group, state = self._group, self._state
         count = state["step"]
         if torch.is_tensor(count):  # by NumPy: torch's overhead for one number exceeds many a kernel's time
@@ -79,8 +79,7 @@ class AdamRule:
 
     def rates(self, rate: float, root: float) -> Tensor:
         """A learning rate and a bias correction in the form of :meth:`next_rates`."""
-        like = self._state["exp_avg"]
-        return torch.tensor((rate, root), dtype=like.dtype, device=like.device)
+        return torch.tensor((rate, root), dtype=self._state["exp_avg"].dtype, device="cpu")
 
     def update(
         self, parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rates: Tensor, per_limit: Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from pyro_flows._blame import blame
 from pyro_flows.compiled import tracer
 from pyro_flows.compiled.adam import AdamRule
+from pyro_flows.compiled.cuda import CudaGraph
 from pyro_flows.compiled.guard import Guard, watch_reads
 from pyro_flows.compiled.inductor import to_machine_code, without_collector
 from pyro_flows.compiled.parameters import FlatParameter, RecordingError, trial
@@ -174,7 +175,8 @@ class LossGraph:
 
     @torch.no_grad()
     def script(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Have TorchScript run the graph, in half the time; takes a second or two. On failure the graph is unchanged.
+        """Have TorchScript run the graph, in half the time, or a GPU as one CUDA graph; takes a second or two. On
+        failure the graph is unchanged.
 
         Args:
             args: Positional arguments of the structure that was recorded.
@@ -183,7 +185,10 @@ class LossGraph:
         inputs = [self._parameter.vector, *_tensors(args, kwargs), *self._captured]
         try:
             with trial(self._state):
-                run = to_script(self._graph, inputs)
+                if self._is_on_gpu:
+                    run: Callable[..., Sequence[Tensor]] = CudaGraph(self._graph, inputs, self._moving(inputs))
+                else:
+                    run = to_script(self._graph, inputs)
             with trial(self._state):
                 expected = self._graph(*inputs)
             with trial(self._state):
@@ -194,7 +199,8 @@ class LossGraph:
 
     @torch.no_grad()
     def compile(self, args: tuple[Any, ...], kwargs: dict[str, Any], rule: AdamRule | None = None) -> None:
-        """Compile the graph with torch's compiler; takes seconds to minutes, unless the result is in its cache.
+        """Compile the graph with torch's compiler; takes seconds to minutes, unless the result is in its cache. On a
+        GPU, its kernels are launched as one CUDA graph.
 
         Noise is drawn by the same functions as in eager code, so that the same seed gives the same numbers.
 
@@ -209,25 +215,50 @@ class LossGraph:
         """
         assert self.is_fresh
         self.is_fresh = False
-        inputs = [self._parameter.vector, *_tensors(args, kwargs), *self._captured]
+        vector = self._parameter.vector
+        inputs = [vector, *_tensors(args, kwargs), *self._captured]
         with trial(self._state):
-            expected = self._run(*inputs)
+            expected = [value.clone() for value in self._run(*inputs)]
+        moved: list[Tensor] = []
         if rule is not None:
-            _append_step(self._graph, rule, inputs[0])
+            _append_step(self._graph, rule, vector)
             self.rule = rule
-            # A trial, on copies; from a second moment that does not vanish where gradients are only rounding.
-            ones = torch.ones_like(inputs[0])
-            example = [torch.zeros_like(ones), ones, rule.rates(1.0, 1.0), self._parameter.per_limit]
-            expected = [*expected, rule.update(inputs[0], expected[1], *example)[0]]
-            inputs[:1] = [inputs[0].clone(), *example]
+            moved = [vector, *rule.moments]
+            inputs[1:1] = [*rule.moments, rule.rates(1.0, 1.0), self._parameter.per_limit]
+            zeros = torch.zeros_like(vector)
+            expected.append(rule.update(vector, expected[1], zeros, zeros + 1.0, *inputs[3:5])[0])
+
+        def accept(make: Callable[[GraphModule, list[Tensor]], Callable[..., Sequence[Tensor]]]) -> None:
+            with trial([*self._state, *moved]):
+                run = make(self._graph, inputs)
+                if self._is_on_gpu:
+                    run = CudaGraph(run, inputs, self._moving(inputs))
+            with trial([*self._state, *moved]):
+                if rule is not None:  # from a second moment that does not vanish where gradients are only rounding
+                    moved[1].zero_()
+                    moved[2].fill_(1.0)
+                found = [*run(*inputs), *(value.clone() for value in moved[:1])]
+            self._verify(expected, found)
+            self._run = run
+
         try:
-            run = to_machine_code(self._graph, inputs)
-            with trial(self._state):
-                found = [*run(*inputs), *([] if rule is None else inputs[:1])]
+            accept(to_machine_code)
+        except RecordingError:
+            raise
         except Exception as error:  # a missing compiler is reported in many ways
+            if self._is_on_gpu:
+                with suppress(RuntimeError):
+                    accept(lambda graph, _: graph)
             raise RuntimeError(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
-        self._verify(expected, found)
-        self._run = run
+
+    @property
+    def _is_on_gpu(self) -> bool:
+        return self._parameter.vector.is_cuda
+
+    def _moving(self, inputs: Sequence[Tensor]) -> range:
+        """Positions of the arguments among all inputs; other inputs stay in place in memory."""
+        end = len(inputs) - len(self._captured)
+        return range(1 if self.rule is None else 5, end)
 
     def _verify(self, expected: Sequence[Tensor], found: Sequence[Tensor]) -> None:
         """Check that two runs from the same noise agree.

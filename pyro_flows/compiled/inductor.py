@@ -23,12 +23,12 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 __all__ = ["to_machine_code", "without_collector"]
 
-# Inductor's options. Noise comes from torch's own generator. On a CPU, the kernels are called from C++, since calls
-# from Python would take as long as the kernels; they share one memory pool; and no patterns fuse sums and products
-# again, see below. The rest saves compile time: the instruction set that the processor reports is not tested; calls are
-# compiled apart from the kernels, with less optimization; headers are not precompiled; and the remainder of a loop has
-# no masked code, which is no faster either.
-GPU_OPTIONS: dict[str, Any] = {"fallback_random": True, "triton.cudagraphs": True}
+# Inductor's options. Noise comes from torch's own generator. A GPU's kernels are launched by CudaGraph. On a CPU, they
+# are called from C++, since calls from Python would take as long as the kernels; they share one memory pool; and no
+# patterns fuse sums and products again, see below. The rest saves compile time: the instruction set that the processor
+# reports is not tested; calls are compiled apart from the kernels, with less optimization; headers are not precompiled;
+# and the remainder of a loop has no masked code, which is no faster either.
+GPU_OPTIONS: dict[str, Any] = {"fallback_random": True}
 CPU_OPTIONS: dict[str, Any] = {
     "fallback_random": True,
     "cpp_wrapper": True,
@@ -63,6 +63,8 @@ ONE_AT_A_TIME = threading.RLock()
 def to_machine_code(graph: GraphModule, inputs: list[Any]) -> Callable[..., Sequence[Tensor]]:
     """Compile a graph for inputs of these shapes and dtypes; uses inductor's cache."""
     is_cuda = inputs[0].is_cuda
+    if is_cuda:  # numbers that the model keeps on the CPU, and learning rates; see CudaGraph
+        inputs = [value.to(inputs[0].device) for value in inputs]
     if not is_cuda:
         _unfuse(graph)
     options = GPU_OPTIONS if is_cuda else CPU_OPTIONS

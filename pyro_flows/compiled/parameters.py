@@ -12,6 +12,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_flows._random import forked
 from pyro_flows.compiled.adam import limited_step
 
 __all__ = ["FlatParameter", "RecordingError", "StepLimit", "leaves_of", "limits_of", "modules_of", "state_of", "trial"]
@@ -140,12 +141,12 @@ def limits_of(program: Any) -> list[StepLimit]:
 
 @contextmanager
 def trial(state: Sequence[Tensor]) -> Iterator[None]:
-    """Restore torch's generator and a state on exit."""
-    generator, before = torch.random.get_rng_state(), [value.clone() for value in state]
+    """Restore torch's random state and tensors on exit."""
+    before = [value.clone() for value in state]
     try:
-        yield
+        with forked():
+            yield
     finally:
-        torch.random.set_rng_state(generator)
         with torch.no_grad():
             for value, old in zip(state, before, strict=True):
                 value.copy_(old)

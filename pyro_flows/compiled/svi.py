@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from pyro_flows._blame import user_level
 from pyro_flows._checks import checked, integer, shown
+from pyro_flows._random import forked
 from pyro_flows._threads import one_at_a_time
 from pyro_flows.compiled.adam import AdamRule
 from pyro_flows.compiled.graph import LossGraph
@@ -296,7 +297,7 @@ class CompiledSVI(SVI):
         clips = self.optim.grad_clip[self._parameter.flat] is not None
         rule = AdamRule(optimizer) if AdamRule.applies_to(optimizer) and not clips else None
         try:
-            with torch.random.fork_rng():
+            with forked():
                 graph.compile(args, kwargs, rule)
         except RuntimeError as error:
             self._warn(f"runs its graph without machine code, since {error}")

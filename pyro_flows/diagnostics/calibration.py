@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_flows._checks import check_call, check_callable, check_program, check_type, checked, integer, optional, shown
+from pyro_flows._random import seeded
 from pyro_flows._threads import one_at_a_time
 from pyro_flows.guides import AutoFlowGuide
 from pyro_flows.importance.weights import ImportanceSampler
@@ -200,9 +201,7 @@ def check_calibration(
     check_call(OWNER, "model", model, args, kwargs or {})
     if refit is not None:
         check_call(OWNER, "refit", refit, (model, args, kwargs), {}, "Write refit=lambda model, args, kwargs: ...")
-    with one_at_a_time("check_calibration"), torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.default_generator.manual_seed(int(seed))
+    with one_at_a_time("check_calibration"), seeded(seed):
         simulator = _Simulator(model, args, dict(kwargs or {}), to_args, amortized=refit is None)
         if num_datasets is None:
             many = math.ceil(settings.num_items / simulator.num_items)

@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from pyro_flows._checks import check_program, checked, close_match, integer, shown
+from pyro_flows._random import seeded
 from pyro_flows._threads import one_at_a_time
 from pyro_flows.diagnostics.diagnose import weigh
 from pyro_flows.diagnostics.report import NOT_KNOWN, SEARCH_ELSEWHERE, Diagnosis
@@ -129,9 +128,7 @@ def compare(
     """
     found: dict[str, Diagnosis] = {}
     searched: dict[tuple[int, int], SearchResult] = {}
-    with one_at_a_time("compare"), torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.default_generator.manual_seed(int(seed))
+    with one_at_a_time("compare"), seeded(seed):
         for name, guide in guides.items():
             sampler = ImportanceSampler("compare", model, guide, args, kwargs)
             layout = (sampler.structure.num_items, sampler.structure.item_dim)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows._checks import checked, integer
+from pyro_flows._random import seeded
 from pyro_flows._threads import one_at_a_time
 from pyro_flows.diagnostics.elbo import estimate_elbo
 from pyro_flows.diagnostics.evidence import Evidence, estimate_evidence, lost_mass
@@ -96,9 +97,7 @@ def diagnose(
         Yao, Vehtari, Simpson, Gelman. Yes, but Did It Work?: Evaluating Variational Inference. ICML 2018.
         Vehtari, Simpson, Gelman, Yao, Gabry. Pareto Smoothed Importance Sampling. JMLR 25(72), 2024.
     """
-    with one_at_a_time("diagnose"), torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.default_generator.manual_seed(int(seed))
+    with one_at_a_time("diagnose"), seeded(seed):
         sampler = ImportanceSampler("diagnose", model, guide, args, kwargs)
         warn_without_data("diagnose", sampler.score.model.nodes, sampler.score.model.call)
         found = search_regions(sampler, model, args, kwargs or {}, enabled=search, progress=progress)

@@ -54,7 +54,7 @@ class Evidence(NamedTuple):
     @classmethod
     def unknown(cls, num_items: int) -> Evidence:
         """All NaN, where weights have the noise of mini-batches."""
-        return cls(*torch.full((6, num_items), math.nan, dtype=torch.double))
+        return cls(*torch.full((6, num_items), math.nan, dtype=torch.double, device="cpu"))
 
 
 def estimate_evidence(log_weights: Tensor) -> Evidence:
@@ -64,7 +64,7 @@ def estimate_evidence(log_weights: Tensor) -> Evidence:
     relative = (log_weights - log_mean).exp()
     error = relative.std(0) / math.sqrt(count)
     ess = count / relative.square().mean(0)
-    khat = torch.tensor([pareto_smooth(column).khat for column in log_weights.unbind(1)], dtype=torch.double)
+    khat = log_mean.new_tensor([pareto_smooth(column).khat for column in log_weights.unbind(1)], dtype=torch.double)
     none = torch.zeros_like(log_mean)
     return Evidence(log_mean, error, ess, khat, none, none)
 

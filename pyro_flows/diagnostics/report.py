@@ -160,7 +160,7 @@ class Diagnosis:
 
 
 def _items_line(items: Items, threshold: float) -> str:
-    gaps = items.gap.quantile(torch.tensor([0.05, 0.5, 0.95], dtype=items.gap.dtype))
+    gaps = items.gap.quantile(items.gap.new_tensor([0.05, 0.5, 0.95]))
     above = int((items.khat > threshold).sum())
     return (
         f"by item of '{items.plate}': gap 5 % {gaps[0]:.3f}, median {gaps[1]:.3f}, 95 % {gaps[2]:.3f}; k-hat above the "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows._checks import check_bool, check_call, check_mapping, checked, integer, optional, shown
+from pyro_flows._random import seeded
 from pyro_flows._threads import one_at_a_time
 from pyro_flows.export.containers import Groups, Variables, container, to_container
 from pyro_flows.export.runs import OWNER, SAMPLE_DIMS, ModelRuns, dims_of, generic_dims, read_sites, to_numpy
@@ -145,9 +146,7 @@ def to_inference_data(
     kwargs = dict(kwargs or {})
     for name, program in (("model", model), ("guide", guide)):
         check_call(OWNER, name, program, args, kwargs)
-    with one_at_a_time(OWNER), torch.random.fork_rng(devices=[], enabled=seed is not None), torch.no_grad():
-        if seed is not None:
-            torch.default_generator.manual_seed(int(seed))
+    with one_at_a_time(OWNER), seeded(seed), torch.no_grad():
         sampler = ImportanceSampler(OWNER, on_full_plates(model), on_full_plates(guide), args, kwargs)
         structure = sampler.structure
         _check_structure(structure, log_likelihood=log_likelihood)
@@ -275,7 +274,7 @@ def _sample_stats(chunks: Sequence[Draws], structure: Structure, num_chains: int
     log_weights = torch.cat([chunk.log_weights for chunk in chunks])  # (S, N)
     log_q = torch.cat([chunk.log_guide for chunk in chunks]).sum(-1)
     log_p = torch.cat([chunk.log_joint for chunk in chunks]).sum(-1)
-    khats = torch.tensor([pareto_smooth(column).khat for column in log_weights.unbind(-1)], dtype=torch.double)
+    khats = log_q.new_tensor([pareto_smooth(column).khat for column in log_weights.unbind(-1)], dtype=torch.double)
     plate = () if structure.items is None else (structure.items.name,)
     if not plate:
         log_weights, khats = log_weights.squeeze(-1), khats.squeeze(-1)

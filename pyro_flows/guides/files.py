@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pyro
-import torch
 from torch import Tensor
 
 from pyro_flows import _files
 from pyro_flows._checks import check_call, check_callable, check_path, check_text, checked, optional
+from pyro_flows._random import forked
 from pyro_flows.flows.recipe import Recipe
 from pyro_flows.flows.resolve import FlowLike, resolve
 from pyro_flows.guides.initialization import init_to_prior_median
@@ -148,7 +148,7 @@ class FiledGuide(SummarizedGuide):
         if contents["creates_plates"] != (create_plates is not None):
             has = "was made with" if contents["creates_plates"] else "was made without"
             raise ValueError(f"{owner} be loaded as it was made, but the guide {has} create_plates. Pass the same.")
-        with torch.random.fork_rng(devices=[]):
+        with forked():
             guide.setup(*args, **(kwargs or {}))
         posterior = guide._posterior
         difference = _difference(contents["sites"], _sites(posterior)) or _state_difference(

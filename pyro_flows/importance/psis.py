@@ -110,7 +110,8 @@ def pareto_smooth(log_weights: Tensor, settings: PsisSettings = PsisSettings()) 
     tail = ordered[ordered > cutoff]
     khat = math.inf
     if len(tail) > settings.max_short_tail:
-        khat, sigma = fit_generalized_pareto(tail.exp() - math.exp(cutoff))
+        with tail.device:  # where Pyro makes tensors of its own
+            khat, sigma = fit_generalized_pareto(tail.exp() - math.exp(cutoff))
         if math.isfinite(khat):
             levels = (torch.arange(len(tail), dtype=torch.double, device=tail.device) + 0.5) / len(tail)
             smooth = (math.exp(cutoff) + _pareto_quantile(levels, khat, sigma)).log().clamp_max(0.0)

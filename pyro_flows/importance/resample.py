@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_flows._blame import user_level
 from pyro_flows._checks import check_type, checked, integer, optional
+from pyro_flows._random import seeded
 from pyro_flows._threads import one_at_a_time
 from pyro_flows.importance.psis import Smoothed, khat_threshold, nearly_constant, pareto_smooth
 from pyro_flows.importance.weights import Draws, ImportanceSampler
@@ -100,9 +101,7 @@ def importance_resample(
     """
     if num_draws is None:
         num_draws = max(settings.min_draws, settings.draws_per_sample * num_samples)
-    with one_at_a_time("importance_resample"), torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.default_generator.manual_seed(int(seed))
+    with one_at_a_time("importance_resample"), seeded(seed):
         sampler = ImportanceSampler("importance_resample", model, guide, args, kwargs)
         if sampler.structure.subsampled:
             raise NotImplementedError(
@@ -113,7 +112,7 @@ def importance_resample(
         log_weights = torch.cat([chunk.log_weights for chunk in chunks])
         _check_usable(log_weights, chunks, settings)
         smoothed = [pareto_smooth(column) for column in log_weights.unbind(1)]
-        _check(torch.tensor([_khat(item) for item in smoothed]), num_draws, settings)
+        _check(log_weights.new_tensor([_khat(item) for item in smoothed]), num_draws, settings)
         picks = torch.stack([_systematic(item.log_weights.exp(), num_samples) for item in smoothed], -1)  # (S, N)
     result = {}
     for latent in sampler.structure.latents:
@@ -172,6 +171,7 @@ def _check(khat: Tensor, num_draws: int, settings: ResampleSettings) -> None:
 
 def _systematic(weights: Tensor, count: int) -> Tensor:
     """Indices of ``count`` draws by systematic resampling: one uniform number for all of them, for low variance."""
-    positions = (torch.arange(count, dtype=torch.double, device=weights.device) + torch.rand(())) / count
+    shift = torch.rand((), device=weights.device)
+    positions = (torch.arange(count, dtype=torch.double, device=weights.device) + shift) / count
     index = torch.searchsorted(weights.cumsum(0), positions).clamp_max(len(weights) - 1)
-    return index[torch.randperm(count)]
+    return index[torch.randperm(count, device=index.device)]

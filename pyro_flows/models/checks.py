@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pyro_flows._blame import blame, user_level
 from pyro_flows._checks import shown
+from pyro_flows._random import forked
 from pyro_flows.models.precision import remedy_at
 from pyro_flows.models.traces import NO_DENSITY, Call, mini_batches, replay_trace, run_quietly, sample_nodes
 
@@ -129,7 +130,7 @@ def _check_arrays(owner: str, model: Callable[..., Any], call: Call, values: Map
     leaves = {n: v.detach().requires_grad_() if v.is_floating_point() else v for n, v in values.items()}
     replayed = poutine.replay(model, trace=replay_trace({**leaves, **call.fixed}))
     try:
-        with torch.enable_grad(), torch.random.fork_rng(devices=[]), poutine.block():
+        with torch.enable_grad(), forked(), poutine.block():
             poutine.trace(replayed).get_trace(*call.args, **call.kwargs)
     except RuntimeError as error:
         if "numpy()" not in str(error):
@@ -309,7 +310,7 @@ def where_not_finite(model: Callable[..., Any], guide: Callable[..., Any], call:
 
     Leaves the random state alone. If the model raises at a draw, names its line instead.
     """
-    with torch.random.fork_rng(devices=[]):
+    with forked():
         for _ in range(num_draws):
             try:
                 trace = run_quietly(guide, call)

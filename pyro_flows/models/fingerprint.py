@@ -14,6 +14,7 @@ import torch
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_feasible
 from torch import Tensor
 
+from pyro_flows._random import seeded
 from pyro_flows.models.traces import Call, run_quietly, sample_nodes
 
 __all__ = ["data_difference", "describe_data", "describe_model", "model_difference"]
@@ -80,8 +81,7 @@ def model_difference(stored: Mapping[str, Any], found: Mapping[str, Any], *, den
 
 def _sites(model: Callable[..., Any], call: Call) -> dict[str, tuple[str, float]]:
     """Site name -> description and log density; empty if the model can't be run at those values."""
-    with torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
-        torch.default_generator.manual_seed(0)
+    with seeded(0), pyro.validation_enabled(False):
         try:
             trace = run_quietly(InitMessenger(_fixed_value)(model), call)
         except Exception:  # a model may refuse any values

@@ -21,6 +21,7 @@ from pyro.poutine.util import site_is_subsample
 from torch.distributions import biject_to
 
 from pyro_flows._checks import shown
+from pyro_flows._random import forked
 from pyro_flows.models.sites import full_size
 
 __all__ = ["checked_init", "hide_from_guide", "log_density", "trace_latents"]
@@ -121,7 +122,7 @@ def log_density(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
 
     Restores the random state. If the model raises, returns -inf, and leaves the error to the run that follows.
     """
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with forked(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             trace = poutine.block(poutine.trace(model).get_trace)(*args, **kwargs)

@@ -273,7 +273,7 @@ def check_names(names: Collection[str], values: Mapping[str, Any]) -> None:
 def _as_tensor(site: Site, value: Any) -> Tensor:
     """A number, a list or an array as a tensor."""
     try:
-        return torch.as_tensor(value, dtype=site.dtype)
+        return torch.as_tensor(value, dtype=site.dtype, device=site.init_loc.device)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
             f"{OWNER}: expected the value of site '{site.name}' to be a tensor, but got {shown(value)}."

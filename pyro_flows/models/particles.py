@@ -17,6 +17,7 @@ from pyro.util import check_site_shape
 from torch import Tensor
 
 from pyro_flows._blame import user_level
+from pyro_flows._random import forked
 from pyro_flows.models.batching import BatchedModel
 from pyro_flows.models.checks import check_guide, check_latents, first_run, warn_without_data
 from pyro_flows.models.traces import (
@@ -73,7 +74,7 @@ def check_shapes(model: Callable[..., Any], guide: Callable[..., Any], call: Cal
     """
     if not is_validation_enabled():
         return
-    with torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
+    with forked(), pyro.validation_enabled(False):
         try:
             trace = run_quietly(at_a_draw(model, guide), call)
             trace.compute_log_prob()

@@ -13,6 +13,7 @@ from typing import Any
 import pyro
 import torch
 
+from pyro_flows._random import forked
 from pyro_flows.models.traces import NO_DENSITY, Call, mini_batches, replay_trace, run_quietly, sample_nodes
 
 __all__ = ["may_be_rounded", "remedy_at", "rounding_message"]
@@ -55,7 +56,7 @@ def rounding_message(model: Callable[..., Any], guide: Callable[..., Any], call:
     """
     errors: list[float] = []
     num_refused = num_recovered = 0
-    with torch.random.fork_rng(devices=[]):
+    with forked():
         while len(errors) < ROUNDING.num_draws and num_refused < ROUNDING.num_draws:
             trace = run_quietly(guide, call)
             values = {name: node["value"] for name, node in sample_nodes(trace).items()}
@@ -98,7 +99,7 @@ def remedy_at(model: Callable[..., Any], values: Mapping[str, Any], call: Call) 
     """
     if not _has_single(values):
         return ""
-    with torch.random.fork_rng(devices=[]):
+    with forked():
         try:
             double = _log_joint(model, *_doubled(values, call))
         except Exception:  # a product of matrices of both dtypes, say

@@ -16,6 +16,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions.transforms import CorrCholeskyTransform
 
+from pyro_flows._random import seed_all, seeded
 from pyro_flows.models.layout import Layout
 from pyro_flows.models.log_joint import constrain, scored_sites
 from pyro_flows.models.sites import Site
@@ -139,8 +140,7 @@ def read_prior(
     if count > READING.max_parents:
         return None
     rows: list[tuple[Tensor, Tensor]] = []
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
+    with seeded(0):
         for _ in range(count + READING.num_spare_runs):
             packed, values = _random_parents(parents)
             found = _watch(model, args, kwargs, values, layout.names)
@@ -165,8 +165,7 @@ def read_joint_prior(
     shared: set[tuple[str, str]] = set()
     if layout.latent_dim > READING.max_parents:
         return None
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
+    with seeded(0):
         for _ in range(layout.latent_dim + READING.num_spare_runs):
             (packed,), values = _random_parents([layout])
             found = _watch(model, args, kwargs, values, layout.names)
@@ -234,17 +233,17 @@ def _conditionally_independent(
 
     def gradient(packed: Tensor) -> Tensor:
         packed = packed.detach().requires_grad_()
-        torch.default_generator.manual_seed(0)
+        seed_all(0)
         values, parts = constrain(layout.split(packed))
         parts += [node["log_prob"] for node in scored_sites(model, values, Call(args, kwargs))]
         (found,) = torch.autograd.grad(torch.stack([part.sum() for part in parts]).sum(), packed)
         return found[coordinates]
 
     number = torch.arange(len(coordinates), device=coordinates.device)
-    with torch.random.fork_rng(devices=[]), pyro.validation_enabled(False), torch.enable_grad():
-        torch.default_generator.manual_seed(0)
+    with seeded(0), pyro.validation_enabled(False), torch.enable_grad():
         init_loc = layout.init_loc
-        center, shift = init_loc + READING.shift * torch.randn_like(init_loc), READING.shift * torch.randn(len(number))
+        center = init_loc + READING.shift * torch.randn_like(init_loc)
+        shift = READING.shift * torch.randn(len(number), device=number.device)
         try:
             before = gradient(center)
             for digit in range((len(number) - 1).bit_length()):
@@ -336,7 +335,7 @@ def _gaussian(site: Site, fn: Any) -> tuple[Tensor, Tensor]:
     elif isinstance(fn, dist.MultivariateNormal):
         return fn.loc.expand(site.unconstrained_shape), fn.stddev.log().expand(site.unconstrained_shape)
     elif not (isinstance(fn, dist.Normal) and site.is_real):
-        nan = torch.full(site.unconstrained_shape, torch.nan)
+        nan = torch.full(site.unconstrained_shape, torch.nan, device=site.init_loc.device)
         return nan, nan
     return fn.loc.expand(site.unconstrained_shape), fn.scale.log().expand(site.unconstrained_shape)
 
@@ -346,7 +345,9 @@ def _fit(x: Tensor, y: Tensor, like: Tensor) -> LinearPrior | None:
     size = y.shape[-1] // 2
     design = torch.cat([x, x.new_ones(len(x), 1)], -1)
     finite = y.isfinite().all(0)
-    solution = torch.linalg.lstsq(design, y.nan_to_num(0.0, 0.0, 0.0), driver="gelsd").solution  # (G + 1, 2 n)
+    # On the CPU: GPUs have no driver for designs without full rank.
+    sides = design.cpu(), y.nan_to_num(0.0, 0.0, 0.0).cpu()
+    solution = torch.linalg.lstsq(*sides, driver="gelsd").solution.to(y)  # (G + 1, 2 n)
     error = (design @ solution - y).abs().amax(0) / (1.0 + y.abs().amax(0))
     exact = finite & (error < READING.tolerance)
     known = exact[:size] & exact[size:]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from pyro_flows._random import seeded
 from pyro_flows.flows import Flow, FlowDistribution, FlowSpec
 from pyro_flows.flows.gradient_filter import GradientFilter
 from pyro_flows.models.layout import Layout
@@ -53,8 +54,7 @@ def build_reproducibly(build: Callable[[], Flow]) -> Flow:
     """
     flow = build()
     if any(True for _ in flow.buffers()):
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
-            torch.default_generator.manual_seed(0)
+        with seeded(0), torch.device("cpu"), torch.no_grad():
             for buffer, fixed in zip(flow.buffers(), build().buffers(), strict=True):
                 buffer.copy_(fixed)
     return flow
@@ -122,11 +122,12 @@ class JointBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.layout = layout
-        head = None if prior is None else _conditional_head(prior, layout.latent_dim)
-        sizes = _blocks([size for size in layout.sizes if size], head)
-        preconditioner = _preconditioner(layout.latent_dim)
-        flow = build_reproducibly(lambda: spec.build_joint(sizes, head=head, preconditioner=preconditioner))
         init_loc = layout.init_loc
+        with init_loc.device:
+            head = None if prior is None else _conditional_head(prior, layout.latent_dim)
+            sizes = _blocks([size for size in layout.sizes if size], head)
+            preconditioner = _preconditioner(layout.latent_dim)
+            flow = build_reproducibly(lambda: spec.build_joint(sizes, head=head, preconditioner=preconditioner))
         self.flow = flow.to(dtype=init_loc.dtype, device=init_loc.device)
         self.flow.head.initialize(init_loc, torch.full_like(init_loc, init_scale))
         self.gradient_filter = GradientFilter(layout.latent_dim).to(init_loc)

@@ -102,9 +102,10 @@ class LocalBlock(nn.Module):
         feature_dim = self.embedding_dim if encoder_dim is None else encoder_dim
         spec = spec.with_blocks(layout.sizes)
         known = None if prior is None else prior.known
-        self.flow = build_reproducibly(
-            lambda: spec.build_local(layout.latent_dim, parent_dim, feature_dim, known, plain=is_long)
-        )
+        with init_loc.device:
+            self.flow = build_reproducibly(
+                lambda: spec.build_local(layout.latent_dim, parent_dim, feature_dim, known, plain=is_long)
+            )
         self.gradient_filter = GradientFilter(layout.latent_dim)
         self.to(dtype=init_loc.dtype, device=init_loc.device)
         locs = init_loc.reshape(-1, layout.latent_dim)

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import pyro.distributions as dist
-import torch
 
 from pyro_flows._checks import (
     Settings,
@@ -26,6 +25,7 @@ from pyro_flows._checks import (
     integer,
     optional,
 )
+from pyro_flows._random import forked, seeded
 from pyro_flows._threads import one_at_a_time
 from pyro_flows.guides import AutoFlowGuide
 from pyro_flows.models.precision import may_be_rounded
@@ -225,9 +225,7 @@ def fit(
         file.read(asked)
         if seed is None and file.run.options is not None:
             seed = file.run.options.seed
-        with torch.random.fork_rng(devices=[], enabled=seed is not None):
-            if seed is not None:
-                torch.default_generator.manual_seed(int(seed))
+        with seeded(seed):
             file.begin(asked, generators_of(args))
             batches = Batches(args, kwargs)
             for name, program in (("model", model), ("guide", guide)):
@@ -300,6 +298,6 @@ def fit(
 
 def _is_point(guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether all of a guide's sites are points."""
-    with torch.random.fork_rng(devices=[]):
+    with forked():
         nodes = sample_nodes(run_quietly(guide, Call(args, kwargs)))
     return bool(nodes) and all(isinstance(node["fn"], dist.Delta) for node in nodes.values())

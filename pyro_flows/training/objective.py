@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pyro_flows._checks import Settings
 from pyro_flows._memory import is_out_of_memory
+from pyro_flows._random import forked, seeded
 from pyro_flows.compiled.graph import LossGraph, used_leaves
 from pyro_flows.compiled.parameters import FlatParameter, RecordingError, leaves_of, state_of, trial
 from pyro_flows.compiled.unread import tensor_loss
@@ -256,7 +257,7 @@ class Objective:
             RuntimeError: If there is no working compiler; the graph runs uncompiled then.
         """
         assert self.graph is not None
-        with torch.random.fork_rng():
+        with forked():
             self.graph.compile(*self.batches.first)
 
     @property
@@ -276,9 +277,7 @@ class Objective:
         Args:
             seed: Seed of the noise; None draws it afresh.
         """
-        with torch.random.fork_rng(devices=[], enabled=seed is not None):
-            if seed is not None:
-                torch.default_generator.manual_seed(int(seed))
+        with seeded(seed):
             settings = self.settings
             if not self.vectorized:
                 return self._estimate(settings.num_sequential_runs, 1)
@@ -350,7 +349,7 @@ class Objective:
                 if particles == 1 or not is_out_of_memory(error):
                     raise
                 return self._estimate(runs, particles // 2)
-        sample = torch.tensor(values, dtype=torch.float64)
+        sample = torch.tensor(values, dtype=torch.float64, device="cpu")  # as a checkpoint restores it
         kept = sample[~sample.isnan()]
         if len(kept) < (1.0 - REFUSALS.max_share) * runs or not kept.isfinite().all():
             return Estimate(-math.inf, math.inf, math.inf, sample)

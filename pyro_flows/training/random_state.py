@@ -10,6 +10,8 @@ from typing import Any
 import numpy
 import torch
 
+from pyro_flows._random import random_state, set_random_state
+
 __all__ = ["capture_random_state", "generators_of", "restore_random_state"]
 
 
@@ -25,9 +27,10 @@ def capture_random_state(generators: Sequence[torch.Generator] = ()) -> dict[str
     """State of torch's, NumPy's and Python's global generators, and of some others, in tensors, numbers and lists."""
     of_numpy: Any = numpy.random.get_state(legacy=True)
     name, key, *rest = of_numpy
+    of_cpu, *of_gpus = random_state()
     return {
-        "torch": torch.random.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "torch": of_cpu,
+        "cuda": of_gpus,
         "numpy": [name, key.tolist(), *rest],
         "python": random.getstate(),
         "generators": [generator.get_state() for generator in generators],
@@ -36,9 +39,7 @@ def capture_random_state(generators: Sequence[torch.Generator] = ()) -> dict[str
 
 def restore_random_state(state: dict[str, Any], generators: Sequence[torch.Generator] = ()) -> None:
     """Invert :func:`capture_random_state`."""
-    torch.random.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    set_random_state([state["torch"], *state["cuda"]])
     name, key, *rest = state["numpy"]
     numpy.random.set_state((name, key, *rest))
     version, numbers, last = state["python"]

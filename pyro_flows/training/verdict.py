@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from pyro_flows._checks import Settings, constant, integer
+from pyro_flows._random import forked
 from pyro_flows.diagnostics import Diagnosis
 from pyro_flows.diagnostics.diagnose import weigh
 from pyro_flows.diagnostics.search import SearchResult
@@ -54,7 +53,7 @@ def first_verdict(
         The diagnosis; None if the guide has no density, draws cannot share a run of the model, a draw has too many
         values, or at Ctrl-C, since the guide is trained.
     """
-    with torch.random.fork_rng(devices=[], enabled=True):
+    with forked():
         try:
             sampler = ImportanceSampler("fit", model, guide, args, kwargs)
         except (NotImplementedError, *NO_DENSITY):
