@@ -458,11 +458,8 @@ class Timing(NamedTuple):
         model, data = (schools, school_data) if is_small else (regression, regression_data)
         size = 32 if is_small else COEFFICIENTS
         if self.by.startswith("NumPyro"):
-            args = data("cpu")
-            if is_small:  # its twin takes the errors first
-                case = Case(model, args[::-1], twin="eight_schools")
-            else:
-                case = Case(model, args, twin="logistic")
+            args = data("cpu")[:: -1 if is_small else 1]  # the twin of eight schools takes the errors first
+            case = Case(model, args, twin="eight_schools" if is_small else "logistic")
             return numpyro_loop(case, self.by.split()[1].rstrip(","), self.count, size)
         kind = CompiledSVI if self.by.startswith("Compiled") else SVI
         guide: Callable[..., Any] = AutoFlowGuide
