@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from pyro_flows._checks import check_mapping, checked
+from pyro_flows._random import forked
 from pyro_flows.models.latents import checked_init, hide_from_guide, log_density
 from pyro_flows.transforms.representable import unconstrained_limits
 
@@ -128,7 +129,7 @@ def better_start(model: Callable[..., Any], scale: float, args: tuple[Any, ...],
         kwargs: Its keyword arguments.
     """
     inits = (init_to_prior_median, init_to_feasible)
-    with torch.random.fork_rng(devices=[]):
+    with forked():
         median, feasible = (_unconstrained(InitMessenger(checked_init(i))(model), args, kwargs) for i in inits)
         if not median or not feasible or median.keys() != feasible.keys():
             return init_to_prior_median  # its error, if it has one, is the user's to see

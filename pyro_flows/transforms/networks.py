@@ -19,6 +19,7 @@ __all__ = [
     "Packed",
     "centered",
     "inverse_powerprop",
+    "paced",
     "powerprop",
     "reference_noise",
     "with_reference",
@@ -51,6 +52,17 @@ def powerprop(weight: Tensor, slope: float = 0.1) -> Tensor:
         NeurIPS 2021. arXiv:2110.00296, eq. (1) with alpha = 2; the slope keeps zero from being a fixed point.
     """
     return weight * (weight.abs() + slope)
+
+
+def paced(weight: Tensor, slope: float = 0.1) -> Tensor:
+    """:func:`powerprop`, for weights whose pace should not depend on whether the optimizer forgets a gradient's size.
+
+    By the chain rule, the slope enters a step of ``SGD`` twice, so that a weight at zero would move a hundredth as far
+    as the Gaussian's location. Here the gradient is that of the value, and the slope enters once, as with ``Adam``. It
+    is a direction of ascent, not a derivative: not for methods that search along a line.
+    """
+    still = weight.detach()
+    return powerprop(still, slope) + (weight - still)
 
 
 def inverse_powerprop(value: Tensor, slope: float = 0.1) -> Tensor:

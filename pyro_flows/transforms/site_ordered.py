@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from pyro_flows._checks import check_widths, checked, integer, optional
 from pyro_flows.transforms.base import FlowTransform, as_rows
 from pyro_flows.transforms.fixed import FixedParameter
-from pyro_flows.transforms.networks import INPUT_BOUND, Packed, powerprop, reference_noise
+from pyro_flows.transforms.networks import INPUT_BOUND, Packed, paced, powerprop, reference_noise
 
 __all__ = ["SiteOrderedAffine"]
 
@@ -166,7 +166,7 @@ class SiteOrderedAffine(FlowTransform):
     def _weights(self) -> _Weights:
         log_scale, below, *conditioners = self.packed()
         return _Weights(
-            powerprop(log_scale), self._below(below), self._conditioners(*conditioners) if conditioners else None
+            paced(log_scale), self._below(below), self._conditioners(*conditioners) if conditioners else None
         )
 
     def _conditioners(
@@ -177,7 +177,7 @@ class SiteOrderedAffine(FlowTransform):
         hidden = (weight * self.is_parent).flatten(0, 1)
         inner = list(zip(rest[::2], rest[1::2], strict=True))
         heads = powerprop(heads) / math.sqrt(heads.shape[-1])
-        linear = powerprop(linear)
+        linear = paced(linear)
         outer: tuple[Tensor, ...] = ()
         if self.rank is not None:
             linear, outer = project, linear.split([3 * size for size in self.sizes])
@@ -267,7 +267,7 @@ class SiteOrderedAffine(FlowTransform):
     def _below(self, entries: Tensor) -> list[Tensor | None]:
         """``C_s - I`` of each block, or None for zero, from the squares of dense blocks end to end."""
         squares = [size**2 for size in self.block_sizes if _is_dense(size)]
-        found = iter((powerprop(entries) * self.is_below).split(squares) if squares else ())
+        found = iter((paced(entries) * self.is_below).split(squares) if squares else ())
         return [next(found).view(size, size) if _is_dense(size) else None for size in self.block_sizes]
 
     def _by_block(
