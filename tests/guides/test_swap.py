@@ -16,7 +16,7 @@ from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoNormal, init_to_value
-from pyro.optim import Adam, ClippedAdam
+from pyro.optim import SGD, Adam, ClippedAdam
 from torch import Tensor
 
 from pyro_flows import AutoFlowGuide, CompiledSVI, fit, flows
@@ -438,3 +438,21 @@ def test_an_exposed_guide_trains_with_the_enumeration_of_the_model() -> None:
     svi = SVI(mixture, guide, Adam({"lr": 0.1}), TraceEnum_ELBO(max_plate_nesting=1))
     assert all(math.isfinite(svi.step(y)) for _ in range(50))
     assert set(guide.median(y)) == {"weights", "locs", "scale"}
+
+
+def test_gradient_descent_learns_a_correlation() -> None:
+    """``SGD`` does not forget a gradient's size, so that a weight whose gradient is scaled down is slow twice."""
+
+    def model() -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("b", dist.Normal(0.9 * a, math.sqrt(0.19)))
+
+    pyro.set_rng_seed(0)
+    guide = AutoFlowGuide(model, "site_ordered")
+    svi = SVI(model, guide, SGD({"lr": 0.01}), Trace_ELBO())
+    for _ in range(600):
+        svi.step()
+    with torch.no_grad():
+        gap = sum(Trace_ELBO().loss(model, guide) for _ in range(400)) / 400
+    # Of independent normals 0.83, half of it before; the standard error is 0.04.
+    assert gap < 0.45
