@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
+
 __all__ = ["is_recording", "recording"]
 
 _RECORDING: ContextVar[bool] = ContextVar("recording", default=False)
@@ -19,9 +21,11 @@ def is_recording() -> bool:
 
 @contextmanager
 def recording() -> Iterator[None]:
-    """Has :func:`is_recording` say so, in this thread."""
+    """Has :func:`is_recording` say so, in this thread; gradients are computed in it, not in a thread of the GPU's, to
+    which the answer would be no."""
     token = _RECORDING.set(True)
     try:
-        yield
+        with torch.autograd.set_multithreading_enabled(False):
+            yield
     finally:
         _RECORDING.reset(token)

@@ -163,3 +163,18 @@ def test_a_matrix_that_is_refused_costs_its_own_draw(scripted: bool) -> None:
     assert torch.equal(value.isnan(), refused) and torch.equal(gradient.isnan().any(-1), refused)
     with pytest.raises(torch.linalg.LinAlgError):
         function(inputs[0])
+
+
+def test_gradients_are_recorded_in_the_thread_that_records():
+    """On a GPU, torch computes them in a thread of its own otherwise, in which nothing says that it records."""
+    seen = []
+
+    def loss(x: Tensor) -> Tensor:
+        y = 2.0 * x
+        y.register_hook(lambda gradient: seen.append((is_recording(), torch._C._is_multithreading_enabled())))
+        return y.sum()
+
+    before = torch._C._is_multithreading_enabled()
+    trace_operations(gradients(loss), [torch.ones(3)])
+    assert before and seen == [(True, False)]
+    assert torch._C._is_multithreading_enabled()
