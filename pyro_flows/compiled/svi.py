@@ -117,11 +117,26 @@ class CompiledSVI(SVI):
         self._has_warned = self._has_warned_of_change = self._has_warned_of_many = False
 
     def step(self, *args: Any, **kwargs: Any) -> float:
-        """Take one step; returns the loss before it, as ``SVI.step`` does."""
-        with one_at_a_time("CompiledSVI"):
-            return self._step(args, kwargs)
+        """Take one step; returns the loss before it, as ``SVI.step`` does. On a GPU, which it waits for, :meth:`run`
+        takes less time."""
+        return self._steps(1, args, kwargs)[0]
 
-    def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    def _steps(self, count: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[float]:
+        """Take steps; returns the losses before them, which are read, and a GPU waited for, after the last one."""
+        losses: list[float | Tensor] = []
+        with one_at_a_time("CompiledSVI"):
+            for _ in range(count):
+                loss = self._step(args, kwargs)
+                losses.append(loss.clone() if count > 1 and torch.is_tensor(loss) else loss)
+            unread = [loss for loss in losses if torch.is_tensor(loss)]
+            read = torch.stack(unread).tolist() if len(unread) > 1 else [float(loss) for loss in unread]
+        if not all(map(math.isfinite, read)):
+            self._warn_of_refused()
+        rest = iter(read)
+        return [next(rest) if torch.is_tensor(loss) else loss for loss in losses]
+
+    def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | Tensor:
+        """Take one step; returns the loss before it: that of a graph as a tensor, which the next step overwrites."""
         if self._parameter is None or not self._parameter.is_whole:  # others now, of a cleared store for instance
             return self._first_step(args, kwargs)
         graph = self._graph(args, kwargs)
@@ -133,18 +148,15 @@ class CompiledSVI(SVI):
             self._parameter.flat.grad = gradient.nan_to_num(0.0, 0.0, 0.0)
             with self._parameter.limited():
                 self.optim([self._parameter.flat])
-        value = float(loss)
-        if not math.isfinite(value):
-            self._warn_of_refused()
         if expected is not None and not graph.agrees(loss, expected):
             self._give_up(
-                f"the model's loss is {float(expected):.6g} where its recorded operations give {value:.6g}: something "
-                "that it reads has changed since, which is not seen here, such as the contents of a NumPy array; the "
-                "steps since that change, 2000 or half of all at most, were those of the model before it"
+                f"the model's loss is {float(expected):.6g} where its recorded operations give {float(loss):.6g}: "
+                "something that it reads has changed since, which is not seen here, such as the contents of a NumPy "
+                "array; the steps since that change, 2000 or half of all at most, were those of the model before it"
             )
         if graph.is_fresh:
             self._compile(graph, args, kwargs)
-        return value
+        return loss
 
     def _first_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
         """Take an eager step, so that the guide and the optimizer are set up, and record."""
@@ -223,12 +235,15 @@ class CompiledSVI(SVI):
         Returns:
             The loss before each step.
         """
-        losses = []
+        losses: list[float] = []
         with tqdm(total=num_steps, disable=not progress, mininterval=0.5) as bar:
-            for step in range(num_steps):
-                losses.append(self.step(*args, **kwargs))
-                bar.update()
-                if step % 100 == 99:
+            while len(losses) < num_steps:
+                # A GPU takes a step while Python launches the next ones, up to the hundredth, whose loss the bar says.
+                is_on_gpu = self._parameter is not None and self._parameter.vector.is_cuda
+                count = min(100 - len(losses) % 100, num_steps - len(losses)) if is_on_gpu else 1
+                losses += self._steps(count, args, kwargs)
+                bar.update(count)
+                if len(losses) % 100 == 0:
                     bar.set_postfix_str(f"loss {sum(losses[-100:]) / 100:.3f}")
         return losses
 

@@ -376,3 +376,22 @@ def test_fit_says_why_it_does_not_compile():
 
     with pytest.warns(UserWarning, match="fit: takes eager steps, since test_svi.py, line"):
         fit(model, AutoFlowGuide(model), (Y,), seed=0, progress=False, num_steps=10, compile=True)
+
+
+def test_steps_whose_losses_are_read_together_are_those_of_single_steps(interpreted):
+    """As ``run`` takes them on a GPU."""
+    found = []
+    for together in (False, True):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = CompiledSVI(schools, AutoNormal(schools), Adam({"lr": 0.02}), Trace_ELBO())
+        losses = svi._steps(7, (Y,), {}) if together else [svi.step(Y) for _ in range(7)]
+        found.append((losses, [p.tolist() for p in svi.guide.parameters()]))
+    assert found[0] == found[1] and len(set(found[0][0])) == 7
+
+
+def test_a_loss_that_is_not_finite_is_noticed_when_it_is_read(interpreted):
+    svi = CompiledSVI(schools, AutoNormal(schools), Adam({"lr": 0.02}), Trace_ELBO())
+    svi.run(3, Y)
+    with pytest.warns(UserWarning, match="the loss of a step is not finite"):
+        assert not any(map(math.isfinite, svi._steps(3, (Y * math.inf,), {})[1:]))
