@@ -4,24 +4,29 @@
 from __future__ import annotations
 
 import contextvars
+import copy
 import gc
 import importlib
 import logging
+import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 __all__ = ["to_machine_code", "without_collector"]
+
+aten = torch.ops.aten
 
 # Inductor's options. Noise comes from torch's own generator. A GPU's kernels are launched by CudaGraph. On a CPU, they
 # are called from C++, since calls from Python would take as long as the kernels; they share one memory pool; and no
@@ -50,9 +55,12 @@ class CompilerSettings:
     Attributes:
         max_unfused: Number of elements of a matrix product up to which a sum with it is an operation of its own; for
             larger products, that costs a pass through memory.
+        max_summed: Number of multiplications of a matrix product up to which a GPU takes it as a sum of products, which
+            the compiler fuses with its neighbours: a small step takes as long as it has kernels.
     """
 
     max_unfused: int = 4096
+    max_summed: int = 2**20
 
 
 COMPILER = CompilerSettings()
@@ -65,7 +73,8 @@ def to_machine_code(graph: GraphModule, inputs: list[Any]) -> Callable[..., Sequ
     is_cuda = inputs[0].is_cuda
     if is_cuda:  # numbers that the model keeps on the CPU, and learning rates; see CudaGraph
         inputs = [value.to(inputs[0].device) for value in inputs]
-    if not is_cuda:
+        graph = _with_sums(graph)
+    else:
         _unfuse(graph)
     options = GPU_OPTIONS if is_cuda else CPU_OPTIONS
     with ONE_AT_A_TIME, _quiet(), without_collector():
@@ -101,7 +110,6 @@ def _instructions() -> None:
 def _unfuse(graph: GraphModule) -> None:
     """Split ``addmm`` and ``baddbmm`` into a product and a sum: torch's kernels copy the summand, while the compiler
     fuses the sum with the operations that follow."""
-    aten = torch.ops.aten
     products = {aten.addmm.default: aten.mm.default, aten.baddbmm.default: aten.bmm.default}
     for node in list(graph.graph.nodes):
         product = products.get(node.target)
@@ -114,6 +122,43 @@ def _unfuse(graph: GraphModule) -> None:
             node.replace_all_uses_with(total)
             graph.graph.erase_node(node)
     graph.recompile()
+
+
+def _with_sums(graph: GraphModule) -> GraphModule:
+    """A copy of a graph whose small matrix products are sums of products."""
+    graph = GraphModule(graph, copy.deepcopy(graph.graph))
+    for node in list(graph.graph.nodes):
+        product = PRODUCTS.get(node.target)
+        factors = node.args[-2:]
+        sizes = [part.meta.get("numel", math.inf) for part in (node, *factors)] if product else []
+        # The product of the numbers of elements of both factors and the result, m k n, is its square.
+        if product is None or node.kwargs or math.prod(sizes) > COMPILER.max_summed**2:
+            continue
+        with graph.graph.inserting_before(node):
+            total = product(graph.graph.call_function, *factors)
+            if len(node.args) == 3:
+                total = graph.graph.call_function(aten.add.Tensor, (node.args[0], total))
+        node.replace_all_uses_with(total)
+        graph.graph.erase_node(node)
+    graph.recompile()
+    return graph
+
+
+def _sum_of_products(call: Any, one: Node, other: Node, *, batched: bool) -> Node:
+    """``(..., m, k)`` times ``(..., k, n)``."""
+    first = int(batched)
+    left = call(aten.unsqueeze.default, (one, first + 2))
+    right = call(aten.unsqueeze.default, (other, first))
+    found: Node = call(aten.sum.dim_IntList, (call(aten.mul.Tensor, (left, right)), [first + 1]))
+    return found
+
+
+PRODUCTS: dict[Any, Callable[..., Node]] = {
+    aten.mm.default: partial(_sum_of_products, batched=False),
+    aten.addmm.default: partial(_sum_of_products, batched=False),
+    aten.bmm.default: partial(_sum_of_products, batched=True),
+    aten.baddbmm.default: partial(_sum_of_products, batched=True),
+}
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_flows.compiled.inductor import COMPILER, _unfuse
+from pyro_flows.compiled.inductor import COMPILER, _unfuse, _with_sums
 from pyro_flows.compiled.tracer import trace_operations
 
 
@@ -26,3 +26,17 @@ def test_sums_are_taken_out_of_small_products_alone() -> None:
     targets = [node.target for node in graph.graph.nodes]
     assert targets.count(torch.ops.aten.mm.default) == 1
     assert targets.count(torch.ops.aten.addmm.default) == 2
+
+
+def test_small_products_are_sums_on_a_gpu() -> None:
+    def function(one: Tensor, other: Tensor, batch: Tensor, large: Tensor) -> tuple[Tensor, ...]:
+        a, b, c, d = one + 1, other + 1, batch + 1, large + 1  # not the inputs, whose sizes a graph does not know
+        return a @ b, torch.addmm(b[:1], a, b), c @ c.mT, torch.baddbmm(c[:, :, :1], c, c.mT), d.T @ d
+
+    values = torch.randn(4, 5), torch.randn(5, 3), torch.randn(2, 3, 4), torch.randn(COMPILER.max_summed // 4, 8)
+    graph = trace_operations(function, values)[0]
+    made = _with_sums(graph)
+    for one, other in zip(made(*values), function(*values), strict=True):
+        torch.testing.assert_close(one, other)
+    products = [node for node in made.graph.nodes if "mm" in str(node.target)]
+    assert len(products) == 1 and sum("mm" in str(node.target) for node in graph.graph.nodes) == 5
