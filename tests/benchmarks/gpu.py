@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What works on a GPU, and what a step costs there next to the CPU and to NumPyro on the same card.
+"""What works on a GPU: one check after the other, and which of them fail.
 
-    python tests/benchmarks/gpu.py checks|preview|speed [--seconds 180] [--device cuda] [--log FILE] [--write]
+    python tests/benchmarks/gpu.py [--seconds 180] [--device cuda] [--only "NAME;NAME"] [--log FILE]
 
-``checks`` runs one thing after the other and says which fail; ``speed`` times steps; ``preview`` is a minute of it.
-Both print a line of JSON for each result at once, and begin nothing new after ``--seconds``. Run by hand, never by
-pytest. ``--write`` makes ``docs/tables/gpu.rst`` of all results in ``--log``, which may be those of several runs.
+Prints a line of JSON for each result at once, and begins nothing new after ``--seconds``. Run by hand, never by pytest;
+what a step costs there is measured by ``gpu_speed.py``.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import shutil
@@ -20,12 +18,12 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take most of the card's memory
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic algorithms
 
 import pyro
 import pyro.distributions as dist
@@ -33,11 +31,8 @@ import torch
 from guides import SCHOOLS
 from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import Adam
-from speed_steps import Case, Take, eight_schools, numpyro_side
-from tables import TABLES, as_rst
 from torch import Tensor, nn
 
-import pyro_flows
 from pyro_flows import (
     AutoFlowGuide,
     CompiledSVI,
@@ -49,12 +44,13 @@ from pyro_flows import (
     predict,
     to_inference_data,
 )
+from pyro_flows.__main__ import model as eight_schools
+from pyro_flows.compiled import graph as loss_graph
+from pyro_flows.compiled.cuda import CudaGraph
 
-PARTICLES = (64, 1024, 16, 4096, 256)  # in the order in which they are timed
 ROWS, COEFFICIENTS = 10_000, 50
 IMAGES, PIXELS, LATENT_DIM, HIDDEN_DIM, CONTEXT_DIM, BATCH = 60_000, 28 * 28, 10, 256, 64, 128
 GROUPS, GROUP_BATCH = 1_000_000, 10_000
-ROUNDS, ROUND_SECONDS = 5, 0.3
 
 
 class Log:
@@ -194,19 +190,37 @@ def check_family(family: str, device: str) -> str:
     on_device(guide.named_buffers(), device)
     draws = guide.sample_posterior(10, *args)
     on_device(draws, device)
+    if not flows.get(family).has_inverse:
+        return f"loss {losses[-1]:.2f}"
     density = guide.log_prob(draws, *args)
     assert density.shape == (10,) and density.isfinite().all() and density.device.type == device
     return f"loss {losses[-1]:.2f}"
 
 
+def differ(one: list[float], other: list[float]) -> str:
+    """How two runs of losses differ: by rounding, such as that of atomic sums; or by other noise, from some step on."""
+    apart = [abs(a - b) / (1.0 + abs(b)) for a, b in zip(one, other, strict=True)]
+    first = next((step for step, value in enumerate(apart) if value), None)
+    if first is None:
+        return "equal"
+    return f"differ from step {first} on, by {apart[first]:.1g}, at most by {max(apart):.1g}"
+
+
 def check_run(device: str) -> str:
-    """fit, and all that follows it; save, load, and resume from a checkpoint, bit for bit."""
+    """fit, and all that follows it; save, load, and resume from a checkpoint."""
     args = school_data(device)
     guide = AutoFlowGuide(schools)
-    result = fit(schools, guide, args, num_steps=200, seed=0, progress=False)
-    again = AutoFlowGuide(schools)
-    same = fit(schools, again, args, num_steps=200, seed=0, progress=False)
-    assert same.losses == result.losses, "a seed does not reproduce a run"
+    short = {"num_steps": 200, "seed": 0, "progress": False}
+    result = fit(schools, guide, args, **short)
+    same = fit(schools, AutoFlowGuide(schools), args, **short)
+    said = [f"a second run: {differ(result.losses, same.losses)}"]
+    assert abs(result.elbo - same.elbo) < 0.1, (result.elbo, same.elbo, said)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        runs = [fit(schools, AutoFlowGuide(schools), args, **short).losses for _ in range(2)]
+        said.append(f"by deterministic algorithms: {differ(*runs)}")
+    finally:
+        torch.use_deterministic_algorithms(False)
     print(diagnose(schools, guide, args, seed=0, progress=False))
     resampled = importance_resample(schools, guide, 100, args, seed=0)
     on_device(resampled, device)
@@ -226,14 +240,12 @@ def check_run(device: str) -> str:
         moved.save(f"{folder}/moved")
         AutoFlowGuide.load(f"{folder}/moved", schools, args).log_prob(at, *args)
         file, other = Path(folder, "run"), Path(folder, "other")
-        short = {"seed": 0, "progress": False}
-        fit(schools, AutoFlowGuide(schools), args, num_steps=50, checkpoint=file, **short)
+        fit(schools, AutoFlowGuide(schools), args, checkpoint=file, **short | {"num_steps": 50})
         shutil.copy(file, other)
-        longer = [
-            fit(schools, AutoFlowGuide(schools), args, num_steps=150, checkpoint=p, **short) for p in (file, other)
-        ]
-        assert longer[0].losses == longer[1].losses, "two runs from one checkpoint differ"
-    return f"elbo {result.elbo:.3f} +/- {result.elbo_se:.3f}"
+        longer = [fit(schools, AutoFlowGuide(schools), args, checkpoint=p, **short) for p in (file, other)]
+        said.append(f"from one checkpoint: {differ(longer[0].losses, longer[1].losses)}")
+        assert abs(longer[0].elbo - longer[1].elbo) < 0.1, said
+    return f"elbo {result.elbo:.3f} +/- {result.elbo_se:.3f}; {'; '.join(said)}"
 
 
 def check_default_device(device: str) -> str:
@@ -265,6 +277,12 @@ def check_fit_kinds(device: str) -> str:
     return str(elbos)
 
 
+def was_captured(svi: Any, device: str) -> None:
+    """Refuse steps that are not one CUDA graph."""
+    assert svi._graphs and not svi._is_eager, "eager steps"
+    assert device != "cuda" or isinstance(svi._graphs[0]._run, CudaGraph), f"steps by {svi._graphs[0]._run}"
+
+
 def check_compiled(device: str, make_optim: Callable[[], Any] = lambda: Adam({"lr": 0.01})) -> str:
     """CompiledSVI against SVI from the same noise, in float64."""
     args, values, times = [value.double() for value in school_data(device)], [], {}
@@ -276,10 +294,12 @@ def check_compiled(device: str, make_optim: Callable[[], Any] = lambda: Adam({"l
         first = time.perf_counter()
         losses = [svi.step(*args)]
         begin = time.perf_counter()
-        losses += [svi.step(*args) for _ in range(100)]
+        losses += [svi.step(*args) for _ in range(50)]
+        losses += svi.run(50, *args) if kind is CompiledSVI else [svi.step(*args) for _ in range(50)]
         wait(device)
         times[kind.__name__] = f"first {begin - first:.1f} s, then {10 * (time.perf_counter() - begin):.3f} ms"
         values.append((losses, torch.cat([p.detach().flatten() for p in guide.parameters()])))
+    was_captured(svi, device)
     (losses, point), (others, other) = values
     apart = (point - other).norm() / point.norm()
     assert apart < 1e-5, f"parameters differ by {apart:.2g}; losses {losses[:3]} and {others[:3]}; {times}"
@@ -293,6 +313,7 @@ def check_compiled_data(device: str) -> str:
     svi = CompiledSVI(schools, guide, Adam({"lr": 1e-9}), VectorizedTrace_ELBO(num_particles=512))
     base = statistics.fmean(svi.step(y, sd) for _ in range(20))
     other = statistics.fmean(svi.step(y + 100.0, sd) for _ in range(20))
+    was_captured(svi, device)
     y.add_(100.0)
     in_place = statistics.fmean(svi.step(y, sd) for _ in range(20))
     assert other > base + 50 and abs(other - in_place) < 0.1 * other, (base, other, in_place)
@@ -350,13 +371,13 @@ def every_check() -> dict[str, Callable[[str], str]]:
         "encoder": check_encoder,
         "memory": check_memory,
     }
-    return checks | {f"family {name}": partial(check_family, name) for name in flows.names()}
+    return checks | {f"family {name}": partial(check_family, name) for name in flows.names() if name != "maf"}
 
 
 def run_checks(log: Log, device: str, only: str) -> None:
     """All checks, each of which may fail by itself."""
     for name, check in every_check().items():
-        if only not in name:
+        if not any(part in name for part in only.split(";")):
             continue
         if log.is_over:
             log.write(check=name, result="not run")
@@ -378,206 +399,33 @@ def run_checks(log: Log, device: str, only: str) -> None:
         log.write(check=name, result=result, seconds=seconds, said=said, warnings=sorted(set(heard))[:4])
 
 
-# Speed
+def explain_failures() -> None:
+    """Show why a graph could not be compiled or captured; the library goes on without."""
 
-
-def own(kind: type[SVI], guide: Callable[..., Any], model: Callable[..., Any], args: Any, count: int) -> Take:
-    """Ours: takes so many steps."""
-    elbo = Trace_ELBO(num_particles=count, vectorize_particles=count > 1, max_plate_nesting=1)
-    svi = kind(model, guide(model), Adam({"lr": 1e-4}), elbo)
-
-    def take(steps: int) -> None:
-        for _ in range(steps):
-            svi.step(*args)
-
-    return take
-
-
-def numpyro_loop(case: Case, name: str, count: int, size: int) -> Take:
-    """NumPyro's updates in one ``fori_loop``; IAFs have two layers with two hidden layers of ``size`` units."""
-    side = numpyro_side()
-    options = {"num_flows": 2, "hidden_dims": [size, size]} if name == "AutoIAFNormal" else {}
-    guide = partial(getattr(side.autoguide, name), **options)
-    take: Take = side.train(case.twin, guide, case.args, count, 1e-4).loop
-    return take
-
-
-def time_steps(begin: Callable[[], Take], device: str) -> dict[str, Any]:
-    """Seconds of the first step, set-up included, and milliseconds of later ones: the median of rounds."""
-    pyro.clear_param_store()
-    torch.manual_seed(0)
-    start = time.perf_counter()
-    take = begin()
-    take(1)
-    wait(device)
-    first = time.perf_counter() - start
-    take(3)
-    wait(device)
-    start = time.perf_counter()
-    take(10)
-    wait(device)
-    steps = max(1, min(2000, round(ROUND_SECONDS / ((time.perf_counter() - start) / 10))))
-    rounds = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        take(steps)
-        wait(device)
-        rounds.append(1e3 * (time.perf_counter() - start) / steps)
-    return {
-        "ms": statistics.median(rounds),
-        "least": min(rounds),
-        "most": max(rounds),
-        "first_s": first,
-        "steps": steps,
-    }
-
-
-class Timing(NamedTuple):
-    """Steps of one contender.
-
-    Attributes:
-        title: The model's.
-        by: Who takes the steps.
-        device: Where.
-        count: Number of particles.
-    """
-
-    title: str
-    by: str
-    device: str
-    count: int
-
-    @property
-    def is_large(self) -> bool:
-        """Whether a step would take seconds on a CPU."""
-        return self.title != "eight schools" and self.count > 256
-
-    def begin(self) -> Take:
-        """Set up."""
-        is_small = self.title == "eight schools"
-        model, data = (schools, school_data) if is_small else (regression, regression_data)
-        size = 32 if is_small else COEFFICIENTS
-        if self.by.startswith("NumPyro"):
-            args = data("cpu")[:: -1 if is_small else 1]  # the twin of eight schools takes the errors first
-            case = Case(model, args, twin="eight_schools" if is_small else "logistic")
-            return numpyro_loop(case, self.by.split()[1].rstrip(","), self.count, size)
-        kind = CompiledSVI if self.by.startswith("Compiled") else SVI
-        guide: Callable[..., Any] = AutoFlowGuide
-        if self.by.endswith("IAF"):
-            spec = flows.IAF(num_transforms=2, hidden_dims=(size, size))
-            guide = partial(AutoFlowGuide, flow=spec)
-        return own(kind, guide, model, data(self.device), self.count)
-
-
-def timings(device: str) -> Iterator[Timing]:
-    """What is timed, by importance."""
-    contenders = (
-        ("CompiledSVI AutoFlowGuide", device),
-        ("NumPyro AutoBNAFNormal, fori_loop", device),
-        ("NumPyro AutoIAFNormal, fori_loop", device),
-        ("SVI AutoFlowGuide", device),
-        ("CompiledSVI AutoFlowGuide, same IAF", device),
-        ("CompiledSVI AutoFlowGuide", "cpu"),
-    )
-    for count, title in itertools.product(PARTICLES, ("eight schools", f"logistic, {ROWS:,} x {COEFFICIENTS}")):
-        for by, where in contenders:
-            timing = Timing(title, by, where, count)
-            if where == device or not timing.is_large:
-                yield timing
-
-
-def time_epoch(device: str) -> dict[str, Any]:
-    """Seconds of an epoch of the VAE by CompiledSVI, the median of three; and of the first, compiled in it."""
-    pyro.clear_param_store()
-    images = Images(IMAGES, device)
-    svi = CompiledSVI(images.model, images.guide(), Adam({"lr": 1e-3}), Trace_ELBO(max_plate_nesting=1))
-    seconds = []
-    for _ in range(4):
-        start = time.perf_counter()
-        for batch in images.batches():
-            svi.step(*batch)
-        wait(device)
-        seconds.append(time.perf_counter() - start)
-    return {"first_s": seconds[0], "epoch_s": statistics.median(seconds[1:])}
-
-
-def time_groups(device: str) -> dict[str, Any]:
-    """Seconds of ``fit`` on a million groups in mini-batches: three passes, warm start included."""
-    pyro.clear_param_store()
-    effects = Effects(GROUPS, device)
-    guide = AutoFlowGuide(effects.model, create_plates=effects.plates)
-    steps = 3 * GROUPS // GROUP_BATCH
-    start = time.perf_counter()
-    result = fit(effects.model, guide, effects.batches(GROUP_BATCH), num_steps=steps, seed=0, progress=False)
-    wait(device)
-    mu, tau = (guide.median(*effects.batches(GROUP_BATCH)[0])[name].item() for name in ("mu", "tau"))
-    return {"fit_s": time.perf_counter() - start, "elbo": result.elbo, "mu": mu, "tau": tau}
-
-
-def run_speed(log: Log, device: str, *, preview: bool) -> None:
-    """All timings, or the first few."""
-    if device == "cuda":
-        log.write(card=torch.cuda.get_device_name(), torch=torch.__version__, pyro_flows=pyro_flows.__version__)
-    jobs: list[tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = [
-        (
-            {"model": one.title, "particles": one.count, "by": one.by, "on": one.device},
-            partial(time_steps, one.begin, one.device),
-        )
-        for one in timings(device)
-    ]
-    if preview:
-        jobs = jobs[:4]
-    else:
-        places = [device, "cpu"] if device != "cpu" else ["cpu"]
-        epochs = [({"model": "VAE, 60,000 images", "on": place}, partial(time_epoch, place)) for place in places]
-        groups = [({"model": "a million groups", "on": place}, partial(time_groups, place)) for place in places]
-        jobs[20:20] = [*epochs, *groups]
-    for what, job in jobs:
-        if log.is_over:
-            log.write(**what, failed="not run")
-            continue
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+    def shown(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
             try:
-                found = job()
-            except Exception as error:  # out of memory, say
-                found = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
-        said = {str(each.message)[:300] for each in caught if "CompiledSVI" in str(each.message)}
-        log.write(**what, **found, **({"warnings": sorted(said)} if said else {}))
+                return function(*args, **kwargs)
+            except Exception:
+                traceback.print_exc()
+                raise
 
+        return call
 
-def write_table(path: Path) -> None:
-    """Make the documentation's table of a log; later results replace earlier ones."""
-    cells: dict[tuple[str, str, str], dict[int, str]] = {}
-    for line in path.read_text().splitlines():
-        values = json.loads(line)
-        if "particles" in values:
-            row = cells.setdefault((values["model"], values["by"], values["on"]), {})
-            row[values["particles"]] = f"{values['ms']:#.3g}" if "ms" in values else "n/a"
-    counts = sorted(PARTICLES)
-    rows = [[*key, *(row.get(count, "n/a") for count in counts)] for key, row in cells.items()]
-    header = ("model", "by, guide", "on", *map(str, counts))
-    (TABLES / "gpu.rst").write_text(as_rst(header, sorted(rows)))
+    loss_graph.to_machine_code = shown(loss_graph.to_machine_code)
+    CudaGraph.__init__ = shown(CudaGraph.__init__)  # type: ignore[method-assign]
 
 
 def main() -> None:
     """Run what is named."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("what", nargs="*", choices=("checks", "preview", "speed", []))
     made.add_argument("--seconds", type=float, default=180.0, help="after which nothing new begins")
     made.add_argument("--device", default="cuda")
-    made.add_argument("--only", default="", help="checks whose name has this in it")
+    made.add_argument("--only", default="", help="checks whose name has one of these in it")
     made.add_argument("--log", type=Path, help="file that results are added to")
-    made.add_argument("--write", action="store_true", help="write docs/tables/gpu.rst of the log")
     options = made.parse_args()
-    log = Log(options.log, options.seconds)
-    if "checks" in options.what:
-        run_checks(log, options.device, options.only)
-    for name in ("preview", "speed"):
-        if name in options.what:
-            run_speed(log, options.device, preview=name == "preview")
-    if options.write:
-        write_table(options.log)
+    explain_failures()
+    run_checks(Log(options.log, options.seconds), options.device, options.only)
 
 
 if __name__ == "__main__":
