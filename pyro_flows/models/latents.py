@@ -14,6 +14,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.infer import TraceEnum_ELBO
 from pyro.infer.autoguide.utils import helpful_support_errors
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
@@ -23,6 +24,7 @@ from torch.distributions import biject_to
 from pyro_flows._checks import shown
 from pyro_flows._random import forked
 from pyro_flows.models.sites import full_size
+from pyro_flows.models.traces import replay_trace
 
 __all__ = ["checked_init", "hide_from_guide", "log_density", "trace_latents"]
 
@@ -120,21 +122,34 @@ def trace_latents(
 def log_density(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
     """Log joint density of a run of a model in unconstrained space, hidden from active handlers; -inf if not finite.
 
-    Restores the random state. If the model raises, returns -inf, and leaves the error to the run that follows.
+    Enumerated sites are summed out. Restores the random state, so that a plate that draws its items draws the same ones
+    at each call. If the model raises, returns -inf, and leaves the error to the run that follows.
     """
     with forked(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             trace = poutine.block(poutine.trace(model).get_trace)(*args, **kwargs)
-            total = float(trace.log_prob_sum())
-            for site in trace.nodes.values():
-                if not hide_from_guide(site):
-                    to_support = biject_to(site["fn"].support)
-                    unconstrained = to_support.inv(site["value"])
-                    total += float(to_support.log_abs_det_jacobian(unconstrained, site["value"]).sum())
+            total = _log_density(model, trace, args, kwargs)
         except Exception:
             return -math.inf
     return total if math.isfinite(total) else -math.inf
+
+
+def _log_density(model: Callable[..., Any], trace: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    samples = {name: site for name, site in trace.nodes.items() if site["type"] == "sample" and not site["is_observed"]}
+    latents = {name: site for name, site in samples.items() if not hide_from_guide(site)}
+    if any(site["infer"].get("enumerate") for site in samples.values()):
+        items = {name: site["value"] for name, site in samples.items() if site_is_subsample(site)}
+        given = poutine.condition(model, data={name: site["value"] for name, site in latents.items()})
+        given = poutine.replay(given, trace=replay_trace(items))
+        total = -float(poutine.block(TraceEnum_ELBO().loss)(given, lambda *args, **kwargs: None, *args, **kwargs))
+    else:
+        total = float(trace.log_prob_sum())
+    for site in latents.values():
+        to_support = biject_to(site["fn"].support)
+        unconstrained = to_support.inv(site["value"])
+        total += float(to_support.log_abs_det_jacobian(unconstrained, site["value"]).sum())
+    return total
 
 
 def _check_plates(name: str, site: dict[str, Any], unknown: set[str], given: Mapping[str, pyro.plate]) -> None:

@@ -66,3 +66,31 @@ def test_members_start_at_their_parent():
 
     medians = AutoFlowGuide(model).median()
     torch.testing.assert_close(medians["theta"], torch.full((6,), 7.0), atol=1e-3, rtol=0.0)
+
+
+def test_starts_are_compared_with_enumerated_sites_summed_out():
+    """A value of such a site was drawn for each start, and decided."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(3.0, 1.0))  # 3, or 0 as AutoNormal
+        k = pyro.sample("k", dist.Categorical(torch.tensor([0.5, 0.5])), infer={"enumerate": "parallel"})
+        pyro.sample("y", dist.Normal(z + 100.0 * k, 1.0), obs=torch.tensor(101.0))
+
+    for seed in range(6):
+        pyro.set_rng_seed(seed)
+        torch.testing.assert_close(AutoFlowGuide(model).median()["z"], torch.tensor(3.0))
+
+
+def test_starts_are_compared_on_the_same_items():
+    """A plate drew its items anew for each start."""
+    y = torch.tensor([0.0, 0.0, 0.0, 100.0])
+
+    def model():
+        pyro.sample("scale", dist.Gamma(2.0, 1.0))  # without a quantile function: the median is that of draws
+        z = pyro.sample("z", dist.Normal(3.0, 1.0))
+        with pyro.plate("items", 4, subsample_size=1) as index:
+            pyro.sample("y", dist.Normal(z - 2.5, 1.0), obs=y[index])
+
+    for seed in range(6):
+        pyro.set_rng_seed(seed)
+        torch.testing.assert_close(AutoFlowGuide(model).median()["z"], torch.tensor(3.0))
