@@ -124,7 +124,7 @@ def weigh(
     evidence, lost = _evidence(sampler, sample, search.regions)
     reference, drift = None, None
     if search.regions is not None and sampler.score.is_vectorized:
-        reference = sample_reference(sampler, sample.first, search.regions)
+        reference = sample_reference(sampler, sample.first, search.regions, like=tally)
         drift = measure_drift(sampler, sample.first)
     if reference is None:
         sites, by_reference = tally.summaries(), False

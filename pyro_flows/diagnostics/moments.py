@@ -46,7 +46,7 @@ class Moments:
         values, log_weights = values.double(), log_weights.to(values.device)
         top = log_weights.max(0).values
         if not self._count:
-            self._center, self._top = values.mean(0), top
+            self._center, self._top = values.median(0).values, top  # finite, though draws may overflow
             # Sums of z^k, w z^k and w^2 z^k about the center, for k = 0 to 4.
             self._sums = values.new_zeros(3, 5, *self._center.shape)
         new_top = torch.maximum(self._top, top)
@@ -55,11 +55,13 @@ class Moments:
         self._sums[2] *= rescale.square()
         weights = _exp(log_weights - new_top)
         power, centered = torch.ones_like(values), values - self._center
+        counted = torch.where(weights > 0.0, centered, 0.0)  # a draw that overflows, where there is no density
+        counted_power = power
         for k in range(5):
             self._sums[0, k] += power.sum(0)
-            self._sums[1, k] += (weights * power).sum(0)
-            self._sums[2, k] += (weights.square() * power).sum(0)
-            power = power * centered
+            self._sums[1, k] += (weights * counted_power).sum(0)
+            self._sums[2, k] += (weights.square() * counted_power).sum(0)
+            power, counted_power = power * centered, counted_power * counted
         self._top = new_top
         self._count += len(values)
 
@@ -131,13 +133,16 @@ class Moments:
 def _errors(
     plain: tuple[Tensor, Tensor], best: tuple[Tensor, Tensor], variance_of_mean: Tensor, variance_of_log_sd: Tensor
 ) -> MomentErrors:
+    """Errors, none where values are constant; infinite where a moment is not finite."""
     sd = best[1]
-    return MomentErrors(
-        shift=((plain[0] - best[0]) / sd).nan_to_num(0.0),
-        shift_se=(variance_of_mean.clamp_min(0.0).sqrt() / sd).nan_to_num(0.0),
-        log_sd=(plain[1] / sd).log().nan_to_num(0.0),
-        log_sd_se=variance_of_log_sd.clamp_min(0.0).sqrt().nan_to_num(0.0),
+    constant = (sd == 0.0) & (plain[1] == 0.0)
+    found = (
+        (plain[0] - best[0]) / sd,
+        variance_of_mean.clamp_min(0.0).sqrt() / sd,
+        (plain[1] / sd).log(),
+        variance_of_log_sd.clamp_min(0.0).sqrt(),
     )
+    return MomentErrors(*(torch.where(constant, 0.0, error).nan_to_num(torch.inf) for error in found))
 
 
 def _exp(log_ratio: Tensor) -> Tensor:

@@ -102,13 +102,24 @@ class Reference(NamedTuple):
 
 @torch.no_grad()
 def sample_reference(
-    sampler: ImportanceSampler, drawn: Draws, regions: Regions, settings: ReferenceSettings = ReferenceSettings()
+    sampler: ImportanceSampler,
+    drawn: Draws,
+    regions: Regions,
+    settings: ReferenceSettings = ReferenceSettings(),
+    like: SiteTally | None = None,
 ) -> Reference | None:
     """Draw from a mixture of Student t distributions: kernels around draws of the guide, a wide one around all of them,
     and one at each region; None if there are too many dimensions.
 
     Weights of the guide's own draws say nothing about where the guide does not draw: the other half of a support, a
     tail. These draws go there, and they are weighted by a density that is known everywhere.
+
+    Args:
+        sampler: Sampler of the model and the guide.
+        drawn: Draws of the guide.
+        regions: Regions with posterior mass.
+        settings: Settings of the reference.
+        like: Moments of the guide's draws, which those of the reference are compared with.
     """
     structure = sampler.structure
     dim, num_items = structure.item_dim, structure.num_items
@@ -120,7 +131,7 @@ def sample_reference(
     log_joint = torch.cat([sampler.log_joint(part) for part in draws.split(sampler.chunk)])
     log_weights = (log_joint - mixture.log_prob(draws.double())).cpu()
     values, _ = structure.unpack(draws)
-    tally = SiteTally(structure)
+    tally = SiteTally(structure, like)
     tally.add(Draws(values, log_weights, {}, torch.zeros_like(log_weights)), log_weights)
     evidence = estimate_evidence(log_weights)
     reliable = (evidence.khat <= khat_threshold(settings.num_draws)) & (evidence.ess >= settings.min_ess)

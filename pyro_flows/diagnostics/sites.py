@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.diagnostics.moments import Moments
+from pyro_flows.diagnostics.shape import robust_shape
 from pyro_flows.importance.weights import Draws
 from pyro_flows.models.sites import Site
 from pyro_flows.models.structure import Structure
@@ -23,14 +24,14 @@ class SiteSettings:
     """Limits of the errors of sites.
 
     Attributes:
-        z_score: Standard errors between an estimated error and its upper limit: with one of each site's errors at the
-            limit, a sixth of such guides is accepted.
+        z_score: Standard errors between an estimated error and its upper limit: of guides with one error at the limit,
+            one in 40 is accepted.
         max_log_sd_se: Largest standard error of a log standard deviation, plain or weighted, at which the moments of a
             coordinate are compared: beyond, its tails are so heavy that a standard deviation is no summary of it, and
-            those in unconstrained space take its place.
+            those of its bulk take its place.
     """
 
-    z_score: float = 1.0
+    z_score: float = 2.0
     max_log_sd_se: float = 0.05
 
 
@@ -49,9 +50,13 @@ class SiteSummary:
         shift: Largest difference of means over coordinates, in weighted standard deviations and in unconstrained space.
         sd_ratio: Ratio of the guide's standard deviation to the weighted one, of the coordinate where it is farthest
             from 1, in unconstrained space.
-        max_shift: Upper limit of the error of a mean in standard deviations: one standard error above the estimate, at
-            the coordinate where it is largest; in unconstrained space where tails are too heavy.
+        max_shift: Upper limit of the error of a mean in standard deviations: two standard errors above the estimate, at
+            the coordinate where it is largest. Where tails are too heavy, it is that of
+            :math:`\operatorname{asinh}((z - m) / s)`, with the median m and half of the central 68 % interval, s, of
+            the guide's draws z.
         max_sd_error: The same for the relative error of a standard deviation.
+        has_sd: Whether the draws determine a standard deviation of every coordinate. If not, tails are too heavy for
+            one, and quantiles have to summarize the site.
     """
 
     name: str
@@ -64,6 +69,7 @@ class SiteSummary:
     sd_ratio: float
     max_shift: float
     max_sd_error: float
+    has_sd: bool
 
     @property
     def shape(self) -> torch.Size:
@@ -71,35 +77,67 @@ class SiteSummary:
         return self.mean.shape
 
 
-class _SiteSums:
-    """Running sums of one site."""
+class _Bulk:
+    """A monotone map that has moments whatever the tails, as it grows with the logarithm: asinh((z - m) / s).
 
-    def __init__(self, latent: Site, item_axis: int | None) -> None:
+    Args:
+        draws: Draws ``(S, *shape)``, whose medians are m, and half of whose central 68 % intervals are s.
+    """
+
+    def __init__(self, draws: Tensor) -> None:
+        flat = draws.double().reshape(len(draws), -1, 1)
+        middle, scale, _ = robust_shape(flat)
+        self._middle, scale = middle.reshape(draws.shape[1:]), scale.reshape(draws.shape[1:])
+        self._scale = torch.where(scale > torch.finfo(draws.dtype).tiny, scale, 1.0)  # a single draw has no scale
+
+    def __call__(self, values: Tensor) -> Tensor:
+        return ((values.double() - self._middle) / self._scale).asinh()
+
+
+class _SiteSums:
+    """Running sums of one site.
+
+    Args:
+        latent: The site.
+        item_axis: Its axis of items; None if there is none.
+        bulk: Map of its bulk; None takes that of the first draws.
+    """
+
+    def __init__(self, latent: Site, item_axis: int | None, bulk: _Bulk | None = None) -> None:
         self.latent = latent
         self.item_axis = item_axis
+        self.bulk = bulk
         self.log_prior = 0.0
         self.count = 0
         self.values = Moments()
         self.unconstrained = Moments()
+        self.of_bulk = Moments()
 
     def add(self, values: Tensor, log_prior: Tensor | None, log_weights: Tensor) -> None:
         log_prior = torch.full_like(log_weights, torch.nan) if log_prior is None else log_prior
         kept = ~log_prior.isnan().any(-1)
         self.count += int(kept.sum())
         self.log_prior += log_prior[kept].sum().item()
-        for moments, array in ((self.values, values), (self.unconstrained, self.latent.to_support.inv(values))):
-            shape = [len(values)] + [1] * (array.dim() - 1)
-            if self.item_axis is not None:
-                shape[1 + self.item_axis] = -1
-            moments.add(array, log_weights.reshape(shape))
+        self.bulk = self.bulk or _Bulk(values)
+        shape = [len(values)] + [1] * (values.dim() - 1)
+        if self.item_axis is not None:
+            shape[1 + self.item_axis] = -1
+        self.values.add(values, log_weights.reshape(shape))
+        self.unconstrained.add(self.latent.to_support.inv(values), log_weights.reshape(shape))
+        self.of_bulk.add(self.bulk(values), log_weights.reshape(shape))
 
     def summary(self, reference: _SiteSums | None, settings: SiteSettings, *, by_reference: bool) -> SiteSummary:
         mean, sd = self.values.plain
         weighted_mean, weighted_sd = (reference if reference and by_reference else self).values.weighted
-        pairs = [(self.values, None if reference is None else reference.values)]
-        if not self.values.has_sd(settings.max_log_sd_se).all():
-            pairs.append((self.unconstrained, None if reference is None else reference.unconstrained))
-        limits = [_upper_limits(draws, other, settings, by_reference=by_reference) for draws, other in pairs]
+        has_sd = self.values.has_sd(settings.max_log_sd_se)
+        of_values, of_bulk = (
+            _upper_limits(draws, other, settings, by_reference=by_reference)
+            for draws, other in (
+                (self.values, None if reference is None else reference.values),
+                (self.of_bulk, None if reference is None else reference.of_bulk),
+            )
+        )
+        max_shift, max_sd_error = torch.where(has_sd, of_values, of_bulk).reshape(2, -1).amax(1).tolist()
         own = self.unconstrained.errors()
         log_ratio = own.log_sd.flatten()
         return SiteSummary(
@@ -111,31 +149,36 @@ class _SiteSums:
             weighted_sd=weighted_sd.cpu(),
             shift=own.shift.abs().max().item(),
             sd_ratio=log_ratio[log_ratio.abs().argmax()].exp().item(),
-            max_shift=max(limit[0] for limit in limits),
-            max_sd_error=max(limit[1] for limit in limits),
+            max_shift=max_shift,
+            max_sd_error=max_sd_error,
+            has_sd=bool(has_sd.all()),
         )
 
 
-def _upper_limits(
-    draws: Moments, reference: Moments | None, settings: SiteSettings, *, by_reference: bool
-) -> tuple[float, float]:
-    """Largest upper limits of the errors of a mean, in standard deviations, and of a standard deviation, relative."""
+def _upper_limits(draws: Moments, reference: Moments | None, settings: SiteSettings, *, by_reference: bool) -> Tensor:
+    """Upper limits of errors of means, in sds, and of standard deviations, relative; ``(2, *shape)``."""
     found = [] if by_reference else [draws.errors()]
     if reference is not None:
         found.append(draws.errors_against(reference))
-    has_sd = draws.has_sd(settings.max_log_sd_se)
-    shifts = [(e.shift.abs() + settings.z_score * e.shift_se) * has_sd for e in found]
-    sds = [(e.log_sd.expm1().abs() + settings.z_score * e.log_sd_se) * has_sd for e in found]
+    shifts = [e.shift.abs() + settings.z_score * e.shift_se for e in found]
+    sds = [e.log_sd.expm1().abs() + settings.z_score * e.log_sd_se for e in found]
     # Of two limits that hold, the lower one counts.
-    return torch.stack(shifts).amin(0).max().item(), torch.stack(sds).amin(0).max().item()
+    return torch.stack([torch.stack(shifts).amin(0), torch.stack(sds).amin(0)])
 
 
 class SiteTally:
-    """Accumulates draws chunk by chunk, for a summary of each site."""
+    """Accumulates draws chunk by chunk, for a summary of each site.
 
-    def __init__(self, structure: Structure) -> None:
-        self._sites = [
-            _SiteSums(latent, structure.item_axis(latent)) for latent in structure.latents if latent.shape.numel()
+    Args:
+        structure: Structure of the model and the guide.
+        like: A tally of other draws with which this one is compared.
+    """
+
+    def __init__(self, structure: Structure, like: SiteTally | None = None) -> None:
+        latents = [latent for latent in structure.latents if latent.shape.numel()]
+        bulks = [None] * len(latents) if like is None else [site.bulk for site in like._sites]
+        self._sites: list[_SiteSums] = [
+            _SiteSums(latent, structure.item_axis(latent), bulk) for latent, bulk in zip(latents, bulks, strict=True)
         ]
 
     def add(self, draws: Draws, log_weights: Tensor) -> None:

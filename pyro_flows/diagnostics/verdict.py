@@ -123,7 +123,9 @@ def judge(
         if verdict is not None:
             return verdict
     reason = "draws of the guide are as good as the posterior's"
-    reason += f"; other modes were not looked for, since {search.why_none}." if search.why_none else "."
+    reason += f"; other modes were not looked for, since {search.why_none}" if search.why_none else ""
+    heavy = next((site.name for site in diagnosis.sites.values() if not site.has_sd), "")
+    reason += f"; tails of '{heavy}' are too heavy for a mean and an sd, so take its quantiles." if heavy else "."
     return Verdict(TRUST, reason, "Use `guide.sample_posterior(1000, ...)` or `Predictive`.")
 
 
@@ -238,10 +240,11 @@ def _inaccurate(diagnosis: Diagnosis, evidence: Evidence, limits: Thresholds, *,
 def _wrong_site(diagnosis: Diagnosis, limits: Thresholds) -> str:
     """A site whose marginal is off, or may be, in words; empty if there is none."""
     for site in diagnosis.sites.values():
+        mean, sd = ("mean", "sd") if site.has_sd else ("bulk", "spread of the bulk")
         if site.max_shift > limits.max_shift:
-            return f"the mean of '{site.name}' may be {site.max_shift:.2f} sds off"
+            return f"the {mean} of '{site.name}' may be {site.max_shift:.2f} sds off"
         if site.max_sd_error > limits.max_sd_error:
-            return f"the sd of '{site.name}' may be {site.max_sd_error:.0%} off"
+            return f"the {sd} of '{site.name}' may be {site.max_sd_error:.0%} off"
     return ""
 
 

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Moments where draws overflow, and verdicts where the posterior has no mean or no standard deviation."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_flows import diagnose
+from pyro_flows.diagnostics.moments import Moments
+
+
+def test_a_draw_that_overflows_without_density_is_left_out() -> None:
+    """It made a moment NaN, and the error of the moment zero."""
+    draws, log_weights = torch.randn(1000, dtype=torch.double), 0.1 * torch.randn(1000, dtype=torch.double)
+    clean, dirty = Moments(), Moments()
+    clean.add(draws, log_weights)
+    for part in range(2):
+        values = torch.cat([draws[part::2], torch.tensor([math.inf])])
+        dirty.add(values, torch.cat([log_weights[part::2], torch.tensor([-math.inf])]))
+    torch.testing.assert_close(torch.stack(dirty.weighted), torch.stack(clean.weighted))
+    shifted = Moments()
+    shifted.add(draws + 1.0, torch.zeros_like(draws))
+    assert shifted.errors_against(dirty).shift == pytest.approx(1.0, abs=0.1)
+
+
+def test_an_unknown_error_is_infinite_and_that_of_a_constant_zero() -> None:
+    overflown, zero = Moments(), Moments()
+    overflown.add(torch.tensor([0.0, 1.0, math.inf]), torch.zeros(3))
+    zero.add(torch.zeros(3), torch.zeros(3))
+    assert all(error > 1e30 for error in overflown.errors())
+    assert all(error == 0.0 for error in zero.errors())
+
+
+@pytest.mark.parametrize("df", [1.0, 1.5])
+def test_without_moments_a_guide_is_judged_by_its_bulk(df: float) -> None:
+    """A shift was trusted, as no mean was compared."""
+
+    def model(shift: float = 0.0, scale: float = 1.0) -> None:
+        pyro.sample("z", dist.StudentT(df, shift, scale).expand([3]).to_event(1))
+
+    exact = diagnose(model, model, seed=0, progress=False)
+    assert exact.trustworthy and "quantiles" in exact.reason and not exact.sites["z"].has_sd
+    for shift, scale, word in ((0.6, 1.0, "bulk"), (0.0, 0.6, "spread of the bulk")):
+        report = diagnose(model, lambda shift=shift, scale=scale: model(shift, scale), seed=0, progress=False)
+        assert not report.trustworthy and f"the {word} of 'z'" in report.reason, report.reason
+
+
+def test_a_site_with_moments_says_nothing_of_quantiles() -> None:
+    def model() -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    report = diagnose(model, model, seed=0, progress=False)
+    assert report.trustworthy and "quantiles" not in report.reason and report.sites["z"].has_sd
