@@ -21,7 +21,7 @@ from pyro_flows.diagnostics.reference import sample_reference
 from pyro_flows.diagnostics.report import TRUST, Diagnosis, Items
 from pyro_flows.diagnostics.search import Regions, SearchResult, search_regions
 from pyro_flows.diagnostics.sites import SiteTally
-from pyro_flows.diagnostics.verdict import judge, not_known
+from pyro_flows.diagnostics.verdict import judge, khat_is_noise, not_known
 from pyro_flows.importance.psis import khat_threshold
 from pyro_flows.importance.weights import Draws, ImportanceSampler
 from pyro_flows.models.checks import warn_without_data
@@ -130,7 +130,8 @@ def weigh(
         sites, by_reference = tally.summaries(), False
     else:
         evidence = reference.correct(evidence, threshold)
-        sites, by_reference = reference.summaries(tally, evidence.khat), reference.is_reliable
+        is_noise = khat_is_noise(sample.log_weights, evidence, drift)
+        sites, by_reference = reference.summaries(tally, evidence, is_noise=is_noise), reference.is_reliable
     log_evidence = evidence.log_evidence.sum().item()
     items = None
     if structure.items is not None:

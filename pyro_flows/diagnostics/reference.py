@@ -88,16 +88,18 @@ class Reference(NamedTuple):
             missing=torch.where(misses, 1.0 - (1.0 - own.missing) * (-missed).exp(), own.missing),
         )
 
-    def summaries(self, tally: SiteTally, khat: Tensor) -> Mapping[str, SiteSummary]:
+    def summaries(self, tally: SiteTally, own: Evidence, *, is_noise: bool) -> Mapping[str, SiteSummary]:
         """Summaries of sites by the guide's weights, if these have a variance, and by the reference, if it is reliable.
 
         Args:
             tally: Moments of the guide's draws, plain and weighted.
-            khat: Tail shape of their weights, ``(N,)``.
+            own: Estimates by the guide's weights.
+            is_noise: Whether their k-hat is that of noise, so that they have a variance whatever it is.
         """
         if not self.is_reliable:
             return tally.summaries()
-        return tally.summaries(self.tally, by_reference=bool((khat >= self.settings.max_khat_of_variance).any()))
+        heavy = own.khat >= self.settings.max_khat_of_variance
+        return tally.summaries(self.tally, by_reference=bool(heavy.any()) and not is_noise)
 
 
 @torch.no_grad()

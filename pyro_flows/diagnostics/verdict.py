@@ -18,7 +18,7 @@ from pyro_flows.diagnostics.search import SearchResult
 from pyro_flows.guides import AutoFlowGuide
 from pyro_flows.importance.psis import nearly_constant
 
-__all__ = ["NEUTRA", "Thresholds", "Verdict", "judge", "not_known"]
+__all__ = ["NEUTRA", "Thresholds", "Verdict", "judge", "khat_is_noise", "not_known"]
 
 NEUTRA = """\
 neutra = NeuTraReparam(guide.requires_grad_(False))
@@ -73,6 +73,15 @@ class Verdict(NamedTuple):
     verdict: str
     reason: str
     advice: str
+
+
+def khat_is_noise(log_weights: Tensor, evidence: Evidence, drift: Drift | None) -> bool:
+    """Whether log weights, ``(S, N)``, hardly differ: k-hat is invariant to scale, and so meaningless then.
+
+    A few weights that are large do not matter if draws that are moved, into the tails too, stay what they are.
+    """
+    largest = (log_weights - evidence.log_evidence).max().item() if drift is None or drift.is_significant else 0.0
+    return nearly_constant(largest, float(evidence.ess.min()), len(log_weights))
 
 
 def not_known(plate: str) -> Verdict:
@@ -167,12 +176,7 @@ def _heavy_tails(
     threshold, num_items = diagnosis.khat_threshold, len(evidence.khat)
     bad = evidence.khat > threshold
     log_weights = diagnosis.log_weights.reshape(diagnosis.num_samples, num_items)
-    largest = (log_weights - evidence.log_evidence).max().item()
-    # k-hat is invariant to scale, so it is meaningless for weights that hardly differ; a few that are large do not
-    # matter if draws that are moved, into the tails too, stay what they are.
-    largest = largest if drift is None or drift.is_significant else 0.0
-    is_noise = nearly_constant(largest, float(evidence.ess.min()), diagnosis.num_samples)
-    if not _is_bad(bad, limits) or is_noise:
+    if not _is_bad(bad, limits) or khat_is_noise(log_weights, evidence, drift):
         return None
     number = f"k-hat is {evidence.khat.max():.2f}, above {threshold:.2f}"
     if num_items > 1:
