@@ -28,6 +28,7 @@ LAYERS = {
     "_storage": 0,
     "_threads": 0,
     "compiled": 1,
+    "distributed": 1,
     "transforms": 1,
     "flows": 2,
     "models": 2,

@@ -50,6 +50,7 @@ class Batches:
         many: Whether there are mini-batches.
         first: Positional and keyword arguments of the first one.
         generators: Generators of a ``DataLoader``, other than torch's global one.
+        in_turns: Whether all processes of a run have the same mini-batches, and take them in turns.
 
     Raises:
         TypeError: If a mini-batch is a dictionary; in a later pass, if there is no mini-batch any more.
@@ -64,8 +65,10 @@ class Batches:
         self.many = not isinstance(args, tuple)
         self._source: Iterable[Any] = args if self.many else [args]
         self.generators = generators_of(args) if self.many else []
+        self.in_turns = True
         self._begin: dict[str, Any] | None = None  # random state at the beginning of the pass
         self._taken = 0  # mini-batches of the pass
+        self._passes = 0  # passes before this one
         self._stream = self._endless()
         try:
             self.first: Arguments = next(self._pass())
@@ -85,6 +88,7 @@ class Batches:
         while True:
             if self.many:
                 self._begin, self._taken = capture_random_state(self.generators), 0
+                self._set_epoch()
             empty = True
             for call in self._pass():
                 empty = False
@@ -92,6 +96,13 @@ class Batches:
                 yield call
             if empty:
                 raise self._used_up()
+            self._passes += 1
+
+    def _set_epoch(self) -> None:
+        """Have a ``DistributedSampler`` shuffle this pass in an order of its own."""
+        set_epoch = getattr(getattr(self._source, "sampler", None), "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(self._passes)
 
     def next(self) -> Arguments:
         """The arguments of the next step."""
@@ -100,12 +111,13 @@ class Batches:
     @property
     def position(self) -> dict[str, Any] | None:
         """Where the sequence is, for :meth:`seek`; None if all its elements are the same."""
-        return {"taken": self._taken, "random": self._begin} if self.many else None
+        return {"taken": self._taken, "random": self._begin, "passes": self._passes} if self.many else None
 
     def seek(self, position: dict[str, Any]) -> None:
         """Go to a position, by going through its pass again; changes the random state."""
         self._stream = self._endless()
         self._begin, self._taken = None, 0
+        self._passes = position.get("passes", 0)
         if position["random"] is not None:
             restore_random_state(position["random"], self.generators)
             for _ in range(position["taken"]):

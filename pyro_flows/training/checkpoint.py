@@ -17,6 +17,7 @@ from torch import nn
 from pyro_flows import _files
 from pyro_flows._blame import user_level
 from pyro_flows.compiled.parameters import trial
+from pyro_flows.distributed.processes import ALONE, Processes
 from pyro_flows.guides import AutoFlowGuide
 from pyro_flows.models.fingerprint import data_difference, describe_data, describe_model, model_difference
 from pyro_flows.models.traces import Call
@@ -58,13 +59,15 @@ class Checkpoint:
     Args:
         path: Path of the file; None writes no checkpoint.
         interval: Seconds between two checkpoints within a cycle, >= 0.
+        processes: The processes of the run, of which the first one reads and writes the file.
 
     Attributes:
         run: What the file holds, or will hold.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, interval: float) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None, interval: float, processes: Processes = ALONE) -> None:
         self.path = None if path is None else Path(path)
+        self.processes = processes
         self.interval = interval
         self.run = StoredRun()
         self._saved = time.monotonic()
@@ -72,8 +75,8 @@ class Checkpoint:
 
     @property
     def is_due(self) -> bool:
-        """Whether the file is old enough to be replaced."""
-        return self.path is not None and time.monotonic() - self._saved >= self.interval
+        """Whether the file is old enough to be replaced, by the first process's clock."""
+        return self.processes.is_first and self.path is not None and time.monotonic() - self._saved >= self.interval
 
     def error(self, expected: str, remedy: str) -> ValueError:
         """An error about the file."""
@@ -88,15 +91,11 @@ class Checkpoint:
         Raises:
             ValueError: If the file is not a run's, was damaged, or its run has other options.
         """
-        if self.path is None or not os.path.lexists(self.path):
+        if self.path is None:
             return
-        try:
-            values = _files.read(self.path, unsigned=True)
-        except (_files.FileError, OSError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise self.error(
-                f"to be a file that fit has written, but {reason}", "Pass another path, or move the file away."
-            ) from None
+        values = self.processes.first(self._read)
+        if values is None:
+            return
         self.run = self._parsed(values)
         difference = "" if self.run.options is None else self.run.options.difference(asked)
         if difference:
@@ -105,6 +104,19 @@ class Checkpoint:
                 "Leave the option as it was (all but anneal, compile and settings may be left out), or pass another "
                 "path for a new run.",
             )
+
+    def _read(self) -> dict[str, Any] | None:
+        """What the file holds; None if there is no file."""
+        assert self.path is not None
+        if not os.path.lexists(self.path):
+            return None
+        try:
+            return _files.read(self.path, unsigned=True)
+        except (_files.FileError, OSError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise self.error(
+                f"to be a file that fit has written, but {reason}", "Pass another path, or move the file away."
+            ) from None
 
     def begin(self, asked: RunOptions, generators: Sequence[torch.Generator]) -> None:
         """Put the random state back to that of the run's begin; a new run writes its first file.
@@ -120,13 +132,17 @@ class Checkpoint:
             restore_random_state(self.run.before_data, generators)
         elif self.run.state is None and self.path is not None:
             self.run = StoredRun(asked, capture_random_state(generators))
-            try:
-                _files.write(self.path, self._values())
-            except OSError as error:
-                raise self.error(
-                    f"to be a file that can be written, but {error.strerror or error}",
-                    "Make its folder, free space on the disk, or pass another path.",
-                ) from None
+            self.processes.first(self._write_first)
+
+    def _write_first(self) -> None:
+        assert self.path is not None
+        try:
+            _files.write(self.path, self._values())
+        except OSError as error:
+            raise self.error(
+                f"to be a file that can be written, but {error.strerror or error}",
+                "Make its folder, free space on the disk, or pass another path.",
+            ) from None
 
     def _parsed(self, values: Mapping[str, Any]) -> StoredRun:
         if is_run_of_0_1_0(values):
@@ -166,6 +182,7 @@ class Checkpoint:
             or _difference("the guide", stored["guide"], found["guide"])
             or _difference("the shapes of the parameters", stored["parameters"], found["parameters"])
         )
+        difference = self.processes.broadcast(difference)
         if difference:
             raise self.error(
                 f"to hold a run of this model, guide and data, but {difference}",
@@ -203,9 +220,9 @@ class Checkpoint:
 
     def save(self, state: TrainingState) -> None:
         """Replace the file; the old one stays until the new one is whole. If it can't be written, warn once."""
-        if self.path is None:
-            return
         self._saved = time.monotonic()
+        if self.path is None or not self.processes.is_first:
+            return
         self.run.state = state.to_dict()
         try:
             _files.write(self.path, self._values())

@@ -22,16 +22,19 @@ from pyro_flows._checks import (
     check_positive,
     check_type,
     checked,
+    constant,
     integer,
     optional,
 )
 from pyro_flows._random import forked, seeded
 from pyro_flows._threads import one_at_a_time
+from pyro_flows.distributed.processes import Processes
 from pyro_flows.guides import AutoFlowGuide
 from pyro_flows.models.precision import may_be_rounded
 from pyro_flows.models.traces import Call, run_quietly, sample_nodes
 from pyro_flows.training.batches import Batches, check_batches
 from pyro_flows.training.checkpoint import Checkpoint
+from pyro_flows.training.division import check_options, divided, have_same_data, share_parameters
 from pyro_flows.training.interrupts import Interrupts
 from pyro_flows.training.monitor import Callback, Monitor, check_callback
 from pyro_flows.training.objective import EstimateSettings, Objective
@@ -71,6 +74,9 @@ class FitSettings(Settings):
             >= 1.
         many_items: Size of the largest latent site in a mini-batch.
         checkpoint_interval: Seconds between two checkpoints within a cycle, >= 0.
+        num_parts: Number of parts of a step, >= 1, a multiple of the number of processes; None takes one for each
+            process. Particles, or mini-batches, are divided into parts with noise of their own, and gradients are
+            averaged, on any number of processes alike.
         estimates: Settings of ELBO estimates.
         trainer: Settings of optimizer steps.
         verdict: Settings of the first verdict.
@@ -91,6 +97,7 @@ class FitSettings(Settings):
     few_particles: int = 2
     many_items: int = 1000
     checkpoint_interval: float = 60.0
+    num_parts: int | None = constant(None, optional(integer(1)))
     estimates: EstimateSettings = field(default_factory=EstimateSettings)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     verdict: VerdictSettings = field(default_factory=VerdictSettings)
@@ -131,6 +138,7 @@ class FitSettings(Settings):
     callback=optional(check_callback),
     compile=partial(check_choice, choices=(True, False, "auto")),
     checkpoint=optional(check_path),
+    distributed=check_bool,
     settings=optional(partial(check_type, kind=FitSettings)),
 )
 def fit(
@@ -149,6 +157,7 @@ def fit(
     progress: bool = True,
     seed: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    distributed: bool = True,
     settings: FitSettings | None = None,
 ) -> FitResult:
     """Train a guide; every option that is None is chosen from the model.
@@ -166,6 +175,9 @@ def fit(
     gradients have a control variate (:meth:`~pyro_flows.flows.FlowDistribution.centered`), and ELBO estimates are
     paired by mini-batch, so that the variance due to the data cancels; there, only a significantly lower ELBO counts
     as lower.
+
+    In a program that ``torchrun`` starts several times, after ``torch.distributed.init_process_group``, the processes
+    share the run: the particles of a step, or, with mini-batches, each takes one of its own. See :doc:`/distributed`.
 
     Args:
         model: Any Pyro model; its own parameters (a decoder, say) are trained along with the guide.
@@ -193,6 +205,8 @@ def fit(
             data and options, of which those that can be None may be left out. A finished run is not trained again,
             unless ``num_steps`` is larger than its number of steps. Mini-batches have to depend only on the random
             state at the beginning of a pass (of torch, NumPy and Python, or of a ``DataLoader``'s own generator).
+        distributed: Whether the processes of ``torch.distributed``'s default group share the run, which all of them
+            have to call; False trains in this process alone.
         settings: Constants of the algorithm, which rarely need a change; None takes :class:`FitSettings`.
 
     Raises:
@@ -202,7 +216,9 @@ def fit(
             not a run's file or was damaged, or is of a run of another model, guide, other data or options.
         ValueError: If observed values are not finite or outside their support; if model and guide were swapped, or the
             guide is for another model or for data of another size.
+        ValueError: If processes of a group call with other options, or with parameters of other shapes.
         RuntimeError: If the model has no finite density at the initial guide; names the sites.
+        RuntimeError: If another process of the group has ended.
         Exception: Any exception that the model raises in plain runs, or that Pyro raises about the shapes of its sites.
 
     Example:
@@ -219,26 +235,36 @@ def fit(
     settings = settings or FitSettings()
     changed = changed_settings(settings)
     make = None if optim is None else resolve_optimizer(optim)
-    asked = RunOptions(num_steps, num_particles, learning_rate, anneal, compile, seed, changed, described(make))
-    with Monitor(progress, callback) as monitor, one_at_a_time("fit"):
-        file = Checkpoint(checkpoint, settings.checkpoint_interval)
+    processes = Processes.of_group("fit") if distributed else Processes("fit")
+    asked = RunOptions(
+        num_steps, num_particles, learning_rate, anneal, compile, seed, changed, described(make), settings.num_parts
+    )
+    check_options(processes, asked, checkpoint)
+    with Monitor(progress and processes.is_first, callback) as monitor, one_at_a_time("fit"):
+        file = Checkpoint(checkpoint, settings.checkpoint_interval, processes)
         file.read(asked)
         if seed is None and file.run.options is not None:
             seed = file.run.options.seed
+        asked, parts = divided(processes, asked, file.run)
+        if seed is None:
+            seed = asked.seed
         with seeded(seed):
             file.begin(asked, generators_of(args))
             batches = Batches(args, kwargs)
+            batches.in_turns = have_same_data(processes, batches)
             for name, program in (("model", model), ("guide", guide)):
                 check_call("fit", name, program, *batches.first)
             calls = (
                 [] if anneal else set_up(guide, batches, settings.warm_start_batches, settings.estimates.max_elements)
             )
+            share_parameters(parts, model, guide, batches)
             if file.run.state is None:
                 state, warm = None, warm_start(model, guide, batches, calls, monitor)
                 file.run.before_analysis = capture_random_state(batches.generators)
-                objective = Objective(model, guide, batches, settings.estimates)
+                share_parameters(parts, model, guide, batches)
+                objective = Objective(model, guide, batches, settings.estimates, parts)
             else:
-                objective, state = restored(file, model, guide, batches, settings.estimates)
+                objective, state = restored(file, model, guide, batches, settings.estimates, parts)
                 warm = False
             is_point = _is_point(guide, *batches.first)
             options = file.run.options or asked
@@ -247,6 +273,7 @@ def fit(
             if options.learning_rate is None:
                 peak = peak_rate(make) if make is not None else settings.learning_rate(guide, warm=warm, anneal=anneal)
                 options = replace(options, learning_rate=peak)
+            options = processes.broadcast(options)
             assert options.num_particles is not None and options.learning_rate is not None
             with ExitStack() as stack:
                 stack.enter_context(without_step_limit(guide))

@@ -45,8 +45,13 @@ class Interrupts:
             raise KeyboardInterrupt
         self._pending = True
 
-    def raise_pending(self) -> None:
-        """Raise ``KeyboardInterrupt`` if Ctrl-C was pressed."""
-        if self._pending:
+    @property
+    def is_pending(self) -> bool:
+        """Whether Ctrl-C was pressed, which was not heeded yet."""
+        return self._pending
+
+    def raise_pending(self, anyone: bool | None = None) -> None:
+        """Raise ``KeyboardInterrupt`` if Ctrl-C was pressed, here or, where ``anyone`` is given, if that says so."""
+        if self._pending if anyone is None else anyone:
             self._pending = False
             raise KeyboardInterrupt

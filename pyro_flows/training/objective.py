@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -41,8 +40,9 @@ from pyro_flows.models.traces import (
     run_quietly,
     sample_nodes,
 )
-from pyro_flows.training.batches import Batches, by_shape
+from pyro_flows.training.batches import Arguments, Batches, by_shape
 from pyro_flows.training.elbo import VectorizedTrace_ELBO
+from pyro_flows.training.parts import Parts
 
 __all__ = ["Estimate", "EstimateSettings", "Objective"]
 
@@ -121,8 +121,10 @@ class Objective:
         guide: Any Pyro guide.
         batches: Their arguments.
         settings: Number of draws of estimates.
+        parts: The parts of a step; None means a single one.
 
     Attributes:
+        parts: The parts of a step.
         model: The model.
         guide: The guide.
         batches: Their arguments.
@@ -146,8 +148,11 @@ class Objective:
         guide: Callable[..., Any],
         batches: Batches,
         settings: EstimateSettings | None = None,
+        parts: Parts | None = None,
     ) -> None:
         self.settings = settings or EstimateSettings()
+        self.parts = parts or Parts()
+        self.parts.look_for_plate(model, guide, Call(*batches.first))
         self.model = model
         self.guide = guide
         self.batches = batches
@@ -202,18 +207,22 @@ class Objective:
         nesting = nesting_of(self._sites)
         return kind(num_particles=num_particles, max_plate_nesting=nesting, ignore_jit_warnings=True)
 
-    def _programs(self, elbo: Trace_ELBO | TraceEnum_ELBO) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """The model and the guide as the loss runs them."""
+    def _programs(self, elbo: Trace_ELBO | TraceEnum_ELBO, part: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """The model and the guide as the loss of a part runs them."""
         power = self.inverse_temperature
         model = self.model if power == 1.0 else poutine.scale(self.model, scale=power)
         guide = self.guide
+        share = self.parts.share(part)
+        if share is not None:
+            model, guide = share(model), share(guide)
         if elbo.vectorize_particles and elbo.num_particles > 1:
             guide = _VarianceReduction(centered=self.subsampled)(guide)
         return model, guide
 
-    def gradient(self, elbo: Trace_ELBO | TraceEnum_ELBO) -> float:
-        """Loss of the next mini-batch; its gradient is left in ``grad`` of :attr:`parameters`, which must be None."""
-        args, kwargs = self.batches.next()
+    def gradient(self, elbo: Trace_ELBO | TraceEnum_ELBO, call: Arguments, part: int = 0) -> float:
+        """Loss of a mini-batch in a part of a step; its gradient is left in ``grad`` of :attr:`parameters`, which must
+        be None."""
+        args, kwargs = call
         if self._flat is not None and self.graph is not None and self.graph.matches(args, kwargs):
             try:
                 loss, gradient = self.graph(args, kwargs)
@@ -224,7 +233,7 @@ class Objective:
                 return float(loss)
             # A draw at which the model raises makes a recorded step NaN; an eager step leaves out only that draw.
         with _quiet():
-            value = float(elbo.loss_and_grads(*self._programs(elbo), *args, **kwargs))
+            value = float(elbo.loss_and_grads(*self._programs(elbo, part), *args, **kwargs))
         if self._flat is not None:  # a mini-batch of another shape, say
             self._flat.gather_gradients()
         return value
@@ -236,7 +245,9 @@ class Objective:
             RecordingError: If the step can't be recorded.
         """
         args, kwargs = self.batches.first
-        loss = partial(tensor_loss(elbo), *self._programs(elbo))
+        if self.parts.plate and len(self.parts.own) > 1:
+            raise RecordingError("a process has several parts of a step, each with other items of its plate")
+        loss = partial(tensor_loss(elbo), *self._programs(elbo, self.parts.own[0]))
         state = self.buffers
         with trial(state):
             leaves = used_leaves(loss, self.leaves, args, kwargs)
@@ -267,9 +278,10 @@ class Objective:
         return self._flat.leaves
 
     def release(self) -> None:
-        """Give parameters memory of their own again, after :meth:`record`."""
+        """Give parameters memory of their own again, after :meth:`record`, and forget the graph."""
         if self._flat is not None:
             self._flat.release()
+            self._flat, self.graph, self.parameters = None, None, self.leaves
 
     def estimate(self, seed: int | None = None) -> Estimate:
         """Estimate the ELBO without gradients, on mini-batches that are the same each time.
@@ -277,13 +289,16 @@ class Objective:
         Args:
             seed: Seed of the noise; None draws it afresh.
         """
+        if not self.parts.is_whole:
+            seed = self.parts.processes.broadcast(int(torch.randint(2**31, ())) if seed is None else seed)
         with seeded(seed):
             settings = self.settings
             if not self.vectorized:
-                return self._estimate(settings.num_sequential_runs, 1)
+                return self._estimate(settings.num_sequential_runs, 1, seed)
             runs = max(settings.num_runs, len(self.calls))
             affordable = settings.max_values // (runs * self.num_items)
-            return self._estimate(runs, max(2, min(settings.num_particles, affordable)))
+            particles = max(2, min(settings.num_particles, affordable))
+            return self._estimate(*self.parts.processes.broadcast((runs, particles)), seed)
 
     def has_light_tails(self) -> bool:
         """Whether the importance weights of the guide's draws have a k-hat below ``max_khat``."""
@@ -335,26 +350,31 @@ class Objective:
         return gain > (-2 * error if self.subsampled else 0.0)
 
     @torch.no_grad()
-    def _estimate(self, runs: int, particles: int) -> Estimate:
+    def _estimate(self, runs: int, particles: int, seed: int | None) -> Estimate:
         elbo = self.elbo(particles)
-        values = []
-        for args, kwargs in itertools.islice(itertools.cycle(self.calls), runs):
-            try:
-                # Without validation, which would raise at draws of zero density.
-                with _quiet(), pyro.validation_enabled(False):
-                    values.append(-float(elbo.loss(self.model, self.guide, *args, **kwargs)))
-            except NO_DENSITY:
-                values.append(math.nan)
-            except (RuntimeError, MemoryError) as error:
-                if particles == 1 or not is_out_of_memory(error):
-                    raise
-                return self._estimate(runs, particles // 2)
+        try:
+            with self.parts.first_buffers(self.buffers):
+                values = self.parts.runs(lambda call: self._value(elbo, call), self.calls, runs, seed, self.batches)
+        except (RuntimeError, MemoryError) as error:
+            if particles == 1 or not is_out_of_memory(error):
+                raise
+            return self._estimate(runs, particles // 2, seed)
         sample = torch.tensor(values, dtype=torch.float64, device="cpu")  # as a checkpoint restores it
         kept = sample[~sample.isnan()]
         if len(kept) < (1.0 - REFUSALS.max_share) * runs or not kept.isfinite().all():
             return Estimate(-math.inf, math.inf, math.inf, sample)
         variance = kept.var().item()
         return Estimate(kept.mean().item(), math.sqrt(variance / len(kept)), variance * particles, sample)
+
+    def _value(self, elbo: Trace_ELBO | TraceEnum_ELBO, call: Arguments) -> float:
+        """ELBO of a mini-batch; NaN where the model raises."""
+        args, kwargs = call
+        try:
+            # Without validation, which would raise at draws of zero density.
+            with _quiet(), pyro.validation_enabled(False):
+                return -float(elbo.loss(self.model, self.guide, *args, **kwargs))
+        except NO_DENSITY:
+            return math.nan
 
 
 @contextmanager

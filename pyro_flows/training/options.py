@@ -23,6 +23,7 @@ class RunOptions:
         seed: Random seed, or None.
         settings: Names and values of settings that are not the default.
         optimizer: Name and options of the optimizer.
+        num_parts: Number of parts of a step, or None.
     """
 
     num_steps: int | None = None
@@ -33,6 +34,7 @@ class RunOptions:
     seed: int | None = None
     settings: Mapping[str, Any] | None = None
     optimizer: str = "Adam"
+    num_parts: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a dictionary of what a checkpoint can hold."""
@@ -59,7 +61,7 @@ class RunOptions:
 def changed_settings(settings: Any, prefix: str = "") -> dict[str, Any]:
     """Names, such as ``schedule.max_steps``, and values, as text, of settings that differ from their defaults.
 
-    ``checkpoint_interval`` is left out, since it changes no number.
+    ``checkpoint_interval`` is left out, since it changes no number, and ``num_parts``, which is an option by itself.
     """
     defaults = type(settings)()
     found: dict[str, Any] = {}
@@ -67,6 +69,6 @@ def changed_settings(settings: Any, prefix: str = "") -> dict[str, Any]:
         own, default = getattr(settings, each.name), getattr(defaults, each.name)
         if is_dataclass(own):
             found |= changed_settings(own, f"{prefix}{each.name}.")
-        elif own != default and each.name != "checkpoint_interval":
+        elif own != default and each.name not in ("checkpoint_interval", "num_parts"):
             found[f"{prefix}{each.name}"] = repr(own)
     return found

@@ -17,6 +17,7 @@ from pyro_flows.training.batches import Arguments, Batches
 from pyro_flows.training.checkpoint import Checkpoint
 from pyro_flows.training.monitor import Monitor
 from pyro_flows.training.objective import EstimateSettings, Objective
+from pyro_flows.training.parts import Parts
 from pyro_flows.training.random_state import restore_random_state
 from pyro_flows.training.state import TrainingState, set_leaves
 from pyro_flows.transforms.preconditioner import look_again
@@ -66,14 +67,19 @@ def warm_start(
 
 
 def restored(
-    file: Checkpoint, model: Callable[..., Any], guide: Callable[..., Any], batches: Batches, settings: EstimateSettings
+    file: Checkpoint,
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    batches: Batches,
+    settings: EstimateSettings,
+    parts: Parts,
 ) -> tuple[Objective, TrainingState]:
     """Objective and state of a run in a file, with the guide as it was when the run began.
 
     Raises:
         ValueError: If it is a run of another model, guide, or other data; then the guide is as before.
     """
-    objective = Objective(model, guide, batches, settings)
+    objective = Objective(model, guide, batches, settings, parts)
     file.check(objective, complete=False)
     before = [leaf.detach().clone() for leaf in objective.leaves]
     state = file.load(objective)
@@ -83,7 +89,7 @@ def restored(
     if file.run.before_analysis is not None:
         # Once more, as it was done then: mini-batches may be shuffled, and how draws share a run is found out at draws.
         restore_random_state(file.run.before_analysis, batches.generators)
-        objective = Objective(model, guide, batches, settings)
+        objective = Objective(model, guide, batches, settings, parts)
     try:
         file.check(objective, complete=True)
     except ValueError:

@@ -107,6 +107,9 @@ class Schedule:
         self.anneal = anneal
         self.monitor = monitor
         self.num_steps = num_steps
+        self._processes = trainer.objective.parts.processes
+        # Heeded by all processes after the same step: Ctrl-C in any, and the first one's clock.
+        trainer.wishes = lambda: [interrupts.is_pending, checkpoint.is_due]
 
     def _lengths(self) -> list[int]:
         return self.settings.lengths(self.num_steps, long=self.objective.subsampled or self.anneal)
@@ -116,7 +119,8 @@ class Schedule:
         state = self.trainer.state
         state.lengths = self._lengths()
         # With mini-batches the same noise each time, since the noise of estimates would exceed any gain.
-        state.seed = int(torch.randint(2**31, ())) if self.objective.subsampled else None
+        state.seed = self._draw_seed() if self.objective.subsampled else None
+        state.noise = None if self.objective.parts.is_whole else self._draw_seed()
         try:
             estimate = self._estimate()
         except KeyboardInterrupt:
@@ -178,6 +182,9 @@ class Schedule:
             trainer.restore(state.best_point)
             state.best_estimate = self._estimate()
         trainer.restore(state.point)
+
+    def _draw_seed(self) -> int:
+        return self._processes.broadcast(int(torch.randint(2**31, ())))
 
     def _estimate(self) -> Estimate:
         return self.objective.estimate(self.trainer.state.seed)
@@ -267,6 +274,7 @@ class Schedule:
         anneal = self.anneal and state.cycle == 0
         self.monitor.begin_cycle(state.cycle + 1, done + state.step, done + length)
         trainer.cycle(length, self._after_step, anneal=anneal)
+        self._check_agreement()
         now = self._estimate()
         gain, error = now.gain_over(self._best())
         is_worse = gain < -2 * error and not objective.trains_model
@@ -297,7 +305,7 @@ class Schedule:
             learning_rate=state.learning_rate,
             seconds=time.perf_counter() - self.monitor.begin,
         )
-        return self.monitor.end_cycle(progress)
+        return any(self._processes.gather(self.monitor.end_cycle(progress)))
 
     def _is_worth_more(self, gain: float, error: float) -> bool:
         """Whether a cycle gained more than the tolerance, and the next one will, if gains go on falling as they did."""
@@ -326,12 +334,23 @@ class Schedule:
         state = self.trainer.state
         state.best_estimate, state.best_point, state.initial_is_best = now, self.trainer.snapshot(), False
 
+    def _check_agreement(self) -> None:
+        """Raise RuntimeError if the parameters of processes differ, which have taken the same steps."""
+        point = [leaf.detach() for leaf in self.objective.leaves]
+        norms = self._processes.gather(torch.stack(torch._foreach_norm(point)).tolist() if point else [])
+        if any(norm != norms[0] for norm in norms):
+            raise RuntimeError(
+                "fit: expected the parameters of all processes to be the same after the same steps, but they differ. "
+                "Do not change them between steps in one process only, as in a callback, and run on equal processors."
+            )
+
     def _after_step(self) -> None:
         """Update the progress bar, write a checkpoint if one is due, and heed Ctrl-C."""
         state = self.trainer.state
         self.monitor.step(state.losses, state.num_steps)
-        self.interrupts.raise_pending()
-        if self.checkpoint.is_due:
+        anyone, is_due = (None, self.checkpoint.is_due) if self._processes.size == 1 else self.trainer.wanted
+        self.interrupts.raise_pending(anyone)
+        if is_due:
             self._save()
 
     def finish(self, compare: bool) -> tuple[str, Estimate]:
@@ -360,7 +379,7 @@ class Schedule:
     def _compare(self) -> tuple[str, Estimate]:
         """Keep the initial or the trained point, which is the current one."""
         state = self.trainer.state
-        seed = int(torch.randint(2**31, ()))
+        seed = self._draw_seed()
         trained = self.objective.estimate(seed)
         self.trainer.restore(state.initial_point)
         initial = self.objective.estimate(seed)

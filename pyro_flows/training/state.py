@@ -65,6 +65,8 @@ class TrainingState:
         moments: Moments of the optimizers, then; empty between two cycles.
         random: State of the random generators, then.
         position: Position in the data, then.
+        parts: Buffers, random state and position of each part of a step, then; empty if a step is a single part.
+        noise: Seed of the noise of parts.
     """
 
     learning_rate: float
@@ -98,6 +100,8 @@ class TrainingState:
     moments: Moments = field(default_factory=list)
     random: dict[str, Any] | None = None
     position: dict[str, Any] | None = None
+    parts: list[dict[str, Any]] = field(default_factory=list)
+    noise: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a dictionary of numbers, strings, and lists of numbers and tensors, by the attributes' names."""

@@ -24,6 +24,7 @@ from pyro_flows.training.objective import Objective
 from pyro_flows.training.optimizers import MakeOptimizer, Optimizers, adam
 from pyro_flows.training.random_state import capture_random_state, restore_random_state
 from pyro_flows.training.state import Point, TrainingState, set_leaves
+from pyro_flows.training.step import step_gradient
 
 __all__ = ["Trainer", "TrainerSettings"]
 
@@ -121,6 +122,8 @@ class Trainer:
     Attributes:
         state: State of the run.
         skipped_at: Sites without a finite log density after the first step without one, in words.
+        wishes: What this process wants after the next step, such as to stop; a function that gives them.
+        wanted: What any process wanted at the last step.
     """
 
     def __init__(
@@ -139,7 +142,10 @@ class Trainer:
         here = self.snapshot()
         self.state = TrainingState(learning_rate, initial_point=here, best_point=here)
         self.skipped_at = ""
-        self._elbo = objective.elbo(num_particles)
+        self.wishes: Callable[[], list[bool]] = list
+        self.wanted: list[bool] = []
+        parts = objective.parts
+        self._elbo = objective.elbo(num_particles if objective.subsampled else -(-num_particles // parts.count))
         self._norms: deque[float] = deque(maxlen=self.settings.norm_memory)
         self._tables = tables
         self._compile = compile
@@ -155,6 +161,8 @@ class Trainer:
         state.moments = [] if self._optimizers is None else self._optimizers.moments()
         state.random = capture_random_state(objective.batches.generators)
         state.position = objective.batches.position
+        if not objective.parts.is_whole:
+            state.parts = objective.parts.freeze(objective.batches, objective.buffers)
 
     def resume(self, state: TrainingState) -> None:
         """Go on from a state that :meth:`freeze` has completed, in this or another process."""
@@ -165,7 +173,7 @@ class Trainer:
         if state.step:
             self._optimizers = self._fresh_optimizers()
             self._optimizers.load(state.moments)
-        if state.position is not None:
+        if state.position is not None and not state.parts:
             self.objective.batches.seek(state.position)
         self.restore_all()
 
@@ -196,7 +204,8 @@ class Trainer:
         graph.script(*self.objective.batches.first)
 
     def _fresh_optimizers(self) -> Optimizers:
-        eps = self.settings.table_eps * self.objective.scale
+        # A part's mini-batch is scaled as all of them together are, before their mean is taken.
+        eps = self.settings.table_eps * self.objective.scale / self.objective.parts.count
         return Optimizers(self.objective.parameters, self._tables, self._make, self.settings.betas, eps)
 
     def _choose_step_kind(self, steps_left: int) -> None:
@@ -211,14 +220,11 @@ class Trainer:
             pays = steps_left >= settings.min_steps_to_record and ahead >= settings.min_seconds_to_record
             if not (asked or pays):
                 return
-            try:
-                if self._tables:
-                    raise RecordingError("items have parameters of their own, of which a step moves a few rows")
-                self.objective.record(self._elbo)
-            except RecordingError as error:
+            failure = self._record()
+            if failure:
                 state.is_step_kind_final = True
                 if asked:
-                    warnings.warn(f"fit: takes eager steps, since {error}.", stacklevel=user_level())
+                    warnings.warn(f"fit: takes eager steps, since {failure}.", stacklevel=user_level())
                 return
             state.step_kind = "recorded"
             before, self._optimizers = self._optimizers, self._fresh_optimizers()
@@ -241,6 +247,20 @@ class Trainer:
         if is_new:
             graph.script(*self.objective.batches.first)
 
+    def _record(self) -> str:
+        """Record the step; returns why not, where that is not possible in one of the processes."""
+        failure: RecordingError | None = None
+        try:
+            if self._tables:
+                raise RecordingError("items have parameters of their own, of which a step moves a few rows")
+            self.objective.record(self._elbo)
+        except RecordingError as error:
+            failure = error
+        reason = self.objective.parts.first_failure(failure)
+        if reason and failure is None:
+            self.objective.release()
+        return reason
+
     def snapshot(self) -> Point:
         """A copy of all parameters."""
         return [leaf.detach().clone() for leaf in self.objective.leaves]
@@ -258,6 +278,8 @@ class Trainer:
             for buffer, value in zip(self.objective.buffers, state.buffers, strict=True):
                 buffer.copy_(value)
             restore_random_state(state.random, self.objective.batches.generators)
+        if state.parts:
+            self.objective.parts.restore(state.parts, self.objective.batches, self.objective.buffers)
 
     def roll_back(self, point: Point) -> None:
         """On divergence, restore an earlier point and halve the learning rate of all later steps."""
@@ -320,7 +342,9 @@ class Trainer:
         counter = OperationCounter()
         try:
             with counter if counts else nullcontext():
-                loss = self.objective.gradient(self._elbo)
+                loss, self.wanted = step_gradient(
+                    self.objective, self._elbo, self._tables, (state.noise or 0, state.num_steps), self.wishes()
+                )
         except NO_DENSITY:
             loss = math.nan
         except (RuntimeError, MemoryError) as error:
@@ -341,7 +365,7 @@ class Trainer:
                 self.skipped_at = self.objective.where_not_finite()
             return
         if counts:
-            state.cost = counter.cost
+            state.cost = self.objective.parts.processes.broadcast(counter.cost)
         state.losses.append(loss)
         median = statistics.median(self._norms) if self._norms else norm
         longest = settings.skip * median

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L1. The processes of ``torch.distributed``'s default group, and the few things that they say to each other."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pyro_flows._blame import user_level
+
+__all__ = ["ALONE", "Processes"]
+
+Value = TypeVar("Value")
+
+
+class Processes:
+    """Processes that share a run; each calls the same methods in the same order. A single one says nothing.
+
+    Args:
+        owner: Name of the public function, for error messages.
+        rank: Number of this process, in ``[0, size)``.
+        size: Number of processes, >= 1.
+
+    Raises:
+        RuntimeError: In every method, if another process has ended, or does not answer in the group's time limit.
+    """
+
+    def __init__(self, owner: str, rank: int = 0, size: int = 1) -> None:
+        self.owner, self.rank, self.size = owner, rank, size
+
+    @classmethod
+    def of_group(cls, owner: str) -> Processes:
+        """The processes of the default group, or this one alone where there is no group.
+
+        Warns where ``torchrun`` has started several processes that are not in a group: each would train alone.
+        """
+        if dist.is_available() and dist.is_initialized():
+            return cls(owner, dist.get_rank(), dist.get_world_size())
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+            warnings.warn(
+                f"{owner}: is one of {os.environ['WORLD_SIZE']} processes of torchrun, but trains alone, since they "
+                'are no group. Write torch.distributed.init_process_group("gloo") first, or "nccl" on GPUs.',
+                stacklevel=user_level(),
+            )
+        return cls(owner)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that shows the bar and writes the files."""
+        return self.rank == 0
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:  # torch's own errors of connections derive from the former
+            reason = str(error).strip().splitlines()[0]
+            raise RuntimeError(
+                f"{self.owner}: expected all {self.size} processes to go on together, but process {self.rank} has lost "
+                f"another one ({reason}). Look for the first error among their outputs. With checkpoint= and torchrun "
+                "--max-restarts, the run goes on from its file."
+            ) from error
+
+    def _device(self, tensor: Tensor) -> torch.device:
+        """Where the group's backend takes tensors: NCCL does so on the process's own GPU only."""
+        if dist.get_backend() != "nccl":
+            return tensor.device
+        return tensor.device if tensor.is_cuda else torch.device("cuda", torch.cuda.current_device())
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum of a tensor of one shape over all processes; bitwise the same on each."""
+        if self.size == 1:
+            return tensor
+        with self._together():
+            total = tensor.detach().to(self._device(tensor), copy=True).contiguous()
+            dist.all_reduce(total)
+            return total.to(tensor.device)
+
+    def gather(self, value: Value) -> list[Value]:
+        """The values of all processes, in the order of their numbers; any objects that can be pickled."""
+        if self.size == 1:
+            return [value]
+        with self._together():
+            found: list[Any] = [None] * self.size
+            dist.all_gather_object(found, value)
+            return found
+
+    def broadcast(self, value: Value) -> Value:
+        """The first process's value; any object that can be pickled."""
+        if self.size == 1:
+            return value
+        with self._together():
+            found: list[Any] = [value]
+            dist.broadcast_object_list(found, src=0)
+            return found[0]  # type: ignore[no-any-return]
+
+    def first(self, work: Callable[[], Value]) -> Value:
+        """What a function returns that the first process alone calls.
+
+        Raises:
+            ValueError: As the function does there; in all processes.
+        """
+        if self.size == 1:
+            return work()
+        result: Any = None
+        failure = ""
+        if self.is_first:
+            try:
+                result = work()
+            except ValueError as error:
+                failure = str(error)
+        result, failure = self.broadcast((result, failure))
+        if failure:
+            raise ValueError(failure)
+        return result  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def share(self, tensors: Sequence[Tensor]) -> None:
+        """Set tensors, of the same shapes on all processes, to the first one's."""
+        if self.size == 1:
+            return
+        with self._together():
+            for tensor in tensors:
+                sent = tensor.detach().to(self._device(tensor), copy=True).contiguous()
+                dist.broadcast(sent, src=0)
+                tensor.copy_(sent)
+
+    @torch.no_grad()
+    def sum_sparse(self, tensor: Tensor) -> Tensor:
+        """Sum of a sparse matrix with dense rows, of which each process holds a few; bitwise the same on each."""
+        tensor = tensor.coalesce()
+        if self.size == 1:
+            return tensor
+        with self._together():
+            rows, values = tensor.indices(), tensor.values()
+            device = self._device(values)
+            counts = torch.zeros(self.size, dtype=torch.long, device=device)
+            counts[self.rank] = rows.shape[1]
+            dist.all_reduce(counts)
+            most = int(counts.max())
+            padded = torch.zeros(most, dtype=torch.long, device=device), values.new_zeros(most, *values.shape[1:])
+            found = []
+            for own, room in zip((rows[0], values), padded, strict=True):
+                room = room.to(device)
+                room[: len(own)] = own
+                each = [torch.empty_like(room) for _ in range(self.size)]
+                dist.all_gather(each, room)
+                found.append(torch.cat([part[:count] for part, count in zip(each, counts.tolist(), strict=True)]))
+            where, what = (part.to(values.device) for part in found)
+            return torch.sparse_coo_tensor(where[None], what, tensor.shape, check_invariants=False).coalesce()
+
+
+# Where no other process takes part.
+ALONE = Processes("")

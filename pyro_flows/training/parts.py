@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L7. The parts of a step, which processes share: particles or mini-batches, each with noise of its own."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_flows._memory import is_out_of_memory
+from pyro_flows.compiled.parameters import state_of, trial
+from pyro_flows.distributed.plates import DrawnPlates, PlateShare
+from pyro_flows.distributed.processes import ALONE, Processes
+from pyro_flows.models.particles import at_a_draw
+from pyro_flows.models.traces import Call, run_quietly
+from pyro_flows.training.batches import Arguments, Batches
+from pyro_flows.training.random_state import capture_random_state, restore_random_state
+
+__all__ = ["Parts"]
+
+
+class Parts:
+    """The parts of a step, whose gradients are averaged; part j of n belongs to process j modulo their number.
+
+    Each part has the seed of its noise, its mini-batch, and its own buffers of modules, so that a run depends on the
+    number of parts, but not on the number of processes.
+
+    Args:
+        processes: The processes of the run.
+        count: Number of parts, a multiple of the number of processes.
+
+    Attributes:
+        own: Numbers of the parts of this process.
+        plate: Name of the plate that draws its own mini-batches, if there is one: each part has a share of its items.
+    """
+
+    def __init__(self, processes: Processes = ALONE, count: int = 1) -> None:
+        self.processes, self.count = processes, count
+        self.own = range(processes.rank, count, processes.size)
+        self.plate = ""
+        self._buffers: dict[int, list[Tensor]] = {}  # of own parts that are not at work
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a step is a single part, with noise from the global generator."""
+        return self.count == 1
+
+    def look_for_plate(self, model: Callable[..., Any], guide: Callable[..., Any], call: Call) -> None:
+        """Find the largest plate that draws its own mini-batches; others draw theirs from all of their items."""
+        if self.is_whole or self.plate:
+            return
+        drawn = DrawnPlates()
+        with trial(state_of(model, guide)), pyro.validation_enabled(False):
+            run_quietly(at_a_draw(drawn(model), drawn(guide)), call)
+        self.plate = max(sorted(drawn.sizes), key=lambda name: drawn.sizes[name], default="")
+
+    def share(self, part: int) -> PlateShare | None:
+        """The handler under which a plate draws its mini-batches from the items of a part; None if there is none."""
+        return PlateShare(self.plate, part, self.count) if self.plate else None
+
+    @contextmanager
+    def noise(self, *key: int) -> Iterator[None]:
+        """Draw from a generator with a seed of its own within this context."""
+        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(int(numpy.random.SeedSequence(key).generate_state(1, numpy.uint64)[0] >> 1))
+            yield
+
+    def first_failure(self, failure: Exception | None) -> str:
+        """Message of the first process's failure of those that have one; empty if none has."""
+        return next(filter(None, self.processes.gather("" if failure is None else str(failure))), "")
+
+    def calls(self, batches: Batches) -> Iterator[tuple[int, Arguments]]:
+        """The mini-batch of the next step for each own part."""
+        for part in range(self.count) if batches.in_turns else self.own:
+            call = batches.next()
+            if part in self.own:
+                yield part, call
+
+    def runs(
+        self,
+        value: Callable[[Arguments], float],
+        calls: Sequence[Arguments],
+        count: int,
+        seed: int | None,
+        data: Batches,
+    ) -> list[float]:
+        """Values of ``count`` runs, on one mini-batch after another, which processes share.
+
+        Where processes have data of their own, each does all runs, and the values are means over the processes.
+
+        Raises:
+            MemoryError: If memory runs out in another process; in this one, its own error passes.
+        """
+        if self.is_whole:
+            return [value(call) for call in itertools.islice(itertools.cycle(calls), count)]
+        assert seed is not None
+        processes, found = self.processes, {}
+        failure: Exception | None = None
+        try:
+            for run in range(processes.rank, count, processes.size) if data.in_turns else range(count):
+                with self.noise(seed, run, *(() if data.in_turns else (processes.rank,))):
+                    found[run] = value(calls[run % len(calls)])
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = error
+        each = processes.gather((found, failure is not None))
+        if any(failed for _, failed in each):
+            raise failure or MemoryError("out of memory in another process")
+        if data.in_turns:
+            joined = {run: own for values, _ in each for run, own in values.items()}
+            return [joined[run] for run in range(count)]
+        return [math.fsum(values[run] for values, _ in each) / processes.size for run in range(count)]
+
+    @contextmanager
+    def at_work(self, part: int, buffers: Sequence[Tensor]) -> Iterator[None]:
+        """Give the modules the buffers of a part within this context."""
+        if len(self.own) == 1:
+            yield
+            return
+        if not self._buffers:
+            self._buffers = {own: [buffer.detach().clone() for buffer in buffers] for own in self.own}
+        _set(buffers, self._buffers[part])
+        yield
+        self._buffers[part] = [buffer.detach().clone() for buffer in buffers]
+
+    def freeze(self, batches: Batches, buffers: Sequence[Tensor]) -> list[dict[str, Any]]:
+        """Buffers, random state and position in the data of each part, in order; all processes call this."""
+        if self.is_whole:
+            return [_frozen(batches, buffers)]
+        own = {}
+        for part in self.own:
+            with self.at_work(part, buffers):
+                own[part] = _frozen(batches, buffers)
+        found = {part: each for process in self.processes.gather(own) for part, each in process.items()}
+        return [found[part] for part in range(self.count)]
+
+    def restore(self, parts: Sequence[dict[str, Any]], batches: Batches, buffers: Sequence[Tensor]) -> None:
+        """Invert :meth:`freeze`."""
+        first = parts[self.own[0]]
+        if first["position"] is not None:
+            batches.seek(first["position"])
+        self._buffers = {part: parts[part]["buffers"] for part in self.own} if len(self.own) > 1 else {}
+        _set(buffers, first["buffers"])
+        restore_random_state(first["random"], batches.generators)
+
+    @contextmanager
+    def first_buffers(self, buffers: Sequence[Tensor]) -> Iterator[None]:
+        """Give the modules of all processes the buffers of the first part within this context."""
+        if self.is_whole:
+            yield
+            return
+        before = [buffer.detach().clone() for buffer in buffers]
+        _set(buffers, self._buffers.get(0, before))
+        self.processes.share(buffers)
+        try:
+            yield
+        finally:
+            _set(buffers, before)
+
+
+def _frozen(batches: Batches, buffers: Sequence[Tensor]) -> dict[str, Any]:
+    return {
+        "buffers": [buffer.detach().clone() for buffer in buffers],
+        "random": capture_random_state(batches.generators),
+        "position": batches.position,
+    }
+
+
+@torch.no_grad()
+def _set(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for buffer, value in zip(buffers, values, strict=True):
+        buffer.copy_(value)
