@@ -309,8 +309,10 @@ class CompiledSVI(SVI):
         assert self._parameter is not None
         optimizer = self.optim.optim_objs[self._parameter.flat]
         optimizer = getattr(optimizer, "optimizer", optimizer)  # a scheduler's
-        clips = self.optim.grad_clip[self._parameter.flat] is not None
-        rule = AdamRule(optimizer) if AdamRule.applies_to(optimizer) and not clips else None
+        # A subclass may do more at a step, such as take the mean gradient of several processes.
+        does_more = type(self.optim).__call__ is not PyroOptim.__call__
+        does_more = does_more or self.optim.grad_clip[self._parameter.flat] is not None
+        rule = AdamRule(optimizer) if AdamRule.applies_to(optimizer) and not does_more else None
         try:
             with forked():
                 graph.compile(args, kwargs, rule)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L1. The mean over all processes of the gradients of a step, and of a few numbers, in one flat vector."""
+"""L3. The mean over all processes of the gradients of a step, and of a few numbers, in one flat vector."""
 
 from __future__ import annotations
 

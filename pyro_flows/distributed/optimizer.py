@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L1. :class:`DistributedOptim`: any optimizer of Pyro, by the mean gradient of all processes."""
+"""L3. :class:`DistributedOptim`: any optimizer of Pyro, by the mean gradient of all processes."""
 
 from __future__ import annotations
 
@@ -24,17 +24,19 @@ class DistributedOptim(PyroOptim):
     """An optimizer of ``pyro.optim`` that steps by the mean gradient of all processes, which stay equal.
 
     For ``SVI`` and :class:`~pyro_flows.CompiledSVI` in a program that ``torchrun`` starts several times, after
-    ``torch.distributed.init_process_group``. Give each process a seed of its own, ``pyro.set_rng_seed(rank)``, so that
-    their draws differ, and data of its own, or :func:`disjoint_subsamples`. Parameters begin as those of the first
-    process; where a process began elsewhere, their first step is by the first process's gradient. If a gradient is not
-    finite on one process, no process takes the step. Without a group, it is the optimizer itself.
+    ``torch.distributed.init_process_group``. Parameters have to begin the same: with the same seed in all processes, or
+    after :func:`broadcast_parameters`. Noise differs from the second step on: where torch's generators are all in the
+    same state at the first step, those of all processes but the first get a seed of their own. Data are the user's to
+    divide, or :func:`disjoint_subsamples`'s. If a gradient is not finite in one process, no process takes the step.
+    Without a group, it is the optimizer itself.
 
     Args:
         optim: The optimizer; parameters get its options.
 
     Raises:
         TypeError: If ``optim`` is not one of ``pyro.optim``'s optimizers.
-        RuntimeError: At a step, if another process has ended.
+        RuntimeError: At a step, if parameters differ between processes at their first one, or another process has
+            ended.
 
     Example:
         >>> from pyro.infer import SVI, Trace_ELBO
@@ -57,18 +59,31 @@ class DistributedOptim(PyroOptim):
         if all(p.grad is None or bool(p.grad.isfinite().all()) for p in params):
             super().__call__(params, *args, **kwargs)
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that shows progress and writes files."""
+        return self._processes.is_first
+
     def mean(self, value: float) -> float:
         """The mean of a number over all processes, such as the loss of a step; NaN if it is that on one of them."""
         return math.fsum(self._processes.gather(value)) / self._processes.size
 
-    @torch.no_grad()
     def _begin(self, params: list[Tensor]) -> None:
-        """Set new parameters to those of the first process; where they were others, its gradient alone counts."""
-        if self._processes.size == 1 or not params:
+        """Check that new parameters are the same in all processes; before the first step, give each its own noise."""
+        processes = self._processes
+        if processes.size == 1 or not params:
             return
-        before = [p.detach().clone() for p in params]
-        self._processes.share(params)
-        moved = torch.stack([(p != old).any() for p, old in zip(params, before, strict=True)])
-        for p, differs in zip(params, self._processes.sum(moved.long()).tolist(), strict=True):
-            if differs and p.grad is not None:
-                p.grad = p.grad * self._processes.size if self._processes.is_first else torch.zeros_like(p)
+        values = [p.detach().cpu() for p in params]
+        first = processes.broadcast(values)
+        same = len(first) == len(values) and all(map(torch.equal, first, values))
+        if not all(processes.gather(same)):
+            raise RuntimeError(
+                "DistributedOptim: expected parameters that begin the same in all processes, but they differ. Write "
+                "pyro_flows.distributed.broadcast_parameters(model, guide, *args) before the first step, or set the "
+                "same seed in all processes."
+            )
+        if self.optim_objs:
+            return
+        states = processes.gather(torch.random.get_rng_state())
+        if processes.rank and all(torch.equal(state, states[0]) for state in states):
+            torch.manual_seed(torch.initial_seed() + processes.rank)

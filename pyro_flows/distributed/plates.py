@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L1. Mini-batches that plates draw themselves, from the items of one process only."""
+"""L3. Mini-batches that plates draw themselves, from the items of one process only."""
 
 from __future__ import annotations
 

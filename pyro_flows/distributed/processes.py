@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L1. The processes of ``torch.distributed``'s default group, and the few things that they say to each other."""
+"""L3. The processes of ``torch.distributed``'s default group, and the few things that they say to each other."""
 
 from __future__ import annotations
 

@@ -27,6 +27,7 @@ from pyro_flows._checks import (
     optional,
     shown,
 )
+from pyro_flows.distributed import DistributedOptim
 from pyro_flows.models.checks import where_not_finite
 from pyro_flows.models.traces import Call
 from pyro_flows.training.batches import Batches, check_batches
@@ -208,7 +209,8 @@ def _steps(
 ) -> Iterator[float]:
     rule = Convergence(settings)
     num_failures, point = 0, _parameters()
-    with Monitor(progress) as monitor:
+    shared = svi.optim if isinstance(getattr(svi, "optim", None), DistributedOptim) else None
+    with Monitor(progress and (shared is None or shared.is_first)) as monitor:
         monitor.begin_cycle(None, 0, max_steps)
         for step in range(1, max_steps + 1):
             if num_failures == 0 and (not point or step % settings.snapshot_interval == 0):
@@ -216,7 +218,8 @@ def _steps(
             args, kwargs = batches.next()
             loss = svi.step(*args, **kwargs)
             _check_loss("until_converged", "what svi.step returns", loss)
-            loss = float(loss)
+            # The same in all processes, which have to stop after the same step.
+            loss = float(loss) if shared is None else shared.mean(float(loss))
             num_failures = 0 if math.isfinite(loss) else num_failures + 1
             lost = [name for name, value in _parameters().items() if not value.isfinite().all()] if num_failures else []
             if lost or num_failures >= settings.max_failures:

@@ -3,22 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from pyro_flows.compiled.parameters import leaves_of, state_of, trial
 from pyro_flows.distributed.processes import Processes
 from pyro_flows.models.fingerprint import describe_data
-from pyro_flows.models.particles import at_a_draw
 from pyro_flows.training.batches import Batches
 from pyro_flows.training.checkpoint import StoredRun
 from pyro_flows.training.options import RunOptions
 from pyro_flows.training.parts import Parts
 
-__all__ = ["check_options", "divided", "have_same_data", "share_parameters"]
+__all__ = ["check_options", "divided", "have_same_data"]
 
 
 def check_options(processes: Processes, asked: RunOptions, checkpoint: Any) -> None:
@@ -70,28 +67,3 @@ def have_same_data(processes: Processes, batches: Batches) -> bool:
             "list of mini-batches, in which the data of processes may differ; or write distributed=False."
         )
     return same
-
-
-def share_parameters(parts: Parts, model: Callable[..., Any], guide: Callable[..., Any], batches: Batches) -> None:
-    """Where a step has several parts, set parameters and buffers to those of the first process.
-
-    Raises:
-        ValueError: If their shapes differ.
-    """
-    if parts.is_whole:
-        return
-    processes = parts.processes
-    args, kwargs = batches.first
-    with trial(state_of(model, guide)):
-        leaves = [*leaves_of(guide, args, kwargs), *leaves_of(at_a_draw(model, guide), args, kwargs)]
-    leaves = list({id(leaf): leaf for leaf in leaves}.values())
-    leaves += state_of(model, guide)
-    shapes = processes.gather([tuple(leaf.shape) for leaf in leaves])
-    for rank, found in enumerate(shapes):
-        if found != shapes[0]:
-            raise ValueError(
-                "fit: expected the same model and guide in all processes, but their parameters have shapes "
-                f"{shapes[0]} in process 0 and {found} in process {rank}. Write distributed=False where each process "
-                "trains a model of its own."
-            )
-    processes.share(leaves)

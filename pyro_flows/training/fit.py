@@ -28,13 +28,14 @@ from pyro_flows._checks import (
 )
 from pyro_flows._random import forked, seeded
 from pyro_flows._threads import one_at_a_time
+from pyro_flows.distributed.parameters import share_parameters
 from pyro_flows.distributed.processes import Processes
 from pyro_flows.guides import AutoFlowGuide
 from pyro_flows.models.precision import may_be_rounded
 from pyro_flows.models.traces import Call, run_quietly, sample_nodes
 from pyro_flows.training.batches import Batches, check_batches
 from pyro_flows.training.checkpoint import Checkpoint
-from pyro_flows.training.division import check_options, divided, have_same_data, share_parameters
+from pyro_flows.training.division import check_options, divided, have_same_data
 from pyro_flows.training.interrupts import Interrupts
 from pyro_flows.training.monitor import Callback, Monitor, check_callback
 from pyro_flows.training.objective import EstimateSettings, Objective
@@ -257,11 +258,13 @@ def fit(
             calls = (
                 [] if anneal else set_up(guide, batches, settings.warm_start_batches, settings.estimates.max_elements)
             )
-            share_parameters(parts, model, guide, batches)
+            if not parts.is_whole:
+                share_parameters(processes, model, guide, *batches.first)
             if file.run.state is None:
                 state, warm = None, warm_start(model, guide, batches, calls, monitor)
                 file.run.before_analysis = capture_random_state(batches.generators)
-                share_parameters(parts, model, guide, batches)
+                if not parts.is_whole:
+                    share_parameters(processes, model, guide, *batches.first)
                 objective = Objective(model, guide, batches, settings.estimates, parts)
             else:
                 objective, state = restored(file, model, guide, batches, settings.estimates, parts)

@@ -53,13 +53,20 @@ class Parts:
         return self.count == 1
 
     def look_for_plate(self, model: Callable[..., Any], guide: Callable[..., Any], call: Call) -> None:
-        """Find the largest plate that draws its own mini-batches; others draw theirs from all of their items."""
+        """Find the largest plate that draws its own mini-batches; others draw theirs from all of their items.
+
+        Raises:
+            ValueError: If it has too few items for disjoint mini-batches.
+        """
         if self.is_whole or self.plate:
             return
         drawn = DrawnPlates()
         with trial(state_of(model, guide)), pyro.validation_enabled(False):
             run_quietly(at_a_draw(drawn(model), drawn(guide)), call)
-        self.plate = max(sorted(drawn.sizes), key=lambda name: drawn.sizes[name], default="")
+            self.plate = max(sorted(drawn.sizes), key=lambda name: drawn.sizes[name], default="")
+            share = self.share(self.own[0])
+            if share is not None:
+                run_quietly(at_a_draw(share(model), share(guide)), call)
 
     def share(self, part: int) -> PlateShare | None:
         """The handler under which a plate draws its mini-batches from the items of a part; None if there is none."""

@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Programs that ``torchrun`` starts in two processes; the same functions run in one process in the tests.
+
+torchrun --nproc-per-node=2 -m tests.distributed.programs FOLDER NAME ...
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal, init_to_sample
+from pyro.optim import Adam
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from pyro_flows import AutoFlowGuide, CompiledSVI, fit, until_converged
+from pyro_flows.compiled.graph import LossGraph
+from pyro_flows.distributed import DistributedOptim, broadcast_parameters, disjoint_subsamples
+from pyro_flows.training import EstimateSettings, FitProgress, FitSettings, TrainerSettings
+from pyro_flows.training.trainer import Trainer
+
+SCHOOLS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+ESTIMATES = EstimateSettings(num_runs=4, num_particles=20)
+# Two parts of a step, on two processes or on one.
+TWO = FitSettings(num_parts=2, estimates=ESTIMATES, checkpoint_interval=0.05)
+OPTIONS = {"num_steps": 200, "num_particles": 4, "compile": False, "seed": 0, "progress": False, "settings": TWO}
+
+
+@contextmanager
+def double_precision() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def normal(count: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, generator=torch.Generator().manual_seed(seed))
+
+
+def schools(y: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("schools", len(y)):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("y", dist.Normal(theta, 10.0), obs=y)
+
+
+def groups(y: Tensor) -> None:
+    """Plates that draw their own mini-batches."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    with pyro.plate("groups", len(y), subsample_size=5) as index:
+        theta = pyro.sample("theta", dist.Normal(mu, 2.0))
+        pyro.sample("y", dist.Normal(theta, 1.0), obs=y[index])
+
+
+def some_groups(index: Tensor, y: Tensor) -> None:
+    """Mini-batches that the user passes."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    with pyro.plate("groups", 41, dim=-1, subsample=index):
+        theta = pyro.sample("theta", dist.Normal(mu, 2.0))
+        pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+
+
+def rows(y: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    with pyro.plate("rows", 42, subsample_size=len(y), dim=-1):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+class Autoencoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = nn.Linear(2, 4)
+
+    def model(self, x: Tensor) -> None:
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("images", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z), 0.5).to_event(1), obs=x)
+
+
+def end(guide: Any, result: Any = None) -> dict[str, Any]:
+    """What the tests compare."""
+    found = {"parameters": torch.cat([p.detach().reshape(-1) for p in guide.parameters()])}
+    for name in ("steps", "skipped", "reason", "elbo", "elbo_se", "losses") if result is not None else ():
+        found[name] = getattr(result, name)
+    return found
+
+
+def fit_schools(folder: Path) -> dict[str, Any]:
+    guide = AutoFlowGuide(schools)
+    return end(guide, fit(schools, guide, (SCHOOLS,), **OPTIONS))
+
+
+def fit_recorded(folder: Path) -> dict[str, Any]:
+    """In recorded steps."""
+    trainer = TrainerSettings(min_steps_to_record=0, min_seconds_to_record=0.0, compile_seconds=1e9)
+    settings = FitSettings(num_parts=2, estimates=ESTIMATES, trainer=trainer)
+    guide = AutoFlowGuide(schools, "diagonal_normal")
+    options = {**OPTIONS, "compile": "auto", "settings": settings, "num_steps": 40}
+    return end(guide, fit(schools, guide, (SCHOOLS,), **options))
+
+
+def fit_groups(folder: Path) -> dict[str, Any]:
+    y = 2.0 * normal(41)
+    guide = AutoFlowGuide(groups, create_plates=lambda y: pyro.plate("groups", len(y), subsample_size=5))
+    return end(guide, fit(groups, guide, (y,), **OPTIONS))
+
+
+def fit_loader(folder: Path) -> dict[str, Any]:
+    """Shuffled mini-batches of 5, of which the last has one item, and the number is odd."""
+    data = TensorDataset(torch.arange(41), 2.0 * normal(41))
+    guide = AutoFlowGuide(some_groups, create_plates=lambda i, y: pyro.plate("groups", 41, dim=-1, subsample=i))
+    return end(guide, fit(some_groups, guide, DataLoader(data, batch_size=5, shuffle=True), **OPTIONS))
+
+
+def fit_autoencoder(folder: Path) -> dict[str, Any]:
+    torch.manual_seed(1 if folder.name == "alone" else int(os.environ["RANK"]) + 1)  # decoders begin elsewhere
+    autoencoder = Autoencoder()
+    guide = AutoFlowGuide(autoencoder.model, amortize={"images": nn.Linear(4, 3)})
+    x = normal(160).reshape(40, 4)
+    result = fit(autoencoder.model, guide, DataLoader(TensorDataset(x), batch_size=10, shuffle=True), **OPTIONS)
+    found = end(guide, result)
+    found["decoder"] = autoencoder.decoder.weight.detach()
+    return found
+
+
+def fit_with_nan(folder: Path) -> dict[str, Any]:
+    """The second process gets a mini-batch with NaN, once in a pass of 21 mini-batches."""
+    y = normal(42)
+    y[6] = torch.nan
+    guide = AutoFlowGuide(rows, "diagonal_normal")
+    batches = [(part,) for part in y.split(2)]
+    with pyro.validation_enabled(False):
+        return end(guide, fit(rows, guide, batches, **{**OPTIONS, "num_steps": 20}))
+
+
+def fit_own_data(folder: Path) -> dict[str, Any]:
+    """Processes have data of their own, in unequal numbers of mini-batches."""
+    rank = int(os.environ["RANK"])
+    batches = [(part,) for part in normal(42).split(21)[rank].split(3 if rank else 7)]
+    guide = AutoFlowGuide(rows, "diagonal_normal")
+    return end(guide, fit(rows, guide, batches, **{**OPTIONS, "num_steps": 25}))
+
+
+def fit_sampler(folder: Path) -> dict[str, Any]:
+    data = TensorDataset(normal(42))
+    loader = DataLoader(data, batch_size=7, sampler=DistributedSampler(data))
+    guide = AutoFlowGuide(rows, "diagonal_normal")
+    return end(guide, fit(rows, guide, loader, **{**OPTIONS, "num_steps": 25}))
+
+
+def fit_interrupted(folder: Path) -> dict[str, Any]:
+    """Ctrl-C in the second process only, after the first cycle."""
+
+    def interrupt(progress: FitProgress) -> None:
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    guide = AutoFlowGuide(schools, "diagonal_normal")
+    options = {**OPTIONS, "num_steps": None, "callback": interrupt}
+    return end(guide, fit(schools, guide, (SCHOOLS,), **options))
+
+
+def fit_stopped(folder: Path) -> dict[str, Any]:
+    """The callback of one process stops all."""
+    rank = int(os.environ["RANK"])
+    guide = AutoFlowGuide(schools, "diagonal_normal")
+    options = {**OPTIONS, "num_steps": None, "callback": lambda progress: rank == 1}
+    return end(guide, fit(schools, guide, (SCHOOLS,), **options))
+
+
+def fit_refused(folder: Path) -> dict[str, Any]:
+    """Messages of what does not fit together."""
+    rank = int(os.environ["RANK"])
+    other = {**OPTIONS, "settings": FitSettings(num_parts=3, estimates=ESTIMATES)}
+    guide = AutoFlowGuide(schools, "diagonal_normal")
+    calls = {
+        "options": lambda: fit(schools, guide, (SCHOOLS,), **{**OPTIONS, "num_steps": rank + 1}),
+        "data": lambda: fit(schools, guide, (SCHOOLS + rank,), **OPTIONS),
+        "shapes": lambda: fit(
+            schools, AutoFlowGuide(schools, "diagonal_normal" if rank else "planar"), (SCHOOLS,), **OPTIONS
+        ),
+        "parts": lambda: fit(schools, guide, (SCHOOLS,), **other),
+        "plate": lambda: fit(groups, AutoNormal(groups), (normal(7),), **OPTIONS),
+    }
+    found = {}
+    for name, call in calls.items():
+        try:
+            call()
+            found[name] = "nothing"
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
+def fit_alone(folder: Path) -> dict[str, Any]:
+    """Each process trains by itself."""
+    rank = int(os.environ["RANK"])
+    guide = AutoFlowGuide(schools, "diagonal_normal")
+    options = {**OPTIONS, "num_steps": 5 + rank, "settings": FitSettings(estimates=ESTIMATES), "distributed": False}
+    return end(guide, fit(schools, guide, (SCHOOLS,), **options))
+
+
+def fit_killed(folder: Path) -> dict[str, Any]:
+    """The second process is killed twice, and torchrun starts both again."""
+    step, restarts, taken = Trainer._step, int(os.environ["TORCHELASTIC_RESTART_COUNT"]), 0
+
+    def take(self: Trainer, rate: float) -> None:
+        nonlocal taken
+        taken += 1
+        if os.environ["RANK"] == "1" and restarts < 2 and taken == 60:
+            os.kill(os.getpid(), signal.SIGKILL)
+        step(self, rate)
+
+    Trainer._step = take
+    guide = AutoFlowGuide(schools)
+    return end(guide, fit(schools, guide, (SCHOOLS,), checkpoint=folder / "run.pt", **OPTIONS))
+
+
+def svi(folder: Path, kind: type[SVI] = SVI) -> dict[str, Any]:
+    """The loop of a user, as in one process."""
+    pyro.set_rng_seed(10)
+    guide = AutoNormal(schools, init_loc_fn=init_to_sample)
+    steps = kind(schools, guide, DistributedOptim(Adam({"lr": 0.01})), Trace_ELBO())
+    losses = [steps.step(SCHOOLS) for _ in range(30)]
+    return {**end(guide), "losses": losses}
+
+
+def svi_broadcast(folder: Path) -> dict[str, Any]:
+    """Processes begin elsewhere; the guide has a step limit."""
+    pyro.set_rng_seed(10 + int(os.environ["RANK"]))
+    guide = AutoFlowGuide(schools, init_loc_fn=init_to_sample)
+    steps = SVI(schools, guide, DistributedOptim(Adam({"lr": 0.01})), Trace_ELBO())
+    try:
+        steps.step(SCHOOLS)
+        message = "nothing"
+    except RuntimeError as error:
+        message = str(error)
+    with torch.no_grad():
+        for p in guide.parameters():
+            p.add_(int(os.environ["RANK"]))  # the jump back must not count as a step
+    broadcast_parameters(schools, guide, SCHOOLS)
+    losses = [steps.step(SCHOOLS) for _ in range(5)]
+    return {**end(guide), "losses": losses, "message": message}
+
+
+def compiled_svi(folder: Path) -> dict[str, Any]:
+    """In a recorded step, whose optimizer is outside of it."""
+
+    def refuse(self: LossGraph, args: Any, kwargs: Any, rule: Any = None) -> None:
+        assert rule is None
+        raise RuntimeError("this test has no compiler")
+
+    compile, LossGraph.compile = LossGraph.compile, refuse
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return svi(folder, CompiledSVI)
+    finally:
+        LossGraph.compile = compile
+
+
+def svi_until_converged(folder: Path) -> dict[str, Any]:
+    """Both stop after the same step, though their losses differ; and have different items."""
+    pyro.set_rng_seed(20)
+    seen = set()
+
+    def model(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        with pyro.plate("rows", len(y), subsample_size=5) as index:
+            seen.update(index.tolist())
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y[index])
+
+    model = disjoint_subsamples(model, "rows")
+    guide = AutoNormal(model)
+    steps = SVI(model, guide, DistributedOptim(Adam({"lr": 0.05})), Trace_ELBO())
+    losses = list(until_converged(steps, (normal(40),), progress=False))
+    return {**end(guide), "steps": len(losses), "items": seen}
+
+
+def main(folder: Path, names: list[str]) -> None:
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=240))
+    for name in names:
+        pyro.clear_param_store()
+        with double_precision():
+            found = globals()[name](folder)
+        torch.save(found, folder / f"{name}_{os.environ['RANK']}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes train as one does; what ends one of them ends both, and a checkpoint goes on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoNormal, init_to_sample
+
+from tests.distributed import programs
+
+ROOT = Path(__file__).resolve().parents[2]
+AS_ONE = ("fit_schools", "fit_recorded", "fit_groups", "fit_loader", "fit_autoencoder", "fit_with_nan")
+TOGETHER = (
+    *("fit_own_data", "fit_sampler", "fit_interrupted", "fit_stopped"),
+    *("svi", "svi_broadcast", "compiled_svi", "svi_until_converged", "fit_refused", "fit_alone"),
+)
+
+
+def launch(folder: Path, names: Sequence[str], *options: str) -> subprocess.CompletedProcess[str]:
+    """Run programs in two processes, on a free port."""
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
+    return subprocess.run(
+        [*command, "-m", "tests.distributed.programs", str(folder), *names],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What each program found in the first and in the second process."""
+    folder = tmp_path_factory.mktemp("both")
+    done = launch(folder, [*AS_ONE, *TOGETHER])
+    assert done.returncode == 0, done.stderr
+    return {
+        name: [torch.load(folder / f"{name}_{rank}.pt", weights_only=False) for rank in range(2)]
+        for name in (*AS_ONE, *TOGETHER)
+    }
+
+
+def same(one: dict[str, Any], other: dict[str, Any], rtol: float = 0.0) -> None:
+    torch.testing.assert_close(one, {name: other[name] for name in one}, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.filterwarnings("ignore:AutoFlowGuide. the gradient of a draw was not finite")
+@pytest.mark.parametrize("name", AS_ONE)
+def test_two_processes_are_one_with_two_parts(both, name, tmp_path):
+    with programs.double_precision():
+        alone = getattr(programs, name)(tmp_path / "alone")
+    first, second = both[name]
+    reason, other = (each.pop("reason") for each in (first, alone))
+    assert reason == other == second.pop("reason")
+    same(first, second)
+    same(first, alone, 1e-6)
+    assert first["parameters"].dtype == torch.float64
+
+
+def test_nan_in_one_process_is_a_skipped_step_in_both(both):
+    first, second = both["fit_with_nan"]
+    assert first["skipped"] == second["skipped"] == 2  # in two passes of 21 mini-batches
+    assert first["parameters"].isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["fit_own_data", "fit_sampler"])
+def test_data_of_their_own_in_unequal_numbers_do_not_hang(both, name):
+    first, second = both[name]
+    assert first["steps"] == second["steps"] == 25
+    assert first["losses"] == second["losses"]
+    same({"p": first["parameters"]}, {"p": second["parameters"]})
+
+
+def test_an_interruption_of_one_stops_both_after_the_same_step(both):
+    first, second = both["fit_interrupted"]
+    assert first["reason"] == second["reason"] == "interrupted"
+    assert first["steps"] == second["steps"] == 251  # the first step of the next cycle
+    same({"p": first["parameters"]}, {"p": second["parameters"]})
+
+
+def test_the_callback_of_one_stops_both(both):
+    first, second = both["fit_stopped"]
+    assert first["reason"] == second["reason"] == "the callback asked for it"
+    assert first["steps"] == second["steps"] == 250
+
+
+def test_plain_svi_steps_by_the_mean_gradient(both):
+    first, second = both["svi"]
+    assert first["losses"] != second["losses"]
+    same({"p": first["parameters"]}, {"p": second["parameters"]})
+    # The same in one process, with the noise of both.
+    with programs.double_precision():
+        pyro.set_rng_seed(10)
+        guide = AutoNormal(programs.schools, init_loc_fn=init_to_sample)
+        Trace_ELBO().loss_and_grads(programs.schools, guide, programs.SCHOOLS)
+        states = [torch.random.get_rng_state(), torch.Generator().manual_seed(11).get_state()]
+        leaves = [p for p in guide.parameters() if p.grad is not None]
+        optimizer = torch.optim.Adam(leaves, lr=0.01)
+        optimizer.step()
+        for _ in range(29):
+            optimizer.zero_grad()
+            for rank in range(2):
+                torch.random.set_rng_state(states[rank])
+                Trace_ELBO().loss_and_grads(programs.schools, guide, programs.SCHOOLS)
+                states[rank] = torch.random.get_rng_state()
+            for p in leaves:
+                p.grad /= 2
+            optimizer.step()
+    same({"p": first["parameters"]}, {"p": programs.end(guide)["parameters"]}, 1e-9)
+
+
+def test_parameters_that_begin_elsewhere_are_refused_or_broadcast(both):
+    first, second = both["svi_broadcast"]
+    assert "broadcast_parameters" in first["message"] and first["message"] == second["message"]
+    assert first["losses"][-1] != second["losses"][-1]
+    same({"p": first["parameters"]}, {"p": second["parameters"]})
+
+
+def test_compiled_svi_is_svi(both):
+    first, second = both["compiled_svi"]
+    same({"p": first["parameters"]}, {"p": second["parameters"]})
+    same(first, both["svi"][0], 1e-9)
+
+
+def test_until_converged_stops_all_and_items_are_disjoint(both):
+    first, second = both["svi_until_converged"]
+    assert first["steps"] == second["steps"] > 100
+    assert first["items"] == set(range(20)) and second["items"] == set(range(20, 40))
+    same({"p": first["parameters"]}, {"p": second["parameters"]})
+
+
+def test_what_does_not_fit_together_is_refused_in_both(both):
+    expected = {
+        "options": "the same options in all processes",
+        "data": "the same data in all processes",
+        "shapes": "the same model and guide in all processes",
+        "parts": "a part for each of 2 processes",
+        "plate": "enough items for disjoint mini-batches, but 2 of 5 are more than its 7",
+    }
+    for found in both["fit_refused"]:
+        assert found.keys() == expected.keys()
+        for name, text in expected.items():
+            assert text in found[name], name
+
+
+def test_processes_may_train_alone(both):
+    assert [each["steps"] for each in both["fit_alone"]] == [5, 6]
+
+
+def test_a_killed_process_ends_both_and_the_run_goes_on(both, tmp_path):
+    """Bit for bit, from the file of the first process."""
+    done = launch(tmp_path / "killed", ["fit_killed"], "--max-restarts=2")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("has lost another one") >= 1  # says the process that was not killed
+    for rank in range(2):
+        found = torch.load(tmp_path / "killed" / f"fit_killed_{rank}.pt", weights_only=False)
+        same(found, both["fit_schools"][rank])
+
+
+def test_a_warning_says_that_processes_are_no_group(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.warns(UserWarning, match="init_process_group"):
+        programs.fit_recorded(Path("alone"))
