@@ -61,7 +61,7 @@ class Processes:
         try:
             yield
         except (RuntimeError, ValueError) as error:  # torch's own errors of connections derive from the former
-            reason = str(error).strip().splitlines()[0]
+            reason = str(error).strip().splitlines()[0].partition(". ")[0]
             raise RuntimeError(
                 f"{self.owner}: expected all {self.size} processes to go on together, but process {self.rank} has lost "
                 f"another one ({reason}). Look for the first error among their outputs. With checkpoint= and torchrun "

@@ -28,13 +28,13 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from pyro_flows import AutoFlowGuide, CompiledSVI, fit, until_converged
 from pyro_flows.compiled.graph import LossGraph
 from pyro_flows.distributed import DistributedOptim, broadcast_parameters, disjoint_subsamples
-from pyro_flows.training import EstimateSettings, FitProgress, FitSettings, TrainerSettings
+from pyro_flows.training import EstimateSettings, FitProgress, FitSettings, ScheduleSettings, TrainerSettings
 from pyro_flows.training.trainer import Trainer
 
 SCHOOLS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 ESTIMATES = EstimateSettings(num_runs=4, num_particles=20)
 # Two parts of a step, on two processes or on one.
-TWO = FitSettings(num_parts=2, estimates=ESTIMATES, checkpoint_interval=0.05)
+TWO = FitSettings(num_parts=2, estimates=ESTIMATES, checkpoint_interval=0.05, schedule=ScheduleSettings(first_cycle=20))
 OPTIONS = {"num_steps": 200, "num_particles": 4, "compile": False, "seed": 0, "progress": False, "settings": TWO}
 
 
@@ -126,7 +126,9 @@ def fit_loader(folder: Path) -> dict[str, Any]:
     """Shuffled mini-batches of 5, of which the last has one item, and the number is odd."""
     data = TensorDataset(torch.arange(41), 2.0 * normal(41))
     guide = AutoFlowGuide(some_groups, create_plates=lambda i, y: pyro.plate("groups", 41, dim=-1, subsample=i))
-    return end(guide, fit(some_groups, guide, DataLoader(data, batch_size=5, shuffle=True), **OPTIONS))
+    return end(
+        guide, fit(some_groups, guide, DataLoader(data, batch_size=5, shuffle=True), **{**OPTIONS, "num_steps": 60})
+    )
 
 
 def fit_autoencoder(folder: Path) -> dict[str, Any]:
