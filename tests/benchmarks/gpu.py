@@ -166,7 +166,7 @@ class Images:
 
 def school_data(device: str) -> tuple[Tensor, Tensor]:
     """Effects and their standard errors."""
-    sd, y = (value.to(device) for value in SCHOOLS)
+    sd, y = (value.to(device, copy=True) for value in SCHOOLS)
     return y, sd
 
 

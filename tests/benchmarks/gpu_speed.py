@@ -389,6 +389,7 @@ def side_by_side(commands: dict[str, list[str]], folder: Path, seconds: float) -
 
 def run_all(folder: Path, device: str, seconds: float, check_seconds: float) -> None:
     """The checks, and then all parts, with results in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + seconds
     here = Path(__file__).parent
     checks = {
