@@ -356,11 +356,9 @@ def run_part(part: str, device: str, log: Log, lock: Lock, best: Path | None) ->
 # Side by side
 
 CHECKS = (
-    "compiled, Adam;new data",
-    "compiled, SGD;encoder",
-    "fit and all;family block;family neural",
-    "fit, recorded;mini-batches;default device",
-    "memory",
+    "compiled, Adam;compiled, SGD;memory",
+    "new data;default device;mini-batches;encoder",
+    "fit and all;fit, recorded;family block;family neural",
 )
 
 
