@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -55,9 +55,11 @@ class StartSettings:
 
     Attributes:
         max_groups: Largest number of groups of sites, each of which is initialized in one of two ways.
+        widths: Scales of the Gaussians around a start, in units of the guide's first one.
     """
 
     max_groups: int = 16
+    widths: tuple[float, ...] = (1.0, 0.2)
 
 
 MEDIAN, START = MedianSettings(), StartSettings()
@@ -119,8 +121,9 @@ def better_start(model: Callable[..., Any], scale: float, args: tuple[Any, ...],
 
     Neither is the better one for all sites: a prior's median is far from the data where the prior is vague, and zero in
     unconstrained space is where the prior is informative. The ELBO and not the density at the start is compared, since
-    the latter is highest where a scale is next to zero, in which all draws miss. From the better one of the two, groups
-    of sites switch in the model's order where that raises the ELBO, of two antithetic draws.
+    the latter is highest where a scale is next to zero, in which all draws miss; and that of the better one of two
+    Gaussians, since the first guide may be too wide, as training finds out soon. From the better start as a whole,
+    groups of sites switch in the model's order where that raises the ELBO, of two antithetic draws.
 
     Args:
         model: The model.
@@ -130,45 +133,47 @@ def better_start(model: Callable[..., Any], scale: float, args: tuple[Any, ...],
     """
     inits = (init_to_prior_median, init_to_feasible)
     with forked():
-        median, feasible = (_unconstrained(InitMessenger(checked_init(i))(model), args, kwargs) for i in inits)
-        if not median or not feasible or median.keys() != feasible.keys():
+        traces = [_trace(InitMessenger(checked_init(init))(model), args, kwargs) for init in inits]
+        if not all(traces) or traces[0].keys() != traces[1].keys():
             return init_to_prior_median  # its error, if it has one, is the user's to see
-        starts = (median, feasible)
-        noise = {name: scale * torch.randn_like(value) for name, value in median.items()}
+        starts = [{name: biject_to(site["fn"].support).inv(site["value"]) for name, site in t.items()} for t in traces]
+        noise = {name: scale * torch.randn_like(value) for name, value in starts[0].items()}
+    num_latents = sum(float(site["scale"]) * starts[0][name].numel() for name, site in traces[0].items())
 
-    def elbo(choice: Mapping[str, int], signs: Sequence[float]) -> float:
-        """Up to the entropy of the guide, which all starts have in common."""
+    def mean_log_joint(choice: Mapping[str, int], width: float) -> float:
         values = {name: starts[index][name] for name, index in choice.items()}
+        signs = (width, -width) if width else (0.0,)
         draws = ({name: value + sign * noise[name] for name, value in values.items()} for sign in signs)
         densities = [log_density(InitMessenger(partial(_init_to_draw, draw))(model), args, kwargs) for draw in draws]
         return math.fsum(densities) / len(signs)
 
-    whole = [dict.fromkeys(median, index) for index in range(len(inits))]
-    for signs in ((1.0, -1.0), (0.0,)):  # at the start itself where no draw has a finite density
-        highest, best = max((elbo(choice, signs), -index) for index, choice in enumerate(whole))
-        if math.isfinite(highest):
-            break
+    def elbo(choice: Mapping[str, int]) -> float:
+        """Of the better width, up to the entropy of the first guide."""
+        return max(mean_log_joint(choice, width) + num_latents * math.log(width) for width in START.widths)
+
+    whole = [dict.fromkeys(starts[0], index) for index in range(len(inits))]
+    score = elbo if any(math.isfinite(elbo(choice)) for choice in whole) else partial(mean_log_joint, width=0.0)
+    highest, best = max((score(choice), -index) for index, choice in enumerate(whole))
     choice = whole[-best]
-    for group in torch.arange(len(median)).tensor_split(min(len(median), START.max_groups)):
-        names = [list(median)[place] for place in group.tolist()]
-        other = {**choice, **{name: 1 - choice[name] for name in names}}
-        if (value := elbo(other, signs)) > highest:
+    names = list(choice)
+    for group in torch.arange(len(names)).tensor_split(min(len(names), START.max_groups)):
+        other = {**choice, **{names[place]: 1 - choice[names[place]] for place in group.tolist()}}
+        if (value := score(other)) > highest:
             choice, highest = other, value
     if choice in whole:
         return inits[whole.index(choice)]
     return partial(_init_to_draw, {name: starts[index][name] for name, index in choice.items()})
 
 
-def _unconstrained(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Values | None:
-    """The values of a model's latents in unconstrained space; None if it raises."""
+def _trace(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The latent sites of a run; none if it raises."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
             trace = poutine.block(poutine.trace(model).get_trace)(*args, **kwargs)
-            sites = {name: site for name, site in trace.nodes.items() if not hide_from_guide(site)}
-            return {name: biject_to(site["fn"].support).inv(site["value"]) for name, site in sites.items()}
         except Exception:
-            return None
+            return {}
+    return {name: site for name, site in trace.nodes.items() if not hide_from_guide(site)}
 
 
 def _init_to_draw(draw: Values, site: dict[str, Any]) -> Tensor | None:

@@ -180,6 +180,19 @@ def test_a_start_of_high_density_whose_draws_have_none_is_not_taken() -> None:
     assert AutoFlowGuide(model).setup(y).median(y)["scale"] == pytest.approx(1.0, abs=1e-3)
 
 
+def test_a_start_for_which_the_first_guide_is_too_wide_is_taken() -> None:
+    """Its ELBO is low, but training narrows the guide soon."""
+
+    def model(y: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        noise = pyro.sample("noise", dist.LogNormal(-4.0, 0.5))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(z, noise), obs=y)
+
+    y = math.exp(-4.0) * torch.linspace(-1.5, 1.5, 20)
+    assert AutoFlowGuide(model).setup(y).median(y)["noise"] == pytest.approx(math.exp(-4.0), abs=1e-5)
+
+
 def test_the_log_density_is_that_of_unconstrained_latents() -> None:
     def model() -> None:
         pyro.sample("s", dist.LogNormal(torch.zeros(3), 2.0).to_event(1))
