@@ -296,6 +296,20 @@ def svi_until_converged(folder: Path) -> dict[str, Any]:
     return {**end(guide), "steps": len(losses), "items": seen}
 
 
+def ddp_recipe(folder: Path) -> dict[str, Any]:
+    """docs/recipes/ddp_training.py; the posterior is N(mean of y, 1 / 42)."""
+    from tests.test_recipes import recipe
+
+    pyro.set_rng_seed(0)
+    data = TensorDataset(3.0 + normal(42))
+    loader = DataLoader(data, batch_size=7, sampler=DistributedSampler(data))
+    with pyro.settings.context(module_local_params=True):
+        guide = AutoFlowGuide(rows, "diagonal_normal")
+        losses = recipe("ddp_training").train(rows, guide, loader, num_epochs=60, learning_rate=0.05)
+        draws = guide.sample_posterior(2000, data.tensors[0])["mu"]
+    return {**end(guide), "losses": losses, "mean": draws.mean() - data.tensors[0].mean(), "sd": draws.std()}
+
+
 def main(folder: Path, names: list[str]) -> None:
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=240))
     for name in names:

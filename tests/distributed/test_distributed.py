@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 AS_ONE = ("fit_schools", "fit_recorded", "fit_groups", "fit_loader", "fit_autoencoder", "fit_with_nan")
 TOGETHER = (
     *("fit_own_data", "fit_sampler", "fit_interrupted", "fit_stopped"),
-    *("svi", "svi_broadcast", "compiled_svi", "svi_until_converged", "fit_refused", "fit_alone"),
+    *("svi", "svi_broadcast", "compiled_svi", "svi_until_converged", "fit_refused", "fit_alone", "ddp_recipe"),
 )
 
 
@@ -167,6 +167,15 @@ def test_a_killed_process_ends_both_and_the_run_goes_on(both, tmp_path):
     for rank in range(2):
         found = torch.load(tmp_path / "killed" / f"fit_killed_{rank}.pt", weights_only=False)
         same(found, both["fit_schools"][rank])
+
+
+def test_the_recipe_for_ddp(both):
+    first, second = both["ddp_recipe"]
+    same({"p": first["parameters"]}, {"p": second["parameters"]})
+    assert first["losses"] != second["losses"]
+    # Steps of a constant rate leave noise in the mean, of half a posterior sd or so.
+    assert abs(first["mean"].item()) < 0.2
+    assert first["sd"].item() == pytest.approx(42**-0.5, rel=0.5)
 
 
 def test_a_lost_process_is_named_with_what_to_do():
