@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import torch
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal, init_to_sample
 
+from pyro_flows import AutoFlowGuide, fit
 from pyro_flows.distributed.processes import Processes
+from pyro_flows.training.trainer import Trainer
 from tests.distributed import programs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +37,8 @@ def launch(folder: Path, names: Sequence[str], *options: str) -> subprocess.Comp
     return subprocess.run(
         [*command, "-m", "tests.distributed.programs", str(folder), *names],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # The latter so that restarted processes find no addresses of those before.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
         capture_output=True,
         text=True,
         timeout=900,
@@ -167,6 +171,40 @@ def test_a_killed_process_ends_both_and_the_run_goes_on(both, tmp_path):
     for rank in range(2):
         found = torch.load(tmp_path / "killed" / f"fit_killed_{rank}.pt", weights_only=False)
         same(found, both["fit_schools"][rank])
+    pyro.clear_param_store()
+    with programs.double_precision():  # one process reads the file of two
+        guide = AutoFlowGuide(programs.schools)
+        fit(programs.schools, guide, (programs.SCHOOLS,), checkpoint=tmp_path / "killed/run.pt", **programs.OPTIONS)
+    same(programs.end(guide), both["fit_schools"][0])
+
+
+def test_a_run_of_several_parts_in_one_process_goes_on(tmp_path, monkeypatch):
+    """Each part has buffers of its own, which the file holds."""
+
+    def train(path):
+        pyro.clear_param_store()
+        guide = AutoFlowGuide(programs.rows, "diagonal_normal")
+        batches = [(part,) for part in programs.normal(42).split(6)]
+        settings = replace(programs.TWO, checkpoint_interval=0.0)
+        options = {**programs.OPTIONS, "num_steps": 30, "settings": settings}
+        fit(programs.rows, guide, batches, checkpoint=path, **options)
+        return programs.end(guide)
+
+    whole = train(None)
+    step, taken = Trainer._step, 0
+
+    def stop(self, rate):
+        nonlocal taken
+        taken += 1
+        if taken == 15:
+            raise SystemExit
+        step(self, rate)
+
+    monkeypatch.setattr(Trainer, "_step", stop)
+    with pytest.raises(SystemExit):
+        train(tmp_path / "run.pt")
+    monkeypatch.undo()
+    same(train(tmp_path / "run.pt"), whole)
 
 
 def test_the_recipe_for_ddp(both):
