@@ -147,6 +147,32 @@ class FlowDistribution(dist.TransformedDistribution):
             other.base_dist = other.base_dist.base_dist.stratified().to_event(1)
         return other
 
+    def unfiltered(self) -> FlowDistribution:
+        """This distribution without a gradient filter, which suits gradients of the ELBO only."""
+        other = self.expand(self.base_dist.batch_shape)
+        other._filter = None
+        return other
+
+    def widened(self) -> FlowDistribution:
+        """This distribution with draws from a wider one, of noise with heavy tails; see ``WideNormal``.
+
+        A base other than the normal is left unchanged. The gradient is not filtered.
+        """
+        other = self.unfiltered()
+        if other._is_normal:
+            other.base_dist = other.base_dist.base_dist.widened().to_event(1)
+        return other
+
+    @property
+    def log_ratio(self) -> Tensor | float:
+        """Log density of the wider distribution, less this one's, of the last draws, ``(S,)``."""
+        return getattr(self.base_dist.base_dist, "log_ratio", 0.0)
+
+    @property
+    def has_path(self) -> bool:
+        """Whether the last draw carries the path gradient."""
+        return self._draw is not None
+
     @property
     def _is_normal(self) -> bool:
         return getattr(getattr(self.base_dist, "base_dist", None), "is_standard_normal", False)

@@ -6,10 +6,11 @@ from pyro_flows.training.elbo import VectorizedTrace_ELBO
 from pyro_flows.training.fit import FitSettings, fit
 from pyro_flows.training.monitor import FitProgress
 from pyro_flows.training.objective import EstimateSettings
-from pyro_flows.training.result import FitResult
+from pyro_flows.training.result import FitResult, WeightedResult
 from pyro_flows.training.schedule import ScheduleSettings
 from pyro_flows.training.trainer import TrainerSettings
 from pyro_flows.training.verdict import VerdictSettings
+from pyro_flows.training.weighted_objective import WeightedSettings
 
 __all__ = [
     "Convergence",
@@ -22,6 +23,8 @@ __all__ = [
     "TrainerSettings",
     "VectorizedTrace_ELBO",
     "VerdictSettings",
+    "WeightedResult",
+    "WeightedSettings",
     "fit",
     "until_converged",
 ]

@@ -44,6 +44,7 @@ class StoredRun:
         before_analysis: Random state after the warm start; None before its end.
         program: Description of guide, model and data; None before the end of the warm start.
         state: State of the run, as a dictionary; None before the end of the warm start.
+        weighted: State of its second part, by another objective than the ELBO; None before its begin.
     """
 
     options: RunOptions | None = None
@@ -51,6 +52,7 @@ class StoredRun:
     before_analysis: dict[str, Any] | None = None
     program: dict[str, Any] | None = None
     state: dict[str, Any] | None = field(default=None, repr=False)
+    weighted: dict[str, Any] | None = field(default=None, repr=False)
 
 
 class Checkpoint:
@@ -72,6 +74,12 @@ class Checkpoint:
         self.run = StoredRun()
         self._saved = time.monotonic()
         self._has_warned = False
+        self._is_weighted = False
+
+    def begin_weighted(self, former: TrainingState) -> None:
+        """Keep the final state of training by the ELBO; states that are saved from now on are those of what follows."""
+        self._is_weighted = True
+        self.run.state = None if self.path is None else former.to_dict()
 
     @property
     def is_due(self) -> bool:
@@ -101,8 +109,8 @@ class Checkpoint:
         if difference:
             raise self.error(
                 f"to be resumed with the options of its run, {difference}",
-                "Leave the option as it was (all but anneal, compile and settings may be left out), or pass another "
-                "path for a new run.",
+                "Leave the option as it was (all but objective, anneal, compile and settings may be left out), or pass "
+                "another path for a new run.",
             )
 
     def _read(self) -> dict[str, Any] | None:
@@ -157,6 +165,7 @@ class Checkpoint:
             values["before_analysis"],
             values["program"],
             values["state"],
+            values.get("weighted"),  # files of the first releases with this format have none
         )
 
     def describe(self, objective: Objective) -> None:
@@ -196,13 +205,13 @@ class Checkpoint:
         Raises:
             ValueError: If it is not that of the objective's parameters, or not a state.
         """
-        assert self.run.state is not None
-        leaves = objective.leaves
+        leaves, stored = objective.leaves, self.run.weighted if self._is_weighted else self.run.state
+        assert stored is not None
         try:
             if self.run.options is None:
-                state = state_from_0_1_0(self.run.state, leaves, objective.guide)
+                state = state_from_0_1_0(stored, leaves, objective.guide)
             else:
-                state = TrainingState.from_dict(self.run.state)
+                state = TrainingState.from_dict(stored)
         except (TypeError, ValueError) as error:
             raise self.error(f"to hold the state of a run, but {error}", "Pass another path.") from None
         found = [tuple(value.shape) for value in state.point]
@@ -212,7 +221,7 @@ class Checkpoint:
                 f"to hold the state of this model and guide, whose parameters have shapes {expected}, but got {found}",
                 "Pass the model and the guide of its run, or another path for a new run.",
             )
-        self.run.state = None
+        self._store(None)
         for point in (state.initial_point, state.best_point, state.point, state.window_point):
             if point:
                 point[:] = [value.to(leaf.device) for value, leaf in zip(point, leaves, strict=True)]
@@ -223,7 +232,7 @@ class Checkpoint:
         self._saved = time.monotonic()
         if self.path is None or not self.processes.is_first:
             return
-        self.run.state = state.to_dict()
+        self._store(state.to_dict())
         try:
             _files.write(self.path, self._values())
         except OSError as error:
@@ -236,7 +245,13 @@ class Checkpoint:
                     stacklevel=user_level(),
                 )
         finally:
-            self.run.state = None
+            self._store(None)
+
+    def _store(self, state: dict[str, Any] | None) -> None:
+        if self._is_weighted:
+            self.run.weighted = state
+        else:
+            self.run.state = state
 
     def _values(self) -> dict[str, Any]:
         run = self.run
@@ -249,6 +264,7 @@ class Checkpoint:
             "before_analysis": run.before_analysis,
             "program": run.program,
             "state": run.state,
+            "weighted": run.weighted,
         }
 
 

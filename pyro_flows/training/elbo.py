@@ -13,6 +13,7 @@ from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor
 
 from pyro_flows._checks import check_choice, check_int, checked, integer
 from pyro_flows._recording import is_recording
@@ -98,20 +99,29 @@ class VectorizedTrace_ELBO(Trace_ELBO):
     def _get_vectorized_trace(
         self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Trace, Trace]:
-        batched, count = self._batched, self.num_particles
+        batched = self._batched
         assert batched is not None
-        guide_trace = poutine.trace(self._vectorized_num_particles(guide)).get_trace(*args, **kwargs)
-        values = {
-            name: batched.rows(name, node["value"], count)
-            for name, node in sample_nodes(guide_trace).items()
-            if name in batched.nodes
-        }
+        guide_trace, values = self._draw(guide, args, kwargs)
         model_trace = batched(values, Call(args, kwargs, mini_batches(guide_trace)), model)
         guide_trace = prune_subsample_sites(guide_trace)
-        guide_trace.compute_score_parts()
         if not is_recording():
-            _leave_out_refused(model_trace, guide_trace, count)
+            _leave_out_refused(model_trace, guide_trace, self.num_particles)
         return model_trace, guide_trace
+
+    def _draw(
+        self, guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Trace, dict[str, Tensor]]:
+        """A run of the guide, with densities; and its draws of the model's latents, ``(S, *site shape)``."""
+        batched = self._batched
+        assert batched is not None
+        trace = poutine.trace(self._vectorized_num_particles(guide)).get_trace(*args, **kwargs)
+        values = {
+            name: batched.rows(name, node["value"], self.num_particles)
+            for name, node in sample_nodes(trace).items()
+            if name in batched.nodes
+        }
+        trace.compute_score_parts()
+        return trace, values
 
 
 def _leave_out_refused(model_trace: Trace, guide_trace: Trace, count: int) -> None:

@@ -47,6 +47,8 @@ from pyro_flows.training.result import FitResult
 from pyro_flows.training.schedule import Schedule, ScheduleSettings
 from pyro_flows.training.trainer import Trainer, TrainerSettings
 from pyro_flows.training.verdict import VerdictSettings, first_verdict
+from pyro_flows.training.weighted_fit import train_weighted
+from pyro_flows.training.weighted_objective import ELBO, OBJECTIVES, WeightedObjective, WeightedSettings, check_weighted
 
 __all__ = ["FitSettings", "fit"]
 
@@ -82,6 +84,7 @@ class FitSettings(Settings):
         trainer: Settings of optimizer steps.
         verdict: Settings of the first verdict.
         schedule: Settings of learning-rate cycles and convergence.
+        weighted: Settings of objectives other than the ELBO.
     """
 
     rate_warm: float = 2e-2
@@ -103,6 +106,7 @@ class FitSettings(Settings):
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     verdict: VerdictSettings = field(default_factory=VerdictSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    weighted: WeightedSettings = field(default_factory=WeightedSettings)
 
     def learning_rate(self, guide: Callable[..., Any], *, warm: bool, anneal: bool) -> float:
         """Peak learning rate of the first cycle.
@@ -135,6 +139,7 @@ class FitSettings(Settings):
     num_steps=optional(integer(1)),
     num_particles=optional(integer(1)),
     learning_rate=optional(check_positive),
+    objective=partial(check_choice, choices=OBJECTIVES),
     anneal=check_bool,
     callback=optional(check_callback),
     compile=partial(check_choice, choices=(True, False, "auto")),
@@ -151,6 +156,7 @@ def fit(
     num_steps: int | None = None,
     num_particles: int | None = None,
     learning_rate: float | None = None,
+    objective: str = "elbo",
     anneal: bool = False,
     optim: Any = None,
     compile: bool | str = "auto",
@@ -187,9 +193,13 @@ def fit(
             iterated over again and again, such as a ``DataLoader``.
         kwargs: The model's keyword arguments, the same for each mini-batch.
         num_steps: Number of steps, >= 1; None stops on convergence, after 4000 steps at most, or 8000 with
-            mini-batches or annealing.
+            mini-batches or annealing. Another objective than the ELBO takes as many in addition.
         num_particles: Number of particles per step, >= 1.
         learning_rate: Peak learning rate of Adam, > 0.
+        objective: What to optimize: ``"elbo"``, the reverse KL; ``"importance_weighted"``, the bound of 16 draws; or
+            ``"forward_kl"``, from the posterior to the guide, which then covers it, heavy tails included. The latter
+            two go on from the ELBO's fit, so that importance weights are usable, and the result has the ELBO still. For
+            few dimensions (:doc:`/training`).
         anneal: Whether to flatten the log joint at first, for a multimodal posterior, so that the guide finds all
             modes before it converges. There is no warm start then, since it would choose one mode.
         optim: The optimizer, in place of Adam: one of ``pyro.optim``, or a class or function that makes a
@@ -220,6 +230,8 @@ def fit(
         ValueError: If processes of a group call with other options, or with parameters of other shapes.
         RuntimeError: If the model has no finite density at the initial guide; names the sites.
         RuntimeError: If another process of the group has ended.
+        NotImplementedError: If another objective than the ELBO is asked for with mini-batches, on several processes,
+            where draws cannot share a run of the model, or for a guide whose draws are points or not reparameterized.
         Exception: Any exception that the model raises in plain runs, or that Pyro raises about the shapes of its sites.
 
     Example:
@@ -238,7 +250,16 @@ def fit(
     make = None if optim is None else resolve_optimizer(optim)
     processes = Processes.of_group("fit") if distributed else Processes("fit")
     asked = RunOptions(
-        num_steps, num_particles, learning_rate, anneal, compile, seed, changed, described(make), settings.num_parts
+        num_steps,
+        num_particles,
+        learning_rate,
+        anneal,
+        compile,
+        seed,
+        changed,
+        described(make),
+        settings.num_parts,
+        objective,
     )
     check_options(processes, asked, checkpoint)
     with Monitor(progress and processes.is_first, callback) as monitor, one_at_a_time("fit"):
@@ -265,14 +286,17 @@ def fit(
                 file.run.before_analysis = capture_random_state(batches.generators)
                 if not parts.is_whole:
                     share_parameters(processes, model, guide, *batches.first)
-                objective = Objective(model, guide, batches, settings.estimates, parts)
+                elbo = Objective(model, guide, batches, settings.estimates, parts)
             else:
-                objective, state = restored(file, model, guide, batches, settings.estimates, parts)
+                elbo, state = restored(file, model, guide, batches, settings.estimates, parts)
                 warm = False
+            if objective != ELBO:
+                check_weighted(objective, elbo)
             is_point = _is_point(guide, *batches.first)
+            added = None
             options = file.run.options or asked
             if options.num_particles is None:
-                options = replace(options, num_particles=settings.num_particles(objective))
+                options = replace(options, num_particles=settings.num_particles(elbo))
             if options.learning_rate is None:
                 peak = peak_rate(make) if make is not None else settings.learning_rate(guide, warm=warm, anneal=anneal)
                 options = replace(options, learning_rate=peak)
@@ -280,30 +304,52 @@ def fit(
             assert options.num_particles is not None and options.learning_rate is not None
             with ExitStack() as stack:
                 stack.enter_context(without_step_limit(guide))
-                tables = stack.enter_context(sparse_tables(guide, enabled=objective.subsampled))
+                tables = stack.enter_context(sparse_tables(guide, enabled=elbo.subsampled))
                 interrupts = stack.enter_context(Interrupts())
-                stack.callback(objective.release)
-                trainer = Trainer(
-                    objective, options.num_particles, options.learning_rate, tables, compile, settings.trainer, make
+                stack.callback(elbo.release)
+                make_trainer = partial(
+                    Trainer,
+                    num_particles=options.num_particles,
+                    learning_rate=options.learning_rate,
+                    compile=compile,
+                    settings=settings.trainer,
+                    make=make,
                 )
-                schedule = Schedule(
-                    trainer, num_steps, file, interrupts, anneal=anneal, monitor=monitor, settings=settings.schedule
+                make_schedule = partial(
+                    Schedule,
+                    num_steps=num_steps,
+                    checkpoint=file,
+                    interrupts=interrupts,
+                    monitor=monitor,
+                    settings=settings.schedule,
                 )
-                file.describe(objective)
+                trainer = make_trainer(elbo, tables=tables)
+                schedule = make_schedule(trainer, anneal=anneal)
+                file.describe(elbo)
                 if state is None:
                     file.run.options = options
                     schedule.begin()
-                else:
+                elif file.run.weighted is None:
                     schedule.resume(state)
                     file.run.options = replace(options, num_steps=num_steps)
+                else:
+                    schedule.restore(state)
                 kept, best = schedule.finish(schedule.train())
+                if objective != ELBO and trainer.state.kept and not schedule.was_stopped:
+                    elbo.release()
+                    weighted = WeightedObjective(
+                        objective, model, guide, batches, settings.estimates, settings.weighted
+                    )
+                    stack.callback(weighted.release)
+                    second = make_schedule(make_trainer(weighted), anneal=False)
+                    added, best = train_weighted(second, trainer, file)
             diagnosis = None
-            if not objective.subsampled:
+            if not elbo.subsampled:
                 diagnosis = first_verdict(model, guide, *batches.first, settings.verdict)
         state = trainer.state
         assert state.initial_estimate is not None
         is_suspect = state.num_skipped > 0 or may_be_rounded(best.mean)
-        rounding = objective.rounding() if is_suspect else ""
+        rounding = elbo.rounding() if is_suspect else ""
     return FitResult(
         elbo=best.mean,
         elbo_se=best.error,
@@ -317,12 +363,13 @@ def fit(
         num_particles=options.num_particles,
         learning_rate=options.learning_rate,
         losses=tuple(state.losses),
-        obstacle=objective.obstacle,
+        obstacle=elbo.obstacle,
         skipped_at=trainer.skipped_at,
         diagnosis=diagnosis,
-        dtype=objective.leaves[0].dtype if objective.leaves else None,
+        dtype=elbo.leaves[0].dtype if elbo.leaves else None,
         rounding=rounding,
         is_point=is_point,
+        weighted=added,
     )
 
 

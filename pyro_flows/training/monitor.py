@@ -25,11 +25,12 @@ class FitProgress:
     Attributes:
         cycle: Number of finished cycles, >= 1.
         step: Number of optimizer steps so far.
-        elbo: ELBO of the guide as it is now, from fresh draws, in nats.
+        elbo: ELBO of the guide as it is now, from fresh draws, in nats; or the value of another objective.
         elbo_se: Its standard error.
-        best_elbo: Highest ELBO so far, in nats.
+        best_elbo: Highest one so far, in nats.
         learning_rate: Peak learning rate of the cycle.
         seconds: Wall time since the call.
+        objective: What is optimized in this cycle: ``"elbo"``, which comes first, or what was asked for.
     """
 
     cycle: int
@@ -39,6 +40,7 @@ class FitProgress:
     best_elbo: float
     learning_rate: float
     seconds: float
+    objective: str = "elbo"
 
 
 # Called after each cycle; a true return value stops the run.
@@ -100,14 +102,14 @@ class Monitor:
         self._bar.n, self._bar.total = step, total
         self._bar.set_description("steps" if number is None else f"fit, cycle {number}")
 
-    def step(self, losses: Sequence[float], num_steps: int) -> None:
-        """Show a step, and now and then the ELBO."""
+    def step(self, losses: Sequence[float], num_steps: int, title: str = "ELBO") -> None:
+        """Show a step, and now and then the ELBO, or what else ``title`` says that the losses are the negative of."""
         self._bar.update()
         if num_steps % self._settings.interval == 0:
             recent = losses[-self._settings.window :]
             half = len(recent) // 2
             trend = statistics.fmean(recent[:half] or [0.0]) - statistics.fmean(recent[half:] or [0.0])
-            self._bar.set_postfix_str(f"ELBO {-statistics.fmean(recent[half:] or [0.0]):.3f}, trend {trend:+.3f}")
+            self._bar.set_postfix_str(f"{title} {-statistics.fmean(recent[half:] or [0.0]):.3f}, trend {trend:+.3f}")
 
     def end_cycle(self, progress: FitProgress) -> bool:
         """Call the user's function; returns whether it wants the run to stop."""

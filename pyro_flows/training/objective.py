@@ -140,7 +140,12 @@ class Objective:
         leaves: Unconstrained leaves of the guide's and the model's parameters.
         parameters: The leaves; or, once a step is recorded, one vector of those in use.
         graph: The recorded step, if there is one.
+        kind: Its name.
+        title: Its name in a progress bar.
     """
+
+    kind = "elbo"
+    title = "ELBO"
 
     def __init__(
         self,

@@ -24,6 +24,7 @@ class RunOptions:
         settings: Names and values of settings that are not the default.
         optimizer: Name and options of the optimizer.
         num_parts: Number of parts of a step, or None.
+        objective: What is optimized in the end.
     """
 
     num_steps: int | None = None
@@ -35,6 +36,7 @@ class RunOptions:
     settings: Mapping[str, Any] | None = None
     optimizer: str = "Adam"
     num_parts: int | None = None
+    objective: str = "elbo"
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a dictionary of what a checkpoint can hold."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows._memory import is_out_of_memory
+from pyro_flows._random import seeded
 from pyro_flows.compiled.parameters import state_of, trial
 from pyro_flows.distributed.plates import DrawnPlates, PlateShare
 from pyro_flows.distributed.processes import ALONE, Processes
@@ -75,9 +76,7 @@ class Parts:
     @contextmanager
     def noise(self, *key: int) -> Iterator[None]:
         """Draw from a generator with a seed of its own within this context."""
-        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(int(numpy.random.SeedSequence(key).generate_state(1, numpy.uint64)[0] >> 1))
+        with seeded(int(numpy.random.SeedSequence(key).generate_state(1, numpy.uint64)[0] >> 1)):
             yield
 
     def first_failure(self, failure: Exception | None) -> str:

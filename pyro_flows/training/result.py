@@ -11,9 +11,47 @@ import torch
 from pyro_flows.diagnostics import Diagnosis
 from pyro_flows.diagnostics.report import NOT_KNOWN, TRUST
 
-__all__ = ["LOOK_CLOSER", "FitResult"]
+__all__ = ["LOOK_CLOSER", "FitResult", "WeightedResult"]
 
 LOOK_CLOSER = "look closer"
+
+
+@dataclass(frozen=True)
+class WeightedResult:
+    """What training by another objective than the ELBO added to the ELBO's fit.
+
+    Attributes:
+        objective: ``"importance_weighted"`` or ``"forward_kl"``.
+        value: The bound of ``num_draws`` draws, or the negative forward KL as far as these can tell, in nats.
+        se: Its standard error.
+        start: The same of the ELBO's fit.
+        num_draws: Number of draws that are weighted against each other.
+        steps: Number of optimizer steps, in addition to those of the ELBO.
+        kept: Whether the guide is the one that they trained; false where the ELBO's fit had the higher value.
+        reason: Why training stopped.
+        losses: Estimates of the negative objective in nats, one per step.
+    """
+
+    objective: str
+    value: float
+    se: float
+    start: float
+    num_draws: int
+    steps: int
+    kept: bool
+    reason: str
+    losses: tuple[float, ...]
+
+    def __str__(self) -> str:
+        forward = self.objective == "forward_kl"
+        what, sign = (
+            (f"Forward KL, by {self.num_draws} draws", -1) if forward else (f"Bound of {self.num_draws} draws", 1)
+        )
+        kept = "" if self.kept else ", which was kept"
+        return (
+            f"{what}: {sign * self.value:.3f} +/- {self.se:.3f} nats ({sign * self.start:.3f} after the ELBO's fit"
+            f"{kept}); {self.steps} steps; stopped: {self.reason}"
+        )
 
 
 @dataclass(frozen=True)
@@ -43,6 +81,8 @@ class FitResult:
             mini-batches, where draws cannot share a run, and where the guide has no density.
         dtype: Precision of the guide, in which everything was computed.
         rounding: What float32 is the reason for, such as skipped steps, and what to do; empty if nothing is.
+        weighted: What another objective than the ELBO added; None if there was none. Of the numbers above, ``elbo`` and
+            ``diagnosis`` are then those of the final guide, the others those of the ELBO's fit.
     """
 
     elbo: float
@@ -63,6 +103,7 @@ class FitResult:
     rounding: str = ""
     skipped_at: str = ""
     diagnosis: Diagnosis | None = None
+    weighted: WeightedResult | None = None
 
     @property
     def gap(self) -> float:
@@ -95,6 +136,8 @@ class FitResult:
             f"{self.steps} steps x {self.num_particles} draws in {self.seconds:.1f} s, "
             f"learning rate {self.learning_rate:g}; stopped: {self.reason}",
         ]
+        if self.weighted is not None:
+            lines.append(str(self.weighted))
         if self.skipped or self.rollbacks:
             where = f" (at a draw where {self.skipped_at})" if self.skipped_at else ""
             lines.append(f"{self.skipped} steps skipped{where}, {self.rollbacks} times rolled back")

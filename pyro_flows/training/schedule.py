@@ -23,6 +23,7 @@ from pyro_flows.training.trainer import Trainer
 __all__ = ["Schedule", "ScheduleSettings"]
 
 INTERRUPTED = "interrupted"
+CALLBACK = "the callback asked for it"
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,15 @@ class Schedule:
         self.checkpoint = checkpoint
         self.interrupts = interrupts
         self.anneal = anneal
-        self.monitor = monitor
-        self.num_steps = num_steps
+        self.monitor, self.num_steps = monitor, num_steps
         self._processes = trainer.objective.parts.processes
         # Heeded by all processes after the same step: Ctrl-C in any, and the first one's clock.
         trainer.wishes = lambda: [interrupts.is_pending, checkpoint.is_due]
+
+    @property
+    def was_stopped(self) -> bool:
+        """Whether the user has stopped the run, by Ctrl-C or in the callback."""
+        return self.trainer.state.reason in (INTERRUPTED, CALLBACK)
 
     def _lengths(self) -> list[int]:
         return self.settings.lengths(self.num_steps, long=self.objective.subsampled or self.anneal)
@@ -127,7 +132,7 @@ class Schedule:
             self._count_interruption()
             estimate = self._estimate()
         state.initial_estimate = state.best_estimate = estimate
-        self._save()
+        self.save()
 
     def resume(self, state: TrainingState) -> None:
         """Go on from a state, whose run this call may extend.
@@ -151,10 +156,14 @@ class Schedule:
                 "path for a new run.",
             )
         if state.kept:
-            trainer.state = state
-            trainer.restore_all()
+            self.restore(state)
         else:
             trainer.resume(state)
+
+    def restore(self, state: TrainingState) -> None:
+        """Take the state of a finished run."""
+        self.trainer.state = state
+        self.trainer.restore_all()
 
     def _extends(self, state: TrainingState, former: int | None) -> bool:
         """Add the steps that this call asks for in addition; returns whether that is possible."""
@@ -194,7 +203,8 @@ class Schedule:
         assert found is not None
         return found
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Write the checkpoint, if there is one."""
         if self.checkpoint.path is None:
             return
         state = self.trainer.state
@@ -237,7 +247,7 @@ class Schedule:
                     break
                 self._one_cycle(state.lengths[state.cycle], judged=judged)
             if state.reason != INTERRUPTED:
-                self._save()
+                self.save()
         except KeyboardInterrupt:
             self._stop()
         self.trainer.restore(state.best_point)
@@ -247,7 +257,7 @@ class Schedule:
         """After Ctrl-C: save the state to go on from, and keep the better one of the current and the best point."""
         try:
             self._count_interruption()
-            self._save()
+            self.save()
             now = self._estimate()
             if self.objective.prefers(now, self._best()):
                 self._keep(now)
@@ -291,7 +301,7 @@ class Schedule:
         state.last_gain = gain if state.cycle else 0.0
         state.cycle, state.step = state.cycle + 1, 0
         if self._wants_to_stop(now) and not state.reason:
-            state.reason = "the callback asked for it"
+            state.reason = CALLBACK
 
     def _wants_to_stop(self, now: Estimate) -> bool:
         """Report a cycle to the user's callback; returns whether it wants the run to stop."""
@@ -304,6 +314,7 @@ class Schedule:
             best_elbo=best.mean,
             learning_rate=state.learning_rate,
             seconds=time.perf_counter() - self.monitor.begin,
+            objective=self.objective.kind,
         )
         return any(self._processes.gather(self.monitor.end_cycle(progress)))
 
@@ -347,11 +358,11 @@ class Schedule:
     def _after_step(self) -> None:
         """Update the progress bar, write a checkpoint if one is due, and heed Ctrl-C."""
         state = self.trainer.state
-        self.monitor.step(state.losses, state.num_steps)
+        self.monitor.step(state.losses, state.num_steps, self.objective.title)
         anyone, is_due = (None, self.checkpoint.is_due) if self._processes.size == 1 else self.trainer.wanted
         self.interrupts.raise_pending(anyone)
         if is_due:
-            self._save()
+            self.save()
 
     def finish(self, compare: bool) -> tuple[str, Estimate]:
         """Keep the initial or the trained point; returns ``"start"`` or ``"flow"``, and its ELBO.
@@ -373,7 +384,7 @@ class Schedule:
                 self._count_interruption()
         if state.reason != INTERRUPTED:
             state.kept, state.final_estimate = kept, best
-            self._save()
+            self.save()
         return kept, best
 
     def _compare(self) -> tuple[str, Estimate]:

@@ -21,6 +21,9 @@ Point = list[Tensor]
 # Of each optimizer, of each of its parameters in order: name -> tensor or number of steps; None before the first step.
 Moments = list[list[dict[str, Any] | None]]
 
+# Attributes of a state that are estimates.
+ESTIMATES = ("initial_estimate", "best_estimate", "final_estimate", "elbo_estimate")
+
 
 @torch.no_grad()
 def set_leaves(leaves: Sequence[Tensor], point: Point) -> None:
@@ -60,6 +63,7 @@ class TrainingState:
         reason: Why training stopped; empty while it is in progress.
         kept: ``"flow"`` or ``"start"``, see ``FitResult``; empty while this is not decided.
         final_estimate: ELBO estimate of the parameters that were kept.
+        elbo_estimate: The same where all estimates above are those of another objective; None before the end.
         point: Parameters when the state was saved; empty during a run, whose parameters are the leaves themselves.
         buffers: Other tensors that a step changes, then.
         moments: Moments of the optimizers, then; empty between two cycles.
@@ -95,6 +99,7 @@ class TrainingState:
     reason: str = ""
     kept: str = ""
     final_estimate: Estimate | None = None
+    elbo_estimate: Estimate | None = None
     point: Point = field(default_factory=list)
     buffers: list[Tensor] = field(default_factory=list)
     moments: Moments = field(default_factory=list)
@@ -106,7 +111,7 @@ class TrainingState:
     def to_dict(self) -> dict[str, Any]:
         """Convert to a dictionary of numbers, strings, and lists of numbers and tensors, by the attributes' names."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
-        for name in ("initial_estimate", "best_estimate", "final_estimate"):
+        for name in ESTIMATES:
             values[name] = None if values[name] is None else tuple(values[name])
         values["cost"] = None if self.cost is None else (self.cost.operations, self.cost.elements)
         return values
@@ -123,7 +128,7 @@ class TrainingState:
         if unknown or missing:
             raise ValueError(f"it has {f'no {missing[0]!r}' if missing else f'an unknown {unknown[0]!r}'}")
         state = cls(**values)
-        for name in ("initial_estimate", "best_estimate", "final_estimate"):
+        for name in ESTIMATES:
             found = getattr(state, name)
             setattr(state, name, None if found is None else Estimate(*found))
         state.cost = None if state.cost is None else StepCost(*values["cost"])

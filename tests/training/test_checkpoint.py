@@ -109,6 +109,10 @@ def run_annealed(path: Path | None) -> tuple[Any, FitResult]:
     return train(path, anneal=True)
 
 
+def run_forward(path: Path | None) -> tuple[Any, FitResult]:
+    return train(path, objective="forward_kl")
+
+
 def run_loader(path: Path | None) -> tuple[Any, FitResult]:
     """Local latents with sparse gradients; mini-batches are shuffled by torch's global generator."""
     y = torch.linspace(-10.0, 10.0, 20)
@@ -146,7 +150,8 @@ def run_amortized(path: Path | None) -> tuple[Any, FitResult]:
 
 
 RUNS = {
-    run.__name__[4:]: run for run in (run_schools, run_recorded, run_cycles, run_annealed, run_loader, run_amortized)
+    run.__name__[4:]: run
+    for run in (run_schools, run_recorded, run_cycles, run_annealed, run_forward, run_loader, run_amortized)
 }
 
 
@@ -154,7 +159,7 @@ RUNS = {
 def test_a_resumed_run_is_the_uninterrupted_one(run: Callable[..., Any], tmp_path: Path) -> None:
     whole, expected = run(None)
     path = tmp_path / "run.pt"
-    for stop in (1, 13, 10):  # of those that remain
+    for stop in (1, 13, 10, *((13, 20) if run is run_forward else ())):  # of those that remain
         with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(Killed):
             kill_after(monkeypatch, stop)
             run(path)
@@ -164,6 +169,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(run: Callable[..., Any], tmp_pat
         assert getattr(result, name) == getattr(expected, name), name
     if run is run_cycles:
         assert expected.rollbacks
+    if run is run_forward:
+        assert result.weighted == expected.weighted is not None
     # Once more: a run that is done is neither repeated nor judged again.
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(Objective, "estimate", None)
