@@ -88,7 +88,7 @@ def test_imports_point_down(path):
 
 def test_what_compiles_steps_is_a_library_of_its_own():
     """So that it serves any Pyro model and guide, and can be offered to Pyro."""
-    own = {"compiled", "_blame", "_checks", "_recording", "_threads"}
+    own = {"compiled", "_blame", "_checks", "_random", "_recording", "_threads"}
     for path in (PACKAGE / "compiled").glob("*.py"):
         assert {name.split(".")[0] for name in imports(path)} <= own, path.name
 
