@@ -14,6 +14,7 @@ from pyro import poutine
 from pyro.infer import ELBO, SVI
 from pyro.infer.util import zero_grads
 from pyro.optim import PyroOptim
+from pyro.optim.lr_scheduler import PyroLRScheduler
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -310,7 +311,7 @@ class CompiledSVI(SVI):
         optimizer = self.optim.optim_objs[self._parameter.flat]
         optimizer = getattr(optimizer, "optimizer", optimizer)  # a scheduler's
         # A subclass may do more at a step, such as take the mean gradient of several processes.
-        does_more = type(self.optim).__call__ is not PyroOptim.__call__
+        does_more = type(self.optim).__call__ not in (PyroOptim.__call__, PyroLRScheduler.__call__)
         does_more = does_more or self.optim.grad_clip[self._parameter.flat] is not None
         rule = AdamRule(optimizer) if AdamRule.applies_to(optimizer) and not does_more else None
         try:
