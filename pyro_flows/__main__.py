@@ -85,7 +85,7 @@ def save_figure(
     guides: Mapping[str, AutoGuide], gaps: Mapping[str, float], args: tuple[Tensor, ...], path: Path, num_draws: int
 ) -> None:
     """Draws of mu and log tau: those of the posterior as points, those of the guides as contours."""
-    draws = {"exact posterior": exact_posterior(*args, num_draws)}
+    draws = {"exact posterior": exact_posterior(args[0], args[1], num_draws)}
     with torch.no_grad():
         for name, guide in guides.items():
             values = Predictive(model, guide=guide, num_samples=num_draws, return_sites=["mu", "tau"], parallel=True)(
