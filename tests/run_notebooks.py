@@ -40,16 +40,19 @@ def main() -> None:
     """Run them all; exit with 1 if any fails."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="full size, and write the outputs back")
-    parser.add_argument("names", nargs="*", help="notebooks to run; all by default")
+    known = {path.stem: path for path in sorted(TUTORIALS.glob("*.ipynb"))}
+    parser.add_argument(
+        "names", nargs="*", metavar="name", help=f"notebooks to run, of {', '.join(known)}; default: all"
+    )
     options = parser.parse_args()
+    if unknown := set(options.names) - set(known):
+        parser.error(f"expected names among {', '.join(known)}, but got {', '.join(sorted(unknown))}")
     if options.full:
         os.environ.pop("CI", None)
     else:
         os.environ["CI"] = "1"
     problems = []
-    for path in sorted(TUTORIALS.glob("*.ipynb")):
-        if options.names and path.name not in options.names:
-            continue
+    for path in (known[name] for name in options.names or known):
         notebook = nbformat.read(path, as_version=4)
         start = time.perf_counter()
         NotebookClient(
