@@ -7,6 +7,8 @@ With ``--full`` they run at full size and their outputs are written back; that i
 from __future__ import annotations
 
 import argparse
+import base64
+import io
 import os
 import sys
 import time
@@ -14,9 +16,21 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from PIL import Image
 
 TUTORIALS = Path(__file__).resolve().parents[1] / "tutorials"
 MAX_BYTES = 300 * 1024
+
+
+def compact_figures(cell: nbformat.NotebookNode) -> None:
+    """Store figures by a palette: a third of the size, and no difference to see in plots."""
+    for output in cell.outputs:
+        png = output.get("data", {}).get("image/png")
+        if png:
+            figure = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+            buffer = io.BytesIO()
+            figure.quantize(64, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
+            output.data["image/png"] = base64.b64encode(buffer.getvalue()).decode()
 
 
 def check_source(path: Path, notebook: nbformat.NotebookNode) -> list[str]:
@@ -64,6 +78,7 @@ def main() -> None:
                 cell.metadata.pop("execution", None)
                 if cell.cell_type == "code":
                     cell.execution_count = None
+                    compact_figures(cell)
                     # Warnings of the machine that it ran on, with paths of that machine.
                     cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
                     for output in cell.outputs:
