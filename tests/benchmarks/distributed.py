@@ -218,15 +218,18 @@ def measure_communication(repeats: int) -> tuple[Sequence[str], Rows]:
 def measure_kills(kills: int) -> tuple[Sequence[str], Rows]:
     """One of two processes is killed at a random moment; torchrun starts both again."""
     with tempfile.TemporaryDirectory() as folder:
+        job = started("killed", 2, Path(folder))
+        _wait_for(Path(folder) / "pid_1")
         begin = time.perf_counter()
-        assert started("killed", 2, Path(folder)).wait() == 0
+        assert job.wait() == 0
         expected = json.loads((Path(folder) / "0.json").read_text())
         seconds = time.perf_counter() - begin
     identical = other = failed = struck = 0
     for seed in range(kills):
         with tempfile.TemporaryDirectory() as folder:
             job, where = started("killed", 2, Path(folder), restarts=2), Path(folder)
-            killer = threading.Timer(random.Random(seed).uniform(0.3, 0.95) * seconds, _kill, (where, seed % 2))
+            _wait_for(where / f"pid_{seed % 2}")
+            killer = threading.Timer(random.Random(seed).uniform(0.05, 0.8) * seconds, _kill, (where, seed % 2))
             killer.start()
             code = job.wait()
             killer.cancel()
@@ -240,6 +243,11 @@ def measure_kills(kills: int) -> tuple[Sequence[str], Rows]:
     return ["runs", "killed while they ran", "identical", "other", "not finished"], [
         [str(kills), str(struck), str(identical), str(other), str(failed)]
     ]
+
+
+def _wait_for(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.05)
 
 
 def _kill(folder: Path, rank: int) -> None:
