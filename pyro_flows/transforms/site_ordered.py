@@ -166,8 +166,13 @@ class SiteOrderedAffine(FlowTransform):
     def _weights(self) -> _Weights:
         log_scale, below, *conditioners = self.packed()
         return _Weights(
-            paced(log_scale), self._below(below), self._conditioners(*conditioners) if conditioners else None
+            self._paced(log_scale), self._below(below), self._conditioners(*conditioners) if conditioners else None
         )
+
+    def _paced(self, weight: Tensor) -> Tensor:
+        """Powerpropagated weights of the linear parts. Where these are of low rank, weights are thousands, and those
+        that have grown should go on to grow faster: with gradients of the values, all of them follow the noise."""
+        return paced(weight) if self.rank is None else powerprop(weight)
 
     def _conditioners(
         self, heads: Tensor, shift: Tensor, linear: Tensor, project: Tensor, weight: Tensor, bias: Tensor, *rest: Tensor
@@ -177,7 +182,7 @@ class SiteOrderedAffine(FlowTransform):
         hidden = (weight * self.is_parent).flatten(0, 1)
         inner = list(zip(rest[::2], rest[1::2], strict=True))
         heads = powerprop(heads) / math.sqrt(heads.shape[-1])
-        linear = paced(linear)
+        linear = self._paced(linear)
         outer: tuple[Tensor, ...] = ()
         if self.rank is not None:
             linear, outer = project, linear.split([3 * size for size in self.sizes])
@@ -267,7 +272,7 @@ class SiteOrderedAffine(FlowTransform):
     def _below(self, entries: Tensor) -> list[Tensor | None]:
         """``C_s - I`` of each block, or None for zero, from the squares of dense blocks end to end."""
         squares = [size**2 for size in self.block_sizes if _is_dense(size)]
-        found = iter((paced(entries) * self.is_below).split(squares) if squares else ())
+        found = iter((self._paced(entries) * self.is_below).split(squares) if squares else ())
         return [next(found).view(size, size) if _is_dense(size) else None for size in self.block_sizes]
 
     def _by_block(
