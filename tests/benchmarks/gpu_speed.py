@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a step costs on a GPU, next to the CPU and to NumPyro on the same card.
 
-    python tests/benchmarks/gpu_speed.py PART [--seconds 180] [--device cuda] [--log FILE] [--lock FILE] [--best FILE]
+    python tests/benchmarks/gpu_speed.py PART [--seconds 180] [--device cuda] [--log FILE] [--lock FILE]
     python tests/benchmarks/gpu_speed.py all --log FOLDER [--seconds 420] [--check-seconds 90]
     python tests/benchmarks/gpu_speed.py write --log FILE
 
 Parts are ``small``, ``large``, ``numpyro`` and ``cpu``. Each prints a line of JSON for each result at once, and begins
 nothing new after ``--seconds``. They compile side by side, and time their steps one after the other, by a lock. ``all``
-does that, after the checks of ``gpu.py``; ``write`` makes ``docs/tables/gpu.rst`` of all results. Run by hand, never by
-pytest.
+does that, after the checks of ``gpu.py``; ``write`` makes ``docs/tables/gpu.rst`` and ``gpu_large.rst`` of all results.
+Run by hand, never by pytest.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,11 +65,12 @@ ROUNDS, ROUND_SECONDS = 5, 0.3
 SCHOOLS, LOGISTIC = "eight schools", f"logistic, {ROWS:,} x {COEFFICIENTS}"
 OURS, IAF, EAGER = "CompiledSVI AutoFlowGuide", "CompiledSVI AutoFlowGuide, same IAF", "SVI AutoFlowGuide"
 THEIRS = "NumPyro AutoIAFNormal, fori_loop"
-# How a graph is compiled: products up to so many multiplications are sums, and inductor's options.
-VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "products as sums": (2**20, {}),
-    "products as sums, combined kernels": (2**20, {"combo_kernels": True}),
-    "products by cuBLAS": (0, {}),
+# How a graph may be compiled: products up to so many multiplications are sums, and kernels are combined.
+VARIANTS = {
+    "products as sums, combined kernels": (2**20, True),
+    "products as sums": (2**20, False),
+    "products by cuBLAS, combined kernels": (0, True),
+    "products by cuBLAS": (0, False),
 }
 Found = dict[str, Any]
 Job = tuple[Found, Callable[[], Found]]
@@ -217,33 +219,16 @@ def time_steps(timing: Timing, lock: Lock) -> Found:
     return found
 
 
-def choose(variant: str) -> None:
-    """Compile in that way from now on."""
-    largest, options = VARIANTS[variant]
-    inductor.COMPILER = inductor.CompilerSettings(max_summed=largest)
-    inductor.GPU_OPTIONS = {"fallback_random": True, **options}
-
-
-class Variants:
-    """The ways of compiling, timed at 64 particles; and which was the best, told to other processes by a file."""
-
-    def __init__(self, device: str, lock: Lock, path: Path | None) -> None:
-        self._timing, self._lock, self._path = Timing(SCHOOLS, OURS, device, 64), lock, path
-        self._times: dict[str, float] = {}
-
-    def jobs(self) -> list[Job]:
-        """One for each."""
-        return [({"variant": name, "model": SCHOOLS}, partial(self._time, name)) for name in VARIANTS]
-
-    def _time(self, name: str) -> Found:
-        choose(name)
-        found = time_steps(self._timing, self._lock)
-        self._times[name] = found["ms"]
-        best = min(self._times, key=lambda name: self._times[name])
-        choose(best)
-        if self._path is not None and len(self._times) == len(VARIANTS):
-            self._path.write_text(best)
-        return found
+def time_variant(name: str, device: str, lock: Lock) -> Found:
+    """Eight schools with 64 particles, compiled in that way."""
+    before = inductor.COMPILER, inductor.GPU_OPTIONS
+    max_summed, combined = VARIANTS[name]
+    inductor.COMPILER = replace(before[0], max_summed=max_summed)
+    inductor.GPU_OPTIONS = {**before[1], "combo_kernels": combined}
+    try:
+        return time_steps(Timing(SCHOOLS, OURS, device, 64), lock)
+    finally:
+        inductor.COMPILER, inductor.GPU_OPTIONS = before
 
 
 def profile_steps(device: str, lock: Lock) -> Found:
@@ -287,7 +272,7 @@ def time_groups(device: str) -> Found:
     return {"fit_s": time.perf_counter() - start, "elbo": result.elbo, "mu": mu, "tau": tau}
 
 
-def jobs(part: str, device: str, lock: Lock, best: Path | None) -> list[Job]:
+def jobs(part: str, device: str, lock: Lock) -> list[Job]:
     """What a part measures, by importance."""
 
     def steps(title: str, by: str, counts: tuple[int, ...], where: str = device) -> list[Job]:
@@ -300,9 +285,11 @@ def jobs(part: str, device: str, lock: Lock, best: Path | None) -> list[Job]:
         return {"model": "a million groups", "on": where}, partial(time_groups, where)
 
     if part == "small":
-        variants = Variants(device, lock, best).jobs()
         profiled = ({"profile": SCHOOLS}, partial(profile_steps, device, lock))
-        return [*variants, *steps(SCHOOLS, OURS, PARTICLES), profiled]
+        variants: list[Job] = [
+            ({"variant": name, "model": SCHOOLS}, partial(time_variant, name, device, lock)) for name in VARIANTS
+        ]
+        return [*steps(SCHOOLS, OURS, PARTICLES), profiled, *variants]
     if part == "large":
         return [
             epoch(device),
@@ -329,20 +316,15 @@ def jobs(part: str, device: str, lock: Lock, best: Path | None) -> list[Job]:
     ]
 
 
-def run_part(part: str, device: str, log: Log, lock: Lock, best: Path | None) -> None:
+def run_part(part: str, device: str, log: Log, lock: Lock) -> None:
     """One job after the other, each of which may fail by itself."""
     explain_failures()
-    if part == "small":
-        if device == "cuda":
-            log.write(card=torch.cuda.get_device_name(), torch=torch.__version__, pyro_flows=pyro_flows.__version__)
-    else:
-        choose("products as sums")
-    for what, job in jobs(part, device, lock, best):
+    if part == "small" and device == "cuda":
+        log.write(card=torch.cuda.get_device_name(), torch=torch.__version__, pyro_flows=pyro_flows.__version__)
+    for what, job in jobs(part, device, lock):
         if log.is_over:
             log.write(**what, failed="not run")
             continue
-        if part == "large" and best is not None and best.exists():
-            choose(best.read_text())
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
@@ -403,25 +385,30 @@ def run_all(folder: Path, device: str, seconds: float, check_seconds: float) -> 
     parts = {
         part: [
             *(sys.executable, str(Path(__file__)), part, "--device", device, "--seconds", str(left - 30.0)),
-            *("--log", str(folder / "speed.jsonl"), "--lock", str(folder / "lock"), "--best", str(folder / "best")),
+            *("--log", str(folder / "speed.jsonl"), "--lock", str(folder / "lock")),
         ]
         for part in ("small", "large", "numpyro", "cpu")
     }
     side_by_side(parts, folder, left)
 
 
-def write_table(path: Path) -> None:
-    """Make the documentation's table of a log; later results replace earlier ones."""
+def write_tables(path: Path) -> None:
+    """Make the documentation's tables of a log; later results replace earlier ones."""
+    results = [json.loads(line) for line in path.read_text().splitlines()]
     cells: dict[tuple[str, str, str], dict[int, str]] = {}
-    for line in path.read_text().splitlines():
-        values = json.loads(line)
+    others: dict[str, dict[str, str]] = {}
+    for values in results:
         if "particles" in values and "ms" in values:
             row = cells.setdefault((values["model"], values["by"], values["on"]), {})
             row[values["particles"]] = f"{values['ms']:#.3g}"
-    counts = sorted(PARTICLES)
+        elif seconds := [values[name] for name in ("epoch_s", "fit_s") if name in values]:
+            what = f"{values['model']}: {'an epoch' if 'epoch_s' in values else 'fit'}"
+            others.setdefault(what, {})[values["on"]] = f"{seconds[0]:#.3g}"
+    counts, devices = sorted(PARTICLES), ("cuda", "cpu")
     rows = [[*key, *(row.get(count, "n/a") for count in counts)] for key, row in cells.items()]
-    header = ("model", "by, guide", "on", *map(str, counts))
-    (TABLES / "gpu.rst").write_text(as_rst(header, sorted(rows)))
+    (TABLES / "gpu.rst").write_text(as_rst(("model", "by, guide", "on", *map(str, counts)), sorted(rows)))
+    rows = [[what, *(row.get(on, "n/a") for on in devices)] for what, row in others.items()]
+    (TABLES / "gpu_large.rst").write_text(as_rst(("what, seconds", *devices), sorted(rows)))
 
 
 def main() -> None:
@@ -433,15 +420,14 @@ def main() -> None:
     made.add_argument("--device", default="cuda")
     made.add_argument("--log", type=Path, help="file that results are added to; a folder for `all`")
     made.add_argument("--lock", type=Path, help="file that is locked while steps are timed")
-    made.add_argument("--best", type=Path, help="file that says how to compile")
     options = made.parse_args()
     if options.part == "write":
-        write_table(options.log)
+        write_tables(options.log)
     elif options.part == "all":
         run_all(options.log, options.device, options.seconds, options.check_seconds)
     else:
         log, lock = Log(options.log, options.seconds), Lock(options.lock)
-        run_part(options.part, options.device, log, lock, options.best)
+        run_part(options.part, options.device, log, lock)
 
 
 if __name__ == "__main__":
