@@ -119,12 +119,15 @@ class _SiteSums:
         self.count += int(kept.sum())
         self.log_prior += log_prior[kept].sum().item()
         self.bulk = self.bulk or _Bulk(values)
-        shape = [len(values)] + [1] * (values.dim() - 1)
+        self._add(self.values, values, log_weights)
+        self._add(self.unconstrained, self.latent.to_support.inv(values), log_weights)
+        self._add(self.of_bulk, self.bulk(values), log_weights)
+
+    def _add(self, moments: Moments, values: Tensor, log_weights: Tensor) -> None:
+        shape = [len(values)] + [1] * (values.dim() - 1)  # a matrix may be a vector in unconstrained space
         if self.item_axis is not None:
             shape[1 + self.item_axis] = -1
-        self.values.add(values, log_weights.reshape(shape))
-        self.unconstrained.add(self.latent.to_support.inv(values), log_weights.reshape(shape))
-        self.of_bulk.add(self.bulk(values), log_weights.reshape(shape))
+        moments.add(values, log_weights.reshape(shape))
 
     def summary(self, reference: _SiteSums | None, settings: SiteSettings, *, by_reference: bool) -> SiteSummary:
         mean, sd = self.values.plain

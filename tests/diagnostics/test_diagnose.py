@@ -116,3 +116,16 @@ def test_refused_draws_of_items() -> None:
     assert report.items.elbo.sum().item() == pytest.approx(report.elbo, abs=1e-9)
     assert report.items.gap.sum().item() == pytest.approx(report.gap, abs=1e-9)
     assert report.gap > 0
+
+
+@pytest.mark.parametrize("size", (2, 3))
+def test_a_site_that_has_other_dimensions_in_unconstrained_space(size: int) -> None:
+    """The Cholesky factor of correlations is a matrix there, and a vector here."""
+
+    def model() -> None:
+        factor = pyro.sample("factor", dist.LKJCholesky(size, 2.0))
+        pyro.sample("x", dist.MultivariateNormal(torch.zeros(size), scale_tril=factor), obs=torch.ones(size))
+
+    guide = AutoFlowGuide(model, "diagonal_normal")
+    report = diagnose(model, guide, num_samples=200, search=False, seed=0, progress=False)
+    assert math.isfinite(report.elbo) and "factor" in str(report)
