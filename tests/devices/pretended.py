@@ -114,7 +114,8 @@ class _Devices(TorchFunctionMode):
         if name in ("cpu", "cuda"):
             found = args[0]
         else:
-            args, kwargs = tree_map(lambda value: CPU if isinstance(value, torch.device) else value, (args, kwargs))
+            places = (torch.device, str) if name == "to" else torch.device
+            args, kwargs = tree_map(lambda value: CPU if isinstance(value, places) else value, (args, kwargs))
             found = func(*args, **{**kwargs, **({"device": CPU} if kwargs.get("device") is not None else {})})
         if not isinstance(found, Tensor):
             return found
