@@ -106,6 +106,12 @@ def test_every_name_of_the_package_is_in_the_reference() -> None:
     assert set(pyro_flows.__all__) <= set(documented)
 
 
+def test_every_tutorial_is_listed_with_its_question() -> None:
+    page = (DOCS / "tutorials.rst").read_text()
+    for stem in (path.stem for path in TUTORIALS):
+        assert page.count(f":doc:`tutorials/{stem}`") == page.count(f"   tutorials/{stem}\n") == 1, stem
+
+
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
 def test_jupyter_opens_the_tutorial(path: Path) -> None:
     nbformat = pytest.importorskip("nbformat")

@@ -128,13 +128,18 @@ class Batches:
 
         Args:
             limit: Largest number of mini-batches.
-            max_elements: Number of elements of their tensors in all after which no more mini-batches are taken.
+            max_elements: Number of elements of their tensors in all after which no more mini-batches are taken; memory
+                that mini-batches share, such as that of all data, counts once.
         """
         calls: list[Arguments] = []
         held = 0
+        counted: set[int] = set()
         for call in itertools.islice(self._pass(), limit):
             calls.append(call)
-            held += sum(value.numel() for value in call[0] if torch.is_tensor(value))
+            for value in filter(torch.is_tensor, call[0]):
+                memory = value.untyped_storage().data_ptr() if value.layout == torch.strided else id(value)
+                held += value.numel() * (memory not in counted)
+                counted.add(memory)
             if held > max_elements:
                 break
         if not calls:

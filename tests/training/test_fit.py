@@ -509,3 +509,12 @@ def test_a_warning_names_the_users_line() -> None:
     with pytest.warns(UserWarning, match="fit: takes eager steps, since") as caught:
         fit(model, AutoNormal(model), (Y,), num_steps=2, num_particles=1, compile=True, progress=False)
     assert [w.filename for w in caught if "takes eager steps" in str(w.message)] == [__file__]
+
+
+def test_mini_batches_that_share_the_data_all_count_in_the_warm_start() -> None:
+    """Only what they need memory for is limited; else most items of a large plate would start without their data."""
+    y = torch.randn(1000)
+    shared = Batches([(index, y) for index in torch.arange(1000).split(10)], None)
+    assert len(shared.one_pass(1000, max_elements=1500)) == 100
+    apart = Batches([(torch.randn(1000),) for _ in range(100)], None)
+    assert len(apart.one_pass(1000, max_elements=1500)) == 2
