@@ -152,9 +152,13 @@ def better_start(model: Callable[..., Any], scale: float, args: tuple[Any, ...],
         return max(mean_log_joint(choice, width) + num_latents * math.log(width) for width in START.widths)
 
     whole = [dict.fromkeys(starts[0], index) for index in range(len(inits))]
-    score = elbo if any(math.isfinite(elbo(choice)) for choice in whole) else partial(mean_log_joint, width=0.0)
-    highest, best = max((score(choice), -index) for index, choice in enumerate(whole))
-    choice = whole[-best]
+    score: Callable[[Mapping[str, int]], float] = elbo
+    found = [elbo(choice) for choice in whole]
+    if not any(map(math.isfinite, found)):  # no draw has a density, but a start may have
+        score = partial(mean_log_joint, width=0.0)
+        found = [score(choice) for choice in whole]
+    highest = max(found)
+    choice = whole[found.index(highest)]
     names = list(choice)
     for group in torch.arange(len(names)).tensor_split(min(len(names), START.max_groups)):
         other = {**choice, **{names[place]: 1 - choice[names[place]] for place in group.tolist()}}
