@@ -248,6 +248,7 @@ def fit(
     settings = settings or FitSettings()
     changed = changed_settings(settings)
     make = None if optim is None else resolve_optimizer(optim)
+    own_rate = None if make is None or learning_rate is not None else peak_rate(make)
     processes = Processes.of_group("fit") if distributed else Processes("fit")
     asked = RunOptions(
         num_steps,
@@ -298,7 +299,7 @@ def fit(
             if options.num_particles is None:
                 options = replace(options, num_particles=settings.num_particles(elbo))
             if options.learning_rate is None:
-                peak = peak_rate(make) if make is not None else settings.learning_rate(guide, warm=warm, anneal=anneal)
+                peak = own_rate or settings.learning_rate(guide, warm=warm, anneal=anneal)
                 options = replace(options, learning_rate=peak)
             options = processes.broadcast(options)
             assert options.num_particles is not None and options.learning_rate is not None

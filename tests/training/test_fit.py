@@ -171,7 +171,7 @@ def test_what_a_mini_batch_does_to_all_particles_is_no_noise_of_scales() -> None
         gradients = found.setdefault(objective.subsampled, [])
         for _ in range(400):
             raw.grad = None
-            objective.gradient(elbo)
+            objective.gradient(elbo, objective.batches.next())
             assert raw.grad is not None
             gradients.append(raw.grad[:, 0].clone())
     centered, plain = (torch.stack(found[key]) for key in (True, False))

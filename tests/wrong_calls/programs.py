@@ -131,9 +131,11 @@ class Decoder(nn.Module):
 
 @functools.cache
 def ready(model: Callable[..., Any] = regression, *args: Any, kind: Any = AutoFlowGuide) -> Any:
-    """A guide that is set up, for regression by default."""
+    """A guide that is trained, a little, for regression by default."""
     made = kind(model)
     made(*(args or ((X, Y) if model in (regression, scales, counts) else ())))
+    with torch.no_grad():
+        next(made.parameters()).add_(1e-4)
     return made
 
 
