@@ -28,11 +28,11 @@ def broadcast_parameters(model: Callable[..., Any], guide: Callable[..., Any], *
 
     Example:
         >>> import pyro, pyro.distributions as dist
-        >>> from pyro.infer.autoguide import AutoNormal
+        >>> from pyro_flows import AutoFlowGuide
         >>> from pyro_flows.distributed import broadcast_parameters
         >>> def model():
         ...     pyro.sample("z", dist.Normal(0.0, 1.0))
-        >>> broadcast_parameters(model, AutoNormal(model))
+        >>> broadcast_parameters(model, AutoFlowGuide(model))
     """
     for name, program in (("model", model), ("guide", guide)):
         check_call("broadcast_parameters", name, program, args, kwargs)
