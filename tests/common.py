@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import math
 
+import pyro
+import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +14,16 @@ from pyro_flows.transforms import FixedParameter, FlowTransform
 from pyro_flows.transforms.networks import Packed
 from pyro_flows.transforms.preconditioner import look_again
 
-__all__ = ["assert_no_graph", "jacobian", "randomize_parameters", "trained"]
+__all__ = ["assert_no_graph", "jacobian", "randomize_parameters", "schools", "trained"]
+
+
+def schools(y: Tensor) -> None:
+    """Eight schools, centered, whose errors are all alike."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("schools", len(y)):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("y", dist.Normal(theta, 10.0), obs=y)
 
 
 def trained(module: nn.Module) -> list[nn.Parameter]:

@@ -13,25 +13,7 @@ from pyro.poutine.util import site_is_subsample
 from pyro_flows._checks import check_callable, check_text, checked
 from pyro_flows.distributed.processes import Processes
 
-__all__ = ["DrawnPlates", "PlateShare", "disjoint_subsamples"]
-
-
-class DrawnPlates(Messenger):
-    """Records the plates that draw their own mini-batches.
-
-    Attributes:
-        sizes: Plate -> its full size.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: dict[str, int] = {}
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg) and msg["value"] is None:
-            size, count = msg["fn"].size, msg["fn"].subsample_size
-            if count is not None and count < size:
-                self.sizes[msg["name"]] = size
+__all__ = ["PlateShare", "disjoint_subsamples"]
 
 
 class PlateShare(Messenger):

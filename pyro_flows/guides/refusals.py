@@ -7,9 +7,8 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-
 from pyro_flows._blame import user_level
+from pyro_flows._random import forked
 from pyro_flows.flows import FlowSpec
 from pyro_flows.models.checks import without_density
 from pyro_flows.models.traces import Call
@@ -31,7 +30,7 @@ def warn_of_refused(
     """
     values = posterior.refused_values()
     try:
-        with torch.random.fork_rng(devices=[]):  # a warning changes no draw of a step
+        with forked():  # a warning changes no draw of a step
             sites = {} if values is None else without_density(model, values, Call(args, kwargs))
     except Exception:  # the model raises at these values; the warning is about the gradient only
         sites = {}

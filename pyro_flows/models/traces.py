@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -19,6 +20,7 @@ __all__ = [
     "NO_DENSITY",
     "REFUSALS",
     "Call",
+    "DrawnPlates",
     "by_draw",
     "mean_of_kept",
     "mini_batches",
@@ -95,6 +97,24 @@ def sample_nodes(trace: Trace) -> dict[str, dict[str, Any]]:
 def mini_batches(trace: Trace) -> dict[str, Any]:
     """Plate -> indices of its mini-batch, from a trace."""
     return {name: node["value"] for name, node in trace.nodes.items() if site_is_subsample(node)}
+
+
+class DrawnPlates(Messenger):
+    """Records the plates that draw their own mini-batches.
+
+    Attributes:
+        sizes: Plate -> its full size.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[str, int] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["value"] is None:
+            size, count = msg["fn"].size, msg["fn"].subsample_size
+            if count is not None and count < size:
+                self.sizes[msg["name"]] = size
 
 
 def nesting_of(nodes: Iterable[Mapping[str, Any]]) -> int:

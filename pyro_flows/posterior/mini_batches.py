@@ -12,13 +12,11 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_flows._checks import shown
 from pyro_flows.models.layout import Layout
-from pyro_flows.models.traces import Call
+from pyro_flows.models.traces import Call, DrawnPlates
 
 __all__ = ["Arguments", "MakePlates", "MiniBatch", "Watch", "check_calls", "mini_batches", "unwatched"]
 
@@ -68,18 +66,6 @@ def unwatched(batches: Iterator[MiniBatch], title: str) -> Iterable[MiniBatch]:
     return batches
 
 
-class _Drawn(Messenger):
-    """Records the plates that draw their own indices."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.plates: set[str] = set()
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg) and msg["value"] is None:
-            self.plates.add(msg["name"])
-
-
 def mini_batches(call: Arguments, make_plates: MakePlates) -> Iterator[MiniBatch]:
     """The mini-batches of a call: a single one, or, where plates draw their own, one for each part of these plates.
 
@@ -88,14 +74,13 @@ def mini_batches(call: Arguments, make_plates: MakePlates) -> Iterator[MiniBatch
         make_plates: Function from the arguments to the guide's plates.
     """
     args, kwargs = call
-    with poutine.block(), _Drawn() as drawn:
+    with poutine.block(), DrawnPlates() as drawn:
         plates = make_plates(args, kwargs)
     indices = {name: torch.as_tensor(plate.indices) for name, plate in plates.items()}
     parts: list[list[tuple[str, Tensor]]] = []
-    for name in sorted(drawn.plates & set(plates)):
+    for name in sorted(drawn.sizes.keys() & plates.keys()):
         size, count, items = plates[name].size, plates[name].subsample_size, indices[name]
-        if count < size:
-            starts = [min(start, size - count) for start in range(0, size, count)]
-            parts.append([(name, torch.arange(start, start + count, device=items.device)) for start in starts])
+        starts = [min(start, size - count) for start in range(0, size, count)]
+        parts.append([(name, torch.arange(start, start + count, device=items.device)) for start in starts])
     for chosen in itertools.product(*parts):
         yield MiniBatch(args, kwargs, {**indices, **dict(chosen)}, dict(chosen))

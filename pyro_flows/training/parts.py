@@ -17,10 +17,10 @@ from torch import Tensor
 from pyro_flows._memory import is_out_of_memory
 from pyro_flows._random import seeded
 from pyro_flows.compiled.parameters import state_of, trial
-from pyro_flows.distributed.plates import DrawnPlates, PlateShare
+from pyro_flows.distributed.plates import PlateShare
 from pyro_flows.distributed.processes import ALONE, Processes
 from pyro_flows.models.particles import at_a_draw
-from pyro_flows.models.traces import Call, run_quietly
+from pyro_flows.models.traces import Call, DrawnPlates, run_quietly
 from pyro_flows.training.batches import Arguments, Batches
 from pyro_flows.training.random_state import capture_random_state, restore_random_state
 

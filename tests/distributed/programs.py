@@ -30,6 +30,7 @@ from pyro_flows.compiled.graph import LossGraph
 from pyro_flows.distributed import DistributedOptim, broadcast_parameters, disjoint_subsamples
 from pyro_flows.training import EstimateSettings, FitProgress, FitSettings, ScheduleSettings, TrainerSettings
 from pyro_flows.training.trainer import Trainer
+from tests.common import schools
 
 SCHOOLS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 ESTIMATES = EstimateSettings(num_runs=4, num_particles=20)
@@ -50,14 +51,6 @@ def double_precision() -> Iterator[None]:
 
 def normal(count: int, seed: int = 0) -> Tensor:
     return torch.randn(count, generator=torch.Generator().manual_seed(seed))
-
-
-def schools(y: Tensor) -> None:
-    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
-    with pyro.plate("schools", len(y)):
-        theta = pyro.sample("theta", dist.Normal(mu, tau))
-        pyro.sample("y", dist.Normal(theta, 10.0), obs=y)
 
 
 def groups(y: Tensor) -> None:

@@ -31,6 +31,7 @@ from pyro_flows.training.schedule import Schedule
 from pyro_flows.training.state import TrainingState
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.transforms.preconditioner import look_again
+from tests.common import schools
 from tests.data.version_0_1_0.guides import DATA, densities, eight_schools, small
 
 OLD = Path(__file__).parents[1] / "data" / "version_0_1_0"
@@ -42,14 +43,6 @@ SETTINGS = FitSettings(checkpoint_interval=0.0, estimates=ESTIMATES)
 
 class Killed(BaseException):
     """Ends a run as the end of its process does."""
-
-
-def schools(y: Tensor) -> None:
-    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
-    with pyro.plate("schools", len(y)):
-        theta = pyro.sample("theta", dist.Normal(mu, tau))
-        pyro.sample("y", dist.Normal(theta, 10.0), obs=y)
 
 
 def train(
