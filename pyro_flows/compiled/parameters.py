@@ -30,11 +30,15 @@ class StepLimit(Protocol):
 
     Attributes:
         parameters: Parameters whose steps are limited.
-        largest_step: Largest change of an entry in a step, > 0.
+        largest_step: Largest change of an entry in a step, in its units, > 0.
+        units: The units of the entries of each parameter, of its shape; None for ones.
     """
 
     parameters: list[Tensor]
     largest_step: float
+
+    @property
+    def units(self) -> list[Tensor | None]: ...
 
     def forget(self) -> None:
         """Accept the parameters as they are: changes until now are not shortened."""
@@ -66,8 +70,12 @@ class FlatParameter:
         self.flat = torch.nn.Parameter(torch.cat([leaf.detach().reshape(-1) for leaf in leaves]))
         self.vector = self.flat.detach()
         self.sizes = [leaf.numel() for leaf in leaves]
-        slow = {id(leaf): 1.0 / limit.largest_step for limit in limits for leaf in limit.parameters}
-        rows = [self.vector.new_full((leaf.numel(),), slow.get(id(leaf), 0.0)) for leaf in leaves]
+        slow: dict[int, Tensor] = {}
+        for limit in limits:
+            for leaf, unit in zip(limit.parameters, limit.units, strict=True):
+                ones = torch.ones_like(leaf) if unit is None else unit
+                slow[id(leaf)] = (limit.largest_step * ones).reciprocal().detach().reshape(-1)
+        rows = [slow[id(leaf)] if id(leaf) in slow else self.vector.new_zeros(leaf.numel()) for leaf in leaves]
         self.per_limit = torch.cat(rows)
         for leaf, part in zip(leaves, self.flat.detach().split(self.sizes), strict=True):
             leaf.data = part.view(leaf.shape)

@@ -14,6 +14,7 @@ from pyro_flows.flows import Flow
 from pyro_flows.flows.gradient_filter import GradientFilter
 from pyro_flows.transforms import FixedParameter
 from pyro_flows.transforms.base import is_jit_tracing
+from pyro_flows.transforms.networks import Packed
 
 __all__ = ["StepLimit"]
 
@@ -23,9 +24,9 @@ class StepSettings:
     """Step size of nonlinear layers.
 
     Attributes:
-        largest_step: Largest change of an entry of a parameter in a step. Layers are initialized to the identity, and
-            their sums of H terms are scaled down by at least the root of H, so that a step changes a draw by a few
-            thousandths of its scale.
+        largest_step: Largest change of an entry of a parameter in a step, in its units. Layers are initialized to the
+            identity, and their sums of H terms are scaled down by at least the root of H, so that a step changes a draw
+            by a few thousandths of its scale.
     """
 
     largest_step: float = 2e-3
@@ -40,8 +41,9 @@ class StepLimit:
     ``AutoNormal`` trains at learning rates of 0.01 to 0.1. A flow does not: thousands of weights that all follow the
     noise of one draw distort its tails until a rare draw ends the run. The head's location and scale, which
     ``AutoNormal`` has too, take the optimizer's full steps. Steps of all other parameters are shortened, by one factor,
-    so that no entry changes by more than 0.002: their direction remains the optimizer's, and a low learning rate is not
-    affected.
+    so that no entry changes by more than 0.002 of its units, which are ones but for linear parts
+    (:class:`~pyro_flows.transforms.networks.Packed`): their direction remains the optimizer's, and a low learning rate
+    is not affected.
 
     A guide does not see the optimizer. It takes any change of parameters between two of its draws for a step, if the
     first draw got a gradient.
@@ -52,11 +54,13 @@ class StepLimit:
 
     Attributes:
         parameters: Parameters whose steps are limited.
-        largest_step: Largest change of an entry of these in a step, > 0.
+        largest_step: Largest change of an entry of these in a step, in its units, > 0.
     """
 
     def __init__(self, module: nn.Module, filters: Sequence[GradientFilter]) -> None:
         self.parameters: list[Tensor] = list(_limited(module))
+        packed = {id(part.flat): part for part in module.modules() if isinstance(part, Packed)}
+        self._packed = [packed.get(id(parameter)) for parameter in self.parameters]
         self.largest_step = STEPS.largest_step
         self._filters = filters
         self._before: list[Tensor] | None = None
@@ -72,7 +76,8 @@ class StepLimit:
             return
         steps = torch._foreach_sub(self.parameters, before)
         # Torch's infinity norm takes twenty times as long.
-        ends = [end for step in steps for end in torch.aminmax(step)]
+        in_units = (step if unit is None else step / unit for step, unit in zip(steps, self.units, strict=True))
+        ends = [end for step in in_units for end in torch.aminmax(step)]
         longest = torch.stack(ends).abs().max().item()
         if longest == 0.0:
             return  # the optimizer has not stepped yet
@@ -81,6 +86,11 @@ class StepLimit:
         if longest > self.largest_step:
             torch._foreach_add_(before, steps, alpha=self.largest_step / longest)
             torch._foreach_copy_(self.parameters, before)
+
+    @property
+    def units(self) -> list[Tensor | None]:
+        """The units of the entries of each parameter, of its shape; None for ones."""
+        return [None if packed is None else packed.unit for packed in self._packed]
 
     def forget(self) -> None:
         """Accept the parameters as they are, since they were loaded or set, not changed by a step."""

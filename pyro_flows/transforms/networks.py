@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 __all__ = [
     "HEAD_SLOPE",
+    "POWERPROP_SLOPE",
     "CenteredNetwork",
     "ContextParameters",
     "Packed",
@@ -31,11 +32,13 @@ __all__ = [
 INPUT_BOUND = 5.0
 # Draws of N(0, I) over which a network is centered; half of them mirror the other half.
 COUNT_REFERENCE = 16
-# Derivative of powerprop at zero in last layers whose inputs are already divided by their number.
+# Derivative of powerprop at zero.
+POWERPROP_SLOPE = 0.1
+# The same in last layers whose inputs are already divided by their number.
 HEAD_SLOPE = 0.3
 
 
-def powerprop(weight: Tensor, slope: float = 0.1) -> Tensor:
+def powerprop(weight: Tensor, slope: float = POWERPROP_SLOPE) -> Tensor:
     r"""Powerpropagation, :math:`w (|w| + s)`, for weights by which coordinates depend on each other.
 
     Adam moves each weight by the learning rate from the first step on, so a thousand useless weights add as much noise
@@ -54,7 +57,7 @@ def powerprop(weight: Tensor, slope: float = 0.1) -> Tensor:
     return weight * (weight.abs() + slope)
 
 
-def paced(weight: Tensor, slope: float = 0.1) -> Tensor:
+def paced(weight: Tensor, slope: float = POWERPROP_SLOPE) -> Tensor:
     """:func:`powerprop`, for weights whose pace should not depend on whether the optimizer forgets a gradient's size.
 
     By the chain rule, the slope enters a step of ``SGD`` twice, so that a weight at zero would move a hundredth as far
@@ -65,7 +68,7 @@ def paced(weight: Tensor, slope: float = 0.1) -> Tensor:
     return powerprop(still, slope) + (weight - still)
 
 
-def inverse_powerprop(value: Tensor, slope: float = 0.1) -> Tensor:
+def inverse_powerprop(value: Tensor, slope: float = POWERPROP_SLOPE) -> Tensor:
     """The inverse of :func:`powerprop`."""
     return 2.0 * value / (slope + torch.sqrt(slope**2 + 4.0 * value.abs()))
 
@@ -97,12 +100,21 @@ class Packed(nn.Module):
 
     Args:
         parts: Initial values, of one dtype; may be empty tensors.
+        units: For each part, the change of an entry that changes by one the value which the entry stands for, > 0;
+            None for ones. Trust regions are in these units (:class:`~pyro_flows.posterior.step_limit.StepLimit`).
+
+    Attributes:
+        unit: The unit of each entry, of the shape of ``flat``; None for ones.
     """
 
-    def __init__(self, parts: Sequence[Tensor]) -> None:
+    unit: Tensor | None
+
+    def __init__(self, parts: Sequence[Tensor], units: Sequence[float] | None = None) -> None:
         super().__init__()
         self.shapes = [part.shape for part in parts]
         self.flat = nn.Parameter(torch.cat([part.flatten() for part in parts]))
+        unit = None if units is None else [torch.full((p.numel(),), u) for p, u in zip(parts, units, strict=True)]
+        self.register_buffer("unit", None if unit is None else torch.cat(unit), persistent=False)
 
     def forward(self) -> list[Tensor]:
         parts = self.flat.split([shape.numel() for shape in self.shapes])

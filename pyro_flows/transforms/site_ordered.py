@@ -16,12 +16,14 @@ from torch.nn import functional as F
 from pyro_flows._checks import check_widths, checked, integer, optional
 from pyro_flows.transforms.base import FlowTransform, as_rows
 from pyro_flows.transforms.fixed import FixedParameter
-from pyro_flows.transforms.networks import INPUT_BOUND, Packed, paced, powerprop, reference_noise
+from pyro_flows.transforms.networks import INPUT_BOUND, POWERPROP_SLOPE, Packed, paced, powerprop, reference_noise
 
 __all__ = ["SiteOrderedAffine"]
 
 # Blocks up to this size get a dense triangular factor; above it parameters would grow as the square.
 MAX_DENSE_BLOCK = 256
+# Of the trained tensors, those that a Gaussian has too: log-scales, triangular factors, linear parts of conditioners.
+LINEAR_PARTS = (0, 1, 4)
 
 
 class _Conditioners(NamedTuple):
@@ -131,7 +133,11 @@ class SiteOrderedAffine(FlowTransform):
         # The first block has no parents but a context.
         self.sizes = self.block_sizes if context_dim else self.block_sizes[1:]
         conditioners = self._add_conditioners(hidden_dims) if self.sizes else []
-        self.packed = Packed([torch.zeros(input_dim), torch.zeros(len(is_below)), *conditioners])
+        parts = [torch.zeros(input_dim), torch.zeros(len(is_below)), *conditioners]
+        # Of the linear parts, which make a Gaussian, a trust region limits steps of the value: at zero, the weight
+        # takes a step ten times as long.
+        units = [1.0 / POWERPROP_SLOPE if index in LINEAR_PARTS else 1.0 for index in range(len(parts))]
+        self.packed = Packed(parts, units if self.rank is None else None)
 
     def _add_conditioners(self, hidden_dims: Sequence[int]) -> list[Tensor]:
         """Add the buffers of the conditioners; returns the initial values of the arguments of :meth:`_conditioners`."""

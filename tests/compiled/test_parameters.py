@@ -25,6 +25,7 @@ class Limit:
 
     def __init__(self, *parameters: Tensor) -> None:
         self.parameters = list(parameters)
+        self.units: list[Tensor | None] = [None for _ in parameters]
         self.forgotten = 0
 
     def forget(self) -> None:
@@ -60,6 +61,15 @@ def test_a_limit_of_any_guide_is_kept(held: bool, monkeypatch: pytest.MonkeyPatc
         assert abs(guide.log_scale.item() - log_scale) <= LARGEST * (1.0 + 1e-5)
         assert abs(guide.loc.item() - loc) > 2 * LARGEST
     assert guide.step_limit.forgotten
+
+
+def test_a_limit_is_in_the_units_of_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inductor, "_inductor", lambda graph, inputs, options: graph)
+    guide = MeanField()
+    guide.step_limit.units = [torch.tensor(5.0)]
+    svi = CompiledSVI(model, guide, Adam({"lr": 0.1}), Trace_ELBO())
+    svi.step()
+    assert abs(guide.log_scale.item()) == pytest.approx(5.0 * LARGEST)
 
 
 def test_another_attribute_of_that_name_is_none() -> None:

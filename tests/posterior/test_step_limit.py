@@ -24,6 +24,7 @@ from torch import Tensor
 from pyro_flows import AutoFlowGuide, CompiledSVI, fit
 from pyro_flows.compiled import inductor
 from pyro_flows.posterior.step_limit import STEPS
+from pyro_flows.transforms.networks import Packed
 from tests.common import randomize_parameters
 
 Y = torch.tensor([28.0, 8.0, -3.0, 7.0], dtype=torch.double)
@@ -50,10 +51,13 @@ def new(optim: Any = None, flow: str = "auto", kind: type[SVI] = SVI, **options:
 
 
 def limited(guide: AutoFlowGuide) -> Tensor:
-    """The parameters whose steps are limited, as they are: the guide's own attributes would limit them first."""
+    """The parameters whose steps are limited, in their units, as they are: the guide's own attributes would limit them
+    first."""
     posterior = guide._modules["posterior"]
     assert posterior is not None
-    return torch.cat([p.detach().reshape(-1).clone() for p in posterior.step_limit.parameters])
+    limit = posterior.step_limit
+    pairs = zip(limit.parameters, limit.units, strict=True)
+    return torch.cat([(p.detach() / (1.0 if unit is None else unit)).reshape(-1).clone() for p, unit in pairs])
 
 
 def everything(guide: AutoFlowGuide) -> Tensor:
@@ -97,6 +101,19 @@ def test_no_entry_moves_further_than_the_limit(optim: Callable[[], Any]) -> None
         guide.sample_posterior(1)
         assert_limited(limited(guide), before, is_full=False)
     assert (limited(guide) - start).abs().max() > STEPS.largest_step
+
+
+def test_linear_parts_go_at_the_pace_of_their_values() -> None:
+    """At zero, the slope of powerpropagated weights is a tenth: a limit on their steps would be ten times as strict."""
+    guide, svi = new(SGD(lambda name: {"lr": 1e-3 if "raw" in name else 1e3}))
+    packed = next(part for part in guide.modules() if isinstance(part, Packed) and part.unit is not None)
+    assert packed.unit is not None and set(packed.unit.tolist()) == {1.0, 10.0}
+    start = packed.flat.detach().clone()
+    svi.step(Y)
+    guide.sample_posterior(1)
+    step = (packed.flat.detach() - start).abs()
+    assert step[packed.unit == 10.0].max() > 1.5 * STEPS.largest_step
+    assert step[packed.unit == 1.0].max() <= STEPS.largest_step * (1.0 + TINY)
 
 
 @pytest.mark.parametrize("flow", FLOWS)
