@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,7 +12,7 @@ import pyro.distributions as dist
 from torch import Tensor, nn
 
 from pyro_flows._checks import NamedOptions, check_int, check_type
-from pyro_flows.flows.bases import Base, BaseSpec, resolve_base
+from pyro_flows.flows.bases import Base, BaseSpec, base_of_shapes, resolve_base
 from pyro_flows.flows.distribution import FlowDistribution
 from pyro_flows.flows.fields import check_fields, choice
 from pyro_flows.flows.gradient_filter import GradientFilter
@@ -60,6 +60,9 @@ class Flow(nn.Module):
             priors.
         base: Distribution of the noise; None means standard normal.
 
+    Attributes:
+        chooses_base: Whether a warm start may replace the base, and a state that is loaded brings its own kind.
+
     Example:
         >>> from pyro_flows import flows
         >>> flow = flows.get("realnvp").build(input_dim=3)
@@ -86,6 +89,7 @@ class Flow(nn.Module):
         self.input_dim = head.input_dim
         self.context_dim = head.context_dim
         self.base = Base(head.input_dim) if base is None else base
+        self.chooses_base = False
         outer: list[FlowTransform] = [head] if preconditioner is None else [head, preconditioner]
         if head.is_outermost:
             outer.reverse()
@@ -100,7 +104,14 @@ class Flow(nn.Module):
             for name in own:
                 del state_dict[prefix + name]
             state_dict.update({prefix + name: value for name, value in from_0_1_0(own, self).items()})
+        self.adopt_base({name: value.shape for name, value in own.items()})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def adopt_base(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Take the kind of base that a state of these names and shapes has, if a warm start may have chosen it."""
+        found = {name.removeprefix("base."): tuple(s) for name, s in shapes.items() if name.startswith("base.")}
+        if self.chooses_base and found != {name: tuple(p.shape) for name, p in self.base.named_parameters()}:
+            self.base = base_of_shapes(self.input_dim, found).to(self.head.raw.value)
 
     @property
     def layers(self) -> tuple[FlowTransform, ...]:
@@ -174,6 +185,7 @@ class FlowSpec(NamedOptions):
         one_pass_sampling: Whether a draw takes one pass, not one per dimension; required in a guide.
         correlates: Whether layers correlate coordinates, so that the family contains a warm start with correlations.
         knows_priors: Whether the family makes use of the priors of a model's sites.
+        chooses_base: Whether a warm start that finds several modes may replace a normal base by a mixture.
         best_for: When to use the family, in a few words.
         practical_dim: Approximate largest dimension at which parameters and steps are affordable. None means any.
         draw_cost: Cost of a draw with the default hyper-parameters.
@@ -188,6 +200,7 @@ class FlowSpec(NamedOptions):
     one_pass_sampling: ClassVar[bool] = True
     correlates: ClassVar[bool] = True
     knows_priors: ClassVar[bool] = False
+    chooses_base: ClassVar[bool] = False
     # Its row in the table of docs/choosing_a_flow.rst.
     best_for: ClassVar[str] = ""
     practical_dim: ClassVar[int | None] = None
@@ -247,7 +260,9 @@ class FlowSpec(NamedOptions):
             chosen = head
         if not (self.correlates or self.head == "full_rank"):
             preconditioner = None
-        return Flow(self.with_blocks(block_sizes).layers(dim, 0), chosen, preconditioner, self._make_base(dim))
+        flow = Flow(self.with_blocks(block_sizes).layers(dim, 0), chosen, preconditioner, self._make_base(dim))
+        flow.chooses_base = self.chooses_base and type(flow.base) is Base
+        return flow
 
     def build_local(
         self, input_dim: int, parent_dim: int, feature_dim: int, known: Tensor | None = None, *, plain: bool = False

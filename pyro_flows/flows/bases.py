@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,6 +23,7 @@ __all__ = [
     "MixtureBase",
     "StudentT",
     "StudentTBase",
+    "base_of_shapes",
     "resolve_base",
     "spread_components",
 ]
@@ -159,7 +161,8 @@ class Mixture(BaseSpec):
 
     A flow is continuous, so from a unimodal base it can make two modes only with a bridge of mass between them.
     Initialized near a standard normal; ``AutoFlowGuide.warm_start``, which ``fit`` calls, places components on the
-    modes that it finds. Without a warm start all components find the same mode, since the ELBO is mode-seeking.
+    modes that it finds; the family ``"auto"`` then takes such a base by itself. Without a warm start all components
+    find the same mode, since the ELBO is mode-seeking.
 
     Args:
         num_components: Number of components, >= 2. More components than modes do no harm: the excess ones share a mode.
@@ -190,6 +193,13 @@ def resolve_base(owner: str, base: str | BaseSpec) -> BaseSpec:
             f"flows.Mixture(...), but got {shown(base)}."
         )
     return _BASES[base]
+
+
+def base_of_shapes(input_dim: int, shapes: Mapping[str, Sequence[int]]) -> Base:
+    """The base whose parameters have these names and shapes."""
+    if "logits" in shapes:
+        return MixtureBase(input_dim, shapes["logits"][0])
+    return StudentT().build(input_dim) if "log_df" in shapes else Base(input_dim)
 
 
 def spread_components(count: int, like: Tensor) -> tuple[Tensor, Tensor]:

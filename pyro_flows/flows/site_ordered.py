@@ -116,7 +116,8 @@ class Auto(SiteOrdered):
     """The default: couplings, then the model-ordered flow.
 
     Site order represents the hierarchy; couplings represent the remaining dependence inside and between sites. A single
-    latent needs only its spline, with more bins. Above 1000 dimensions couplings are omitted, above 2000 also splines,
+    latent needs only its spline, with more bins. Where a warm start finds several modes with mass, the base becomes a
+    mixture with a component on each. Above 1000 dimensions couplings are omitted, above 2000 also splines,
     and above 20,000 the flow is a mean-field Gaussian: a step then takes at most three times as long as
     ``AutoNormal``'s.
 
@@ -131,6 +132,7 @@ class Auto(SiteOrdered):
         Dinh, Sohl-Dickstein, Bengio. Density estimation using Real NVP. ICLR 2017. arXiv:1605.08803.
     """
 
+    chooses_base: ClassVar[bool] = True
     best_for: ClassVar[str] = "any model"
     tails: ClassVar[str] = (
         "Gaussian given the sites before; the scale follows a Gaussian prior's without a bound, so funnels fit, and "

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pyro_flows._blame import user_level
 from pyro_flows._checks import check_mapping
 from pyro_flows.flows.version_0_1_0 import from_0_1_0, is_from_0_1_0
+from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.transforms.preconditioner import look_again
 
 __all__ = ["StoredGuide"]
@@ -43,8 +44,6 @@ class StoredGuide(AutoContinuous):
         self._model = (model, *self._model)  # the second has its latents at their initial values
         self._given_name = name
         self._registered = False
-        # Found once, since looking for them takes as long as an operation.
-        self._own: list[tuple[str, nn.Parameter]] | None = None
         if name is not None:
             self._pyro_name = name
 
@@ -67,9 +66,13 @@ class StoredGuide(AutoContinuous):
             )
         return self._model
 
-    def _trained(self) -> nn.Module:
+    def _trained(self) -> Posterior:
         """The module that holds the parameters."""
         raise NotImplementedError
+
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that are trained, by their names in the store less the guide's."""
+        return [(f"posterior.{name}", p) for name, p in self._trained().listed_parameters() if p.requires_grad]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Load a state, as for any module.
@@ -84,7 +87,7 @@ class StoredGuide(AutoContinuous):
     def __getstate__(self) -> dict[str, Any]:
         for param in self.parameters():
             param.__dict__.pop("unconstrained", None)  # A weak reference that pyro.param sets at each call.
-        return {**self.__dict__, "_model": None, "master": None, "_registered": False, "_own": None}
+        return {**self.__dict__, "_model": None, "master": None, "_registered": False}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StoredGuide:
         """A copy with parameters of its own and the same model; it takes a new name in the parameter store."""
@@ -97,9 +100,7 @@ class StoredGuide(AutoContinuous):
 
     def _declare_parameters(self) -> None:
         """Run a ``pyro.param`` statement for every trainable parameter, so that SVI finds it."""
-        if self._own is None:
-            self._own = list(self._trained().named_parameters("posterior"))
-        params = [(name, p) for name, p in self._own if p.requires_grad]
+        params = self._named()
         if _is_module_local_param_enabled():
             for name, param in params:
                 fullname = f"{self._pyro_name}.{name}"
@@ -111,6 +112,7 @@ class StoredGuide(AutoContinuous):
             return
         if not self._registered or self._is_displaced(params):
             self._register(params)
+            params = self._named()
         for name, param in params:
             pyro.param(f"{self._pyro_name}.{name}", param, event_dim=param.dim())
 
@@ -124,7 +126,7 @@ class StoredGuide(AutoContinuous):
         """Choose the guide's names in the store; see the constructor's ``name``."""
         if self._is_displaced(params):
             if self._pyro_name == self._given_name:
-                self._adopt(params)
+                self._adopt()
             else:
                 free = self._free_name(params)
                 if self._registered:
@@ -147,10 +149,13 @@ class StoredGuide(AutoContinuous):
         return f"{stem}_{index}"
 
     @torch.no_grad()
-    def _adopt(self, params: Sequence[tuple[str, Tensor]]) -> None:
+    def _adopt(self) -> None:
         store = pyro.get_param_store()
         self._convert_stored()
-        for name, param in params:
+        prefix = f"{self._pyro_name}.posterior."
+        stored = {name.removeprefix(prefix): store[name].shape for name in store if name.startswith(prefix)}
+        self._trained().adopt_bases(stored)
+        for name, param in self._named():
             fullname = f"{self._pyro_name}.{name}"
             if fullname not in store:
                 continue

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyro_flows._memory import in_chunks
 from pyro_flows.flows import DiagonalNormal, FlowSpec
-from pyro_flows.flows.bases import resolve_base
+from pyro_flows.flows.bases import MixtureBase, resolve_base
 from pyro_flows.flows.gradient_filter import GradientFilter
 from pyro_flows.models.layout import Layout, check_names, partition
 from pyro_flows.models.priors import read_joint_prior, read_prior
@@ -92,6 +92,7 @@ class Posterior(nn.Module):
             joint_spec = DiagonalNormal(base=spec.base) if small else spec
             prior = read_joint_prior(model, args, kwargs, joint) if joint_spec.knows_priors else None
             self.joint = JointBlock(joint, joint_spec, init_scale, prior=prior)
+            self.joint.flow.chooses_base &= not layouts
         self.encoders = nn.ModuleDict({_key((plate,)): Encoder(plate, f) for plate, f in amortize.items()})
         frames = {frame.name: frame for site in sites for frame in site.frames}
         sizes = {name: (full_size(frame), frame.size) for name, frame in frames.items()}
@@ -115,6 +116,10 @@ class Posterior(nn.Module):
         # The filters of all blocks' gradients.
         self.filters = tuple(part for part in self.modules() if isinstance(part, GradientFilter))
         self.step_limit = StepLimit(self, self.filters)
+        self._listed: list[tuple[str, nn.Parameter]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_listed": None}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """State of the module, after the step limit was applied to the last step."""
@@ -126,9 +131,33 @@ class Posterior(nn.Module):
             self.step_limit.forget()  # parameters have another dtype or device afterwards
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.step_limit.forget()
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        self.adopt_bases({n.removeprefix(prefix): v.shape for n, v in state_dict.items() if n.startswith(prefix)})
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def adopt_bases(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Let flows take the bases that a state of these names and shapes has; see :meth:`Flow.adopt_base`."""
+        if self.joint is not None:
+            own = "joint.flow."
+            self.joint.flow.adopt_base({n.removeprefix(own): s for n, s in shapes.items() if n.startswith(own)})
+        self.look_again()
+
+    @property
+    def num_modes(self) -> int:
+        """Number of modes on each of which a warm start has put a component of a mixture by itself; 1 for a normal."""
+        base = None if self.joint is None or not self.joint.flow.chooses_base else self.joint.flow.base
+        return len(base.logits) if isinstance(base, MixtureBase) else 1
+
+    def look_again(self) -> None:
+        """Find all parameters anew, after a flow has taken another base."""
+        self._listed = None
+        self.step_limit.look_again()
+
+    def listed_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """All parameters by name; found once, since looking for them takes as long as an operation."""
+        if self._listed is None:
+            self._listed = list(self.named_parameters())
+        return self._listed
 
     def refused_values(self) -> dict[str, Tensor] | None:
         """Values of the first draw whose gradient was not finite, in a guide without local latents; None elsewhere."""

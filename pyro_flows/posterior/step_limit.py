@@ -58,12 +58,19 @@ class StepLimit:
     """
 
     def __init__(self, module: nn.Module, filters: Sequence[GradientFilter]) -> None:
+        self.largest_step = STEPS.largest_step
+        self._module = [module]  # in a list, since it holds this limit
+        self._filters = filters
+        self._before: list[Tensor] | None = None
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Find the parameters of the module, since a part of it was replaced or loaded."""
+        (module,) = self._module
         self.parameters: list[Tensor] = list(_limited(module))
         packed = {id(part.flat): part for part in module.modules() if isinstance(part, Packed)}
         self._packed = [packed.get(id(parameter)) for parameter in self.parameters]
-        self.largest_step = STEPS.largest_step
-        self._filters = filters
-        self._before: list[Tensor] | None = None
+        self.forget()
 
     @torch.no_grad()
     def apply(self) -> None:

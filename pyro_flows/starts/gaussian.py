@@ -177,10 +177,13 @@ def best_gaussian(log_joint: LogJoint, init_loc: Tensor, init_scale: float, *, c
     return best
 
 
-def ascents(log_joint: LogJoint, init_loc: Tensor, prior: int = GAUSSIAN.num_prior) -> list[Tensor]:
+def ascents(
+    log_joint: LogJoint, init_loc: Tensor, prior: int = GAUSSIAN.num_prior, patience: float = GAUSSIAN.patience
+) -> list[Tensor]:
     """Points on paths of ascent, a list of ``(number of ascents, D)``; the last entry has the end points.
 
-    If the model is cheap, ``prior`` of the ascents begin at draws of the prior.
+    If the model is cheap, ``prior`` of the ascents begin at draws of the prior. Once the highest ascent has converged,
+    the others get ``patience`` times its steps.
     """
     many = log_joint.is_vectorized and log_joint.cost_per_draw == 1
     near, prior = (GAUSSIAN.num_near, prior) if many else (GAUSSIAN.num_near_expensive, GAUSSIAN.num_prior_expensive)
@@ -188,9 +191,7 @@ def ascents(log_joint: LogJoint, init_loc: Tensor, prior: int = GAUSSIAN.num_pri
     begins = torch.stack([init_loc, *around, *(draw.to(init_loc) for draw in log_joint.from_prior(prior))])
     begins = begins[begins.isfinite().all(-1)]
     looks, points = [], begins
-    steps = lbfgs_paths(
-        _batched(log_joint), begins.unsqueeze(1), GAUSSIAN.num_steps, GAUSSIAN.tolerance, GAUSSIAN.patience
-    )
+    steps = lbfgs_paths(_batched(log_joint), begins.unsqueeze(1), GAUSSIAN.num_steps, GAUSSIAN.tolerance, patience)
     for number, ascended in enumerate(steps, 1):
         points = ascended.squeeze(1)
         if number in GAUSSIAN.candidate_steps:

@@ -28,11 +28,13 @@ class MixtureSettings:
         mode_distance: Two points belong to the same mode if each is within this many standard deviations of the other's
             Gaussian.
         min_weight: Share of the mass below which a mode is omitted.
+        max_modes: Largest number of modes with a component each.
     """
 
     num_prior: int = 32
     mode_distance: float = 3.0
     min_weight: float = 1e-3
+    max_modes: int = 24
 
 
 SETTINGS = MixtureSettings()
@@ -70,7 +72,9 @@ class MixtureStart:
 
 
 @torch.no_grad()
-def best_mixture(log_joint: LogJoint, init_loc: Tensor, count: int, *, correlated: bool) -> MixtureStart | None:
+def best_mixture(
+    log_joint: LogJoint, init_loc: Tensor, count: int | None = None, *, correlated: bool
+) -> MixtureStart | None:
     r"""A mixture with a component on each mode that ascents of the log joint find, weighted by mass; None if there is
     only one mode, or too many dimensions for Hessians.
 
@@ -82,12 +86,13 @@ def best_mixture(log_joint: LogJoint, init_loc: Tensor, count: int, *, correlate
     Args:
         log_joint: The target.
         init_loc: The guide's initial location, ``(D,)``.
-        count: Number of components K, >= 2.
+        count: Number of components K, >= 2; None takes one for each mode.
         correlated: Whether the guide can represent a correlated ``L``.
     """
-    points = ascents(log_joint, init_loc, SETTINGS.num_prior)[-1]
+    points = ascents(log_joint, init_loc, SETTINGS.num_prior, math.inf)[-1]
     found = local_gaussians(log_joint, points, correlated=True)
-    modes = _distinct(scored(log_joint, found, GAUSSIAN.num_elbo_draws), count) if found else []
+    limit = count or SETTINGS.max_modes
+    modes = _distinct(scored(log_joint, found, GAUSSIAN.num_elbo_draws), limit) if found else []
     if len(modes) < 2:
         return None
     weights = torch.tensor([mode.elbo for mode in modes], dtype=torch.float64, device=init_loc.device).softmax(0)
@@ -103,7 +108,7 @@ def best_mixture(log_joint: LogJoint, init_loc: Tensor, count: int, *, correlate
     scales = (factor.mT @ precisions @ factor).diagonal(dim1=-2, dim2=-1).rsqrt()
     spread = (weights @ (locs.square() + scales.square())).sqrt()
     locs, scales, factor = locs / spread, scales / spread, factor * spread
-    copies = _copies(weights.tolist(), count)
+    copies = _copies(weights.tolist(), count or len(modes))
     pieces = [spread_components(number, loc) for number in copies]
     repeats = torch.tensor(copies, device=init_loc.device)
     locs, scales = (rows.repeat_interleave(repeats, 0) for rows in (locs, scales))

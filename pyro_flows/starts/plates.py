@@ -82,6 +82,7 @@ def warm_start(
         return
     joint = posterior.only_block
     warm_start_joint(joint, LogJoint(model, joint.layout, *calls[0]), init_scale)
+    posterior.look_again()
 
 
 class LocalStart:

@@ -42,12 +42,14 @@ class SelectSettings:
         num_fixed_draws: Number of fixed draws of that fit.
         no_share: The priors' share if they are not used.
         num_rounds: Rounds of fitting the likelihood factor of coordinates with known priors.
+        min_gain_of_modes: Gain in nats below which a guide does not take a mixture by itself.
     """
 
     max_share: float = 0.9
     num_fixed_draws: int = 128
     no_share: float = 1e-6
     num_rounds: int = 2
+    min_gain_of_modes: float = 0.02
 
 
 SETTINGS = SelectSettings()
@@ -66,6 +68,7 @@ def warm_start_joint(block: JointBlock, log_joint: LogJoint, init_scale: float) 
     See :func:`best_gaussian`, ``best_low_rank``, :func:`best_mixture`, :func:`fit_modes` and :func:`fit_tails`.
     """
     flow = block.flow
+    flow.adopt_base({})
     if flow.preconditioner is not None:
         flow.preconditioner.reset()
     found = best_gaussian(log_joint, block.layout.init_loc, init_scale, correlated=_is_correlated(flow))
@@ -111,14 +114,18 @@ def _from_gaussian(flow: Flow, log_joint: LogJoint, found: Gaussian) -> Start:
 def _from_modes(block: JointBlock, log_joint: LogJoint) -> Start | None:
     """A mixture with a component on each mode, if there are several."""
     flow, base = block.flow, block.flow.base
-    if not isinstance(base, MixtureBase):
+    if not (isinstance(base, MixtureBase) or flow.chooses_base):
         return None
-    found = best_mixture(log_joint, block.layout.init_loc, len(base.locs), correlated=_is_correlated(flow))
+    count = len(base.locs) if isinstance(base, MixtureBase) else None
+    found = best_mixture(log_joint, block.layout.init_loc, count, correlated=_is_correlated(flow))
     if found is None:
         return None
     _write(flow, Gaussian(found.loc, found.factor))
-    base.set(found.locs, found.scales, found.weights)
-    return _start(found.elbo(log_joint), flow)
+    if count is None:
+        flow.adopt_base({"base.logits": found.weights.shape})
+    assert isinstance(flow.base, MixtureBase)
+    flow.base.set(found.locs, found.scales, found.weights)
+    return _start(found.elbo(log_joint) - (SETTINGS.min_gain_of_modes if count is None else 0.0), flow)
 
 
 def _from_priors(block: JointBlock, log_joint: LogJoint, found: Gaussian) -> Start | None:

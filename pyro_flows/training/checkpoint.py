@@ -199,6 +199,12 @@ class Checkpoint:
                 "where the random state is: shuffle by torch's generators.",
             )
 
+    def adopt_bases(self, guide: Callable[..., Any]) -> None:
+        """Let a guide's flows take the bases that the run's warm start has chosen."""
+        bases = (self.run.program or {}).get("bases", ())  # files of the first releases with this format have none
+        for part, shapes in zip(_flow_guides(guide), bases, strict=False):  # another guide is refused later
+            part.posterior.adopt_bases(shapes)
+
     def load(self, objective: Objective) -> TrainingState:
         """The state in the file.
 
@@ -275,6 +281,10 @@ def _describe(objective: Objective) -> dict[str, Any]:
         return {
             "guide": _name_of(objective.guide),
             "parameters": [tuple(leaf.shape) for leaf in objective.leaves],
+            "bases": [
+                {name: tuple(p.shape) for name, p in part.posterior.listed_parameters() if ".base." in name}
+                for part in _flow_guides(objective.guide)
+            ],
             "model": describe_model(objective.model, Call(args, kwargs)),
             "data": describe_data(objective.calls),
         }
@@ -284,8 +294,12 @@ def _difference(title: str, stored: Any, found: Any) -> str:
     return "" if stored == found else f"{title} is {stored} there and {found} here"
 
 
+def _flow_guides(guide: Callable[..., Any]) -> list[AutoFlowGuide]:
+    """A flow guide itself, or those in an ``AutoGuideList``."""
+    parts = guide.modules() if isinstance(guide, nn.Module) else ()
+    return [part for part in parts if isinstance(part, AutoFlowGuide)]
+
+
 def _name_of(guide: Callable[..., Any]) -> str:
     """A guide's class, and the flows of its parts."""
-    parts = guide.modules() if isinstance(guide, nn.Module) else ()
-    flows = [part.flow_title for part in parts if isinstance(part, AutoFlowGuide)]
-    return ", ".join([type(guide).__name__, *flows])
+    return ", ".join([type(guide).__name__, *(part.flow_title for part in _flow_guides(guide))])

@@ -371,6 +371,7 @@ def fit(
         rounding=rounding,
         is_point=is_point,
         weighted=added,
+        num_modes=guide.posterior.num_modes if isinstance(guide, AutoFlowGuide) else 1,
     )
 
 

@@ -79,6 +79,7 @@ def restored(
     Raises:
         ValueError: If it is a run of another model, guide, or other data; then the guide is as before.
     """
+    file.adopt_bases(guide)
     objective = Objective(model, guide, batches, settings, parts)
     file.check(objective, complete=False)
     before = [leaf.detach().clone() for leaf in objective.leaves]

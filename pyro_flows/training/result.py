@@ -81,6 +81,8 @@ class FitResult:
             mini-batches, where draws cannot share a run, and where the guide has no density.
         dtype: Precision of the guide, in which everything was computed.
         rounding: What float32 is the reason for, such as skipped steps, and what to do; empty if nothing is.
+        num_modes: Number of modes that the warm start has found, where it gave the guide a mixture with a component on
+            each; 1 otherwise.
         weighted: What another objective than the ELBO added; None if there was none. Of the numbers above, ``elbo`` and
             ``diagnosis`` are then those of the final guide, the others those of the ELBO's fit.
     """
@@ -104,6 +106,7 @@ class FitResult:
     skipped_at: str = ""
     diagnosis: Diagnosis | None = None
     weighted: WeightedResult | None = None
+    num_modes: int = 1
 
     @property
     def gap(self) -> float:
@@ -136,6 +139,10 @@ class FitResult:
             f"{self.steps} steps x {self.num_particles} draws in {self.seconds:.1f} s, "
             f"learning rate {self.learning_rate:g}; stopped: {self.reason}",
         ]
+        if self.num_modes > 1:
+            lines.append(
+                f"{self.num_modes} modes: the guide's noise is a mixture, with a component on each that was found"
+            )
         if self.weighted is not None:
             lines.append(str(self.weighted))
         if self.skipped or self.rollbacks:

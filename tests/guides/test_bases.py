@@ -7,6 +7,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from pyro_flows import AutoFlowGuide, fit, flows
 from pyro_flows.diagnostics import log_weights, pareto_smooth
-from pyro_flows.flows.bases import MixtureBase, StudentTBase
+from pyro_flows.flows.bases import Base, MixtureBase, StudentTBase
 from pyro_flows.flows.noise import DiagonalNormalMixture
 from tests.common import randomize_parameters, trained
 
@@ -152,8 +153,61 @@ def test_a_mixture_keeps_both_modes(apart: float, dim: int) -> None:
 
 def test_without_it_a_mode_is_lost() -> None:
     model = two_modes(4.0, 1)
-    guide = AutoFlowGuide(model).warm_start()
+    guide = AutoFlowGuide(model, "spline").warm_start()
     assert (guide.sample_posterior(1000)["z"] > 0).double().mean() > 0.99
+
+
+@pytest.mark.parametrize("dim", [1, 5])
+def test_the_default_takes_a_mixture_by_itself(dim: int) -> None:
+    model = two_modes(4.0, dim)
+    guide = AutoFlowGuide(model)
+    result = fit(model, guide, seed=0, progress=False)
+    assert result.num_modes == guide.posterior.num_modes == 2
+    assert "2 modes" in str(result)
+    assert result.elbo > -0.01 - 3 * result.elbo_se
+    share = (guide.sample_posterior(10_000)["z"] > 0).double().mean(0)
+    assert ((share - 0.7).abs() < 0.02 + 3 * (0.21 / 10_000) ** 0.5).all()
+
+
+def test_one_mode_needs_no_mixture() -> None:
+    """A skewed posterior, too, of which a mixture of two would have the higher ELBO than one Gaussian."""
+
+    def model() -> None:
+        pyro.sample("z", dist.Gumbel(torch.zeros(2), 1.0).to_event(1))
+
+    guide = AutoFlowGuide(model).warm_start()
+    assert guide.posterior.num_modes == 1
+    assert type(guide.posterior.joint.flow.base) is Base
+
+
+def test_a_base_that_was_chosen_is_kept_in_every_kind_of_file(tmp_path: Path) -> None:
+    model = two_modes(4.0, 2)
+    value = {"z": torch.tensor([1.0, -2.0])}
+    pyro.clear_param_store()
+    guide = AutoFlowGuide(model, name="kept")
+    options: dict[str, Any] = {"seed": 0, "progress": False, "checkpoint": tmp_path / "run"}
+    fit(model, guide, num_steps=20, **options)
+    expected = guide.log_prob(value).item()
+    guide.save(tmp_path / "guide")
+    pyro.get_param_store().save(tmp_path / "store")
+    pyro.clear_param_store()
+    found = {"save": AutoFlowGuide.load(tmp_path / "guide", model), "deepcopy": copy.deepcopy(guide)}
+    found["state_dict"] = AutoFlowGuide(model).setup()
+    found["state_dict"].load_state_dict(guide.state_dict())
+    found["checkpoint"] = AutoFlowGuide(model)
+    fit(model, found["checkpoint"], num_steps=20, **options)
+    pyro.clear_param_store()
+    pyro.get_param_store().load(tmp_path / "store")
+    found["store"] = AutoFlowGuide(model, name="kept").setup()
+    found["store"]()
+    assert {name: each.log_prob(value).item() for name, each in found.items()} == dict.fromkeys(found, expected)
+    for each in found.values():  # a warm start begins anew, and a step limit knows the new parameters
+        pyro.clear_param_store()
+        each.warm_start()
+        assert sum(".base." in name for name, _ in each.posterior.listed_parameters()) == 3
+        SVI(model, each, Adam({"lr": 1.0}), Trace_ELBO()).step()
+        limited = {id(p) for p in each.step_limit.parameters}
+        assert all(id(p) in limited for p in each.posterior.joint.flow.base.parameters())
 
 
 @pytest.mark.parametrize("flow", [flows.DiagonalNormal, flows.ElementwiseSpline, flows.SplineCoupling])
