@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a step costs on a GPU, next to the CPU and to NumPyro on the same card.
 
-    python tests/benchmarks/gpu_speed.py PART [--seconds 180] [--device cuda] [--log FILE] [--lock FILE]
-    python tests/benchmarks/gpu_speed.py all --log FOLDER [--seconds 420] [--check-seconds 90]
-    python tests/benchmarks/gpu_speed.py write --log FILE
+    python tests/benchmarks/gpu_speed.py all --log FOLDER [--seconds 540] [--set-up-seconds 380] [--workers 8]
+    python tests/benchmarks/gpu_speed.py gpu|cpu --log FOLDER [--set-up-seconds 380]
+    python tests/benchmarks/gpu_speed.py write --log FILE [FILE ...]
 
-Parts are ``small``, ``large``, ``numpyro`` and ``cpu``. Each prints a line of JSON for each result at once, and begins
-nothing new after ``--seconds``. They compile side by side, and time their steps one after the other, by a lock. ``all``
-does that, after the checks of ``gpu.py``; ``write`` makes ``docs/tables/gpu.rst`` and ``gpu_large.rst`` of all results.
+``all`` starts processes that take turns to get the next job of ``gpu``, and one on cores of its own for ``cpu``; the
+checks of ``gpu.py`` are among the jobs. They compile side by side, which takes nearly all of the time. What has been
+compiled is timed at the end, one after the other, by a lock. Results are lines of JSON in ``speed.jsonl`` and
+``checks.jsonl`` of the folder; ``write`` makes ``docs/tables/gpu.rst`` and ``gpu_large.rst`` of them.
 Run by hand, never by pytest.
 """
 
@@ -17,17 +18,18 @@ import argparse
 import fcntl
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take most of the card's memory
 
@@ -60,7 +62,7 @@ from pyro_flows import AutoFlowGuide, CompiledSVI, fit, flows
 from pyro_flows.compiled import inductor
 from pyro_flows.compiled.cuda import CudaGraph
 
-PARTICLES = (64, 1024, 4096, 16, 256)  # in the order in which they are timed
+PARTICLES = (16, 64, 256, 1024, 4096)
 ROUNDS, ROUND_SECONDS = 5, 0.3
 SCHOOLS, LOGISTIC = "eight schools", f"logistic, {ROWS:,} x {COEFFICIENTS}"
 OURS, IAF, EAGER = "CompiledSVI AutoFlowGuide", "CompiledSVI AutoFlowGuide, same IAF", "SVI AutoFlowGuide"
@@ -73,25 +75,28 @@ VARIANTS = {
     "products by cuBLAS": (0, False),
 }
 Found = dict[str, Any]
-Job = tuple[Found, Callable[[], Found]]
+Measure = Callable[[], Found]
+SetUp = tuple[Found, Measure | None]  # first results, and how the others are measured later
+Job = tuple[Found, Callable[[], SetUp]]  # what is measured, and what sets it up
 
 
-class Lock:
-    """One process at a time times its steps."""
+@contextmanager
+def locked(path: Path) -> Iterator[TextIO]:
+    """The file at ``path``, which one process at a time has."""
+    with path.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
 
-    def __init__(self, path: Path | None) -> None:
-        self._file = None if path is None else path.open("a")
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Wait for it."""
-        if self._file is not None:
-            fcntl.flock(self._file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            if self._file is not None:
-                fcntl.flock(self._file, fcntl.LOCK_UN)
+def turns(path: Path) -> Iterator[int]:
+    """0, 1, 2 and so on, of which each process gets the next that no other has got."""
+    while True:
+        with locked(path) as file:
+            file.seek(0)
+            number = int(file.read() or 0)
+            file.truncate(0)
+            file.write(str(number + 1))
+        yield number
 
 
 class Own:
@@ -184,217 +189,214 @@ class Timing(NamedTuple):
             made = partial(AutoFlowGuide, flow=flows.IAF(num_transforms=2, hidden_dims=(size, size)))
         return own(kind, made, model, data(self.device), self.count)
 
-    def job(self, lock: Lock) -> Job:
+    @property
+    def job(self) -> Job:
         """What is measured, and how."""
-        what = {"model": self.title, "particles": self.count, "by": self.by, "on": self.device}
-        return what, partial(time_steps, self, lock)
+        return {"model": self.title, "particles": self.count, "by": self.by, "on": self.device}, self.set_up
 
-
-def time_steps(timing: Timing, lock: Lock) -> Found:
-    """Seconds of the first step, set-up included, and milliseconds of later ones: the median of rounds."""
-    pyro.clear_param_store()
-    torch.manual_seed(0)
-    metrics.reset()
-    start = time.perf_counter()
-    take = timing.begin()
-    take(1)
-    wait(timing.device)
-    found: Found = {"first_s": time.perf_counter() - start, "kernels": metrics.generated_kernel_count}
-    with lock.held():
-        take(3)
-        wait(timing.device)
+    def set_up(self) -> SetUp:
+        """Seconds of the first step, set-up and compilation included."""
+        torch.manual_seed(0)
+        metrics.reset()
         start = time.perf_counter()
-        take(10)
-        wait(timing.device)
-        steps = max(1, min(2000, round(ROUND_SECONDS / ((time.perf_counter() - start) / 10))))
-        times = []
-        for _ in range(ROUNDS):
-            start = time.perf_counter()
-            take(steps)
-            wait(timing.device)
-            times.append(1e3 * (time.perf_counter() - start) / steps)
-        found |= {"ms": statistics.median(times), "least": min(times), "most": max(times), "steps": steps}
-        if isinstance(take, Own) and timing.device == "cuda":
-            found |= take.inside()
+        take = self.begin()
+        take(1)
+        wait(self.device)
+        first = {"first_s": time.perf_counter() - start, "kernels": metrics.generated_kernel_count}
+        return first, partial(time_steps, take, self.device)
+
+
+def time_steps(take: Take, device: str) -> Found:
+    """Milliseconds of steps: the median of rounds."""
+    take(3)
+    wait(device)
+    start = time.perf_counter()
+    take(10)
+    wait(device)
+    steps = max(1, min(2000, round(ROUND_SECONDS / ((time.perf_counter() - start) / 10))))
+    times = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        take(steps)
+        wait(device)
+        times.append(1e3 * (time.perf_counter() - start) / steps)
+    found = {"ms": statistics.median(times), "least": min(times), "most": max(times), "steps": steps}
+    if isinstance(take, Own) and device == "cuda":
+        found |= take.inside()
     return found
 
 
-def time_variant(name: str, device: str, lock: Lock) -> Found:
+def set_up_variant(name: str, device: str) -> SetUp:
     """Eight schools with 64 particles, compiled in that way."""
     before = inductor.COMPILER, inductor.GPU_OPTIONS
     max_summed, combined = VARIANTS[name]
     inductor.COMPILER = replace(before[0], max_summed=max_summed)
     inductor.GPU_OPTIONS = {**before[1], "combo_kernels": combined}
     try:
-        return time_steps(Timing(SCHOOLS, OURS, device, 64), lock)
+        return Timing(SCHOOLS, OURS, device, 64).set_up()
     finally:
         inductor.COMPILER, inductor.GPU_OPTIONS = before
 
 
-def profile_steps(device: str, lock: Lock) -> Found:
+def set_up_profile(device: str) -> SetUp:
     """Where the time goes at 64 particles."""
-    pyro.clear_param_store()
     take = Timing(SCHOOLS, OURS, device, 64).begin()
     assert isinstance(take, Own)
     take(10)
-    with lock.held():
-        return take.profile()
+    return {}, take.profile
 
 
-def time_epoch(device: str, lock: Lock) -> Found:
-    """Seconds of an epoch of the VAE by CompiledSVI, the median of three; and of the first, compiled in it."""
-    pyro.clear_param_store()
+def set_up_epoch(kind: type[SVI], device: str) -> SetUp:
+    """Seconds of an epoch of the VAE, the median of three; and of the first step."""
     images = Images(IMAGES, device)
-    svi = CompiledSVI(images.model, images.guide(), Adam({"lr": 1e-3}), Trace_ELBO(max_plate_nesting=1))
+    svi = kind(images.model, images.guide(), Adam({"lr": 1e-3}), Trace_ELBO(max_plate_nesting=1))
     start = time.perf_counter()
     svi.step(*images.batches()[0])
-    found, seconds = {"first_s": time.perf_counter() - start}, []
-    with lock.held():
+
+    def measure() -> Found:
+        seconds = []
         for _ in range(3):
             start = time.perf_counter()
             for batch in images.batches():
                 svi.step(*batch)
             wait(device)
             seconds.append(time.perf_counter() - start)
-    return {**found, "epoch_s": statistics.median(seconds)}
+        return {"epoch_s": statistics.median(seconds)}
+
+    return {"first_s": time.perf_counter() - start}, measure
 
 
-def time_groups(device: str) -> Found:
+def fit_groups(device: str) -> SetUp:
     """Seconds of ``fit`` on a million groups in mini-batches: three passes, warm start included."""
-    pyro.clear_param_store()
     effects = Effects(GROUPS, device)
     guide = AutoFlowGuide(effects.model, create_plates=effects.plates)
     steps = 3 * GROUPS // GROUP_BATCH
     start = time.perf_counter()
     result = fit(effects.model, guide, effects.batches(GROUP_BATCH), num_steps=steps, seed=0, progress=False)
     wait(device)
+    seconds = time.perf_counter() - start
     mu, tau = (guide.median(*effects.batches(GROUP_BATCH)[0])[name].item() for name in ("mu", "tau"))
-    return {"fit_s": time.perf_counter() - start, "elbo": result.elbo, "mu": mu, "tau": tau}
+    return {"fit_s": seconds, "elbo": result.elbo, "mu": mu, "tau": tau}, None
 
 
-def jobs(part: str, device: str, lock: Lock) -> list[Job]:
+def run_checks(only: str, device: str, folder: Path) -> SetUp:
+    """Checks, in a process of their own: a fault of the card ends no other job."""
+    command = [sys.executable, str(Path(__file__).with_name("gpu.py")), "--device", device, "--only", only]
+    done = subprocess.run([*command, "--log", str(folder / "checks.jsonl")], check=False)
+    return {"exit": done.returncode}, None
+
+
+def jobs(part: str, device: str, folder: Path) -> list[Job]:
     """What a part measures, by importance."""
 
-    def steps(title: str, by: str, counts: tuple[int, ...], where: str = device) -> list[Job]:
-        return [Timing(title, by, where, count).job(lock) for count in counts]
+    def steps(title: str, by: str, *counts: int, where: str = device) -> list[Job]:
+        return [Timing(title, by, where, count).job for count in counts]
 
-    def epoch(where: str) -> Job:
-        return {"model": f"VAE, {IMAGES:,} images", "on": where}, partial(time_epoch, where, lock)
+    def epoch(kind: type[SVI], where: str) -> Job:
+        what = {"model": f"VAE, {IMAGES:,} images", "by": kind.__name__, "on": where}
+        return what, partial(set_up_epoch, kind, where)
 
     def groups(where: str) -> Job:
-        return {"model": "a million groups", "on": where}, partial(time_groups, where)
+        return {"model": "a million groups", "on": where}, partial(fit_groups, where)
 
-    if part == "small":
-        profiled = ({"profile": SCHOOLS}, partial(profile_steps, device, lock))
-        variants: list[Job] = [
-            ({"variant": name, "model": SCHOOLS}, partial(time_variant, name, device, lock)) for name in VARIANTS
-        ]
-        return [*steps(SCHOOLS, OURS, PARTICLES), profiled, *variants]
-    if part == "large":
+    def checks(*names: str) -> list[Job]:
+        return [({"checks": only}, partial(run_checks, only, device, folder)) for only in names]
+
+    if part == "cpu":
         return [
-            epoch(device),
-            *steps(SCHOOLS, IAF, (64,)),
-            *steps(LOGISTIC, OURS, (64,)),
-            *steps(SCHOOLS, EAGER, (64,)),
-            *steps(LOGISTIC, EAGER, (64,)),
-            groups(device),
-            *steps(SCHOOLS, IAF, (1024, 4096)),
-            *steps(LOGISTIC, OURS, (1024,)),
-            *steps(LOGISTIC, IAF, (64, 1024)),
-            *steps(SCHOOLS, IAF, (16, 256)),
+            *steps(SCHOOLS, OURS, 1024, 4096, 16, 256, 64, where="cpu"),
+            epoch(CompiledSVI, "cpu"),
+            *steps(LOGISTIC, OURS, 64, where="cpu"),
+            groups("cpu"),
         ]
-    if part == "numpyro":
-        bnaf = "NumPyro AutoBNAFNormal, fori_loop"
-        return [*steps(SCHOOLS, THEIRS, PARTICLES), *steps(LOGISTIC, THEIRS, (64, 1024)), *steps(SCHOOLS, bnaf, (64,))]
     return [
-        *steps(SCHOOLS, OURS, (64,), "cpu"),
-        epoch("cpu"),
-        groups("cpu"),
-        *steps(SCHOOLS, OURS, (1024, 16), "cpu"),
-        *steps(LOGISTIC, OURS, (64,), "cpu"),
-        *steps(SCHOOLS, OURS, (4096, 256), "cpu"),
+        *checks("compiled, SGD;compiled, AdamW", "compiled, ClippedAdam", "fit, recorded"),
+        *steps(SCHOOLS, OURS, 16, 256),
+        *steps(SCHOOLS, IAF, 16, 256),
+        epoch(CompiledSVI, device),
+        *steps(LOGISTIC, IAF, 64, 1024),
+        *steps(SCHOOLS, OURS, 64),
+        *steps(SCHOOLS, THEIRS, 64, 16, 256),
+        *steps(SCHOOLS, IAF, 64),
+        *steps(SCHOOLS, OURS, 4096, 1024),
+        *steps(SCHOOLS, IAF, 4096, 1024),
+        *steps(LOGISTIC, OURS, 64, 1024),
+        *steps(SCHOOLS, THEIRS, 4096, 1024),
+        *steps(LOGISTIC, THEIRS, 64, 1024),
+        *checks("compiled, Adam in;memory"),
+        *steps(SCHOOLS, EAGER, 64),
+        *steps(LOGISTIC, EAGER, 64),
+        groups(device),
+        *checks("new data;default device;mini-batches;encoder", "fit and all;family"),
+        *steps(SCHOOLS, "NumPyro AutoBNAFNormal, fori_loop", 64),
+        epoch(SVI, device),
+        ({"profile": SCHOOLS}, partial(set_up_profile, device)),
+        *(({"variant": name, "model": SCHOOLS}, partial(set_up_variant, name, device)) for name in VARIANTS),
     ]
 
 
-def run_part(part: str, device: str, log: Log, lock: Lock) -> None:
-    """One job after the other, each of which may fail by itself."""
+def run_part(part: str, device: str, folder: Path, seconds: float) -> None:
+    """Set up jobs for so many seconds, each of which may fail by itself; then measure them, one after the other."""
     explain_failures()
-    if part == "small" and device == "cuda":
-        log.write(card=torch.cuda.get_device_name(), torch=torch.__version__, pyro_flows=pyro_flows.__version__)
-    for what, job in jobs(part, device, lock):
-        if log.is_over:
-            log.write(**what, failed="not run")
-            continue
-        with warnings.catch_warnings(record=True) as caught:
+    folder.mkdir(parents=True, exist_ok=True)
+    log = Log(folder / "speed.jsonl", seconds)
+    numbers, todo = turns(folder / f"next_{part}"), jobs(part, device, folder)
+    waiting: list[tuple[Found, Measure, Any]] = []
+    while not log.is_over and (number := next(numbers)) < len(todo):
+        what, set_up = todo[number]
+        if number == 0 and device == "cuda":
+            log.write(card=torch.cuda.get_device_name(), torch=torch.__version__, pyro_flows=pyro_flows.__version__)
+        with warnings.catch_warnings(record=True) as caught, pyro.get_param_store().scope() as state:
             warnings.simplefilter("always")
             try:
-                found = job()
+                found, measure = set_up()
             except Exception as error:  # out of memory, say
-                found = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
+                found, measure = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}, None
         said = {str(each.message)[:300] for each in caught if "CompiledSVI" in str(each.message)}
-        log.write(**what, **found, **({"warnings": sorted(said)} if said else {}))
+        found = {**what, **found, **({"warnings": sorted(said)} if said else {})}
+        log.write(**found)
+        if measure is not None:
+            waiting.append((found, measure, state))
+    for found, measure, state in waiting:
+        with locked(folder / "lock"), pyro.get_param_store().scope(state):
+            try:
+                more = measure()
+            except Exception as error:
+                more = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
+        log.write(**found, **more)
 
 
-# Side by side
-
-CHECKS = (
-    "compiled, Adam;compiled, SGD;memory",
-    "new data;default device;mini-batches;encoder",
-    "fit and all;fit, recorded;family block;family neural",
-)
-
-
-def side_by_side(commands: dict[str, list[str]], folder: Path, seconds: float) -> None:
-    """Run commands on cores of their own, their output in a file each; those that are not over by then are ended."""
+def run_all(folder: Path, device: str, seconds: float, set_up_seconds: float, workers: int) -> None:
+    """All jobs: those of the CPU on a quarter of the cores, those of the GPU on the others. What is not over after
+    ``seconds`` is ended."""
+    folder.mkdir(parents=True, exist_ok=True)
     cores = sorted(os.sched_getaffinity(0))
-    share = max(1, len(cores) // len(commands))
-    running = []
-    for index, (name, command) in enumerate(commands.items()):
-        mine = cores[index * share : (index + 1) * share] or cores[:1]
-        environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": str(share)}
-        with (folder / f"{name}.txt").open("w") as output:
-            running.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment))
+    kept = max(1, len(cores) // 4)
+    shares = [("cpu", cores[:kept]), *[("gpu", cores[kept:] or cores)] * workers]
+    running, end = [], time.monotonic() + seconds
+    for index, (part, mine) in enumerate(shares):
+        threads = len(mine) if part == "cpu" else 1
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        environment["TORCHINDUCTOR_COMPILE_THREADS"] = str(kept)
+        command = [sys.executable, str(Path(__file__)), part, "--device", device, "--log", str(folder)]
+        command += ["--set-up-seconds", str(set_up_seconds)]
+        with (folder / f"{part}_{index}.txt").open("w") as output:
+            running.append(
+                subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, process_group=0)
+            )
         with suppress(OSError):
             os.sched_setaffinity(running[-1].pid, mine)
-    end = time.monotonic() + seconds
     for process in running:
         try:
             process.wait(max(0.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # with its checks
             process.wait()
-    for name in commands:
-        print(f"== {name}\n{(folder / f'{name}.txt').read_text()[-1500:]}", flush=True)
 
 
-def run_all(folder: Path, device: str, seconds: float, check_seconds: float) -> None:
-    """The checks, and then all parts, with results in ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + seconds
-    here = Path(__file__).parent
-    checks = {
-        f"checks_{index}": [
-            *(sys.executable, str(here / "gpu.py"), "--device", device, "--only", only),
-            *("--seconds", str(0.8 * check_seconds), "--log", str(folder / "checks.jsonl")),
-        ]
-        for index, only in enumerate(CHECKS)
-    }
-    if check_seconds:
-        side_by_side(checks, folder, check_seconds)
-    left = end - time.monotonic()
-    parts = {
-        part: [
-            *(sys.executable, str(Path(__file__)), part, "--device", device, "--seconds", str(left - 30.0)),
-            *("--log", str(folder / "speed.jsonl"), "--lock", str(folder / "lock")),
-        ]
-        for part in ("small", "large", "numpyro", "cpu")
-    }
-    side_by_side(parts, folder, left)
-
-
-def write_tables(path: Path) -> None:
-    """Make the documentation's tables of a log; later results replace earlier ones."""
-    results = [json.loads(line) for line in path.read_text().splitlines()]
+def write_tables(paths: Sequence[Path]) -> None:
+    """Make the documentation's tables of logs; later results replace earlier ones."""
+    results = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
     cells: dict[tuple[str, str, str], dict[int, str]] = {}
     others: dict[str, dict[str, str]] = {}
     for values in results:
@@ -402,11 +404,12 @@ def write_tables(path: Path) -> None:
             row = cells.setdefault((values["model"], values["by"], values["on"]), {})
             row[values["particles"]] = f"{values['ms']:#.3g}"
         elif seconds := [values[name] for name in ("epoch_s", "fit_s") if name in values]:
-            what = f"{values['model']}: {'an epoch' if 'epoch_s' in values else 'fit'}"
+            by = f" by {values['by']}" if "by" in values else ""
+            what = f"{values['model']}: {'an epoch' if 'epoch_s' in values else 'fit'}{by}"
             others.setdefault(what, {})[values["on"]] = f"{seconds[0]:#.3g}"
-    counts, devices = sorted(PARTICLES), ("cuda", "cpu")
-    rows = [[*key, *(row.get(count, "n/a") for count in counts)] for key, row in cells.items()]
-    (TABLES / "gpu.rst").write_text(as_rst(("model", "by, guide", "on", *map(str, counts)), sorted(rows)))
+    devices = ("cuda", "cpu")
+    rows = [[*key, *(row.get(count, "n/a") for count in PARTICLES)] for key, row in cells.items()]
+    (TABLES / "gpu.rst").write_text(as_rst(("model", "by, guide", "on", *map(str, PARTICLES)), sorted(rows)))
     rows = [[what, *(row.get(on, "n/a") for on in devices)] for what, row in others.items()]
     (TABLES / "gpu_large.rst").write_text(as_rst(("what, seconds", *devices), sorted(rows)))
 
@@ -414,20 +417,19 @@ def write_tables(path: Path) -> None:
 def main() -> None:
     """Run what is named."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("part", choices=("small", "large", "numpyro", "cpu", "all", "write"))
-    made.add_argument("--seconds", type=float, default=180.0, help="after which nothing new begins, or all ends")
-    made.add_argument("--check-seconds", type=float, default=90.0, help="for the checks before; 0 for none")
+    made.add_argument("part", choices=("gpu", "cpu", "all", "write"))
+    made.add_argument("--log", type=Path, nargs="+", required=True, help="folder of results; for write, files")
+    made.add_argument("--seconds", type=float, default=540.0, help="after which `all` ends what still runs")
+    made.add_argument("--set-up-seconds", type=float, default=380.0, help="after which no job is set up")
+    made.add_argument("--workers", type=int, default=8, help="processes of `all` that set up jobs of the GPU")
     made.add_argument("--device", default="cuda")
-    made.add_argument("--log", type=Path, help="file that results are added to; a folder for `all`")
-    made.add_argument("--lock", type=Path, help="file that is locked while steps are timed")
     options = made.parse_args()
     if options.part == "write":
         write_tables(options.log)
     elif options.part == "all":
-        run_all(options.log, options.device, options.seconds, options.check_seconds)
+        run_all(options.log[0], options.device, options.seconds, options.set_up_seconds, options.workers)
     else:
-        log, lock = Log(options.log, options.seconds), Lock(options.lock)
-        run_part(options.part, options.device, log, lock)
+        run_part(options.part, options.device, options.log[0], options.set_up_seconds)
 
 
 if __name__ == "__main__":
