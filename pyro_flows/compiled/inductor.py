@@ -78,13 +78,14 @@ def to_machine_code(graph: GraphModule, inputs: list[Any]) -> Callable[..., Sequ
     else:
         _unfuse(graph)
     options = GPU_OPTIONS if is_cuda else CPU_OPTIONS
+    # Where that fails: torch 2.11 can't combine kernels that sort, as stratified noise does; and perhaps the
+    # compiler is older than the processor.
+    careful = {"combo_kernels": False} if is_cuda else {"cpp.vec_isa_ok": None}
     with ONE_AT_A_TIME, _quiet(), without_collector():
         try:
             return _inductor(graph, inputs, options)
-        except Exception:  # perhaps the compiler is older than the processor
-            if is_cuda:
-                raise
-            return _inductor(graph, inputs, {**options, "cpp.vec_isa_ok": None})
+        except Exception:
+            return _inductor(graph, inputs, {**options, **careful})
 
 
 def _inductor(graph: GraphModule, inputs: list[Any], options: dict[str, Any]) -> Callable[..., Sequence[Tensor]]:

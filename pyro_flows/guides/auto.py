@@ -11,7 +11,6 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
-import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
@@ -38,6 +37,7 @@ from pyro_flows.guides.initialization import better_start, init_to_prior_median
 from pyro_flows.guides.refusals import check_spec, warn_of_refused
 from pyro_flows.models.latents import checked_init, hide_from_guide, trace_latents
 from pyro_flows.models.sites import full_size
+from pyro_flows.models.traces import as_indices
 from pyro_flows.posterior.encoders import checked_encoders
 from pyro_flows.posterior.joint import JointBlock
 from pyro_flows.posterior.mini_batches import Arguments, Watch, check_calls, unwatched
@@ -377,7 +377,7 @@ class AutoFlowGuide(FiledGuide):
         indices, rows = {}, {}
         with ExitStack() as stack:
             for name in block.layout.plate_names:
-                indices[name] = torch.as_tensor(stack.enter_context(plates[name]))
+                indices[name] = as_indices(stack.enter_context(plates[name]))
                 encoder = posterior.encoder(name)
                 if encoder is not None:
                     output = encoded[name] if name in encoded else encoder(args, kwargs)

@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_flows._blame import user_level
 from pyro_flows._checks import shown
 from pyro_flows.models.sites import full_size
-from pyro_flows.models.traces import NO_DENSITY, Call, sample_nodes
+from pyro_flows.models.traces import NO_DENSITY, Call, as_indices, sample_nodes
 
 __all__ = ["NEW", "Alignment", "Items", "Trained", "align"]
 
@@ -86,7 +86,7 @@ class _Aligner(Messenger):
 
     def _note_items(self, msg: Any) -> None:
         name, fn, given = msg["name"], msg["fn"], msg["value"]
-        self.indices[name] = torch.arange(fn.size) if given is None else torch.as_tensor(given)
+        self.indices[name] = torch.arange(fn.size) if given is None else as_indices(given)
 
     def _align(self, msg: Any) -> None:
         name, value, fn = msg["name"], self.draw[msg["name"]], msg["fn"]
@@ -137,7 +137,7 @@ class _Aligner(Messenger):
         if isinstance(given, str) and given == NEW:
             return torch.full((count,), -1)
         try:
-            wanted = torch.as_tensor(given)
+            wanted = as_indices(given)
         except (TypeError, ValueError, RuntimeError):  # torch has one for each way to be no tensor
             wanted = torch.empty(0)
         are_indices = wanted.shape == (count,) and wanted.dtype in INDICES

@@ -15,6 +15,7 @@ from pyro_flows.models.sites import full_size
 from pyro_flows.models.traces import (
     DRAWS,
     Call,
+    as_indices,
     mini_batches,
     nesting_of,
     replay_trace,
@@ -44,7 +45,7 @@ class GuideSampler:
         trace = run_quietly(guide, call)
         nodes = {name: node for name, node in sample_nodes(trace).items() if not node["is_observed"]}
         frames = [frame for node in nodes.values() for frame in node["cond_indep_stack"] if frame.vectorized]
-        self.indices: dict[str, Tensor] = {name: torch.as_tensor(v) for name, v in mini_batches(trace).items()}
+        self.indices: dict[str, Tensor] = {name: as_indices(v) for name, v in mini_batches(trace).items()}
         self.full_sizes: Mapping[str, int] = {frame.name: full_size(frame) for frame in frames}
         self.elements = sum(node["value"].numel() for node in nodes.values())
         self._ranks = {name: node["value"].dim() for name, node in nodes.items()}

@@ -24,7 +24,7 @@ from torch.distributions import biject_to
 from pyro_flows._checks import shown
 from pyro_flows._random import forked
 from pyro_flows.models.sites import full_size
-from pyro_flows.models.traces import replay_trace
+from pyro_flows.models.traces import as_indices, replay_trace
 
 __all__ = ["checked_init", "hide_from_guide", "log_density", "trace_latents"]
 
@@ -189,7 +189,7 @@ class _ChosenItems(Messenger):
             self.known[msg["name"]] = None
         if not site_is_subsample(msg) or msg["value"] is None:
             return
-        if torch.as_tensor(msg["value"]).tolist() != list(range(msg["fn"].size)):
+        if as_indices(msg["value"]).tolist() != list(range(msg["fn"].size)):
             self.plates.add(msg["name"])
 
 

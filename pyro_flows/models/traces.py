@@ -21,6 +21,7 @@ __all__ = [
     "REFUSALS",
     "Call",
     "DrawnPlates",
+    "as_indices",
     "by_draw",
     "mean_of_kept",
     "mini_batches",
@@ -97,6 +98,11 @@ def sample_nodes(trace: Trace) -> dict[str, dict[str, Any]]:
 def mini_batches(trace: Trace) -> dict[str, Any]:
     """Plate -> indices of its mini-batch, from a trace."""
     return {name: node["value"] for name, node in trace.nodes.items() if site_is_subsample(node)}
+
+
+def as_indices(values: Any) -> Tensor:
+    """Indices of a mini-batch as a tensor; ``torch.as_tensor`` moves tensors to the default device, if one is set."""
+    return values if torch.is_tensor(values) else torch.as_tensor(values)
 
 
 class DrawnPlates(Messenger):

@@ -16,6 +16,7 @@ from torch import Tensor
 from pyro_flows._checks import shown
 from pyro_flows._recording import is_recording
 from pyro_flows.models.sites import full_size
+from pyro_flows.models.traces import as_indices
 
 __all__ = ["STRUCTURES", "check_plate", "listed_plates", "local_plates"]
 
@@ -125,7 +126,7 @@ def check_subsample(plate: pyro.plate) -> None:
     owner, indices = f"AutoFlowGuide: expected the subsample of plate '{plate.name}' to be", plate._indices
     if indices is None:
         return
-    indices = torch.as_tensor(indices)
+    indices = as_indices(indices)
     if indices.dim() != 1 or not len(indices):
         found = f"shape {tuple(indices.shape)}" if indices.numel() else "none"
         raise ValueError(f"{owner} a tensor of one dimension, with at least one index, but got {found}.")

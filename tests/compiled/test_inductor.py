@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
 
-from pyro_flows.compiled.inductor import COMPILER, _unfuse, _with_sums
+from pyro_flows.compiled import inductor
+from pyro_flows.compiled.inductor import COMPILER, _unfuse, _with_sums, to_machine_code
 from pyro_flows.compiled.tracer import trace_operations
+from tests.devices.pretended import pretended_gpu
 
 
 def test_sums_are_taken_out_of_small_products_alone() -> None:
@@ -40,3 +45,19 @@ def test_small_products_are_sums_on_a_gpu() -> None:
         torch.testing.assert_close(one, other)
     products = [node for node in made.graph.nodes if "mm" in str(node.target)]
     assert len(products) == 1 and sum("mm" in str(node.target) for node in graph.graph.nodes) == 5
+
+
+def test_kernels_that_cannot_be_combined_are_compiled_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those that sort in torch 2.11, on a GPU, which is only pretended."""
+
+    def compile_apart(graph: Any, inputs: list[Any], options: dict[str, Any]) -> Any:
+        if options["combo_kernels"]:
+            raise AssertionError("ops.sort is only supported in persistent reductions")
+        return graph
+
+    monkeypatch.setattr(inductor, "_inductor", compile_apart)
+    values = torch.rand(8, 3)
+    graph = trace_operations(lambda x: (x.argsort(0),), [values])[0]
+    with pretended_gpu(monkeypatch):
+        run = to_machine_code(graph, [values.to("cuda")])
+    assert torch.equal(run(values)[0], values.argsort(0))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
+from torch.utils import _device as defaults
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -145,6 +146,8 @@ class _Devices(TorchFunctionMode):
         if name == "to":
             others = [value for value in args[1:] if isinstance(value, (torch.device, str, Tensor))]
             device = others[0] if others else device
+        elif device is None and name in ("tensor", "as_tensor") and defaults.CURRENT_DEVICE is not None:
+            device = defaults.CURRENT_DEVICE  # to which torch moves tensors too
         elif device is None and name in ("new_tensor", "tensor", "as_tensor") and isinstance(args[0], Tensor):
             device = args[0]
         if isinstance(device, Tensor):

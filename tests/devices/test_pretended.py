@@ -26,6 +26,7 @@ from pyro_flows import (
     predict,
 )
 from pyro_flows.importance.resample import ResampleSettings
+from pyro_flows.posterior.plate import LocalBlock
 from pyro_flows.training.fit import FitSettings
 from pyro_flows.training.objective import EstimateSettings
 from pyro_flows.transforms import DiagonalPrecisionHead, FullPrecisionHead
@@ -186,6 +187,27 @@ def test_mini_batches() -> None:
     draws = guide.sample_posterior(5, *batches[0])
     all_on_gpu(draws)
     assert guide.log_prob(draws, *batches[0]).is_cuda
+
+
+def test_a_default_device_does_not_move_a_mini_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Indices on the CPU would have each step wait for the GPU, which can't be captured."""
+    seen: list[Tensor] = []
+
+    def item_context(self: LocalBlock, indices: Any, rows: Any, *, original: Any = LocalBlock.item_context) -> Any:
+        seen.extend(indices.values())
+        return original(self, indices, rows)
+
+    monkeypatch.setattr(LocalBlock, "item_context", item_context)
+    effects = Effects()
+    guide = AutoFlowGuide(effects.model, create_plates=effects.plates)
+    index = torch.arange(BATCH, device="cuda")
+    torch.set_default_device("cpu")
+    try:
+        SVI(effects.model, guide, Adam({"lr": 0.01}), VectorizedTrace_ELBO(num_particles=4)).step(index)
+    finally:
+        torch.set_default_device(None)
+    assert seen
+    assert all(value.is_cuda for value in seen)
 
 
 def test_encoder() -> None:
