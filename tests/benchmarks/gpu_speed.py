@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a step costs on a GPU, next to the CPU and to NumPyro on the same card.
 
-    python tests/benchmarks/gpu_speed.py all --log FOLDER [--seconds 540] [--set-up-seconds 380] [--workers 8]
-    python tests/benchmarks/gpu_speed.py gpu|cpu --log FOLDER [--set-up-seconds 380]
+    python tests/benchmarks/gpu_speed.py all --log FOLDER [--seconds 560] [--set-up-seconds 330] [--workers 8]
+    python tests/benchmarks/gpu_speed.py gpu|cpu --log FOLDER [--set-up-seconds 330]
     python tests/benchmarks/gpu_speed.py write --log FILE [FILE ...]
 
 ``all`` starts processes that take turns to get the next job of ``gpu``, and one on cores of its own for ``cpu``; the
-checks of ``gpu.py`` are among the jobs. They compile side by side, which takes nearly all of the time. What has been
-compiled is timed at the end, one after the other, by a lock. Results are lines of JSON in ``speed.jsonl`` and
-``checks.jsonl`` of the folder; ``write`` makes ``docs/tables/gpu.rst`` and ``gpu_large.rst`` of them.
+checks of ``gpu.py`` are among the jobs. They compile side by side, which takes nearly all of the time. When all are
+done with that, steps are timed, one job after the other: kernels of other processes would slow them down. Results are
+lines of JSON in ``speed.jsonl`` and ``checks.jsonl`` of the folder; ``write`` makes ``docs/tables/gpu.rst`` and
+``gpu_large.rst`` of them.
 Run by hand, never by pytest.
 """
 
@@ -28,6 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -81,10 +83,10 @@ Job = tuple[Found, Callable[[], SetUp]]  # what is measured, and what sets it up
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[TextIO]:
-    """The file at ``path``, which one process at a time has."""
+def locked(path: Path, *, alone: bool = True) -> Iterator[TextIO]:
+    """The file at ``path``, which one process at a time has, or those have together that do not ask for it alone."""
     with path.open("a+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         yield file
 
 
@@ -247,7 +249,7 @@ def set_up_profile(device: str) -> SetUp:
 
 
 def set_up_epoch(kind: type[SVI], device: str) -> SetUp:
-    """Seconds of an epoch of the VAE, the median of three; and of the first step."""
+    """Seconds of an epoch of the VAE, the median of three, or one eager epoch; and of the first step."""
     images = Images(IMAGES, device)
     svi = kind(images.model, images.guide(), Adam({"lr": 1e-3}), Trace_ELBO(max_plate_nesting=1))
     start = time.perf_counter()
@@ -255,7 +257,7 @@ def set_up_epoch(kind: type[SVI], device: str) -> SetUp:
 
     def measure() -> Found:
         seconds = []
-        for _ in range(3):
+        for _ in range(3 if kind is CompiledSVI else 1):
             start = time.perf_counter()
             for batch in images.batches():
                 svi.step(*batch)
@@ -296,9 +298,6 @@ def jobs(part: str, device: str, folder: Path) -> list[Job]:
         what = {"model": f"VAE, {IMAGES:,} images", "by": kind.__name__, "on": where}
         return what, partial(set_up_epoch, kind, where)
 
-    def groups(where: str) -> Job:
-        return {"model": "a million groups", "on": where}, partial(fit_groups, where)
-
     def checks(*names: str) -> list[Job]:
         return [({"checks": only}, partial(run_checks, only, device, folder)) for only in names]
 
@@ -307,7 +306,6 @@ def jobs(part: str, device: str, folder: Path) -> list[Job]:
             *steps(SCHOOLS, OURS, 1024, 4096, 16, 256, 64, where="cpu"),
             epoch(CompiledSVI, "cpu"),
             *steps(LOGISTIC, OURS, 64, where="cpu"),
-            groups("cpu"),
         ]
     return [
         *checks("compiled, SGD;compiled, AdamW", "compiled, ClippedAdam", "fit, recorded"),
@@ -326,8 +324,8 @@ def jobs(part: str, device: str, folder: Path) -> list[Job]:
         *checks("compiled, Adam in;memory"),
         *steps(SCHOOLS, EAGER, 64),
         *steps(LOGISTIC, EAGER, 64),
-        groups(device),
-        *checks("new data;default device;mini-batches;encoder", "fit and all;family"),
+        ({"model": "a million groups", "on": device}, partial(fit_groups, device)),
+        *checks("new data;default device", "mini-batches;encoder", "fit and all;family"),
         *steps(SCHOOLS, "NumPyro AutoBNAFNormal, fori_loop", 64),
         epoch(SVI, device),
         ({"profile": SCHOOLS}, partial(set_up_profile, device)),
@@ -336,34 +334,42 @@ def jobs(part: str, device: str, folder: Path) -> list[Job]:
 
 
 def run_part(part: str, device: str, folder: Path, seconds: float) -> None:
-    """Set up jobs for so many seconds, each of which may fail by itself; then measure them, one after the other."""
+    """Set up jobs for so many seconds, each of which may fail by itself; then measure them, when no process sets up
+    any."""
     explain_failures()
     folder.mkdir(parents=True, exist_ok=True)
-    log = Log(folder / "speed.jsonl", seconds)
+    log, lock = Log(folder / "speed.jsonl", seconds), folder / "lock"
     numbers, todo = turns(folder / f"next_{part}"), jobs(part, device, folder)
     waiting: list[tuple[Found, Measure, Any]] = []
-    while not log.is_over and (number := next(numbers)) < len(todo):
-        what, set_up = todo[number]
-        if number == 0 and device == "cuda":
-            log.write(card=torch.cuda.get_device_name(), torch=torch.__version__, pyro_flows=pyro_flows.__version__)
-        with warnings.catch_warnings(record=True) as caught, pyro.get_param_store().scope() as state:
-            warnings.simplefilter("always")
-            try:
-                found, measure = set_up()
-            except Exception as error:  # out of memory, say
-                found, measure = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}, None
-        said = {str(each.message)[:300] for each in caught if "CompiledSVI" in str(each.message)}
-        found = {**what, **found, **({"warnings": sorted(said)} if said else {})}
-        log.write(**found)
-        if measure is not None:
-            waiting.append((found, measure, state))
+    with locked(lock, alone=False):
+        while not log.is_over and (number := next(numbers)) < len(todo):
+            what, set_up = todo[number]
+            if number == 0 and device == "cuda":
+                versions = {name: version(name) for name in ("torch", "numpyro", "jax")}
+                log.write(card=torch.cuda.get_device_name(), **versions, pyro_flows=pyro_flows.__version__)
+            with warnings.catch_warnings(record=True) as caught, pyro.get_param_store().scope() as state:
+                warnings.simplefilter("always")
+                try:
+                    found, measure = set_up()
+                except Exception as error:  # out of memory, say
+                    found, measure = failure(error), None
+            said = {str(each.message)[:300] for each in caught if "CompiledSVI" in str(each.message)}
+            found = {**what, **found, **({"warnings": sorted(said)} if said else {})}
+            log.write(**found)
+            if measure is not None:
+                waiting.append((found, measure, state))
     for found, measure, state in waiting:
-        with locked(folder / "lock"), pyro.get_param_store().scope(state):
+        with locked(lock), pyro.get_param_store().scope(state):
             try:
                 more = measure()
             except Exception as error:
-                more = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
+                more = failure(error)
         log.write(**found, **more)
+
+
+def failure(error: Exception) -> Found:
+    """What is written of a job that failed."""
+    return {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
 
 
 def run_all(folder: Path, device: str, seconds: float, set_up_seconds: float, workers: int) -> None:
@@ -419,8 +425,8 @@ def main() -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("part", choices=("gpu", "cpu", "all", "write"))
     made.add_argument("--log", type=Path, nargs="+", required=True, help="folder of results; for write, files")
-    made.add_argument("--seconds", type=float, default=540.0, help="after which `all` ends what still runs")
-    made.add_argument("--set-up-seconds", type=float, default=380.0, help="after which no job is set up")
+    made.add_argument("--seconds", type=float, default=560.0, help="after which `all` ends what still runs")
+    made.add_argument("--set-up-seconds", type=float, default=330.0, help="after which no job is set up")
     made.add_argument("--workers", type=int, default=8, help="processes of `all` that set up jobs of the GPU")
     made.add_argument("--device", default="cuda")
     options = made.parse_args()
