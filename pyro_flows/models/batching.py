@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from pyro_flows.models.enumeration import (
     sum_out,
 )
 from pyro_flows.models.memory import BatchedMemory
+from pyro_flows.models.solves import SharedSolves, has_solves
 from pyro_flows.models.traces import (
     DRAWS,
     NO_DENSITY,
@@ -100,6 +101,7 @@ class BatchedModel:
         rows = ({name: value[row] for name, value in probe.items()} for row in range(_count(probe)))
         trace = first_run(owner, model, call, rows, check=partial(check_data, owner))
         self.nodes = sample_nodes(trace)
+        self._has_solves = has_solves(self.nodes.values())
         check_enumeration(owner, self.nodes)
         self.enumerated = tuple(enumerated_sites(self.nodes))
         self.nesting = max(nesting, nesting_of(self.nodes.values()))
@@ -278,7 +280,11 @@ class BatchedModel:
 
     def _by_vmap(self, values: Values, task: _Task, *, in_place: bool = False) -> dict[str, Tensor]:
         def one(row: dict[str, Tensor]) -> dict[str, Tensor]:
-            with BatchedMemory(next(iter(row.values()))) if in_place else nullcontext():
+            with ExitStack() as stack:
+                if in_place:
+                    stack.enter_context(BatchedMemory(next(iter(row.values()))))
+                if self._has_solves:
+                    stack.enter_context(SharedSolves())
                 return dict(task.pick(self._trace(row, task)))
 
         found: dict[str, Tensor] = torch.vmap(one, randomness="different")(dict(values))

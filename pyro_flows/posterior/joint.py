@@ -33,13 +33,15 @@ class JointSettings:
 
     Attributes:
         max_precision_dim: Largest number of coordinates with known priors for a head with a precision matrix.
-        max_full_rank_dim: Dimension above which the preconditioner is of low rank.
+        max_full_rank_dim: Dimension above which the preconditioner is of low rank where the head knows priors.
+        max_plain_full_rank_dim: The same where it knows none, so that all correlations are the preconditioner's.
         rank: Rank of that preconditioner.
         max_correlated_dim: Dimension above which there is no preconditioner.
     """
 
     max_precision_dim: int = 64
     max_full_rank_dim: int = 300
+    max_plain_full_rank_dim: int = 2000
     rank: int = 20
     max_correlated_dim: int = 20_000
 
@@ -60,11 +62,11 @@ def build_reproducibly(build: Callable[[], Flow]) -> Flow:
     return flow
 
 
-def _preconditioner(dim: int) -> Preconditioner | None:
-    """The preconditioner, which a warm start sets; its memory is linear in the dimension above a few hundred."""
+def _preconditioner(dim: int, *, knows_priors: bool) -> Preconditioner | None:
+    """The preconditioner, which a warm start sets; its memory is linear in the dimension above some thousand."""
     if dim > JOINT.max_correlated_dim:
         return None
-    if dim > JOINT.max_full_rank_dim:
+    if dim > (JOINT.max_full_rank_dim if knows_priors else JOINT.max_plain_full_rank_dim):
         return LowRankPreconditioner(dim, JOINT.rank)
     return FullRankPreconditioner(dim) if dim > 1 else None
 
@@ -126,7 +128,7 @@ class JointBlock(nn.Module):
         with init_loc.device:
             head = None if prior is None else _conditional_head(prior, layout.latent_dim)
             sizes = _blocks([size for size in layout.sizes if size], head)
-            preconditioner = _preconditioner(layout.latent_dim)
+            preconditioner = _preconditioner(layout.latent_dim, knows_priors=head is not None)
             flow = build_reproducibly(lambda: spec.build_joint(sizes, head=head, preconditioner=preconditioner))
         self.flow = flow.to(dtype=init_loc.dtype, device=init_loc.device)
         self.flow.head.initialize(init_loc, torch.full_like(init_loc, init_scale))

@@ -42,7 +42,8 @@ class GaussianSettings:
         patience: Once the highest ascent has converged, the others get this many times its steps.
         isotropic_scales: Standard deviations of isotropic candidates.
         same_point: End points of ascents closer to each other than this in each coordinate are considered equal.
-        max_hessian_dim: Largest dimension at which Hessians are worth their cost.
+        max_hessian_dim: Largest dimension at which Hessians at many points are worth their cost.
+        max_newton_dim: Largest dimension at which those of a Newton iteration are.
         num_ranking_draws: Draws by which the better candidates are ranked; a first ranking of all takes a quarter.
         num_elbo_draws: Draws by which the ELBOs of the finalists are compared.
         num_finalists: Number of finalists.
@@ -54,6 +55,7 @@ class GaussianSettings:
         num_draws_per_row: Fixed draws of such a fit, per row of the covariance.
         num_newton_steps: Largest number of Newton steps on an ELBO.
         num_newton_draws: Draws over which gradient and Hessian are averaged.
+        num_newton_draws_large: The same above ``max_hessian_dim``.
         num_newton_rows: Divided by the dimension, number of further draws where a Hessian is cheap.
         newton_shares: Fractions of each step that are tried.
         newton_gain: Gain in nats below which the iteration stops.
@@ -72,6 +74,7 @@ class GaussianSettings:
     isotropic_scales: tuple[float, ...] = (0.1, 0.5)
     same_point: float = 1e-3
     max_hessian_dim: int = 200
+    max_newton_dim: int = 2000
     num_ranking_draws: int = 32
     num_elbo_draws: int = 128
     num_finalists: int = 12
@@ -82,6 +85,7 @@ class GaussianSettings:
     num_draws_per_row: int = 16
     num_newton_steps: int = 8
     num_newton_draws: int = 64
+    num_newton_draws_large: int = 16
     num_newton_rows: int = 2048
     newton_shares: tuple[float, ...] = (1.0, 0.3)
     newton_gain: float = 0.02
@@ -131,7 +135,7 @@ def best_gaussian(log_joint: LogJoint, init_loc: Tensor, init_scale: float, *, c
       approximation fails, but at an early point of the path it is useful. Of several modes, the ELBO prefers the one
       with the most mass;
     - if no local Hessian gives a good Gaussian, the best mean-field normal on fixed draws, and one with the Hessian
-      there;
+      there; above 200 dimensions, where Hessians at many points would take too long, this is the first one;
     - if the best so far has a gap, Newton steps on its ELBO (see ``refined``);
     - if that is poor too, the best normal with a full covariance on fixed draws.
 
@@ -162,11 +166,10 @@ def best_gaussian(log_joint: LogJoint, init_loc: Tensor, init_scale: float, *, c
         for gaussian in found[1:]:
             found += local_gaussians(log_joint, gaussian.loc.unsqueeze(0), correlated=correlated)
         best = _best(log_joint, found)
-    if (
-        correlated
-        and log_joint.cost_per_draw < GAUSSIAN.expensive
-        and not best.log_weight_variance / 2 < GAUSSIAN.small_gap
-    ):
+    has_gap = not best.log_weight_variance / 2 < GAUSSIAN.small_gap
+    if correlated and has_gap and log_joint.cost_per_draw < GAUSSIAN.expensive:
+        if GAUSSIAN.max_hessian_dim < len(init_loc) <= _max_newton_dim(log_joint):
+            best = _best(log_joint, [best, *_with_curvature(log_joint, best.loc.unsqueeze(0))])
         best = refined(log_joint, best)
     small = len(init_loc) <= GAUSSIAN.max_full_rank_dim and log_joint.cost_per_draw < GAUSSIAN.expensive
     if correlated and small and not best.log_weight_variance / 2 < GAUSSIAN.good_gap:
@@ -214,10 +217,20 @@ def local_gaussians(log_joint: Target, points: Tensor, *, correlated: bool) -> l
     """Gaussians with the local curvature at each of the points, ``(R, D)``."""
     if points.shape[-1] > GAUSSIAN.max_hessian_dim:
         return []
+    gaussians = _with_curvature(log_joint, points)
+    return gaussians if correlated else [replace(g, factor=g.conditional_scale) for g in gaussians]
+
+
+def _max_newton_dim(log_joint: Target) -> int:
+    """Largest dimension of a Newton iteration."""
+    return GAUSSIAN.max_newton_dim if log_joint.is_vectorized else GAUSSIAN.max_hessian_dim
+
+
+def _with_curvature(log_joint: Target, points: Tensor) -> list[Gaussian]:
+    """Gaussians with the local curvature at each of the points, in any dimension."""
     factors = local_factor(_batched(log_joint), points.unsqueeze(1)).squeeze(1)
     usable = factors.isfinite().flatten(1).all(-1)
-    gaussians = [Gaussian(*pair) for pair in zip(points[usable], factors[usable].to(points), strict=True)]
-    return gaussians if correlated else [replace(g, factor=g.conditional_scale) for g in gaussians]
+    return [Gaussian(*pair) for pair in zip(points[usable], factors[usable].to(points), strict=True)]
 
 
 def _best(log_joint: LogJoint, found: list[Gaussian]) -> Gaussian:
@@ -268,9 +281,11 @@ def refined(log_joint: Target, begin: Gaussian, moving: Tensor | None = None) ->
     factor = begin.factor if begin.factor.dim() == 2 else begin.factor.diag()
     (best,) = scored(log_joint, [replace(begin, factor=factor)], GAUSSIAN.num_elbo_draws)
     moving = torch.arange(len(begin.loc), device=begin.loc.device) if moving is None else moving
-    if not 0 < len(moving) <= GAUSSIAN.max_hessian_dim:
+    if not 0 < len(moving) <= _max_newton_dim(log_joint):
         return best
+    is_large = len(moving) > GAUSSIAN.max_hessian_dim
     count = GAUSSIAN.num_newton_draws + GAUSSIAN.num_newton_rows // len(begin.loc)
+    count = GAUSSIAN.num_newton_draws_large if is_large else count
     for _ in range(GAUSSIAN.num_newton_steps):
         tried = _newton(log_joint, best, moving, max(2, min(count, log_joint.chunk) // 2 * 2))
         found = scored(log_joint, [best, *tried], GAUSSIAN.num_elbo_draws)
@@ -284,21 +299,19 @@ def _newton(log_joint: Target, begin: Gaussian, moving: Tensor, count: int) -> l
     """Gaussians after fractions of a Newton step; none if the target has no derivatives there."""
     draws = begin.push(antithetic(count, begin.loc))
 
-    def target(part: Tensor) -> Tensor:
-        return log_joint(draws.index_copy(-1, moving, part.squeeze(1))).unsqueeze(1)
-
+    # One by one where they are large: a batch would take more memory, and no less time.
+    parts = draws.split(1 if len(moving) > GAUSSIAN.max_hessian_dim else len(draws))
     try:
-        gradient, hessian = gradient_and_hessian(target, draws[:, moving].unsqueeze(1))
+        found = [mean for part in parts if (mean := _mean_derivatives(log_joint, part, moving)) is not None]
     except RuntimeError:
         return []
-    usable = (gradient.isfinite().all(-1) & hessian.isfinite().flatten(2).all(-1)).squeeze(1)
-    if not usable.any():
+    if not found:
         return []
     factor = begin.factor[moving][:, moving].double()
-    slope = factor.mT @ gradient[usable].mean((0, 1))
-    curvature, vectors = torch.linalg.eigh(-factor.mT @ hessian[usable].mean((0, 1)) @ factor)
+    slope = factor.mT @ sum(gradient for gradient, _ in found) / len(found)
+    curvature, vectors = torch.linalg.eigh(-factor.mT @ (sum(hessian for _, hessian in found) / len(found)) @ factor)
     curvature = curvature.clamp(1.0 / GAUSSIAN.newton_trust, GAUSSIAN.newton_trust)
-    found = []
+    tried = []
     for share in GAUSSIAN.newton_shares:
         root = vectors / curvature.pow(0.5 * share)
         moved = share * (root @ (root.mT @ slope))
@@ -308,8 +321,23 @@ def _newton(log_joint: Target, begin: Gaussian, moving: Tensor, count: int) -> l
         below = below * below.diagonal().sign()
         whole = begin.factor.clone()
         whole[moving.unsqueeze(-1), moving] = below.to(whole)
-        found.append(Gaussian(begin.loc.index_add(0, moving, (factor @ moved).to(begin.loc)), whole))
-    return found
+        tried.append(Gaussian(begin.loc.index_add(0, moving, (factor @ moved).to(begin.loc)), whole))
+    return tried
+
+
+def _mean_derivatives(log_joint: Target, draws: Tensor, moving: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Gradient and Hessian with respect to some coordinates, averaged over the draws that have them; None if none does.
+
+    Raises:
+        RuntimeError: If the target has no second derivative.
+    """
+
+    def target(part: Tensor) -> Tensor:
+        return log_joint(draws.index_copy(-1, moving, part.squeeze(1))).unsqueeze(1)
+
+    gradient, hessian = gradient_and_hessian(target, draws[:, moving].unsqueeze(1))
+    usable = (gradient.isfinite().all(-1) & hessian.isfinite().flatten(2).all(-1)).squeeze(1)
+    return (gradient[usable].mean((0, 1)), hessian[usable].mean((0, 1))) if usable.any() else None
 
 
 def _mean_field(log_joint: LogJoint, begin: Gaussian) -> Gaussian | None:

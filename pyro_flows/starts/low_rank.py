@@ -74,6 +74,12 @@ class LowRankGaussian:
         """``(I + U diag(s - 1) U^T) x``, ``(..., D)``."""
         return noise + ((noise @ self.directions) * (self.stretch - 1.0)) @ self.directions.mT
 
+    def dense(self) -> Gaussian:
+        """The same with a triangular factor, ``(D, D)``."""
+        factor = self.scale.unsqueeze(-1) * self.mix(torch.eye(len(self.loc)).to(self.loc))
+        below = torch.linalg.qr(factor.mT.double()).R.mT
+        return Gaussian(self.loc, (below * below.diagonal().sign()).to(self.loc), self.elbo)
+
     def push(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Map standard normal noise, ``(S, D)``, to draws; returns these and the log-determinant."""
         return self.loc + self.scale * self.mix(noise), self.scale.log().sum() + self.stretch.log().sum()

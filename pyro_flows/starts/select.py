@@ -42,6 +42,7 @@ class SelectSettings:
         num_fixed_draws: Number of fixed draws of that fit.
         no_share: The priors' share if they are not used.
         num_rounds: Rounds of fitting the likelihood factor of coordinates with known priors.
+        rank: Number of correlated directions where a full covariance cannot be fitted.
         min_gain_of_modes: Gain in nats below which a guide does not take a mixture by itself.
     """
 
@@ -50,6 +51,7 @@ class SelectSettings:
     no_share: float = 1e-6
     num_rounds: int = 2
     min_gain_of_modes: float = 0.02
+    rank: int = 20
 
 
 SETTINGS = SelectSettings()
@@ -104,9 +106,13 @@ def _rank(flow: Flow) -> int:
 def _from_gaussian(flow: Flow, log_joint: LogJoint, found: Gaussian) -> Start:
     """The best Gaussian; with a low-rank correlation if the flow supports only that, and the ELBO clearly gains."""
     best: Gaussian | LowRankGaussian | None = None
-    if _rank(flow) and log_joint.cost_per_draw < GAUSSIAN.expensive:
-        best = best_low_rank(log_joint, found, _rank(flow))
+    # A full covariance may be out of reach by Newton's method, where draws are run one by one, say.
+    rank = _rank(flow) or (SETTINGS.rank if len(found.loc) > GAUSSIAN.max_hessian_dim else 0)
+    if rank and found.factor.dim() == 1 and log_joint.cost_per_draw < GAUSSIAN.expensive:
+        best = best_low_rank(log_joint, found, rank)
     best = found if best is None else best
+    if isinstance(best, LowRankGaussian) and _is_correlated(flow):
+        best = best.dense()
     _write(flow, best)
     return _start(best.elbo, flow)
 
