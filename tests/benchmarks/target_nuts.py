@@ -2,8 +2,8 @@
 """NumPyro's NUTS on the targets, for ``targets.py --nuts``: twins of the models, 4 chains of 1000 + 1000 draws.
 
 As NumPyro's users write them: plates, and scans where a loop over time has no shorter form. In float64, since Gaussian
-processes fail in less; chains one after the other on one core. Seconds are those of ``MCMC.run`` in a process that has
-not compiled it before. Each twin is checked against its Pyro model: their log joints have to be equal.
+processes fail in less; chains one after the other on one core. Seconds are CPU seconds of ``MCMC.run`` in a
+process that has not compiled it before. Each twin is checked against its Pyro model: their log joints have to be equal.
 """
 
 from __future__ import annotations
@@ -234,10 +234,10 @@ def rounded(values: Any) -> Any:
 
 
 def run(target: Target) -> dict[str, Any]:
-    """Seconds, smallest effective sample size, largest R-hat, divergences; by site its means and its sds."""
+    """CPU seconds, smallest effective sample size, largest R-hat, divergences; by site its means and its sds."""
     jax.config.update("jax_enable_x64", True)
     twin, args = TWINS[target.model.__name__], tuple(map(to_jax, target.args))
-    begin = time.perf_counter()
+    begin = time.process_time()
     mcmc = MCMC(
         NUTS(twin, init_strategy=init_to_median),
         num_warmup=WARMUP,
@@ -248,7 +248,7 @@ def run(target: Target) -> dict[str, Any]:
     )
     mcmc.run(jax.random.PRNGKey(0), *args)
     draws = {k: np.asarray(v) for k, v in jax.block_until_ready(mcmc.get_samples(group_by_chain=True)).items()}
-    seconds = time.perf_counter() - begin
+    seconds = time.process_time() - begin
     check(target, twin, args, {name: value[0, 0] for name, value in draws.items()})
     found = summary(draws, group_by_chain=True)
     return {

@@ -6,7 +6,8 @@
 The models of target_models.py, float32. Reference evidence is that of target_references.py: closed forms, quadrature,
 or annealed importance sampling, computed anew. Where there is none it is the highest of the guides' own estimates, and
 the column says "own". Reference moments are the same module's, or those of NumPyro's NUTS in data/target_nuts.json,
-which ``--nuts`` makes anew, of the targets named, instead of fits. Run by hand, never by pytest; needs
+which ``--nuts`` makes anew, of the targets named, instead of fits. All take hours: ``--write`` puts the lines of those
+that ran in data/targets.json, and all that are there in docs/tables/targets.rst. Run by hand, never by pytest; needs
 ``pip install "pyro-flows[benchmarks]"``.
 """
 
@@ -17,12 +18,12 @@ import importlib
 import json
 import logging
 import math
+import os
 import sys
-import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -39,20 +40,23 @@ HEADER = (
     "log evidence",
     "by",
     "gap",
+    "gap, by diagnose",
     "k-hat",
     "verdict",
     "worst mean error, sds",
     "worst log sd ratio",
-    "seconds",
-    "NUTS, seconds",
+    "CPU seconds",
+    "NUTS, CPU seconds",
     "wanted: gap, seconds",
 )
-NUTS = Path(__file__).parent / "data" / "target_nuts.json"
+MAX_REFERENCE_ERROR = 0.2  # nats
+DATA = Path(__file__).parent / "data"
+NUTS, ROWS = DATA / "target_nuts.json", DATA / "targets.json"
 Moments = Mapping[str, tuple[Tensor, Tensor]]
 
 
 class Outcome(NamedTuple):
-    """One seed: what ``diagnose`` says of the guide, and seconds of ``fit``."""
+    """One seed: what ``diagnose`` says of the guide, and CPU seconds of ``fit``, its compiler's included."""
 
     diagnosis: Diagnosis
     seconds: float
@@ -62,25 +66,39 @@ def train(target: Target, seed: int) -> Outcome:
     """``fit`` with nothing set."""
     pyro.clear_param_store()
     guide = AutoFlowGuide(target.model)
-    begin = time.perf_counter()
+    begin = sum(os.times()[:4])  # one thread: wall time on a core of its own
     result = fit(target.model, guide, target.args, seed=seed, progress=sys.stderr.isatty())
-    seconds = time.perf_counter() - begin
+    seconds = sum(os.times()[:4]) - begin
     print(result, flush=True)
     return Outcome(diagnose(target.model, guide, target.args, seed=seed, progress=sys.stderr.isatty()), seconds)
 
 
+def load(file: Path) -> dict[str, Any]:
+    """By name of a target; empty if there is no file."""
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def save(file: Path, found: Mapping[str, Any]) -> None:
+    """Add what was found, a line a target."""
+    merged = load(file) | dict(found)
+    DATA.mkdir(exist_ok=True)
+    lines = [f"{json.dumps(name)}: {json.dumps(merged[name])}" for name in TARGETS if name in merged]
+    file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
 def find_reference(target: Target) -> Reference | None:
-    """Computed anew; None where there is no way."""
+    """Computed anew; None where there is no way, or annealing fails, which its standard error shows."""
     if target.model not in REFERENCES or target.large:
         return None
     pyro.set_rng_seed(0)
     with double():
-        return REFERENCES[target.model](*target.args)
+        found = REFERENCES[target.model](*target.args)
+    return found if found.se <= MAX_REFERENCE_ERROR else None
 
 
 def saved_nuts(name: str) -> tuple[float, Moments]:
     """Seconds and moments; NaN and none if NUTS has not been run."""
-    saved = json.loads(NUTS.read_text()).get(name) if NUTS.exists() else None
+    saved = load(NUTS).get(name)
     if saved is None:
         return math.nan, {}
     return saved["seconds"], {
@@ -90,12 +108,18 @@ def saved_nuts(name: str) -> tuple[float, Moments]:
 
 def moment_errors(diagnosis: Diagnosis, moments: Moments) -> tuple[float, float]:
     """Largest error of a mean in reference sds, and largest log ratio of sds, regardless of sign; NaN without any."""
-    mean_error, log_ratio = [math.nan], [math.nan]
+    errors, log_ratios = [], []
     for name, (mean, sd) in moments.items():
         site = diagnosis.sites[name]
-        mean_error.append(((site.mean.double() - mean) / sd).abs().max().item())
-        log_ratio.append((site.sd.double() / sd).log().abs().max().item())
-    return max(mean_error[1:], default=math.nan), max(log_ratio[1:], default=math.nan)
+        errors.append(((site.mean.double() - mean) / sd).abs().max().item())
+        log_ratios.append((site.sd.double() / sd).log().abs().max().item())
+    return worst(errors), worst(log_ratios)
+
+
+def worst(values: Iterable[float]) -> float:
+    """The largest; NaN if any is, or there is none."""
+    values = list(values)
+    return math.nan if not values or any(map(math.isnan, values)) else max(values)
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -103,7 +127,7 @@ def number(value: float, digits: int = 3) -> str:
     return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
-def row(name: str, target: Target, outcomes: Sequence[Outcome]) -> list[str]:
+def summarize(name: str, target: Target, outcomes: Sequence[Outcome]) -> list[str]:
     """A line of the table: the worst of the seeds."""
     reference = find_reference(target)
     nuts_seconds, nuts_moments = saved_nuts(name)
@@ -117,12 +141,13 @@ def row(name: str, target: Target, outcomes: Sequence[Outcome]) -> list[str]:
         str(sum(site.mean.numel() for site in diagnoses[0].sites.values())),
         f"{reference.log_evidence:.3f} +/- {reference.se:.3f}",
         reference.source,
-        number(max(reference.log_evidence - d.elbo for d in diagnoses)),
-        number(max(d.khat for d in diagnoses), 2),
+        number(worst(reference.log_evidence - d.elbo for d in diagnoses)),
+        number(worst(d.gap for d in diagnoses)),
+        number(worst(d.khat for d in diagnoses), 2),
         ", ".join(sorted({d.verdict for d in diagnoses})),
-        number(max(mean for mean, _ in errors)),
-        number(max(ratio for _, ratio in errors)),
-        number(max(o.seconds for o in outcomes), 0),
+        number(worst(mean for mean, _ in errors)),
+        number(worst(ratio for _, ratio in errors)),
+        number(worst(o.seconds for o in outcomes), 0),
         number(nuts_seconds, 0),
         f"{target.wanted:g}, {target.seconds:g}",
     ]
@@ -137,10 +162,10 @@ def measure(name: str, seeds: int) -> list[str]:
             outcomes.append(train(target, seed))
         except Exception as error:
             print(f"{name}, seed {seed}: {type(error).__name__}: {error}", flush=True)
-            return [name, "-", "-", "-", type(error).__name__, *["-"] * 6, f"{target.wanted:g}, {target.seconds:g}"]
+            return [name, "-", "-", "-", type(error).__name__, *["-"] * 7, f"{target.wanted:g}, {target.seconds:g}"]
         d = outcomes[-1].diagnosis
         print(f"{name}, seed {seed}, {outcomes[-1].seconds:.0f} s: {d}", flush=True)
-    return row(name, target, outcomes)
+    return summarize(name, target, outcomes)
 
 
 def save_nuts(name: str) -> None:
@@ -148,13 +173,9 @@ def save_nuts(name: str) -> None:
     nuts, target = importlib.import_module("target_nuts"), TARGETS[name]()
     if target.model.__name__ not in nuts.TWINS:
         return
-    saved = json.loads(NUTS.read_text()) if NUTS.exists() else {}
-    saved[name] = nuts.run(target)
-    shown = {key: value for key, value in saved[name].items() if key != "moments"}
-    print(f"{name}: {shown}", flush=True)
-    NUTS.parent.mkdir(exist_ok=True)
-    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(saved.items())]
-    NUTS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    found = nuts.run(target)
+    save(NUTS, {name: found})
+    print(f"{name}: { ({key: value for key, value in found.items() if key != 'moments'}) }", flush=True)
 
 
 def main() -> None:
@@ -164,7 +185,7 @@ def main() -> None:
     made.add_argument("--seeds", type=int, default=3, help="seeds 0 to N-1")
     made.add_argument("--large", action="store_true", help="those of 1000 latents and more too, but for Cox processes")
     made.add_argument("--nuts", action="store_true", help="make NUTS references instead")
-    made.add_argument("--write", action="store_true", help="write docs/tables/targets.rst")
+    made.add_argument("--write", action="store_true", help="add to docs/tables/targets.rst")
     options = made.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -175,12 +196,12 @@ def main() -> None:
         for name in names:
             save_nuts(name)
         return
-    rows = []
     for name in names:
-        rows.append(measure(name, options.seeds))
-        print("  ".join(rows[-1]), flush=True)
-    if options.write:
-        (TABLES / "targets.rst").write_text(as_rst(HEADER, rows))
+        row = measure(name, options.seeds)
+        print("  ".join(row), flush=True)
+        if options.write:
+            save(ROWS, {name: row})
+            (TABLES / "targets.rst").write_text(as_rst(HEADER, list(load(ROWS).values())))
 
 
 if __name__ == "__main__":
