@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -214,8 +215,10 @@ TWINS: dict[str, Callable[..., None]] = {
 
 
 def to_jax(value: Any) -> Any:
-    """Tensors as arrays, in float64 where floating; the rest as it is."""
-    return jnp.asarray(to_double(value).numpy()) if torch.is_tensor(value) else value
+    """Floating tensors as JAX's arrays in float64, others as NumPy's, which are not traced; the rest as it is."""
+    if not torch.is_tensor(value):
+        return value
+    return jnp.asarray(value.double().numpy()) if value.is_floating_point() else value.numpy()
 
 
 def check(target: Target, twin: Callable[..., None], args: tuple[Any, ...], values: dict[str, Any]) -> None:
@@ -239,22 +242,22 @@ def run(target: Target) -> dict[str, Any]:
     twin, args = TWINS[target.model.__name__], tuple(map(to_jax, target.args))
     begin = time.process_time()
     mcmc = MCMC(
-        NUTS(twin, init_strategy=init_to_median),
+        NUTS(partial(twin, *args), init_strategy=init_to_median),
         num_warmup=WARMUP,
         num_samples=DRAWS,
         num_chains=CHAINS,
         chain_method="sequential",
         progress_bar=False,
     )
-    mcmc.run(jax.random.PRNGKey(0), *args)
+    mcmc.run(jax.random.PRNGKey(0))  # arguments of its own would be traced
     draws = {k: np.asarray(v) for k, v in jax.block_until_ready(mcmc.get_samples(group_by_chain=True)).items()}
     seconds = time.process_time() - begin
     check(target, twin, args, {name: value[0, 0] for name, value in draws.items()})
     found = summary(draws, group_by_chain=True)
     return {
         "seconds": round(seconds, 1),
-        "ess": round(min(float(np.min(site["n_eff"])) for site in found.values())),
-        "rhat": round(max(float(np.max(site["r_hat"])) for site in found.values()), 3),
+        "ess": rounded(min(np.min(site["n_eff"]) for site in found.values())),
+        "rhat": rounded(max(np.max(site["r_hat"]) for site in found.values())),
         "divergences": int(mcmc.get_extra_fields()["diverging"].sum()),
         "moments": {name: [rounded(v.mean((0, 1))), rounded(v.std((0, 1)))] for name, v in draws.items()},
     }
