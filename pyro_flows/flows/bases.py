@@ -48,6 +48,11 @@ class Base(nn.Module):
         super().__init__()
         self.input_dim = input_dim
 
+    @property
+    def num_components(self) -> int:
+        """Number of components of a mixture; 1 for other bases."""
+        return 1
+
     def forward(self, like: Tensor) -> dist.TorchDistribution:
         """The distribution, of event shape ``(D,)``, with the dtype and device of a tensor."""
         zeros = like.new_zeros(self.input_dim)
@@ -97,6 +102,10 @@ class MixtureBase(Base):
         self.locs = nn.Parameter(locs)
         self.log_scales = nn.Parameter(scales.log())
         self.logits = nn.Parameter(torch.zeros(num_components))
+
+    @property
+    def num_components(self) -> int:
+        return len(self.logits)
 
     @torch.no_grad()
     def set(self, locs: Tensor, scales: Tensor, weights: Tensor) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyro_flows._memory import in_chunks
 from pyro_flows.flows import DiagonalNormal, FlowSpec
-from pyro_flows.flows.bases import MixtureBase, resolve_base
+from pyro_flows.flows.bases import resolve_base
 from pyro_flows.flows.gradient_filter import GradientFilter
 from pyro_flows.models.layout import Layout, check_names, partition
 from pyro_flows.models.priors import read_joint_prior, read_prior
@@ -145,8 +145,9 @@ class Posterior(nn.Module):
     @property
     def num_modes(self) -> int:
         """Number of modes on each of which a warm start has put a component of a mixture by itself; 1 for a normal."""
-        base = None if self.joint is None or not self.joint.flow.chooses_base else self.joint.flow.base
-        return len(base.logits) if isinstance(base, MixtureBase) else 1
+        if self.joint is None or not self.joint.flow.chooses_base:
+            return 1
+        return self.joint.flow.base.num_components
 
     def look_again(self) -> None:
         """Find all parameters anew, after a flow has taken another base."""
