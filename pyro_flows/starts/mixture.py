@@ -13,7 +13,7 @@ from pyro_flows.flows.bases import spread_components
 from pyro_flows.flows.noise import DiagonalNormalMixture
 from pyro_flows.models.log_joint import LogJoint
 from pyro_flows.starts.fixed_draws import antithetic
-from pyro_flows.starts.gaussian import GAUSSIAN, Gaussian, ascents, local_gaussians, scored
+from pyro_flows.starts.gaussian import GAUSSIAN, Gaussian, ascents, local_gaussians, refined, scored
 
 __all__ = ["MixtureStart", "best_mixture"]
 
@@ -78,7 +78,7 @@ def best_mixture(
     r"""A mixture with a component on each mode that ascents of the log joint find, weighted by mass; None if there is
     only one mode, or too many dimensions for Hessians.
 
-    Each mode has the Gaussian of its local curvature. A component keeps the diagonal part of its covariance, in the
+    Each mode has the Gaussian of its local curvature, or the best one near it. A component keeps the diagonal part of its covariance, in the
     coordinates in which the average covariance is the identity. If modes do not overlap, the weights of highest ELBO
     are :math:`w_k \propto \exp(\mathrm{ELBO}_k)`; with Gaussian modes these are their shares of the mass. Excess
     components share the heaviest modes.
@@ -93,6 +93,8 @@ def best_mixture(
     found = local_gaussians(log_joint, points, correlated=True)
     limit = count or SETTINGS.max_modes
     modes = _distinct(scored(log_joint, found, GAUSSIAN.num_elbo_draws), limit) if found else []
+    if len(modes) > 1:
+        modes = _distinct([_refined(log_joint, mode) for mode in modes], limit)
     if len(modes) < 2:
         return None
     weights = torch.tensor([mode.elbo for mode in modes], dtype=torch.float64, device=init_loc.device).softmax(0)
@@ -117,6 +119,11 @@ def best_mixture(
     weights = (weights / repeats).repeat_interleave(repeats, 0)
     parts = (loc, factor if correlated else factor.diagonal(), locs, scales, weights)
     return MixtureStart(*(part.to(init_loc.dtype) for part in parts))
+
+
+def _refined(log_joint: LogJoint, mode: Gaussian) -> Gaussian:
+    """The best Gaussian near a mode, where that of its curvature leaves a gap."""
+    return mode if mode.log_weight_variance / 2 < GAUSSIAN.small_gap else refined(log_joint, mode)
 
 
 def _distinct(found: list[Gaussian], count: int) -> list[Gaussian]:
