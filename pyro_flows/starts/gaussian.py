@@ -167,8 +167,9 @@ def best_gaussian(log_joint: LogJoint, init_loc: Tensor, init_scale: float, *, c
             found += local_gaussians(log_joint, gaussian.loc.unsqueeze(0), correlated=correlated)
         best = _best(log_joint, found)
     has_gap = not best.log_weight_variance / 2 < GAUSSIAN.small_gap
-    if correlated and has_gap and log_joint.cost_per_draw < GAUSSIAN.expensive:
-        if GAUSSIAN.max_hessian_dim < len(init_loc) <= _max_newton_dim(log_joint):
+    affordable = len(init_loc) <= _max_newton_dim(log_joint) and log_joint.cost_per_draw < GAUSSIAN.expensive
+    if correlated and has_gap and affordable:
+        if len(init_loc) > GAUSSIAN.max_hessian_dim:
             best = _best(log_joint, [best, *_with_curvature(log_joint, best.loc.unsqueeze(0))])
         best = refined(log_joint, best)
     small = len(init_loc) <= GAUSSIAN.max_full_rank_dim and log_joint.cost_per_draw < GAUSSIAN.expensive

@@ -78,10 +78,10 @@ def best_mixture(
     r"""A mixture with a component on each mode that ascents of the log joint find, weighted by mass; None if there is
     only one mode, or too many dimensions for Hessians.
 
-    Each mode has the Gaussian of its local curvature, or the best one near it. A component keeps the diagonal part of its covariance, in the
-    coordinates in which the average covariance is the identity. If modes do not overlap, the weights of highest ELBO
-    are :math:`w_k \propto \exp(\mathrm{ELBO}_k)`; with Gaussian modes these are their shares of the mass. Excess
-    components share the heaviest modes.
+    Each mode has the Gaussian of its local curvature, or the best one near it. A component keeps the diagonal part of
+    its covariance, in the coordinates in which the average covariance is the identity. If modes do not overlap, the
+    weights of highest ELBO are :math:`w_k \propto \exp(\mathrm{ELBO}_k)`; with Gaussian modes these are their shares of
+    the mass. Excess components share the heaviest modes.
 
     Args:
         log_joint: The target.

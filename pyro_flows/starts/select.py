@@ -107,7 +107,8 @@ def _from_gaussian(flow: Flow, log_joint: LogJoint, found: Gaussian) -> Start:
     """The best Gaussian; with a low-rank correlation if the flow supports only that, and the ELBO clearly gains."""
     best: Gaussian | LowRankGaussian | None = None
     # A full covariance may be out of reach by Newton's method, where draws are run one by one, say.
-    rank = _rank(flow) or (SETTINGS.rank if len(found.loc) > GAUSSIAN.max_hessian_dim else 0)
+    is_large = _is_correlated(flow) and len(found.loc) > GAUSSIAN.max_hessian_dim
+    rank = SETTINGS.rank if is_large else _rank(flow)
     if rank and found.factor.dim() == 1 and log_joint.cost_per_draw < GAUSSIAN.expensive:
         best = best_low_rank(log_joint, found, rank)
     best = found if best is None else best

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -16,12 +17,19 @@ from torch import Tensor
 
 from pyro_flows import AutoFlowGuide, flows
 from pyro_flows.models.log_joint import LogJoint
+from pyro_flows.posterior import joint
 from pyro_flows.posterior.joint import JOINT
 from pyro_flows.starts.gaussian import best_gaussian
 from pyro_flows.starts.low_rank import krylov_eigenpairs
 from pyro_flows.transforms import LowRankAffine, LowRankPreconditioner
 
 Model = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def _few_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above 2000 dimensions, where a full covariance would take too long."""
+    monkeypatch.setattr(joint, "JOINT", replace(JOINT, max_plain_full_rank_dim=300))
 
 
 def common_factors(dim: int, *, unlike: bool = True, size: float = 3.0) -> Model:
