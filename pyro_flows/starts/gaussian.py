@@ -20,6 +20,8 @@ __all__ = [
     "Gaussian",
     "ascents",
     "best_gaussian",
+    "climb",
+    "distinct_points",
     "local_gaussians",
     "refined",
     "scored",
@@ -124,7 +126,9 @@ class Gaussian:
 
 
 @torch.no_grad()
-def best_gaussian(log_joint: LogJoint, init_loc: Tensor, init_scale: float, *, correlated: bool) -> Gaussian:
+def best_gaussian(
+    log_joint: LogJoint, init_loc: Tensor, init_scale: float, *, correlated: bool, paths: list[Tensor] | None = None
+) -> Gaussian:
     r"""The best of many Gaussians by ELBO.
 
     Candidates are, in turn:
@@ -144,6 +148,7 @@ def best_gaussian(log_joint: LogJoint, init_loc: Tensor, init_scale: float, *, c
         init_loc: :math:`z_0`, ``(D,)``.
         init_scale: :math:`s`.
         correlated: Whether the guide can represent a correlated Gaussian; if not, all candidates are diagonal.
+        paths: Points on the paths, as :func:`ascents` gives them; None climbs them.
 
     Raises:
         RuntimeError: If no candidate has a finite ELBO; names the sites without a density at ``init_loc``.
@@ -156,7 +161,7 @@ def best_gaussian(log_joint: LogJoint, init_loc: Tensor, init_scale: float, *, c
     ones = torch.ones_like(init_loc)
     own = Gaussian(init_loc, init_scale * ones)
     found = [own]
-    for points in map(_distinct_points, ascents(log_joint, init_loc)):
+    for points in map(distinct_points, ascents(log_joint, init_loc) if paths is None else paths):
         found += [Gaussian(loc, scale * ones) for loc in points for scale in GAUSSIAN.isotropic_scales]
         found += local_gaussians(log_joint, points, correlated=correlated)
     best = _best(log_joint, found)
@@ -193,7 +198,11 @@ def ascents(
     near, prior = (GAUSSIAN.num_near, prior) if many else (GAUSSIAN.num_near_expensive, GAUSSIAN.num_prior_expensive)
     around = init_loc + GAUSSIAN.spread * torch.randn(near, len(init_loc), dtype=init_loc.dtype, device=init_loc.device)
     begins = torch.stack([init_loc, *around, *(draw.to(init_loc) for draw in log_joint.from_prior(prior))])
-    begins = begins[begins.isfinite().all(-1)]
+    return climb(log_joint, begins[begins.isfinite().all(-1)], patience)
+
+
+def climb(log_joint: LogJoint, begins: Tensor, patience: float = math.inf) -> list[Tensor]:
+    """Points on paths of ascent from given points, as in :func:`ascents`."""
     looks, points = [], begins
     steps = lbfgs_paths(_batched(log_joint), begins.unsqueeze(1), GAUSSIAN.num_steps, GAUSSIAN.tolerance, patience)
     for number, ascended in enumerate(steps, 1):
@@ -203,7 +212,7 @@ def ascents(
     return looks if looks and looks[-1] is points else [*looks, points]
 
 
-def _distinct_points(points: Tensor) -> Tensor:
+def distinct_points(points: Tensor) -> Tensor:
     """Points of ``(R, D)`` without duplicates, since ascents meet at a mode."""
     near = torch.cdist(points, points, p=torch.inf) < GAUSSIAN.same_point
     return points[~near.tril(-1).any(-1)]

@@ -13,9 +13,18 @@ from pyro_flows.flows.bases import spread_components
 from pyro_flows.flows.noise import DiagonalNormalMixture
 from pyro_flows.models.log_joint import LogJoint
 from pyro_flows.starts.fixed_draws import antithetic
-from pyro_flows.starts.gaussian import GAUSSIAN, Gaussian, ascents, local_gaussians, refined, scored
+from pyro_flows.starts.gaussian import (
+    GAUSSIAN,
+    Gaussian,
+    ascents,
+    climb,
+    distinct_points,
+    local_gaussians,
+    refined,
+    scored,
+)
 
-__all__ = ["MixtureStart", "best_mixture"]
+__all__ = ["MixtureStart", "best_mixture", "modes_at"]
 
 
 @dataclass(frozen=True)
@@ -89,10 +98,10 @@ def best_mixture(
         count: Number of components K, >= 2; None takes one for each mode.
         correlated: Whether the guide can represent a correlated ``L``.
     """
-    points = ascents(log_joint, init_loc, SETTINGS.num_prior, math.inf)[-1]
-    found = local_gaussians(log_joint, points, correlated=True)
     limit = count or SETTINGS.max_modes
-    modes = _distinct(scored(log_joint, found, GAUSSIAN.num_elbo_draws), limit) if found else []
+    modes = modes_at(log_joint, ascents(log_joint, init_loc, SETTINGS.num_prior, math.inf)[-1], limit)
+    if len(modes) > 1:  # some ascents may have come to a stop on the way
+        modes = modes_at(log_joint, climb(log_joint, torch.stack([mode.loc for mode in modes]))[-1], limit)
     if len(modes) > 1:
         modes = _distinct([_refined(log_joint, mode) for mode in modes], limit)
     if len(modes) < 2:
@@ -119,6 +128,13 @@ def best_mixture(
     weights = (weights / repeats).repeat_interleave(repeats, 0)
     parts = (loc, factor if correlated else factor.diagonal(), locs, scales, weights)
     return MixtureStart(*(part.to(init_loc.dtype) for part in parts))
+
+
+def modes_at(log_joint: LogJoint, points: Tensor, limit: int = SETTINGS.max_modes) -> list[Gaussian]:
+    """The Gaussians of the curvature at end points of ascents, ``(R, D)``, of highest ELBO, one for each mode; none in
+    too many dimensions."""
+    found = local_gaussians(log_joint, distinct_points(points), correlated=True)
+    return _distinct(scored(log_joint, found, GAUSSIAN.num_elbo_draws), limit) if found else []
 
 
 def _refined(log_joint: LogJoint, mode: Gaussian) -> Gaussian:

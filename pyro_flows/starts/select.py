@@ -17,10 +17,10 @@ from pyro_flows.models.log_joint import LogJoint, PulledBack, Target
 from pyro_flows.posterior.joint import JointBlock
 from pyro_flows.starts.base import fit_modes, fit_tails
 from pyro_flows.starts.fixed_draws import FIXED_DRAWS, antithetic, elbo_of, fit_on_fixed_draws
-from pyro_flows.starts.gaussian import GAUSSIAN, Gaussian, best_gaussian, refined
+from pyro_flows.starts.gaussian import GAUSSIAN, Gaussian, ascents, best_gaussian, refined
 from pyro_flows.starts.likelihood import fit_likelihood
 from pyro_flows.starts.low_rank import LowRankGaussian, best_low_rank
-from pyro_flows.starts.mixture import best_mixture
+from pyro_flows.starts.mixture import best_mixture, modes_at
 from pyro_flows.transforms import (
     ConditionalGaussianHead,
     FullRankPreconditioner,
@@ -73,10 +73,11 @@ def warm_start_joint(block: JointBlock, log_joint: LogJoint, init_scale: float) 
     flow.adopt_base({})
     if flow.preconditioner is not None:
         flow.preconditioner.reset()
-    found = best_gaussian(log_joint, block.layout.init_loc, init_scale, correlated=_is_correlated(flow))
+    paths = ascents(log_joint, block.layout.init_loc)
+    found = best_gaussian(log_joint, block.layout.init_loc, init_scale, correlated=_is_correlated(flow), paths=paths)
     pooled = _from_priors(block, log_joint, found)
     gaussian = _from_gaussian(flow, log_joint, found)
-    mixture = _from_modes(block, log_joint)
+    mixture = _from_modes(block, log_joint, paths[-1])
     best = max((start for start in (gaussian, pooled, mixture) if start is not None), key=lambda start: start.elbo)
     flow.load_state_dict(best.state)
     if log_joint.is_vectorized and log_joint.cost_per_draw < GAUSSIAN.expensive:
@@ -118,10 +119,11 @@ def _from_gaussian(flow: Flow, log_joint: LogJoint, found: Gaussian) -> Start:
     return _start(best.elbo, flow)
 
 
-def _from_modes(block: JointBlock, log_joint: LogJoint) -> Start | None:
-    """A mixture with a component on each mode, if there are several."""
+def _from_modes(block: JointBlock, log_joint: LogJoint, ends: Tensor) -> Start | None:
+    """A mixture with a component on each mode, if there are several; without a mixture base only if the end points of
+    the Gaussian's ascents, ``(R, D)``, have seen several."""
     flow, base = block.flow, block.flow.base
-    if not (isinstance(base, MixtureBase) or flow.chooses_base):
+    if not (isinstance(base, MixtureBase) or (flow.chooses_base and len(modes_at(log_joint, ends)) > 1)):
         return None
     count = len(base.locs) if isinstance(base, MixtureBase) else None
     found = best_mixture(log_joint, block.layout.init_loc, count, correlated=_is_correlated(flow))
