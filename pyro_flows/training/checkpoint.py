@@ -203,7 +203,8 @@ class Checkpoint:
         """Let a guide's flows take the bases that the run's warm start has chosen."""
         bases = (self.run.program or {}).get("bases", ())  # files of the first releases with this format have none
         for part, shapes in zip(_flow_guides(guide), bases, strict=False):  # another guide is refused later
-            part.posterior.adopt_bases(shapes)
+            if part.prototype_trace is not None:  # with annealing there was no warm start
+                part.posterior.adopt_bases(shapes)
 
     def load(self, objective: Objective) -> TrainingState:
         """The state in the file.
