@@ -390,8 +390,8 @@ def test_a_draw_that_the_model_refuses_costs_itself_only(make: Callable[..., Any
             results.append((fitted, guide.median(y)["mu"].item()))
     (twin, expected), (fitted, mean) = results
     assert not fitted.obstacle
-    # The guide is the posterior from the start, so that some gradients, which are rounding, are skipped: a Poisson count,
-    # against two thirds of the steps, if one refused draw of 128 cost a step.
+    # The guide is the posterior from the start, so that some gradients, which are rounding, are skipped: a Poisson
+    # count, against two thirds of the steps, if one refused draw of 128 cost a step.
     assert fitted.skipped <= twin.skipped + 3 * (2 * twin.skipped + 1) ** 0.5
     # 1 % of the mass is left out, which is worth 0.01 nats.
     assert fitted.elbo == pytest.approx(twin.elbo, abs=0.03 + 3 * (fitted.elbo_se + twin.elbo_se))
