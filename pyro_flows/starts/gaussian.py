@@ -148,7 +148,7 @@ def best_gaussian(
         init_loc: :math:`z_0`, ``(D,)``.
         init_scale: :math:`s`.
         correlated: Whether the guide can represent a correlated Gaussian; if not, all candidates are diagonal.
-        paths: Points on the paths, as :func:`ascents` gives them; None climbs them.
+        paths: Points on the paths, as ``ascents`` gives them; None climbs them.
 
     Raises:
         RuntimeError: If no candidate has a finite ELBO; names the sites without a density at ``init_loc``.
@@ -202,7 +202,7 @@ def ascents(
 
 
 def climb(log_joint: LogJoint, begins: Tensor, patience: float = math.inf) -> list[Tensor]:
-    """Points on paths of ascent from given points, as in :func:`ascents`."""
+    """Points on paths of ascent from given points, as in ``ascents``."""
     looks, points = [], begins
     steps = lbfgs_paths(_batched(log_joint), begins.unsqueeze(1), GAUSSIAN.num_steps, GAUSSIAN.tolerance, patience)
     for number, ascended in enumerate(steps, 1):
