@@ -18,7 +18,7 @@ extensions = [
     "families",
 ]
 # Tables are included in pages.
-exclude_patterns = ["_build", "tables", "**.ipynb_checkpoints"]
+exclude_patterns = ["jupyter_execute", "_build", "tables", "**.ipynb_checkpoints"]
 
 html_theme = "furo"
 html_title = "pyro_flows"
