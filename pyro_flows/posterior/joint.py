@@ -35,7 +35,7 @@ class JointSettings:
         max_precision_dim: Largest number of coordinates with known priors for a head with a precision matrix.
         max_full_rank_dim: Dimension above which the preconditioner is of low rank where the head knows priors.
         max_plain_full_rank_dim: The same where it knows none, so that all correlations are the preconditioner's.
-        rank: Rank of that preconditioner.
+        rank: Rank of that preconditioner, and of a start in place of a full covariance that cannot be fitted.
         max_correlated_dim: Dimension above which there is no preconditioner.
     """
 

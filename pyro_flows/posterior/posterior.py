@@ -118,9 +118,6 @@ class Posterior(nn.Module):
         self.step_limit = StepLimit(self, self.filters)
         self._listed: list[tuple[str, nn.Parameter]] | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_listed": None}
-
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """State of the module, after the step limit was applied to the last step."""
         self.step_limit.apply()

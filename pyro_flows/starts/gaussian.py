@@ -25,6 +25,7 @@ __all__ = [
     "local_gaussians",
     "refined",
     "scored",
+    "triangular",
 ]
 
 
@@ -293,9 +294,10 @@ def refined(log_joint: Target, begin: Gaussian, moving: Tensor | None = None) ->
     moving = torch.arange(len(begin.loc), device=begin.loc.device) if moving is None else moving
     if not 0 < len(moving) <= _max_newton_dim(log_joint):
         return best
-    is_large = len(moving) > GAUSSIAN.max_hessian_dim
-    count = GAUSSIAN.num_newton_draws + GAUSSIAN.num_newton_rows // len(begin.loc)
-    count = GAUSSIAN.num_newton_draws_large if is_large else count
+    if len(moving) > GAUSSIAN.max_hessian_dim:
+        count = GAUSSIAN.num_newton_draws_large
+    else:
+        count = GAUSSIAN.num_newton_draws + GAUSSIAN.num_newton_rows // len(begin.loc)
     for _ in range(GAUSSIAN.num_newton_steps):
         tried = _newton(log_joint, best, moving, max(2, min(count, log_joint.chunk) // 2 * 2))
         found = scored(log_joint, [best, *tried], GAUSSIAN.num_elbo_draws)
@@ -327,12 +329,16 @@ def _newton(log_joint: Target, begin: Gaussian, moving: Tensor, count: int) -> l
         moved = share * (root @ (root.mT @ slope))
         moved = moved * (share * math.sqrt(len(moved)) / moved.norm()).clamp_max(1.0)
         # factor @ root is a factor of the covariance, though not a triangular one.
-        below = torch.linalg.qr((factor @ root).mT).R.mT
-        below = below * below.diagonal().sign()
         whole = begin.factor.clone()
-        whole[moving.unsqueeze(-1), moving] = below.to(whole)
+        whole[moving.unsqueeze(-1), moving] = triangular(factor @ root).to(whole)
         tried.append(Gaussian(begin.loc.index_add(0, moving, (factor @ moved).to(begin.loc)), whole))
     return tried
+
+
+def triangular(root: Tensor) -> Tensor:
+    """The lower triangular factor, with a positive diagonal, of the covariance ``R R^T``, ``(D, D)``."""
+    below = torch.linalg.qr(root.mT).R.mT
+    return below * below.diagonal().sign()
 
 
 def _mean_derivatives(log_joint: Target, draws: Tensor, moving: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_flows.models.log_joint import Target
 from pyro_flows.starts.fixed_draws import antithetic, elbo_of, fit_on_fixed_draws
-from pyro_flows.starts.gaussian import GAUSSIAN, Gaussian
+from pyro_flows.starts.gaussian import GAUSSIAN, Gaussian, triangular
 
 __all__ = ["LowRankGaussian", "best_low_rank", "krylov_eigenpairs"]
 
@@ -77,8 +77,7 @@ class LowRankGaussian:
     def dense(self) -> Gaussian:
         """The same with a triangular factor, ``(D, D)``."""
         factor = self.scale.unsqueeze(-1) * self.mix(torch.eye(len(self.loc)).to(self.loc))
-        below = torch.linalg.qr(factor.mT.double()).R.mT
-        return Gaussian(self.loc, (below * below.diagonal().sign()).to(self.loc), self.elbo)
+        return Gaussian(self.loc, triangular(factor.double()).to(self.loc), self.elbo)
 
     def push(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Map standard normal noise, ``(S, D)``, to draws; returns these and the log-determinant."""

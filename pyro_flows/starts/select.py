@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_flows.flows import Flow
 from pyro_flows.flows.bases import MixtureBase, StudentTBase
 from pyro_flows.models.log_joint import LogJoint, PulledBack, Target
-from pyro_flows.posterior.joint import JointBlock
+from pyro_flows.posterior.joint import JOINT, JointBlock
 from pyro_flows.starts.base import fit_modes, fit_tails
 from pyro_flows.starts.fixed_draws import FIXED_DRAWS, antithetic, elbo_of, fit_on_fixed_draws
 from pyro_flows.starts.gaussian import GAUSSIAN, Gaussian, ascents, best_gaussian, refined
@@ -42,7 +42,6 @@ class SelectSettings:
         num_fixed_draws: Number of fixed draws of that fit.
         no_share: The priors' share if they are not used.
         num_rounds: Rounds of fitting the likelihood factor of coordinates with known priors.
-        rank: Number of correlated directions where a full covariance cannot be fitted.
         min_gain_of_modes: Gain in nats below which a guide does not take a mixture by itself.
     """
 
@@ -51,7 +50,6 @@ class SelectSettings:
     no_share: float = 1e-6
     num_rounds: int = 2
     min_gain_of_modes: float = 0.02
-    rank: int = 20
 
 
 SETTINGS = SelectSettings()
@@ -109,7 +107,7 @@ def _from_gaussian(flow: Flow, log_joint: LogJoint, found: Gaussian) -> Start:
     best: Gaussian | LowRankGaussian | None = None
     # A full covariance may be out of reach by Newton's method, where draws are run one by one, say.
     is_large = _is_correlated(flow) and len(found.loc) > GAUSSIAN.max_hessian_dim
-    rank = SETTINGS.rank if is_large else _rank(flow)
+    rank = JOINT.rank if is_large else _rank(flow)
     if rank and found.factor.dim() == 1 and log_joint.cost_per_draw < GAUSSIAN.expensive:
         best = best_low_rank(log_joint, found, rank)
     best = found if best is None else best

@@ -16,16 +16,9 @@ from torch import Tensor
 from pyro_flows import AutoFlowGuide
 from pyro_flows.models.particles import runs_in_a_plate
 from pyro_flows.models.traces import Call
+from tests.common import schools
 
 Y = torch.tensor([28.0, 8.0, -3.0, 7.0])
-
-
-def schools(y: Tensor) -> None:
-    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
-    with pyro.plate("schools", len(y)):
-        theta = pyro.sample("theta", dist.Normal(mu, tau))
-        pyro.sample("y", dist.Normal(theta, 10.0), obs=y)
 
 
 GUIDES: dict[str, Callable[..., Any]] = {
