@@ -116,7 +116,11 @@ def leaves_of(run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[st
     """Unconstrained leaves of all param statements of a run."""
     with pyro.validation_enabled(False), poutine.block(), poutine.trace(param_only=True) as capture:
         run(*args, **kwargs)
-    return [node["value"].unconstrained() for node in capture.trace.nodes.values()]
+    # From the store, since fixed parameters of a guide have SVI take them for another; local ones are not in it.
+    stored = pyro.get_param_store()._params
+    return [
+        stored[name] if name in stored else node["value"].unconstrained() for name, node in capture.trace.nodes.items()
+    ]
 
 
 def state_of(*programs: Any) -> list[Tensor]:

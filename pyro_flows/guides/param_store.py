@@ -21,6 +21,7 @@ from pyro_flows._blame import user_level
 from pyro_flows._checks import check_mapping
 from pyro_flows.flows.version_0_1_0 import from_0_1_0, is_from_0_1_0
 from pyro_flows.posterior.posterior import Posterior
+from pyro_flows.transforms import FixedParameter
 from pyro_flows.transforms.preconditioner import look_again
 
 __all__ = ["StoredGuide"]
@@ -71,7 +72,7 @@ class StoredGuide(AutoContinuous):
         raise NotImplementedError
 
     def _named(self) -> list[tuple[str, nn.Parameter]]:
-        """The parameters that are trained, by their names in the store less the guide's."""
+        """The parameters that are in the store, by their names in the store less the guide's."""
         return [(f"posterior.{name}", p) for name, p in self._trained().listed_parameters() if p.requires_grad]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -101,20 +102,22 @@ class StoredGuide(AutoContinuous):
     def _declare_parameters(self) -> None:
         """Run a ``pyro.param`` statement for every trainable parameter, so that SVI finds it."""
         params = self._named()
-        if _is_module_local_param_enabled():
-            for name, param in params:
-                fullname = f"{self._pyro_name}.{name}"
-                # As Pyro does for a PyroParam; for a plain nn.Parameter it omits `unconstrained`, and SVI fails.
-                value = param.detach()
-                value.unconstrained = weakref.ref(param)  # type: ignore[attr-defined]
-                statement = poutine.runtime.effectful(type="param")(lambda *_, value=value, **__: value)
-                statement(fullname, param, constraint=dist.constraints.real, event_dim=param.dim(), name=fullname)
-            return
-        if not self._registered or self._is_displaced(params):
+        local = _is_module_local_param_enabled()
+        if not local and (not self._registered or self._is_displaced(params)):
             self._register(params)
             params = self._named()
+        stepped = [param for _, param in params if not isinstance(param, FixedParameter)]
         for name, param in params:
-            pyro.param(f"{self._pyro_name}.{name}", param, event_dim=param.dim())
+            fullname = f"{self._pyro_name}.{name}"
+            if local:
+                # As Pyro does for a PyroParam; for a plain nn.Parameter it omits `unconstrained`, and SVI fails.
+                _declare(fullname, param, unconstrained=param)
+            elif isinstance(param, FixedParameter) and stepped:
+                # torch.jit has to know it, but SVI need not step it, which takes as long as for any other.
+                pyro.get_param_store().setdefault(fullname, param)
+                _declare(fullname, param, unconstrained=stepped[0])
+            else:
+                pyro.param(fullname, param, event_dim=param.dim())
 
     def _is_displaced(self, params: Sequence[tuple[str, Tensor]], prefix: str | None = None) -> bool:
         """Whether the store holds another tensor under the name of one of the guide's parameters."""
@@ -180,3 +183,17 @@ class StoredGuide(AutoContinuous):
                 del store[prefix + name]
             for name, value in converted.items():
                 pyro.param(prefix + name, value)
+
+
+def _declare(name: str, param: Tensor, unconstrained: Tensor) -> None:
+    """A ``pyro.param`` statement of a parameter that is not looked up in the store.
+
+    Args:
+        name: Name in the store.
+        param: The parameter.
+        unconstrained: What SVI takes it for, and steps.
+    """
+    value = param.detach()
+    value.unconstrained = weakref.ref(unconstrained)  # type: ignore[attr-defined]
+    statement = poutine.runtime.effectful(type="param")(lambda *_, **__: value)
+    statement(name, param, constraint=dist.constraints.real, event_dim=param.dim(), name=name)

@@ -23,6 +23,7 @@ from pyro.optim import Adam
 from torch import Tensor
 
 from pyro_flows import AutoFlowGuide
+from pyro_flows.transforms import FixedParameter
 from tests import common
 from tests.common import randomize_parameters
 
@@ -349,3 +350,22 @@ def test_a_subclass_and_a_partial_are_guides_too(make: Callable[..., Any]) -> No
     guide = Mine(model)
     assert "_Mine_latent" in poutine.trace(guide).get_trace().nodes
     assert train(guide)
+
+
+def test_svi_does_not_step_fixed_parameters() -> None:
+    """They are in the store, to be saved with it; an optimizer's step takes as long for one without a gradient."""
+    pyro.clear_param_store()
+    guide = AutoFlowGuide(model)
+    stepped: list[Any] = []
+
+    class Recorded(Adam):  # type: ignore[misc]
+        def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
+            stepped.extend(params)
+            super().__call__(params, *args, **kwargs)
+
+    SVI(model, guide, Recorded({"lr": 0.01}), Trace_ELBO()).step()
+    parameters = list(guide.parameters())
+    fixed = {id(param) for param in parameters if isinstance(param, FixedParameter)}
+    assert fixed
+    assert {id(param) for param in stepped} == {id(param) for param in parameters} - fixed
+    assert fixed <= {id(param) for param in pyro.get_param_store()._params.values()}
