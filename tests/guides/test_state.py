@@ -19,7 +19,7 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoGuideList, AutoNormal, init_to_value
 from pyro.nn import PyroModule, PyroParam
-from pyro.optim import Adam
+from pyro.optim import Adam, PyroOptim
 from torch import Tensor
 
 from pyro_flows import AutoFlowGuide
@@ -358,12 +358,12 @@ def test_svi_does_not_step_fixed_parameters() -> None:
     guide = AutoFlowGuide(model)
     stepped: list[Any] = []
 
-    class Recorded(Adam):  # type: ignore[misc]
+    class Recorded(PyroOptim):  # type: ignore[misc]
         def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
             stepped.extend(params)
             super().__call__(params, *args, **kwargs)
 
-    SVI(model, guide, Recorded({"lr": 0.01}), Trace_ELBO()).step()
+    SVI(model, guide, Recorded(torch.optim.Adam, {"lr": 0.01}), Trace_ELBO()).step()
     parameters = list(guide.parameters())
     fixed = {id(param) for param in parameters if isinstance(param, FixedParameter)}
     assert fixed
