@@ -96,7 +96,8 @@ def measure_drift(sampler: ImportanceSampler, draws: Draws, settings: MoveSettin
     z_scores = changes.mean(0) / changes.std(0) * math.sqrt(len(changes))
     quantile = torch.tensor(0.5 * settings.false_alarms / z_scores.numel(), dtype=torch.double)
     critical = -torch.distributions.Normal(0.0, 1.0).icdf(quantile).item()
-    return Drift(z_scores.abs().nan_to_num(0.0).max().item(), critical)
+    # Where hardly any move is accepted, changes underflow, and say nothing.
+    return Drift(z_scores.abs().nan_to_num(0.0, posinf=0.0).max().item(), critical)
 
 
 def _value_and_force(

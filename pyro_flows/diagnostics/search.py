@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from pyro_flows.importance.weights import ImportanceSampler
 from pyro_flows.models.traces import NO_DENSITY, Call, run_quietly, sample_nodes
+from pyro_flows.starts.gaussian import Gaussian, refined, scored
 from pyro_flows.starts.lbfgs import lbfgs_paths, local_factor
 
 __all__ = ["Regions", "Search", "SearchResult", "SearchSettings", "search_regions"]
@@ -33,6 +34,9 @@ class SearchSettings:
         candidate_steps: Numbers of steps after which a point is a candidate, besides the last one: the mode of a
             centered hierarchy is at a scale of zero, where there is no mass, but early points of the path are useful.
         num_ranking_draws: Draws from the Gaussian at a candidate by which candidates are ranked.
+        num_guide_draws: Draws of the guide; a candidate is elsewhere if none of them is near.
+        num_refined: Number of candidates elsewhere whose Gaussian is improved.
+        most_to_gain: Largest gain in ELBO, in nats, that is expected of that.
         num_mass_draws: Draws by which the mass of a region is measured; its relative error is at most a few percent
             where the Gaussian fits.
         max_regions: Largest number of regions for each item.
@@ -48,6 +52,9 @@ class SearchSettings:
     num_steps: int = 90
     candidate_steps: tuple[int, ...] = (6, 15, 30, 60)
     num_ranking_draws: int = 32
+    num_guide_draws: int = 200
+    num_refined: int = 3
+    most_to_gain: float = 20.0
     num_mass_draws: int = 1000
     max_regions: int = 6
     coverage_quantile: float = 2.3263
@@ -62,6 +69,7 @@ class SearchSettings:
             self,
             num_starts=self.num_starts // 3,
             num_ranking_draws=self.num_ranking_draws // 4,
+            num_refined=self.num_refined // 3,
             num_mass_draws=self.num_mass_draws // 5,
         )
 
@@ -176,7 +184,8 @@ class Search:
             candidates = self._climb(start, progress=progress)
             parts = candidates.split(self._sampler.chunk)
             factors = torch.cat([local_factor(self._sampler.log_joint, part) for part in parts])
-        return self._choose(candidates.double(), factors)
+            centers, factors = self._with_refined(candidates, factors)
+        return self._choose(centers.double(), factors)
 
     def _climb(self, start: Tensor, *, progress: bool) -> Tensor:
         """Candidate points on the paths of ascent, ``(R, N, d)``."""
@@ -209,6 +218,37 @@ class Search:
         center = packed.mean(0)
         prior[1::2] = [center + torch.rand(()).to(center) * (draw - center) for draw in prior[1::2]]
         return torch.cat([*prior, center + self._settings.widening * (packed - center), center.unsqueeze(0)])
+
+    def _with_refined(self, centers: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+        """Candidates, and the Gaussians of highest ELBO near some around which the guide does not draw.
+
+        In tens of dimensions, draws of the Gaussian of the curvature are a poor measure of a mode's mass.
+        """
+        if self._structure.num_items > 1:
+            return centers, factors
+        drawn = self._sampler.draw(self._settings.num_guide_draws)
+        packed = self._structure.pack(drawn.values)
+        floor = drawn.log_weights.logsumexp(0).item() - math.log(len(packed)) - self._settings.most_to_gain
+        usable = factors.isfinite().flatten(1).all(-1) & centers.isfinite().flatten(1).all(-1)
+        every = Regions(centers[usable].double(), factors[usable], self._radius(), *torch.empty(2, 0))
+        elsewhere = [k for k in range(len(every.centers)) if not (every.distance(packed, k) <= every.radius).any()]
+        found = [Gaussian(centers[usable][k, 0], every.factors[k, 0].to(centers)) for k in elsewhere]
+        if not found:
+            return centers, factors
+        target = _OneItem(self._sampler)
+        found = sorted(scored(target, found, self._settings.num_ranking_draws), key=lambda gaussian: -gaussian.elbo)
+        better: list[Gaussian] = []
+        for gaussian in found:
+            if len(better) == self._settings.num_refined or gaussian.elbo < floor:
+                break
+            if all(gaussian.distance(other) > every.radius for other in better):
+                better.append(refined(target, gaussian))
+        if not better:
+            return centers, factors
+        locs, own = (
+            torch.stack(parts).unsqueeze(1) for parts in zip(*((g.loc, g.factor) for g in better), strict=True)
+        )
+        return torch.cat([centers, locs]), torch.cat([factors, own.to(factors)])
 
     def _radius(self) -> float:
         """Radius of the ball that holds 99 % of a standard normal, by Wilson and Hilferty's approximation."""
@@ -265,6 +305,24 @@ class Search:
         log_mass = log_weights.logsumexp(0) - math.log(count)
         relative = (log_weights - log_mass).exp()
         return log_mass, relative.std(0) / math.sqrt(count)
+
+
+@dataclass(frozen=True, eq=False)
+class _OneItem:
+    """The log joint of a model of one item, of vectors."""
+
+    sampler: ImportanceSampler
+
+    @property
+    def chunk(self) -> int:
+        return self.sampler.chunk
+
+    @property
+    def is_vectorized(self) -> bool:
+        return self.sampler.score.is_vectorized
+
+    def __call__(self, draws: Tensor) -> Tensor:
+        return self.sampler.log_joint(draws.unsqueeze(1)).squeeze(1)
 
 
 def _why_not(sampler: ImportanceSampler, settings: SearchSettings) -> str:

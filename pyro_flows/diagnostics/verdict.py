@@ -38,6 +38,7 @@ class Thresholds:
         max_gap_se: Largest acceptable standard error of the gap per item, in nats: beyond, it is not known.
         max_shift: Largest acceptable error of a mean, in standard deviations; the upper limit of its estimate counts.
         max_sd_error: Largest acceptable relative error of a standard deviation; the same.
+        most_of_the_mass: Share of the mass above which what a guide has lost is all that matters.
         max_missing: Largest acceptable share of the mass that the guide's weights do not account for.
         evidence_z_score: Standard errors by which one guide's estimate of the evidence must lie below another's to be
             called too low.
@@ -54,6 +55,7 @@ class Thresholds:
     max_gap_se: float = 0.2
     max_shift: float = 0.15
     max_sd_error: float = 0.15
+    most_of_the_mass: float = 0.95
     max_missing: float = 0.05
     evidence_z_score: float = 4.0
     min_ess: float = 400.0
@@ -161,12 +163,17 @@ def _lost_modes(diagnosis: Diagnosis, evidence: Evidence, limits: Thresholds) ->
     reason += f" ({int(lost.sum())} of {num_items} items)." if num_items > 1 else "."
     if not any(mode.separate for mode in diagnosis.lost):
         return Verdict(TRAIN, reason, "No ridge lies between: `fit(model, guide, args)` goes on from here.")
-    return Verdict(
-        SEARCH_ELSEWHERE,
-        reason,
-        "It is another mode, which the guide's own draws cannot show. Start a guide there, `AutoFlowGuide(model, "
-        "init_loc_fn=init_to_value(values=report.lost[0].values))`, and `compare` the two.",
-    )
+    advice = "It is another mode, which the guide's own draws cannot show. "
+    if evidence.lost.max() < limits.most_of_the_mass:
+        count = 1 + sum(mode.separate for mode in diagnosis.lost)
+        advice += (
+            "A mixture has both: `AutoFlowGuide(model, flow=flows.Auto(base=flows.Mixture(num_components="
+            f"{count})))`, which `fit` starts at the modes that it finds. Or start a guide"
+        )
+    else:
+        advice += "Start a guide"
+    advice += " there, `AutoFlowGuide(model, init_loc_fn=init_to_value(values=report.lost[0].values))`"
+    return Verdict(SEARCH_ELSEWHERE, reason, f"{advice}, and `compare` the two.")
 
 
 def _heavy_tails(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from pyro import poutine
@@ -151,8 +151,19 @@ class PulledBack:
         return self.log_joint(pushed) + ladj
 
 
-# Log densities to which Gaussians are fitted.
-Target = LogJoint | PulledBack
+class Target(Protocol):
+    """A log density to which Gaussians are fitted: of ``(S, D)`` draws, ``(S,)``, differentiable."""
+
+    @property
+    def chunk(self) -> int:
+        """Number of draws that may be evaluated at once."""
+
+    @property
+    def is_vectorized(self) -> bool:
+        """Whether many draws take one run of the model."""
+
+    def __call__(self, draws: Tensor, /) -> Tensor:
+        """Evaluate at ``(S, D)`` draws."""
 
 
 def constrain(split: Iterable[tuple[Site, Tensor]]) -> tuple[dict[str, Tensor], list[Tensor]]:

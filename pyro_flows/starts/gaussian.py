@@ -118,6 +118,11 @@ class Gaussian:
         """Map standard normal noise, ``(S, D)``, to draws."""
         return self.loc + (noise * self.factor if self.factor.dim() == 1 else noise @ self.factor.mT)
 
+    def distance(self, other: Gaussian) -> float:
+        """Distance between the two locations, in standard deviations of this one, whose factor is a matrix."""
+        difference = (other.loc - self.loc).unsqueeze(-1)
+        return torch.linalg.solve_triangular(self.factor, difference, upper=False).norm().item()
+
     @property
     def conditional_scale(self) -> Tensor:
         """Standard deviation of each coordinate given the others, the scale of the best mean-field normal."""

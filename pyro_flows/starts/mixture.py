@@ -150,15 +150,9 @@ def _distinct(found: list[Gaussian], count: int) -> list[Gaussian]:
             break
         if modes and gaussian.elbo < modes[0].elbo + math.log(SETTINGS.min_weight):
             break
-        if all(max(_distance(gaussian, mode), _distance(mode, gaussian)) > SETTINGS.mode_distance for mode in modes):
+        if all(max(gaussian.distance(mode), mode.distance(gaussian)) > SETTINGS.mode_distance for mode in modes):
             modes.append(gaussian)
     return modes
-
-
-def _distance(one: Gaussian, other: Gaussian) -> float:
-    """Distance between two locations, in standard deviations of the first."""
-    difference = (other.loc - one.loc).unsqueeze(-1)
-    return torch.linalg.solve_triangular(one.factor, difference, upper=False).norm().item()
 
 
 def _copies(weights: list[float], count: int) -> list[int]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_flows import AutoFlowGuide, diagnose
+from pyro_flows.diagnostics.moves import measure_drift
 from pyro_flows.diagnostics.search import Search
 from pyro_flows.importance.weights import ImportanceSampler
 from pyro_flows.starts.lbfgs import lbfgs_paths, local_factor
@@ -71,6 +72,32 @@ def test_a_lost_mode_is_found_and_a_good_guide_is_not_accused(seed: int) -> None
     # What lies outside of the ellipsoid, a hundredth, is not counted.
     assert abs(lost.log_evidence) < 4 * lost.log_evidence_se + 0.01
     assert diagnose(mixture, mixture_guide, seed=seed, progress=False).trustworthy
+
+
+def test_a_mirror_image_is_measured_where_the_curvature_is_a_poor_gaussian() -> None:
+    """A factor model in 36 dimensions, whose sign is free: the two halves have the same mass."""
+    generator = torch.Generator().manual_seed(22)
+    true = torch.tensor([1.0, -0.8, 0.5, 0.3, -0.2])
+    rows = torch.randn(30, 1, generator=generator) * true + 0.5 * torch.randn(30, 5, generator=generator)
+
+    def model(rows: Tensor) -> None:
+        loadings = pyro.sample("loadings", dist.Normal(torch.zeros(5), 1.0).to_event(1))
+        sigma = pyro.sample("sigma", dist.HalfNormal(1.0))
+        with pyro.plate("rows", len(rows)):
+            score = pyro.sample("score", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(score.unsqueeze(-1) * loadings, sigma).to_event(1), obs=rows)
+
+    for seed in range(4):
+        pyro.set_rng_seed(seed)
+        guide = AutoFlowGuide(model, flow="realnvp").warm_start(rows)
+        regions = Search(ImportanceSampler("test", model, guide, (rows,), None), model, (rows,), {}).run(progress=False)
+        assert regions is not None
+        drawn = guide.sample_posterior(400)["loadings"][:, 0] > 0
+        assert drawn.all() or not drawn.any()  # the guide has one of them
+        elsewhere = (regions.centers[:, 0, 0] > 0) != drawn[0]
+        mass, error = regions.log_mass[elsewhere, 0], regions.error[elsewhere, 0]
+        assert error[mass.argmax()] < 0.25  # or it would not be significant
+        assert mass.max() > regions.log_mass[~elsewhere, 0].max() - 1.0
 
 
 def test_lost_modes_of_items() -> None:
@@ -133,3 +160,21 @@ def test_what_is_not_searched_says_so() -> None:
 
     report = diagnose(large, AutoNormal(large, init_scale=1.0, init_loc_fn=lambda site: torch.zeros(300)), seed=0)
     assert report.trustworthy and "300 dimensions" in report.reason
+
+
+def test_moves_that_are_never_accepted_say_nothing() -> None:
+    """Two far uniforms, of which moves come out: with acceptance rates of e^-400, changes underflow when squared."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0).mask(False))
+        pyro.factor("uniforms", torch.where((z.abs() - 1.0).abs() < 1e-5, 0.0, -400.0))
+
+    def guide() -> None:
+        value = (1.0 + 1e-5 * (2.0 * torch.rand(()) - 1.0)) * (2.0 * torch.randint(2, ()) - 1.0)
+        pyro.sample("z", dist.Delta(value, -torch.tensor(4e-5).log()))
+
+    pyro.set_rng_seed(0)
+    sampler = ImportanceSampler("test", model, guide, (), None)
+    drift = measure_drift(sampler, sampler.draw(1000))
+    assert drift is not None
+    assert not drift.is_significant
