@@ -161,8 +161,8 @@ class Writer:
         """Expressions of the scalars that a site in that plate can depend on."""
         found = []
         for value in self.values:
-            if value.kind not in kinds:
-                continue
+            if value.kind not in kinds or (value.kind == "discrete" and place == "expanded"):
+                continue  # an enumerated parameter has dimensions that Pyro cannot expand to a given shape
             if value.place in ("", place):
                 found.append(value.code)
             elif place == "rows" and value.place == "groups" and value.kind != "discrete":
@@ -295,7 +295,7 @@ class Writer:
             families += ["MixtureOfDiagNormals", *([] if place else ["LKJ"])]  # Pyro cannot expand an LKJ
         family = self.pick(*families)
         if family == "iid":
-            prior, kind = self.univariate("" if place == "" else "none")
+            prior, kind = self.univariate("expanded")
             return f"{prior}.expand([{size}]).to_event(1)", kind
         if family == "tensor":
             zeros, ones = self.vector(size, 0.0, 1.0, -1.0), self.vector(size, 1.0, 2.0, 0.5)
