@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -183,7 +183,8 @@ class Search:
         with pyro.validation_enabled(False):
             candidates = self._climb(start, progress=progress)
             parts = candidates.split(self._sampler.chunk)
-            factors = torch.cat([local_factor(self._sampler.log_joint, part) for part in parts])
+            sizes = self._structure.layout.sizes
+            factors = torch.cat([local_factor(self._sampler.log_joint, part, sizes) for part in parts])
             centers, factors = self._with_refined(candidates, factors)
         return self._choose(centers.double(), factors)
 
@@ -314,6 +315,10 @@ class _OneItem:
     sampler: ImportanceSampler
 
     @property
+    def sizes(self) -> Sequence[int]:
+        return self.sampler.structure.layout.sizes
+
+    @property
     def chunk(self) -> int:
         return self.sampler.chunk
 
@@ -321,8 +326,9 @@ class _OneItem:
     def is_vectorized(self) -> bool:
         return self.sampler.score.is_vectorized
 
-    def __call__(self, draws: Tensor) -> Tensor:
-        return self.sampler.log_joint(draws.unsqueeze(1)).squeeze(1)
+    def __call__(self, draws: Tensor | Sequence[Tensor]) -> Tensor:
+        items = draws.unsqueeze(1) if isinstance(draws, Tensor) else [part.unsqueeze(1) for part in draws]
+        return self.sampler.log_joint(items).squeeze(1)
 
 
 def _why_not(sampler: ImportanceSampler, settings: SearchSettings) -> str:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -145,8 +145,8 @@ class ImportanceSampler:
         scores = [self.score({k: v.unsqueeze(0) for k, v in one.items()}, indices) for one, indices, _ in singles]
         return values, concatenate(scores), log_guide
 
-    def log_joint(self, packed: Tensor) -> Tensor:
-        """log p(x, z) in unconstrained space, ``(S, N, d)`` to ``(S, N)`` in float64; differentiable.
+    def log_joint(self, packed: Tensor | Sequence[Tensor]) -> Tensor:
+        """log p(x, z) in unconstrained space, ``(S, N, d)`` or its parts to ``(S, N)`` in float64; differentiable.
 
         Minus infinity where the model has no density or refuses the draw.
         """

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -90,16 +90,18 @@ class Layout:
         sizes = {axis - site.batch_rank: size for axis, size in enumerate(batch_shape)}
         return {dim: size for dim, size in sizes.items() if dim not in self._dims and size != 1}
 
-    def split(self, packed: Tensor, batch_dim: int = 0) -> Iterator[tuple[Site, Tensor]]:
+    def split(self, packed: Tensor | Sequence[Tensor], batch_dim: int = 0) -> Iterator[tuple[Site, Tensor]]:
         """Split packed vectors into the unconstrained values of each site, in the site's own shape.
 
         Args:
-            packed: ``batch_shape + lead + (D,)``. Any dimensions between ``batch_shape`` and ``lead`` are Pyro's: they
-                broadcast against a site's other batch dimensions (particles, outer plates).
+            packed: ``batch_shape + lead + (D,)``, or its parts of lengths ``sizes``. Any dimensions between
+                ``batch_shape`` and ``lead`` are Pyro's: they broadcast against a site's other batch dimensions
+                (particles, outer plates).
             batch_dim: Length of ``batch_shape``, which stays in front of all batch dimensions of a site.
         """
-        batch_shape, lead = packed.shape[:batch_dim], packed.shape[batch_dim:-1]
-        for site, part in zip(self.sites, packed.split(self.sizes, -1), strict=True):
+        parts = packed.split(self.sizes, -1) if isinstance(packed, Tensor) else packed
+        for site, part in zip(self.sites, parts, strict=True):
+            batch_shape, lead = part.shape[:batch_dim], part.shape[batch_dim:-1]
             inner, event_shape = self._packed_dims(site), site.unconstrained_event_shape
             own = (1,) * (site.batch_rank - len(lead)) + lead
             outer = [size for axis, size in enumerate(own) if axis - len(own) not in inner]
@@ -133,18 +135,19 @@ class Layout:
         size = math.prod(value.shape[end - len(inner) :])
         return value.reshape((*value.shape[: end - site.batch_rank], *fill, *lead, size))
 
-    def unpack(self, packed: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def unpack(self, packed: Tensor | Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """Map packed vectors to values on the sites' supports.
 
         Args:
-            packed: ``batch_shape + lead + (D,)``.
+            packed: ``batch_shape + lead + (D,)``, or its parts of lengths ``sizes``.
 
         Returns:
             Site name -> ``batch_shape + site shape``, with as many items in the plates as ``packed`` has; and
             ``log|det d values / d packed|``, ``batch_shape + lead``.
         """
-        values, total = {}, packed.new_zeros(packed.shape[:-1])
-        for site, part in self.split(packed, batch_dim=packed.dim() - 1 - self.rank):
+        like = packed if isinstance(packed, Tensor) else packed[0]
+        values, total = {}, like.new_zeros(like.shape[:-1])
+        for site, part in self.split(packed, batch_dim=like.dim() - 1 - self.rank):
             values[site.name], log_det = site.constrain(part)
             if torch.is_tensor(log_det):
                 total = total - self._by_item(site, log_det, 0, None).sum(-1)

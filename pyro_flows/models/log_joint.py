@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from pyro_flows.models.precision import remedy_at
 from pyro_flows.models.sites import Site
 from pyro_flows.models.traces import Call, by_draw, run_quietly, sample_nodes
 
-__all__ = ["LogJoint", "PulledBack", "Target", "constrain", "scored_sites"]
+__all__ = ["LogJoint", "PulledBack", "Target", "constrain", "joined", "scored_sites"]
 
 OWNER = "AutoFlowGuide.warm_start"
 
@@ -76,6 +76,11 @@ class LogJoint:
                 raise NotImplementedError(f"{OWNER}: expected a guide that draws all latents, but not '{name}'.")
 
     @property
+    def sizes(self) -> Sequence[int]:
+        """Number of coordinates of each site, in the order of the model."""
+        return self.table.sizes
+
+    @property
     def chunk(self) -> int:
         """Number of draws that may be evaluated at once."""
         return max(1, EVALUATION.max_rows // self.cost_per_draw)
@@ -111,11 +116,12 @@ class LogJoint:
             "the start. Look for what overflows around it, or give a smaller init_scale."
         )
 
-    def __call__(self, draws: Tensor) -> Tensor:
-        """Evaluate at ``(S, D)`` draws, to ``(S,)``; differentiable. -inf or NaN where the model has no density."""
+    def __call__(self, draws: Tensor | Sequence[Tensor]) -> Tensor:
+        """Evaluate at ``(S, D)`` draws, or their parts, to ``(S,)``; differentiable. -inf or NaN where the model has no
+        density."""
         values, log_det = self.table.unpack(draws)
         nodes = sample_nodes(self.batched(values))
-        return torch.stack([log_det, *(by_draw(node["log_prob"]).to(draws) for node in nodes.values())]).sum(0)
+        return torch.stack([log_det, *(by_draw(node["log_prob"]).to(log_det) for node in nodes.values())]).sum(0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +142,11 @@ class PulledBack:
         return self.log_joint.cost_per_draw
 
     @property
+    def sizes(self) -> Sequence[int]:
+        """Those of the log joint: any parts do."""
+        return self.log_joint.sizes
+
+    @property
     def chunk(self) -> int:
         """Number of draws that may be evaluated at once."""
         return self.log_joint.chunk
@@ -145,14 +156,18 @@ class PulledBack:
         """Whether many draws take one run of the model."""
         return self.log_joint.is_vectorized
 
-    def __call__(self, draws: Tensor) -> Tensor:
-        """Evaluate at ``(S, D)`` draws, to ``(S,)``; differentiable."""
-        pushed, ladj = self.push(draws)
+    def __call__(self, draws: Tensor | Sequence[Tensor]) -> Tensor:
+        """Evaluate at ``(S, D)`` draws, or their parts, to ``(S,)``; differentiable."""
+        pushed, ladj = self.push(joined(draws))
         return self.log_joint(pushed) + ladj
 
 
 class Target(Protocol):
     """A log density to which Gaussians are fitted: of ``(S, D)`` draws, ``(S,)``, differentiable."""
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        """Lengths of the parts of a draw, those first on which the densities of others depend."""
 
     @property
     def chunk(self) -> int:
@@ -162,8 +177,13 @@ class Target(Protocol):
     def is_vectorized(self) -> bool:
         """Whether many draws take one run of the model."""
 
-    def __call__(self, draws: Tensor, /) -> Tensor:
-        """Evaluate at ``(S, D)`` draws."""
+    def __call__(self, draws: Tensor | Sequence[Tensor], /) -> Tensor:
+        """Evaluate at ``(S, D)`` draws, or their parts."""
+
+
+def joined(draws: Tensor | Sequence[Tensor]) -> Tensor:
+    """Draws from their parts."""
+    return draws if isinstance(draws, Tensor) else torch.cat([*draws], -1)
 
 
 def constrain(split: Iterable[tuple[Site, Tensor]]) -> tuple[dict[str, Tensor], list[Tensor]]:

@@ -54,7 +54,7 @@ class _Solve(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None]:  # type: ignore[override]
         matrix, solution = ctx.saved_tensors
         to_right = _Solve.apply(matrix.mT, gradient, not ctx.upper)  # type: ignore[no-untyped-call]
-        if not ctx.needs_input_grad[0]:
+        if not ctx.needs_input_grad[0] or not _is_on_the_way(ctx.next_functions[0][0]):
             return None, to_right, None
         to_matrix = -(to_right @ solution.mT)
         to_matrix = to_matrix.triu() if ctx.upper else to_matrix.tril()
@@ -75,3 +75,11 @@ class _Solve(torch.autograd.Function):
             for value in (matrix, right)
         )
         return _Solve.apply(matrix, right, upper), 0  # type: ignore[no-untyped-call]
+
+
+def _is_on_the_way(node: Any) -> bool:
+    """Whether the backward pass that is running goes on to a node, as torch's own operations ask."""
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # it cannot tell of a leaf
+        return True

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,11 +89,12 @@ class Structure:
         packed = self.layout.pack_unconstrained(unconstrained)
         return packed.reshape(len(packed), self.num_items, self.item_dim)
 
-    def unpack(self, packed: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Invert :meth:`pack`; also ``log|det d values / d packed|``, ``(S, N)``."""
+    def unpack(self, packed: Tensor | Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """Invert :meth:`pack`, from the vectors or their parts; also ``log|det d values / d packed|``, ``(S, N)``."""
         lead = (self.num_items,) + (1,) * (self.layout.rank - 1) if self.layout.plates else ()
-        values, log_det = self.layout.unpack(packed.reshape(len(packed), *lead, self.item_dim))
-        return values, log_det.reshape(packed.shape[:2])
+        parts = packed.split(self.layout.sizes, -1) if isinstance(packed, Tensor) else packed
+        values, log_det = self.layout.unpack([part.reshape(len(part), *lead, part.shape[-1]) for part in parts])
+        return values, log_det.reshape(-1, self.num_items)
 
 
 @torch.no_grad()

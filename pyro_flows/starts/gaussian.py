@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -224,9 +225,13 @@ def distinct_points(points: Tensor) -> Tensor:
     return points[~near.tril(-1).any(-1)]
 
 
-def _batched(log_joint: Target) -> Callable[[Tensor], Tensor]:
-    """The target with the signature that :func:`lbfgs_paths` takes: ``(R, 1, D)`` to ``(R, 1)``."""
-    return lambda z: log_joint(z.squeeze(1)).unsqueeze(1)
+def _batched(log_joint: Target) -> Callable[[Any], Tensor]:
+    """The target with the signature that :func:`lbfgs_paths` takes: ``(R, 1, D)``, or its parts, to ``(R, 1)``."""
+
+    def target(z: Tensor | Sequence[Tensor]) -> Tensor:
+        return log_joint(z.squeeze(1) if isinstance(z, Tensor) else [part.squeeze(1) for part in z]).unsqueeze(1)
+
+    return target
 
 
 def local_gaussians(log_joint: Target, points: Tensor, *, correlated: bool) -> list[Gaussian]:
@@ -244,7 +249,7 @@ def _max_newton_dim(log_joint: Target) -> int:
 
 def _with_curvature(log_joint: Target, points: Tensor) -> list[Gaussian]:
     """Gaussians with the local curvature at each of the points, in any dimension."""
-    factors = local_factor(_batched(log_joint), points.unsqueeze(1)).squeeze(1)
+    factors = local_factor(_batched(log_joint), points.unsqueeze(1), log_joint.sizes).squeeze(1)
     usable = factors.isfinite().flatten(1).all(-1)
     return [Gaussian(*pair) for pair in zip(points[usable], factors[usable].to(points), strict=True)]
 
@@ -356,7 +361,10 @@ def _mean_derivatives(log_joint: Target, draws: Tensor, moving: Tensor) -> tuple
     def target(part: Tensor) -> Tensor:
         return log_joint(draws.index_copy(-1, moving, part.squeeze(1))).unsqueeze(1)
 
-    gradient, hessian = gradient_and_hessian(target, draws[:, moving].unsqueeze(1))
+    if len(moving) == draws.shape[-1]:
+        gradient, hessian = gradient_and_hessian(_batched(log_joint), draws.unsqueeze(1), log_joint.sizes)
+    else:
+        gradient, hessian = gradient_and_hessian(target, draws[:, moving].unsqueeze(1))
     usable = (gradient.isfinite().all(-1) & hessian.isfinite().flatten(2).all(-1)).squeeze(1)
     return (gradient[usable].mean((0, 1)), hessian[usable].mean((0, 1))) if usable.any() else None
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +52,7 @@ class LbfgsSettings:
 
 SETTINGS = LbfgsSettings()
 
-Target = Callable[[Tensor], Tensor]
+Target = Callable[[Any], Tensor]
 
 
 def lbfgs_paths(
@@ -125,17 +127,18 @@ def _remember(memory: Tensor, new: Tensor, moved: Tensor) -> Tensor:
     return torch.where(moved, torch.cat([memory[1:], new.unsqueeze(0)]), memory)
 
 
-def local_factor(target: Target, points: Tensor) -> Tensor:
+def local_factor(target: Target, points: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
     """Cholesky factors of minus the inverse Hessian, made positive definite.
 
     Args:
         target: Log density, ``(R, N, d)`` to ``(R, N)``; each entry depends on its own vector only.
         points: Where, ``(R, N, d)``.
+        sizes: See :func:`gradient_and_hessian`.
 
     Returns:
         ``(R, N, d, d)`` in float64, lower triangular; NaN where the Hessian is not finite.
     """
-    hessian = _hessian(target, points)
+    hessian = _hessian(target, points, sizes)
     finite = hessian.isfinite().flatten(2).all(-1)[..., None, None]
     if not finite.all():  # second derivatives of log-sum-exp and the like underflow, first ones do not
         hessian = torch.where(finite, hessian, _difference_hessian(target, points))
@@ -147,41 +150,62 @@ def local_factor(target: Target, points: Tensor) -> Tensor:
     return torch.where(finite & (info == 0)[..., None, None], factor, torch.nan)
 
 
-def _hessian(target: Target, points: Tensor) -> Tensor:
+def _hessian(target: Target, points: Tensor, sizes: Sequence[int] | None) -> Tensor:
     """``(R, N, d, d)``; NaN if the target has no second derivative."""
     try:
-        return gradient_and_hessian(target, points)[1]
+        return gradient_and_hessian(target, points, sizes)[1]
     except RuntimeError:
         return torch.full((*points.shape, points.shape[-1]), torch.nan, dtype=torch.double, device=points.device)
 
 
-def gradient_and_hessian(target: Target, points: Tensor) -> tuple[Tensor, Tensor]:
+def gradient_and_hessian(target: Target, points: Tensor, sizes: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
     """Derivatives of the target in float64, ``(R, N, d)`` and ``(R, N, d, d)``, in few backward passes.
+
+    The Hessian is symmetric, so that those of a part are with respect to itself and the parts after it only: given its
+    hyperparameters, no derivative of a Gaussian process goes through the factorization of its covariance.
+
+    Args:
+        target: Log density, ``(R, N, d)`` to ``(R, N)``; each entry depends on its own vector only. With ``sizes``, it
+            takes a list of the parts of the vectors.
+        points: Where, ``(R, N, d)``.
+        sizes: Lengths of the parts, those first on which the densities of others depend; None for the whole vectors.
 
     Raises:
         RuntimeError: If the target has no second derivative.
     """
+    pass_rows = max(1, min(SETTINGS.rows_per_pass, SETTINGS.values_per_pass // points.numel()))
     with torch.enable_grad():
-        z = points.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(_total(target(z)), z, create_graph=True)
-        units = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
-        rows = [
-            _backward(gradient, z, part)
-            for part in units.split(max(1, min(SETTINGS.rows_per_pass, SETTINGS.values_per_pass // z.numel())))
-        ]
-    return gradient.detach().double(), torch.cat(rows).movedim(0, -1).double()
+        parts = [part.detach().requires_grad_() for part in points.split([*(sizes or (points.shape[-1],))], -1)]
+        gradients = torch.autograd.grad(
+            _total(target(parts if sizes else parts[0])), parts, create_graph=True, materialize_grads=True
+        )
+        if not any(gradient.requires_grad for gradient in gradients):
+            raise RuntimeError("gradient_and_hessian: expected a target with second derivatives, but it has none.")
+        hessian = points.new_zeros((*points.shape, points.shape[-1]), dtype=torch.double)
+        start = 0
+        for index, gradient in enumerate(gradients):
+            size = gradient.shape[-1]
+            if size and gradient.requires_grad:
+                units = torch.eye(size, dtype=points.dtype, device=points.device)
+                passes = [_backward(gradient, parts[index:], some) for some in units.split(pass_rows)]
+                rows = torch.cat(passes).movedim(0, -2).double()  # (R, N, size, d - start)
+                hessian[..., start : start + size, start:] = rows
+                hessian[..., start:, start : start + size] = rows.mT
+            start += size
+    return torch.cat(gradients, -1).detach().double(), hessian
 
 
-def _backward(gradient: Tensor, z: Tensor, directions: Tensor) -> Tensor:
-    """Products of directions, ``(K, d)``, with the Hessian, ``(K, R, N, d)``; vectorized where torch supports it."""
-    many = directions.reshape(-1, *(1,) * (z.dim() - 1), z.shape[-1]).expand(-1, *z.shape)
+def _backward(gradient: Tensor, parts: Sequence[Tensor], directions: Tensor) -> Tensor:
+    """Products of directions, ``(K, size)``, with rows of the Hessian, those of the first of the parts, in all of
+    these, ``(K, R, N, sum of their lengths)``; vectorized where torch supports it."""
+    many = directions.reshape(-1, *(1,) * (gradient.dim() - 1), gradient.shape[-1]).expand(-1, *gradient.shape)
+    derivative = partial(torch.autograd.grad, gradient, parts, retain_graph=True, materialize_grads=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that some operation is not vectorized
-            (rows,) = torch.autograd.grad(gradient, z, many, retain_graph=True, is_grads_batched=True)
+            return torch.cat(derivative(many, is_grads_batched=True), -1)
     except RuntimeError:  # an operation without vectorization; or without a second derivative, which then raises below
-        rows = torch.stack([torch.autograd.grad(gradient, z, one, retain_graph=True)[0] for one in many])
-    return rows
+        return torch.stack([torch.cat(derivative(one), -1) for one in many])
 
 
 def _difference_hessian(target: Target, points: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.models.batching import BatchedModel
-from pyro_flows.models.log_joint import LogJoint, constrain, scored_sites
+from pyro_flows.models.log_joint import LogJoint, constrain, joined, scored_sites
 from pyro_flows.models.traces import NO_DENSITY, by_draw, sample_nodes
 from pyro_flows.posterior.mini_batches import Arguments, MakePlates, MiniBatch, Watch, mini_batches
 from pyro_flows.posterior.plate import LocalBlock
@@ -317,8 +317,9 @@ class MarginalLogJoint(LogJoint):
         """Negate the noise."""
         self.noise = [{name: -eps for name, eps in noise.items()} for noise in self.noise]
 
-    def __call__(self, draws: Tensor) -> Tensor:
-        """Log density of packed globals, ``(S, D)`` to ``(S,)``; differentiable."""
+    def __call__(self, draws: Tensor | Sequence[Tensor]) -> Tensor:
+        """Log density of packed globals, ``(S, D)`` or their parts, to ``(S,)``; differentiable."""
+        draws = joined(draws)
         posterior, share = self.owner.posterior, 1.0 / len(self.batches)
         lead = draws.reshape(len(draws), *(1,) * self.batched.nesting, draws.shape[-1])
         parts = []

@@ -293,7 +293,7 @@ def test_a_chain_of_priors_is_pooled_at_once(model: Callable[[], None], pooled: 
     assert head.sizes[1] == pooled
     # The data's location does not depend on their noise, their precision does; small precisions are floored.
     torch.testing.assert_close(head.own_slope.detach(), torch.zeros_like(head.own_slope), rtol=0.0, atol=0.03)
-    assert sorted(head.own_tilt.tolist()) == pytest.approx([0.0] * (len(head.own_tilt) - 1) + [1.0], abs=1e-4)
+    assert sorted(head.own_tilt.tolist()) == pytest.approx([0.0] * (len(head.own_tilt) - 1) + [1.0], abs=1e-3)
     assert log_weights(model, guide, 4000)[0].var() / 2 < 0.35  # 0.8 and 0.4 with each link on its own
 
 

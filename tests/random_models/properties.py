@@ -337,7 +337,7 @@ def fitted(case: Case) -> None:
             assert abs(again.mean - result.elbo) <= ERRORS * error + NATS, f"fit reports {result!r}, but it is {again}"
         if not has_baseline:
             return ours, ours
-        if "subsampled" in case.features:  # often no warm start: steps as many and as long
+        if {"subsampled", "parameters"} & case.features:  # of which there is no warm start: steps as many and as long
             case.fresh(seed)
             base = case.baseline()
             args = case.args if len(case.program.calls) == 1 else case.program.calls
