@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -140,6 +141,7 @@ class FitSettings(Settings):
     num_particles=optional(integer(1)),
     learning_rate=optional(check_positive),
     objective=partial(check_choice, choices=OBJECTIVES),
+    max_seconds=optional(check_positive),
     anneal=check_bool,
     callback=optional(check_callback),
     compile=partial(check_choice, choices=(True, False, "auto")),
@@ -156,6 +158,7 @@ def fit(
     num_steps: int | None = None,
     num_particles: int | None = None,
     learning_rate: float | None = None,
+    max_seconds: float | None = None,
     objective: str = "elbo",
     anneal: bool = False,
     optim: Any = None,
@@ -196,6 +199,8 @@ def fit(
             mini-batches or annealing. Another objective than the ELBO takes as many in addition.
         num_particles: Number of particles per step, >= 1.
         learning_rate: Peak learning rate of Adam, > 0.
+        max_seconds: Seconds after which the run stops as at Ctrl-C, > 0, counted from the call; a warm start, which
+            takes some seconds, and the estimate at the end are not cut short. None sets no limit.
         objective: What to optimize: ``"elbo"``, the reverse KL; ``"importance_weighted"``, the bound of 16 draws; or
             ``"forward_kl"``, from the posterior to the guide, which then covers it, heavy tails included. The latter
             two go on from the ELBO's fit, so that importance weights are usable, and the result has the ELBO still. For
@@ -306,7 +311,7 @@ def fit(
             with ExitStack() as stack:
                 stack.enter_context(without_step_limit(guide))
                 tables = stack.enter_context(sparse_tables(guide, enabled=elbo.subsampled))
-                interrupts = stack.enter_context(Interrupts())
+                interrupts = stack.enter_context(Interrupts(monitor.begin + (max_seconds or math.inf)))
                 stack.callback(elbo.release)
                 make_trainer = partial(
                     Trainer,
@@ -358,7 +363,7 @@ def fit(
         steps=state.num_steps,
         seconds=time.perf_counter() - monitor.begin,
         kept=kept,
-        reason=state.reason,
+        reason=f"its {max_seconds:g} seconds are over" if interrupts.ran_out else state.reason,
         skipped=state.num_skipped,
         rollbacks=state.num_rollbacks,
         num_particles=options.num_particles,

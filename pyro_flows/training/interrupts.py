@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L7. Ctrl-C: the first one is heard between two steps, so that no state is half changed; the second one at once."""
+"""L7. Ctrl-C: the first one is heard between two steps, so that no state is half changed; the second one at once. The
+end of the time that a run may take is heard as the first one is."""
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 
 __all__ = ["Interrupts"]
@@ -16,12 +19,18 @@ class Interrupts:
     Only where Python's own handler is in place, and in the main thread, which alone hears signals; elsewhere, Ctrl-C is
     what it was.
 
+    Args:
+        end: When the run has to stop, by ``time.perf_counter``; infinity for never.
+
     Attributes:
         count: Number of interruptions until now, signals or exceptions.
+        ran_out: Whether the run was stopped since its time was up.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, end: float = math.inf) -> None:
         self.count = 0
+        self.ran_out = False
+        self._end = end
         self._pending = False
         self._installed = False
 
@@ -47,11 +56,16 @@ class Interrupts:
 
     @property
     def is_pending(self) -> bool:
-        """Whether Ctrl-C was pressed, which was not heeded yet."""
-        return self._pending
+        """Whether Ctrl-C was pressed or the time is up, which was not heeded yet."""
+        return self._pending or self._is_late
+
+    @property
+    def _is_late(self) -> bool:
+        return not self.ran_out and time.perf_counter() > self._end
 
     def raise_pending(self, anyone: bool | None = None) -> None:
-        """Raise ``KeyboardInterrupt`` if Ctrl-C was pressed, here or, where ``anyone`` is given, if that says so."""
-        if self._pending if anyone is None else anyone:
-            self._pending = False
+        """Raise ``KeyboardInterrupt`` if Ctrl-C was pressed or the time is up, here or, where ``anyone`` is given, if
+        that says so."""
+        if self.is_pending if anyone is None else anyone:
+            self.ran_out, self._pending = self._is_late, False
             raise KeyboardInterrupt

@@ -233,3 +233,35 @@ def test_handlers_of_others_and_other_threads_are_left_alone() -> None:
     thread.start()
     thread.join()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_run_ends_when_its_seconds_are_over_and_can_be_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = 0
+
+    def clock() -> float:
+        return 1e3 * steps
+
+    def count(*args: Any) -> None:
+        nonlocal steps
+        steps += 1
+        raise_pending(*args)
+
+    raise_pending = Interrupts.raise_pending
+    monkeypatch.setattr(Interrupts, "raise_pending", count)
+    monkeypatch.setattr("pyro_flows.training.interrupts.time.perf_counter", clock)
+    whole = fresh()
+    options: dict[str, Any] = {"learning_rate": 0.5, "num_particles": 8, "progress": False, "settings": SETTINGS}
+    options |= {"num_steps": 60, "seed": 0}
+    uninterrupted = fit(model, whole, (Y,), **options)
+    expected = [value.clone() for value in whole.parameters()]
+    steps = 0
+    part = fresh()
+    result = fit(model, part, (Y,), max_seconds=20e3, checkpoint=tmp_path / "run", **options)
+    assert result.reason == "its 20000 seconds are over"
+    assert result.steps == 21
+    assert result.start_elbo < result.elbo < uninterrupted.elbo
+    again = fit(model, part, (Y,), checkpoint=tmp_path / "run", **options)
+    assert again.steps == 60
+    assert all(torch.equal(one, other) for one, other in zip(part.parameters(), expected, strict=True))

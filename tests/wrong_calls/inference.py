@@ -314,11 +314,12 @@ FIT: dict[str, Row] = {
         for name, (value, words) in NOT_INTEGERS.items()
     },
     **{
-        f"learning_rate is {value!r}": (
-            lambda value=value: train(learning_rate=value),
+        f"{option} is {value!r}": (
+            lambda option=option, value=value: train(**{option: value}),
             ValueError,
-            f"fit: expected learning_rate to be a number > 0, but got {re.escape(repr(value))}",
+            f"fit: expected {option} to be a number > 0, but got {re.escape(repr(value))}",
         )
+        for option in ("learning_rate", "max_seconds")
         for value in (0.0, -0.1, NAN, INF, "0.01", True, [0.1])
     },
     "anneal is a word": (lambda: train(anneal="no"), TypeError, "anneal to be True or False, but got 'no'"),
