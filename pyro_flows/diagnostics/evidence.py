@@ -20,7 +20,10 @@ class LostMassSettings:
     """When a mode counts as lost.
 
     Attributes:
-        min_share: Share of all mass that was found below which a region is not reported.
+        min_share: Share of all mass that was found below which a region is not reported, unless it changes a moment.
+        max_change: Change of a mean, in standard deviations, or of a standard deviation, relative, by the mass of a
+            region that is not reported: a hundredth of the mass, ten standard deviations away, changes them by 10 and
+            40 %.
         max_drawn: A mode is lost, rather than underrepresented, if the guide's probability of the region is less than
             this fraction of the region's share of the mass.
         min_z_score: Standard errors by which the two estimates of a region's mass must differ; high, since there are up
@@ -28,6 +31,7 @@ class LostMassSettings:
     """
 
     min_share: float = 0.05
+    max_change: float = 0.15
     max_drawn: float = 0.2
     min_z_score: float = 4.0
 
@@ -89,6 +93,7 @@ def lost_mass(
     error: Tensor,
     where: Tensor,
     log_weights: Tensor,
+    distance: Tensor,
     settings: LostMassSettings = LostMassSettings(),
 ) -> LostMass:
     """Compare each region's mass with its estimate by the guide's own draws.
@@ -98,6 +103,8 @@ def lost_mass(
         error: Its standard error, ``(K, N)``.
         where: Index of the region of each draw, ``(S, N)``; K for none.
         log_weights: The draws' log weights, ``(S, N)``.
+        distance: Largest distance of a coordinate of each region's center from the mean of the draws, in their standard
+            deviations, ``(K, N)``.
         settings: When a mode counts as lost.
     """
     count = len(log_weights)
@@ -114,6 +121,8 @@ def lost_mass(
     found = weights.mean(0) + (excess * significant).sum(0)
     share = excess / found
     drawn = inside.double().mean(1)
-    lost = significant & (share > settings.min_share) & (drawn < settings.max_drawn * share)
+    change = torch.maximum(share * distance, (1.0 + share * (1.0 - share) * distance.square()).sqrt() - 1.0)
+    matters = (share > settings.min_share) | (change > settings.max_change)
+    lost = significant & matters & (drawn < settings.max_drawn * share)
     error_found = (weights.var(0) / count + (own_error * significant).square().sum(0)).sqrt()
     return LostMass(share * lost, top + found.log(), error_found / found)

@@ -52,9 +52,13 @@ def test_lost_mass() -> None:
     """A region with as much mass as the guide has, in which it never draws."""
     region = torch.zeros(1, 1, dtype=torch.double), torch.full((1, 1), 0.01, dtype=torch.double)
     draws = torch.ones(1000, 1, dtype=torch.int8), torch.zeros(1000, 1, dtype=torch.double)
-    assert lost_mass(*region, *draws).share.item() == pytest.approx(0.5)
+    near, far = torch.zeros(1, 1), torch.full((1, 1), 5.0)
+    assert lost_mass(*region, *draws, near).share.item() == pytest.approx(0.5)
     for settings in (LostMassSettings(min_share=0.6), LostMassSettings(min_z_score=1e3), LostMassSettings(max_drawn=0)):
-        assert lost_mass(*region, *draws, settings).share.item() == 0
+        assert lost_mass(*region, *draws, near, settings).share.item() == 0
+    assert lost_mass(*region, *draws, far, LostMassSettings(min_share=0.6)).share.item() == pytest.approx(0.5)
+    unmoved = LostMassSettings(min_share=0.6, max_change=10.0)
+    assert lost_mass(*region, *draws, far, unmoved).share.item() == 0
 
 
 def test_reference() -> None:
