@@ -37,7 +37,7 @@ class MoveSettings:
 
     num_draws: int = 4000
     min_draws: int = 400
-    max_elements: int = 2**17
+    max_elements: int = 2**19
     step_size: float = 1.2
     shortest: float = 0.5
     path_length: float = 0.5 * math.pi

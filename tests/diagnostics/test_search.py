@@ -179,6 +179,27 @@ def test_what_is_not_searched_says_so() -> None:
     assert report.trustworthy and "300 dimensions" in report.reason
 
 
+def test_moves_see_a_border_among_twenty_dimensions() -> None:
+    """A guide that lacks a tenth of the mass: moves of a third of its draws said nothing in half of the runs."""
+
+    def model() -> None:
+        pyro.sample("z", dist.Normal(torch.zeros(20), 1.0).to_event(1))
+        with pyro.plate("rows", 60):
+            pyro.sample("y", dist.Normal(torch.zeros(60), 1.0), obs=torch.zeros(60))
+
+    def guide() -> None:
+        inside = dist.Normal(0.0, 1.0).cdf(torch.tensor(1.25))
+        first = dist.Normal(0.0, 1.0).icdf(inside * torch.rand(()))
+        z = torch.cat([first.unsqueeze(0), torch.randn(19)])
+        pyro.sample("z", dist.Delta(z, dist.Normal(0.0, 1.0).log_prob(z).sum() - inside.log(), event_dim=1))
+
+    pyro.set_rng_seed(0)
+    sampler = ImportanceSampler("test", model, guide, (), None)
+    assert sampler.structure.elements > 60
+    drift = measure_drift(sampler, sampler.draw(4000))
+    assert drift is not None and drift.z_score > 1.5 * drift.critical
+
+
 def test_moves_that_are_never_accepted_say_nothing() -> None:
     """Two far uniforms, of which moves come out: with acceptance rates of e^-400, changes underflow when squared."""
 
