@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import pyro
 import torch
 from pyro import poutine
+from pyro.nn.module import _is_module_local_param_enabled
 from torch import Tensor
 
 from pyro_flows._random import forked
@@ -116,8 +117,8 @@ def leaves_of(run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[st
     """Unconstrained leaves of all param statements of a run."""
     with pyro.validation_enabled(False), poutine.block(), poutine.trace(param_only=True) as capture:
         run(*args, **kwargs)
-    # From the store, since fixed parameters of a guide have SVI take them for another; local ones are not in it.
-    stored = pyro.get_param_store()._params
+    # From the store, where it is used, since fixed parameters of a guide have SVI take them for one of them.
+    stored = {} if _is_module_local_param_enabled() else pyro.get_param_store()._params
     return [
         stored[name] if name in stored else node["value"].unconstrained() for name, node in capture.trace.nodes.items()
     ]

@@ -69,6 +69,7 @@ class SearchSettings:
             self,
             num_starts=self.num_starts // 3,
             num_ranking_draws=self.num_ranking_draws // 4,
+            num_guide_draws=self.num_guide_draws // 5,
             num_refined=self.num_refined // 3,
             num_mass_draws=self.num_mass_draws // 5,
         )
@@ -225,15 +226,20 @@ class Search:
 
         In tens of dimensions, draws of the Gaussian of the curvature are a poor measure of a mode's mass.
         """
-        if self._structure.num_items > 1:
+        # A Hessian takes a thousand runs of a model of which draws cannot share one.
+        if self._structure.num_items > 1 or not self._sampler.score.is_vectorized:
             return centers, factors
-        drawn = self._sampler.draw(self._settings.num_guide_draws)
-        packed = self._structure.pack(drawn.values)
-        floor = drawn.log_weights.logsumexp(0).item() - math.log(len(packed)) - self._settings.most_to_gain
+        chunks = list(self._sampler.chunks(self._settings.num_guide_draws, progress=False))
+        packed = torch.cat([self._structure.pack(draws.values) for draws in chunks])
+        log_weights = torch.cat([draws.log_weights for draws in chunks])
+        floor = log_weights.logsumexp(0).item() - math.log(len(packed)) - self._settings.most_to_gain
         usable = factors.isfinite().flatten(1).all(-1) & centers.isfinite().flatten(1).all(-1)
-        every = Regions(centers[usable].double(), factors[usable], self._radius(), *torch.empty(2, 0))
-        elsewhere = [k for k in range(len(every.centers)) if not (every.distance(packed, k) <= every.radius).any()]
-        found = [Gaussian(centers[usable][k, 0], every.factors[k, 0].to(centers)) for k in elsewhere]
+        every = self._ellipsoids(centers[usable].double(), factors[usable])
+        found = [
+            Gaussian(center[0], factor[0].to(center))
+            for k, (center, factor) in enumerate(zip(centers[usable], every.factors, strict=True))
+            if not (every.distance(packed, k) <= every.radius).any()
+        ]
         if not found:
             return centers, factors
         target = _OneItem(self._sampler)
@@ -246,10 +252,14 @@ class Search:
                 better.append(refined(target, gaussian))
         if not better:
             return centers, factors
-        locs, own = (
-            torch.stack(parts).unsqueeze(1) for parts in zip(*((g.loc, g.factor) for g in better), strict=True)
-        )
-        return torch.cat([centers, locs]), torch.cat([factors, own.to(factors)])
+        locs = torch.stack([gaussian.loc for gaussian in better]).unsqueeze(1)
+        roots = torch.stack([gaussian.factor for gaussian in better]).unsqueeze(1)
+        return torch.cat([centers, locs]), torch.cat([factors, roots.to(factors)])
+
+    def _ellipsoids(self, centers: Tensor, factors: Tensor) -> Regions:
+        """Regions whose mass is not measured yet."""
+        none = torch.zeros_like(centers[:0, :, 0])
+        return Regions(centers, factors, self._radius(), none, none)
 
     def _radius(self) -> float:
         """Radius of the ball that holds 99 % of a standard normal, by Wilson and Hilferty's approximation."""
@@ -261,9 +271,7 @@ class Search:
         """The candidates with the most mass, none of which has its center in another."""
         usable = factors.isfinite().flatten(2).all(-1) & centers.isfinite().all(-1)
         factors = torch.where(usable[..., None, None], factors, torch.eye(centers.shape[-1]).to(factors))
-        radius = self._radius()
-        none = torch.zeros_like(centers[:0, :, 0])
-        every = Regions(centers, factors, radius, none, none)
+        every = self._ellipsoids(centers, factors)
         num_draws = self._settings.num_ranking_draws
         log_mass, error = self._measure(every, num_draws, exclusive=False)
         # Of two Gaussians around the same mass, prefer the one whose weights vary less: its estimate is less noisy.
@@ -274,7 +282,7 @@ class Search:
         for _ in range(self._settings.max_regions):
             best = log_mass.argmax(0)  # (N,)
             chosen.append(best)
-            own = Regions(centers[best, items][None], factors[best, items][None], radius, none, none)
+            own = self._ellipsoids(centers[best, items][None], factors[best, items][None])
             inside = own.locate(centers) == 0
             inside[best, items] = True
             log_mass = torch.where(inside, -torch.inf, log_mass)

@@ -125,7 +125,7 @@ def judge(
     inaccurate = _inaccurate(diagnosis, evidence, limits, by_reference=by_reference)
     for verdict in (
         _without_density(diagnosis),
-        _lost_modes(diagnosis, evidence, limits),
+        _lost_modes(diagnosis, evidence, guide, limits),
         # Tails that hardly matter, as a reference shows, do not count.
         _heavy_tails(diagnosis, evidence, guide, drift, limits) if inaccurate or not by_reference else None,
         _missing_mass(evidence, drift, limits),
@@ -153,7 +153,7 @@ def _without_density(diagnosis: Diagnosis) -> Verdict | None:
     )
 
 
-def _lost_modes(diagnosis: Diagnosis, evidence: Evidence, limits: Thresholds) -> Verdict | None:
+def _lost_modes(diagnosis: Diagnosis, evidence: Evidence, guide: Any, limits: Thresholds) -> Verdict | None:
     """Verdict if the search found modes that the guide lost."""
     lost, num_items = evidence.lost > 0, len(evidence.lost)
     if not _is_bad(lost, limits):
@@ -165,9 +165,10 @@ def _lost_modes(diagnosis: Diagnosis, evidence: Evidence, limits: Thresholds) ->
         return Verdict(TRAIN, reason, "No ridge lies between: `fit(model, guide, args)` goes on from here.")
     advice = "It is another mode, which the guide's own draws cannot show. "
     if evidence.lost.max() < limits.most_of_the_mass:
-        count = 1 + sum(mode.separate for mode in diagnosis.lost)
+        own = guide.posterior.num_modes if isinstance(guide, AutoFlowGuide) else 1
+        count = own + sum(mode.separate for mode in diagnosis.lost)
         advice += (
-            "A mixture has both: `AutoFlowGuide(model, flow=flows.Auto(base=flows.Mixture(num_components="
+            "A mixture has all: `AutoFlowGuide(model, flow=flows.Auto(base=flows.Mixture(num_components="
             f"{count})))`, which `fit` starts at the modes that it finds. Or start a guide"
         )
     else:

@@ -106,16 +106,17 @@ class StoredGuide(AutoContinuous):
         if not local and (not self._registered or self._is_displaced(params)):
             self._register(params)
             params = self._named()
-        stepped = [param for _, param in params if not isinstance(param, FixedParameter)]
+        fixed = [param for _, param in params if isinstance(param, FixedParameter)]
         for name, param in params:
             fullname = f"{self._pyro_name}.{name}"
             if local:
                 # As Pyro does for a PyroParam; for a plain nn.Parameter it omits `unconstrained`, and SVI fails.
                 _declare(fullname, param, unconstrained=param)
-            elif isinstance(param, FixedParameter) and stepped:
-                # torch.jit has to know it, but SVI need not step it, which takes as long as for any other.
+            elif isinstance(param, FixedParameter):
+                # torch.jit has to know it, but SVI need not step it, which takes as long as for any other: one of them
+                # stands for all.
                 pyro.get_param_store().setdefault(fullname, param)
-                _declare(fullname, param, unconstrained=stepped[0])
+                _declare(fullname, param, unconstrained=fixed[0])
             else:
                 pyro.param(fullname, param, event_dim=param.dim())
 

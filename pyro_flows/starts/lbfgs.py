@@ -131,7 +131,8 @@ def local_factor(target: Target, points: Tensor, sizes: Sequence[int] | None = N
     """Cholesky factors of minus the inverse Hessian, made positive definite.
 
     Args:
-        target: Log density, ``(R, N, d)`` to ``(R, N)``; each entry depends on its own vector only.
+        target: Log density, ``(R, N, d)`` to ``(R, N)``; each entry depends on its own vector only. With ``sizes``, it
+            takes both the vectors and a list of their parts.
         points: Where, ``(R, N, d)``.
         sizes: See :func:`gradient_and_hessian`.
 
@@ -176,36 +177,52 @@ def gradient_and_hessian(target: Target, points: Tensor, sizes: Sequence[int] | 
     pass_rows = max(1, min(SETTINGS.rows_per_pass, SETTINGS.values_per_pass // points.numel()))
     with torch.enable_grad():
         parts = [part.detach().requires_grad_() for part in points.split([*(sizes or (points.shape[-1],))], -1)]
-        gradients = torch.autograd.grad(
-            _total(target(parts if sizes else parts[0])), parts, create_graph=True, materialize_grads=True
-        )
+        value = _total(target(parts if sizes else parts[0]))
+        found = torch.autograd.grad(value, parts, create_graph=True, allow_unused=True)
+        gradients = [torch.zeros_like(p) if g is None else g for g, p in zip(found, parts, strict=True)]
         if not any(gradient.requires_grad for gradient in gradients):
             raise RuntimeError("gradient_and_hessian: expected a target with second derivatives, but it has none.")
         hessian = points.new_zeros((*points.shape, points.shape[-1]), dtype=torch.double)
-        start = 0
-        for index, gradient in enumerate(gradients):
-            size = gradient.shape[-1]
-            if size and gradient.requires_grad:
-                units = torch.eye(size, dtype=points.dtype, device=points.device)
-                passes = [_backward(gradient, parts[index:], some) for some in units.split(pass_rows)]
-                rows = torch.cat(passes).movedim(0, -2).double()  # (R, N, size, d - start)
-                hessian[..., start : start + size, start:] = rows
-                hessian[..., start:, start : start + size] = rows.mT
-            start += size
+        end = 0
+        for group in _groups([part.shape[-1] for part in parts], pass_rows):
+            gradient, after = torch.cat(gradients[group], -1), parts[group.start :]
+            start, end = end, end + gradient.shape[-1]
+            if gradient.requires_grad:
+                units = torch.eye(end - start, dtype=points.dtype, device=points.device)
+                passes = [_backward(gradient, after, some) for some in units.split(pass_rows)]
+                rows = torch.cat(passes).movedim(0, -2).double()  # (R, N, end - start, d - start)
+                hessian[..., start:end, start:] = rows
+                hessian[..., start:, start:end] = rows.mT
     return torch.cat(gradients, -1).detach().double(), hessian
 
 
+def _groups(sizes: Sequence[int], most: int) -> Iterator[slice]:
+    """Slices of consecutive parts: as many as have the rows of one backward pass, or a larger one alone."""
+    begin = rows = 0
+    for index, size in enumerate(sizes):
+        if rows and rows + size > most:
+            yield slice(begin, index)
+            begin, rows = index, 0
+        rows += size
+    yield slice(begin, len(sizes))
+
+
 def _backward(gradient: Tensor, parts: Sequence[Tensor], directions: Tensor) -> Tensor:
-    """Products of directions, ``(K, size)``, with rows of the Hessian, those of the first of the parts, in all of
-    these, ``(K, R, N, sum of their lengths)``; vectorized where torch supports it."""
+    """Products of directions, ``(K, size)``, with the rows of the Hessian that are the derivatives of ``gradient``,
+    ``(R, N, size)``, in some parts: ``(K, R, N, sum of their lengths)``; vectorized where torch supports it."""
     many = directions.reshape(-1, *(1,) * (gradient.dim() - 1), gradient.shape[-1]).expand(-1, *gradient.shape)
-    derivative = partial(torch.autograd.grad, gradient, parts, retain_graph=True, materialize_grads=True)
+    derivative = partial(torch.autograd.grad, gradient, parts, retain_graph=True, allow_unused=True)
+    found: Sequence[Tensor | None]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that some operation is not vectorized
-            return torch.cat(derivative(many, is_grads_batched=True), -1)
+            found = derivative(many, is_grads_batched=True)
     except RuntimeError:  # an operation without vectorization; or without a second derivative, which then raises below
-        return torch.stack([torch.cat(derivative(one), -1) for one in many])
+        each = zip(*(derivative(one) for one in many), strict=True)
+        found = [None if rows[0] is None else torch.stack(rows) for rows in each]
+    # Parts that these rows do not depend on, as of independent sites, have none.
+    shapes = [(*many.shape[:-1], part.shape[-1]) for part in parts]
+    return torch.cat([many.new_zeros(s) if r is None else r for r, s in zip(found, shapes, strict=True)], -1)
 
 
 def _difference_hessian(target: Target, points: Tensor) -> Tensor:

@@ -313,6 +313,11 @@ class MarginalLogJoint(LogJoint):
         if owner.posterior.joint is not None:
             self.table = owner.posterior.joint.layout
 
+    @property
+    def sizes(self) -> Sequence[int]:
+        """A single part, since local latents depend on all globals."""
+        return (sum(self.table.sizes),)
+
     def mirror(self) -> None:
         """Negate the noise."""
         self.noise = [{name: -eps for name, eps in noise.items()} for noise in self.noise]

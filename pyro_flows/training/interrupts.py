@@ -8,6 +8,7 @@ import math
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from types import FrameType, TracebackType
 
 __all__ = ["Interrupts"]
@@ -23,7 +24,7 @@ class Interrupts:
         end: When the run has to stop, by ``time.perf_counter``; infinity for never.
 
     Attributes:
-        count: Number of interruptions until now, signals or exceptions.
+        count: Number of interruptions until now, signals or exceptions; the end of the time is none.
         ran_out: Whether the run was stopped since its time was up.
     """
 
@@ -32,6 +33,7 @@ class Interrupts:
         self.ran_out = False
         self._end = end
         self._pending = False
+        self._by_time = False
         self._installed = False
 
     def __enter__(self) -> Interrupts:
@@ -56,16 +58,29 @@ class Interrupts:
 
     @property
     def is_pending(self) -> bool:
-        """Whether Ctrl-C was pressed or the time is up, which was not heeded yet."""
-        return self._pending or self._is_late
+        """Whether Ctrl-C was pressed, which was not heeded yet."""
+        return self._pending
 
     @property
-    def _is_late(self) -> bool:
+    def is_late(self) -> bool:
+        """Whether the time is up, which was not heeded yet."""
         return not self.ran_out and time.perf_counter() > self._end
 
-    def raise_pending(self, anyone: bool | None = None) -> None:
-        """Raise ``KeyboardInterrupt`` if Ctrl-C was pressed or the time is up, here or, where ``anyone`` is given, if
-        that says so."""
-        if self.is_pending if anyone is None else anyone:
-            self.ran_out, self._pending = self._is_late, False
+    def raise_pending(self, wishes: Sequence[bool] | None = None) -> None:
+        """Raise ``KeyboardInterrupt`` if Ctrl-C was pressed or the time is up.
+
+        Args:
+            wishes: What these are in any process; None for this one alone.
+        """
+        pressed, late = (self.is_pending, self.is_late) if wishes is None else wishes
+        if pressed or late:
+            self._by_time = late and not pressed
+            self.ran_out, self._pending = self.ran_out or self._by_time, False
+            raise KeyboardInterrupt
+
+    def heed(self) -> None:
+        """Count the interruption that was raised; raises ``KeyboardInterrupt`` again if it was not the first."""
+        self.count += not self._by_time
+        self._by_time = False
+        if self.count > 1:
             raise KeyboardInterrupt

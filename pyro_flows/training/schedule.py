@@ -109,7 +109,7 @@ class Schedule:
         self.monitor, self.num_steps = monitor, num_steps
         self._processes = trainer.objective.parts.processes
         # Heeded by all processes after the same step: Ctrl-C in any, and the first one's clock.
-        trainer.wishes = lambda: [interrupts.is_pending, checkpoint.is_due]
+        trainer.wishes = lambda: [interrupts.is_pending, interrupts.is_late, checkpoint.is_due]
 
     @property
     def was_stopped(self) -> bool:
@@ -218,9 +218,7 @@ class Schedule:
 
     def _count_interruption(self) -> None:
         """Note that the run was interrupted; raises ``KeyboardInterrupt`` if it was before."""
-        self.interrupts.count += 1
-        if self.interrupts.count > 1:
-            raise KeyboardInterrupt
+        self.interrupts.heed()
         self.trainer.state.reason = INTERRUPTED
 
     def train(self) -> bool:
@@ -359,8 +357,8 @@ class Schedule:
         """Update the progress bar, write a checkpoint if one is due, and heed Ctrl-C."""
         state = self.trainer.state
         self.monitor.step(state.losses, state.num_steps, self.objective.title)
-        anyone, is_due = (None, self.checkpoint.is_due) if self._processes.size == 1 else self.trainer.wanted
-        self.interrupts.raise_pending(anyone)
+        *wishes, is_due = self.trainer.wishes() if self._processes.size == 1 else self.trainer.wanted
+        self.interrupts.raise_pending(wishes)
         if is_due:
             self.save()
 

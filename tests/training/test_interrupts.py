@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 from collections.abc import Callable
@@ -243,13 +244,13 @@ def test_a_run_ends_when_its_seconds_are_over_and_can_be_resumed(
     def clock() -> float:
         return 1e3 * steps
 
-    def count(*args: Any) -> None:
+    def one_step(*args: Any) -> Any:
         nonlocal steps
         steps += 1
-        raise_pending(*args)
+        return step(*args)
 
-    raise_pending = Interrupts.raise_pending
-    monkeypatch.setattr(Interrupts, "raise_pending", count)
+    step = Trainer._step
+    monkeypatch.setattr(Trainer, "_step", one_step)
     monkeypatch.setattr("pyro_flows.training.interrupts.time.perf_counter", clock)
     whole = fresh()
     options: dict[str, Any] = {"learning_rate": 0.5, "num_particles": 8, "progress": False, "settings": SETTINGS}
@@ -265,3 +266,25 @@ def test_a_run_ends_when_its_seconds_are_over_and_can_be_resumed(
     again = fit(model, part, (Y,), checkpoint=tmp_path / "run", **options)
     assert again.steps == 60
     assert all(torch.equal(one, other) for one, other in zip(part.parameters(), expected, strict=True))
+
+
+def test_the_end_of_the_time_is_no_interruption() -> None:
+    """After it, the first Ctrl-C is the first, and a second one raises."""
+    with Interrupts(end=-math.inf) as interrupts:
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.raise_pending()
+        interrupts.heed()
+        assert (interrupts.count, interrupts.ran_out, interrupts.is_late) == (0, True, False)
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.raise_pending()
+        interrupts.heed()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_the_time_of_another_process_ends_a_run_for_the_same_reason() -> None:
+    interrupts = Interrupts()
+    with pytest.raises(KeyboardInterrupt):
+        interrupts.raise_pending([False, True])
+    assert interrupts.ran_out
