@@ -32,6 +32,8 @@ class MoveSettings:
         shortest: Each draw's step is multiplied by a number between this and 1, since the posterior's scale may vary.
         path_length: Length of a path: a quarter of the period of a normal whose scale is the guide's, after which a
             position is independent of the initial one.
+        tail: Share of the draws in each tail of a coordinate, in which as many should come as go.
+        min_in_tail: Smallest number of draws there.
         false_alarms: Probability that a guide which is the posterior is said to drift.
     """
 
@@ -41,11 +43,13 @@ class MoveSettings:
     step_size: float = 1.2
     shortest: float = 0.5
     path_length: float = 0.5 * math.pi
+    tail: float = 0.01
+    min_in_tail: int = 20
     false_alarms: float = 1e-3
 
 
 class Drift(NamedTuple):
-    """Most significant change of the draws by a move, of a mean or of a mean distance from the median.
+    """Most significant change of the draws by a move: of a mean, a mean distance from the median, or a tail's share.
 
     Attributes:
         z_score: The change in its standard errors.
@@ -91,8 +95,13 @@ def measure_drift(sampler: ImportanceSampler, draws: Draws, settings: MoveSettin
             momentum = momentum + 0.5 * step * force
     accepted = (energy - 0.5 * momentum.square().sum(-1) + value).clamp_max(0.0).exp().nan_to_num(0.0)
     before, after = ((x - middle) / scale for x in (start, position))
-    changes = torch.stack([after - before, after.abs() - before.abs()], -1).nan_to_num(0.0, 0.0, 0.0)
-    changes = (weights * accepted)[..., None, None] * changes  # (S, N, d, 2)
+    share = max(settings.tail, settings.min_in_tail / len(start))
+    low, high = (
+        before.flatten(1).quantile(torch.tensor([share, 1.0 - share]).to(start), 0).reshape(2, *before.shape[1:])
+    )
+    functions = (lambda x: x, torch.abs, lambda x: (x < low).to(x), lambda x: (x > high).to(x))
+    changes = torch.stack([f(after) - f(before) for f in functions], -1).nan_to_num(0.0, 0.0, 0.0)
+    changes = (weights * accepted)[..., None, None] * changes  # (S, N, d, 4)
     z_scores = changes.mean(0) / changes.std(0) * math.sqrt(len(changes))
     quantile = torch.tensor(0.5 * settings.false_alarms / z_scores.numel(), dtype=torch.double)
     critical = -torch.distributions.Normal(0.0, 1.0).icdf(quantile).item()

@@ -42,12 +42,13 @@ class SearchSettings:
         max_regions: Largest number of regions for each item.
         coverage_quantile: Standard normal quantile of the probability of an ellipsoid under its Gaussian, 99 %.
         min_chunk: A model that takes fewer draws at once than this is expensive, since a draw takes a megabyte.
+        max_cheap_values: Number of values of a run of the model above which there are a third of the ascents.
         max_cheap_coordinates: Unconstrained dimensions of all items together above which a search is expensive.
         max_dim: Largest dimension of an item: a Hessian takes a backward pass for each.
         max_coordinates: Largest number of dimensions of all items together.
     """
 
-    num_starts: int = 12
+    num_starts: int = 36
     widening: float = 3.0
     num_steps: int = 90
     candidate_steps: tuple[int, ...] = (6, 15, 30, 60)
@@ -59,15 +60,16 @@ class SearchSettings:
     max_regions: int = 6
     coverage_quantile: float = 2.3263
     min_chunk: int = 64
+    max_cheap_values: int = 1000
     max_cheap_coordinates: int = 2000
     max_dim: int = 200
     max_coordinates: int = 100_000
 
     def reduced(self) -> SearchSettings:
-        """Settings with fewer ascents and draws, for expensive models."""
+        """Settings with a ninth of the ascents and fewer draws, for expensive models."""
         return replace(
             self,
-            num_starts=self.num_starts // 3,
+            num_starts=self.num_starts // 9,
             num_ranking_draws=self.num_ranking_draws // 4,
             num_guide_draws=self.num_guide_draws // 5,
             num_refined=self.num_refined // 3,
@@ -172,7 +174,11 @@ class Search:
             or sampler.chunk < settings.min_chunk
             or not sampler.score.is_vectorized
         )
-        self._settings = settings.reduced() if is_expensive else settings
+        if is_expensive:
+            settings = settings.reduced()
+        elif self._structure.elements > settings.max_cheap_values:
+            settings = replace(settings, num_starts=settings.num_starts // 3)
+        self._settings = settings
 
     @torch.no_grad()
     def run(self, *, progress: bool) -> Regions | None:

@@ -44,7 +44,7 @@ def test_search() -> None:
     found = search(max_regions=1, num_mass_draws=50)
     assert found.regions is not None and len(found.regions.log_mass) == 1
     assert search(max_dim=0).why_none == "it has 1 dimensions, more than 0"
-    reduced = SearchSettings(num_starts=9).reduced()
+    reduced = SearchSettings(num_starts=27).reduced()
     assert (reduced.num_starts, reduced.num_ranking_draws, reduced.num_mass_draws) == (3, 8, 200)
 
 
