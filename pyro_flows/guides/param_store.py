@@ -196,5 +196,9 @@ def _declare(name: str, param: Tensor, unconstrained: Tensor) -> None:
     """
     value = param.detach()
     value.unconstrained = weakref.ref(unconstrained)  # type: ignore[attr-defined]
-    statement = poutine.runtime.effectful(type="param")(lambda *_, **__: value)
-    statement(name, param, constraint=dist.constraints.real, event_dim=param.dim(), name=name)
+    _statement(name, value, constraint=dist.constraints.real, event_dim=param.dim(), name=name)
+
+
+@poutine.runtime.effectful(type="param")  # type: ignore[untyped-decorator]
+def _statement(name: str, value: Tensor, **_: Any) -> Tensor:
+    return value
