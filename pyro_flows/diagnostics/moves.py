@@ -96,9 +96,7 @@ def measure_drift(sampler: ImportanceSampler, draws: Draws, settings: MoveSettin
     accepted = (energy - 0.5 * momentum.square().sum(-1) + value).clamp_max(0.0).exp().nan_to_num(0.0)
     before, after = ((x - middle) / scale for x in (start, position))
     share = max(settings.tail, settings.min_in_tail / len(start))
-    low, high = (
-        before.flatten(1).quantile(torch.tensor([share, 1.0 - share]).to(start), 0).reshape(2, *before.shape[1:])
-    )
+    low, high = before.quantile(torch.tensor([share, 1.0 - share]).to(start), 0)
     functions = (lambda x: x, torch.abs, lambda x: (x < low).to(x), lambda x: (x > high).to(x))
     changes = torch.stack([f(after) - f(before) for f in functions], -1).nan_to_num(0.0, 0.0, 0.0)
     changes = (weights * accepted)[..., None, None] * changes  # (S, N, d, 4)

@@ -239,7 +239,7 @@ class Search:
         packed = torch.cat([self._structure.pack(draws.values) for draws in chunks])
         log_weights = torch.cat([draws.log_weights for draws in chunks])
         floor = log_weights.logsumexp(0).item() - math.log(len(packed)) - self._settings.most_to_gain
-        usable = factors.isfinite().flatten(1).all(-1) & centers.isfinite().flatten(1).all(-1)
+        usable = _usable(centers, factors).squeeze(-1)
         every = self._ellipsoids(centers[usable].double(), factors[usable])
         found = [
             Gaussian(center[0], factor[0].to(center))
@@ -275,7 +275,7 @@ class Search:
 
     def _choose(self, centers: Tensor, factors: Tensor) -> Regions | None:
         """The candidates with the most mass, none of which has its center in another."""
-        usable = factors.isfinite().flatten(2).all(-1) & centers.isfinite().all(-1)
+        usable = _usable(centers, factors)
         factors = torch.where(usable[..., None, None], factors, torch.eye(centers.shape[-1]).to(factors))
         every = self._ellipsoids(centers, factors)
         num_draws = self._settings.num_ranking_draws
@@ -320,6 +320,11 @@ class Search:
         log_mass = log_weights.logsumexp(0) - math.log(count)
         relative = (log_weights - log_mass).exp()
         return log_mass, relative.std(0) / math.sqrt(count)
+
+
+def _usable(centers: Tensor, factors: Tensor) -> Tensor:
+    """Which candidates have a Gaussian, ``(R, N)``."""
+    return factors.isfinite().flatten(2).all(-1) & centers.isfinite().all(-1)
 
 
 @dataclass(frozen=True, eq=False)
