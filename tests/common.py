@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_flows.transforms import FixedParameter, FlowTransform
+from pyro_flows.transforms.fixed import look_again
 from pyro_flows.transforms.networks import Packed
-from pyro_flows.transforms.preconditioner import look_again
 
 __all__ = ["assert_no_graph", "jacobian", "randomize_parameters", "schools", "trained"]
 

@@ -22,7 +22,7 @@ from pyro_flows._checks import check_mapping
 from pyro_flows.flows.version_0_1_0 import from_0_1_0, is_from_0_1_0
 from pyro_flows.posterior.posterior import Posterior
 from pyro_flows.transforms import FixedParameter
-from pyro_flows.transforms.preconditioner import look_again
+from pyro_flows.transforms.fixed import look_again
 
 __all__ = ["StoredGuide"]
 

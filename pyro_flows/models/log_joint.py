@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -119,9 +119,14 @@ class LogJoint:
     def __call__(self, draws: Tensor | Sequence[Tensor]) -> Tensor:
         """Evaluate at ``(S, D)`` draws, or their parts, to ``(S,)``; differentiable. -inf or NaN where the model has no
         density."""
+        return self.without((), draws)
+
+    def without(self, sites: Collection[str], draws: Tensor | Sequence[Tensor]) -> Tensor:
+        """As a call, without the densities of some sites."""
         values, log_det = self.table.unpack(draws)
-        nodes = sample_nodes(self.batched(values))
-        return torch.stack([log_det, *(by_draw(node["log_prob"]).to(log_det) for node in nodes.values())]).sum(0)
+        nodes = sample_nodes(self.batched(values)).items()
+        terms = (by_draw(node["log_prob"]).to(log_det) for name, node in nodes if name not in sites)
+        return torch.stack([log_det, *terms]).sum(0)
 
 
 @dataclass(frozen=True, eq=False)

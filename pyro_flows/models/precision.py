@@ -101,9 +101,11 @@ def remedy_at(model: Callable[..., Any], values: Mapping[str, Any], call: Call) 
         return ""
     with forked():
         try:
-            double = _log_joint(model, *_doubled(values, call))
+            single, double = _log_joint(model, values, call), _log_joint(model, *_doubled(values, call))
         except Exception:  # a product of matrices of both dtypes, say
             return ""
+    if math.isfinite(single):  # it is something else, such as a shape
+        return ""
     return f"In float64 the log density is finite there. {USE_FLOAT64}" if math.isfinite(double) else ""
 
 

@@ -10,18 +10,17 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro import poutine
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions.transforms import CorrCholeskyTransform
 
 from pyro_flows._random import seed_all, seeded
+from pyro_flows.models.covariances import ReadCovariance, read_covariances
 from pyro_flows.models.layout import Layout
 from pyro_flows.models.log_joint import constrain, scored_sites
 from pyro_flows.models.sites import Site
 from pyro_flows.models.traces import Call
-from pyro_flows.transforms import Correlated
+from pyro_flows.models.watch import unwrapped, watch
+from pyro_flows.transforms import Correlated, Covariance
 
 __all__ = ["LinearPrior", "read_joint_prior", "read_prior"]
 
@@ -33,6 +32,9 @@ class ReadingSettings:
     Attributes:
         max_parents: Largest unconstrained dimension of a prior's parents; each dimension takes a run of the model.
         num_spare_runs: Number of runs beyond the number of unknowns, which show whether a linear fit fails.
+        max_covariance_dim: Largest number of coordinates with known priors if some have a covariance that follows other
+            latents, whose factor takes O(D^3) for each draw.
+        no_prior: Log-scale in place of marginals that are unknown.
         max_items: Number of items of a mini-batch that are used; enough to see whether the prior differs between items.
         tolerance: Relative error below which a fit counts as exact; allows for rounding in float32.
         shift: Standard deviation by which coordinates are moved to test dependence, in unconstrained space.
@@ -40,6 +42,8 @@ class ReadingSettings:
 
     max_parents: int = 200
     num_spare_runs: int = 8
+    max_covariance_dim: int = 300
+    no_prior: float = 20.0
     max_items: int = 16
     tolerance: float = 1e-4
     shift: float = 0.3
@@ -58,6 +62,8 @@ class LinearPrior:
         slope: Slopes of the n locations, then of the n log-scales, ``(2 n, A)``.
         bias: Biases of the n locations, then of the n log-scales, ``(2 n,)``.
         correlated: Coordinates that are marginals of multivariate normals whose correlations are a latent.
+        covariances: Coordinates whose location and covariance are a function of other latents; slopes and biases are
+            those of their marginals, or of a very wide prior.
         conditionally_independent: Whether the coordinates with a known prior are independent given all others and the
             data.
         roots: Mask of the coordinates with a constant Gaussian prior that locations of the known ones follow, and no
@@ -69,6 +75,7 @@ class LinearPrior:
     slope: Tensor
     bias: Tensor
     correlated: tuple[Correlated, ...] = ()
+    covariances: tuple[Covariance, ...] = ()
     conditionally_independent: bool = False
     roots: Tensor | None = None
 
@@ -84,32 +91,6 @@ class LinearPrior:
         slope = self.slope.new_zeros(len(self.bias), count)
         slope[:, self.active] = self.slope
         return slope * rows.unsqueeze(-1), self.bias * rows
-
-
-class _Done(Exception):
-    """Raised to end a run of the model once all requested priors were seen."""
-
-
-class _Watch(Messenger):
-    """Sets some latents to given values, draws the rest, and records the distributions of the requested sites."""
-
-    def __init__(self, values: Mapping[str, Tensor], wanted: Sequence[str]) -> None:
-        super().__init__()
-        self.values = values
-        self.found: dict[str, Any] = dict.fromkeys(wanted)
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["is_observed"] or site_is_subsample(msg):
-            return
-        # All others are drawn afresh, although a handler of the guide's model would set them to their initial values.
-        msg["value"] = self.values[msg["name"]] if msg["name"] in self.values else msg["fn"]()
-        msg["done"] = True
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["name"] in self.found:
-            self.found[msg["name"]] = msg["fn"]
-            if all(fn is not None for fn in self.found.values()):
-                raise _Done
 
 
 @torch.no_grad()
@@ -143,7 +124,7 @@ def read_prior(
     with seeded(0):
         for _ in range(count + READING.num_spare_runs):
             packed, values = _random_parents(parents)
-            found = _watch(model, args, kwargs, values, layout.names)
+            found = watch(model, args, kwargs, values, layout.names)
             if found is None:
                 return None
             rows.append(_row(layout, packed, found))
@@ -154,13 +135,53 @@ def read_prior(
 def read_joint_prior(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], layout: Layout
 ) -> LinearPrior | None:
-    """Find the priors of the joint block's sites that are Gaussian, and linear in other sites of the block.
+    """Find the priors of the joint block's sites that are Gaussian given other sites of the block.
 
-    See :func:`read_prior`. Priors that depend on no other site are left out.
+    Those are priors that are linear in these, as for :func:`read_prior`, and multivariate normals.
+
+    Priors that depend on no other site are left out.
 
     Returns:
         None if no site has such a prior.
     """
+    linear = _read_linear(model, args, kwargs, layout)
+    read = read_covariances(model, args, kwargs, layout)
+    return _with_covariances(linear, read, layout.init_loc) if read else linear
+
+
+def _with_covariances(linear: LinearPrior | None, read: Sequence[ReadCovariance], like: Tensor) -> LinearPrior | None:
+    """Linear priors together with multivariate normals, or without if a head cannot have both.
+
+    The sites that the latter depend on are drawn first, without known priors of their own.
+    """
+    dim = len(like)
+    none = torch.zeros(dim, dtype=torch.bool, device=like.device)
+    base = linear
+    if base is None:
+        base = LinearPrior(none, none.nonzero().squeeze(-1), like.new_zeros(2 * dim, 0), like.new_zeros(2 * dim))
+    taken = {group.offset for group in base.correlated}
+    covariances = tuple(each.covariance for each in read if each.covariance.offset not in taken)
+    covered, parents = none.clone(), none.clone()
+    for each in read:
+        if each.covariance in covariances:
+            covered[each.covariance.rows] = True
+            parents |= each.parents
+    slope, bias = replace(base, known=base.known & ~parents, roots=None).dense(dim)
+    bias[dim:][covered & ~base.known] = READING.no_prior
+    depends = slope.unflatten(0, (2, dim)).ne(0.0).any(0)
+    known = (base.known | covered) & ~parents & ~(depends[:, covered].any(-1) & ~covered)
+    if not covariances or (parents & covered).any() or depends[known][:, known].any():
+        return linear
+    if known.sum() > READING.max_covariance_dim:
+        return linear
+    everything = torch.arange(dim, device=like.device)
+    return LinearPrior(known, everything, slope, bias, base.correlated, covariances)
+
+
+def _read_linear(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], layout: Layout
+) -> LinearPrior | None:
+    """Priors that are Gaussian, and linear in other sites of the joint block."""
     rows: list[tuple[Tensor, Tensor]] = []
     shared: set[tuple[str, str]] = set()
     if layout.latent_dim > READING.max_parents:
@@ -168,7 +189,7 @@ def read_joint_prior(
     with seeded(0):
         for _ in range(layout.latent_dim + READING.num_spare_runs):
             (packed,), values = _random_parents([layout])
-            found = _watch(model, args, kwargs, values, layout.names)
+            found = watch(model, args, kwargs, values, layout.names)
             if found is None:
                 return None
             gaussians = [_gaussian(site, found[site.name]) for site in layout]
@@ -251,7 +272,7 @@ def _conditionally_independent(
                 after = gradient(center.index_add(0, coordinates, moved * shift.to(center)))
                 if not ((after - before).abs() <= READING.tolerance * (1.0 + before.abs()))[~moved].all():
                     return False
-        except Exception:  # as in _watch
+        except Exception:  # as in `watch`
             return False
     return True
 
@@ -262,7 +283,7 @@ def _correlations(layout: Layout, found: Mapping[str, Any], values: Mapping[str,
     factors = [name for name, base in bases.items() if isinstance(base, CorrCholeskyTransform)]
     pairs = set()
     for site in layout:
-        fn = _unwrapped(found[site.name])
+        fn = unwrapped(found[site.name])
         if isinstance(fn, dist.MultivariateNormal):
             correlation = fn.scale_tril / fn.stddev.unsqueeze(-1)
             for name in factors:
@@ -271,32 +292,6 @@ def _correlations(layout: Layout, found: Mapping[str, Any], values: Mapping[str,
                 ):
                     pairs.add((site.name, name))
     return pairs
-
-
-def _unwrapped(fn: Any) -> Any:
-    """Base distribution, without wrappers that only change its shape or its weight."""
-    while isinstance(fn, (dist.Independent, dist.torch_distribution.ExpandedDistribution, dist.MaskedDistribution)):
-        fn = fn.base_dist
-    return fn
-
-
-def _watch(
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    values: Mapping[str, Tensor],
-    wanted: Sequence[str],
-) -> dict[str, Any] | None:
-    """Distributions of sites in a run at given values; None if the model raises at these values."""
-    watch = _Watch(values, wanted)
-    try:
-        with poutine.block(), watch:
-            model(*args, **kwargs)
-    except _Done:
-        pass
-    except Exception:  # a model may raise anything at unlikely values; its priors are then unknown
-        return None
-    return watch.found
 
 
 def _random_parents(parents: Sequence[Layout]) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -327,7 +322,7 @@ def _gaussian(site: Site, fn: Any) -> tuple[Tensor, Tensor]:
     For a multivariate normal these are the marginals': with a covariance matrix they often depend linearly on other
     latents, unlike its conditionals, and a parametrization relative to them removes the funnel.
     """
-    fn = _unwrapped(fn)
+    fn = unwrapped(fn)
     if isinstance(fn, dist.LogNormal):
         fn = fn.base_dist
         while isinstance(fn, torch.distributions.Independent):

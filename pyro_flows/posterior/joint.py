@@ -16,6 +16,7 @@ from pyro_flows.models.layout import Layout
 from pyro_flows.models.priors import LinearPrior
 from pyro_flows.transforms import (
     ConditionalGaussianHead,
+    CovarianceHead,
     DiagonalPrecisionHead,
     FullPrecisionHead,
     FullRankPreconditioner,
@@ -73,9 +74,12 @@ def _preconditioner(dim: int, *, knows_priors: bool) -> Preconditioner | None:
 
 def _conditional_head(prior: LinearPrior, dim: int) -> ConditionalGaussianHead:
     """The head for a known prior: a Gaussian with a precision matrix, exact for linear mixed models and random walks,
-    if few priors are known and no scale depends on them; a diagonal one if these are conditionally independent."""
+    if few priors are known and no scale depends on them, or some are multivariate normals; a diagonal one if they are
+    conditionally independent."""
     slope, bias = prior.dense(dim)
     known = prior.known if prior.roots is None else prior.known | prior.roots
+    if prior.covariances:
+        return CovarianceHead(known, slope, bias, prior.correlated, prior.covariances)
     if slope[dim:, known].any() or known.sum() > JOINT.max_precision_dim:
         return MultilevelHead(prior.known, *replace(prior, roots=None).dense(dim))
     if prior.conditionally_independent and prior.roots is None:

@@ -41,14 +41,15 @@ class SelectSettings:
         max_share: Largest share of the precision that known priors have where a deterministic fit begins.
         num_fixed_draws: Number of fixed draws of that fit.
         no_share: The priors' share if they are not used.
-        num_rounds: Rounds of fitting the likelihood factor of coordinates with known priors.
+        num_rounds: Largest number of fits of the likelihood factor of coordinates with known priors, the first one
+            at a point.
         min_gain_of_modes: Gain in nats below which a guide does not take a mixture by itself.
     """
 
     max_share: float = 0.9
     num_fixed_draws: int = 128
     no_share: float = 1e-6
-    num_rounds: int = 2
+    num_rounds: int = 4
     min_gain_of_modes: float = 0.02
 
 
@@ -154,14 +155,17 @@ def _from_likelihood(flow: Flow, log_joint: LogJoint, head: LinearMixedHead, fou
     free = head.order[: head.count_free]
     center, scale = found.loc, found.conditional_scale
     best: Start | None = None
-    for _ in range(SETTINGS.num_rounds):
-        if not fit_likelihood(log_joint, head, center, scale):
+    for index in range(SETTINGS.num_rounds):
+        if not fit_likelihood(log_joint, head, center, scale, by_draws=index > 0):
             break
         gaussian = refined(pulled, begin, free)
-        if not gaussian.elbo > (-math.inf if best is None else best.elbo):
+        was = -math.inf if best is None else best.elbo
+        if not gaussian.elbo > was:
             break
         preconditioner.set(gaussian.loc, gaussian.factor)
         best = _start(gaussian.elbo, flow)
+        if not gaussian.elbo > was + GAUSSIAN.newton_gain:
+            break
         center = head.forward_and_ladj(gaussian.loc)[0]
         scale = head.gaussian()[1] * gaussian.factor.square().sum(-1).sqrt()
     return best

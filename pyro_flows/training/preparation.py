@@ -20,7 +20,7 @@ from pyro_flows.training.objective import EstimateSettings, Objective
 from pyro_flows.training.parts import Parts
 from pyro_flows.training.random_state import restore_random_state
 from pyro_flows.training.state import TrainingState, set_leaves
-from pyro_flows.transforms.preconditioner import look_again
+from pyro_flows.transforms.fixed import look_again
 
 __all__ = ["restored", "set_up", "sparse_tables", "warm_start", "without_step_limit"]
 

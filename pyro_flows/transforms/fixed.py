@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FixedParameter"]
+__all__ = ["FixedParameter", "ReadsFixed", "look_again"]
 
 
 class FixedParameter(nn.Parameter):
@@ -38,6 +38,25 @@ class FixedParameter(nn.Parameter):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _restored, (self.data, self.requires_grad)
+
+
+class ReadsFixed(nn.Module):
+    """Base of modules with Python state that follows their fixed parameters, as which branch a map takes."""
+
+    def look(self) -> None:
+        """Read the fixed parameters again, after they were set elsewhere."""
+        raise NotImplementedError
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.look()
+
+
+def look_again(module: nn.Module) -> None:
+    """Have all parts of a module read their fixed parameters again, after values were copied into these."""
+    for part in module.modules():
+        if isinstance(part, ReadsFixed):
+            part.look()
 
 
 def _restored(data: Tensor, requires_grad: bool) -> FixedParameter:

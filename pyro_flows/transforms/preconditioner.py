@@ -3,23 +3,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_flows._checks import checked, integer
 from pyro_flows.transforms.base import FlowTransform
-from pyro_flows.transforms.fixed import FixedParameter
+from pyro_flows.transforms.fixed import FixedParameter, ReadsFixed
 
-__all__ = ["FullRankPreconditioner", "LowRankPreconditioner", "Preconditioner", "look_again"]
+__all__ = ["FullRankPreconditioner", "LowRankPreconditioner", "Preconditioner"]
 
 
 # Number of vectors by which a map is recognized as the identity.
 PROBES = 512
 
 
-class Preconditioner(FlowTransform):
+class Preconditioner(ReadsFixed, FlowTransform):
     r"""Base of :math:`y = m + A x`, the identity until ``A`` and ``m`` are set, and not trained.
 
     A step of Adam moves every parameter by the learning rate. If the posterior's narrowest direction is a thousandth of
@@ -44,10 +42,6 @@ class Preconditioner(FlowTransform):
         probe[-1] += 1.0  # the last row combines all coordinates
         with torch.no_grad():
             self.is_identity = bool((self.loc == 0.0).all()) and torch.equal(self._mix(probe)[0], probe)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.look()
 
     def standardize(self, y: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
         """As ``Head.standardize``, for a Gaussian ``N(loc, diag(scale)^2)`` under this map."""
@@ -88,13 +82,6 @@ class Preconditioner(FlowTransform):
     ) -> tuple[Tensor, Tensor, Tensor]:
         y, ladj = self.forward_and_ladj(x)
         return y, ladj, score if self.is_identity else self._unmix_score(score)
-
-
-def look_again(module: nn.Module) -> None:
-    """Have all fixed maps of a module check whether they are the identity, after parameters were copied into them."""
-    for part in module.modules():
-        if isinstance(part, Preconditioner):
-            part.look()
 
 
 class FullRankPreconditioner(Preconditioner):

@@ -30,7 +30,7 @@ from pyro_flows.training.options import RunOptions
 from pyro_flows.training.schedule import Schedule
 from pyro_flows.training.state import TrainingState
 from pyro_flows.training.trainer import Trainer
-from pyro_flows.transforms.preconditioner import look_again
+from pyro_flows.transforms.fixed import look_again
 from tests.common import schools
 from tests.data.version_0_1_0.guides import DATA, densities, eight_schools, small
 

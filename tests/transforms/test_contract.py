@@ -46,6 +46,36 @@ def likelihood_head(input_dim: int, kind: type[T.LinearMixedHead]) -> FlowTransf
     return head
 
 
+class Kernel:
+    """A prior with a location and a covariance that follow the first coordinate."""
+
+    def __init__(self, count: int) -> None:
+        self.root = torch.arange(count**2).sin().reshape(count, count)
+
+    def __call__(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        root = self.root.to(y)
+        covariance = root @ root.mT * y[..., :1, None].exp() + 0.3 * torch.eye(len(root)).to(y)
+        return y[..., :1].sin().expand(*y.shape[:-1], len(root)), torch.linalg.cholesky(covariance)
+
+
+def covariance_head(input_dim: int, *, full: bool) -> FlowTransform:
+    """A multivariate normal prior of the last half, with all of it in use or its marginals."""
+    count = input_dim // 2
+    free = input_dim - count
+    known = torch.arange(input_dim) >= free
+    slope = torch.zeros(2, input_dim, input_dim)
+    slope[:, known, 0] = 0.3
+    group = T.Covariance(free, 1, count, Kernel(count))
+    head = T.CovarianceHead(known, slope.flatten(0, 1), torch.zeros(2 * input_dim), covariances=[group])
+    head.initialize(torch.randn(input_dim), torch.rand(input_dim) + 0.5, 0.5)
+    if full:
+        root = torch.randn(count, count)
+        where = torch.randn(free), torch.rand(free) + 0.5
+        precision = root @ root.mT + 0.1 * torch.eye(count)
+        head.set_likelihood(where, torch.randn(count), precision, torch.randn(count, free), 0.2 * torch.randn(free))
+    return head
+
+
 def preconditioner(input_dim: int) -> FlowTransform:
     transform = T.FullRankPreconditioner(input_dim)
     transform.set(torch.randn(input_dim), torch.randn(input_dim, input_dim).tril() + 3.0 * torch.eye(input_dim))
@@ -95,6 +125,8 @@ TRANSFORMS |= {
     "PyroTransform": lambda d, c: T.PyroTransform(pyro_transforms.spline(d), d, c),
     "DiagonalPrecisionHead": lambda d, c: likelihood_head(d, T.DiagonalPrecisionHead),
     "FullPrecisionHead": lambda d, c: likelihood_head(d, T.FullPrecisionHead),
+    "CovarianceHead": lambda d, c: covariance_head(d, full=True),
+    "CovarianceHead (marginals)": lambda d, c: covariance_head(d, full=False),
     "MultilevelHead": lambda d, c: hierarchy(d),
     "SiteOrderedAffine": lambda d, c: T.SiteOrderedAffine(d, c, block_sizes=(1,) if d == 1 else (1, d - 1)),
     "SiteOrderedAffine (rank 1)": lambda d, c: T.SiteOrderedAffine(d, c, block_sizes=(1,) * d, rank=1),
@@ -106,6 +138,8 @@ TRANSFORMS |= {
 TWO_DIMENSIONS = {
     "AffineCouplings",
     "DiagonalPrecisionHead",
+    "CovarianceHead",
+    "CovarianceHead (marginals)",
     "FullPrecisionHead",
     "MultilevelHead",
     "SplineCouplings",
@@ -113,6 +147,8 @@ TWO_DIMENSIONS = {
 IGNORE_CONTEXT = {
     "MultilevelHead",
     "DiagonalPrecisionHead",
+    "CovarianceHead",
+    "CovarianceHead (marginals)",
     "FullPrecisionHead",
     "FullRankPreconditioner",
     "LowRankPreconditioner",

@@ -4,8 +4,10 @@
 from pyro_flows.transforms.heads.affine import AffineHead, DiagonalAffine, FullRankAffine, LowRankAffine
 from pyro_flows.transforms.heads.base import Head
 from pyro_flows.transforms.heads.conditional_gaussian import ConditionalGaussianHead
+from pyro_flows.transforms.heads.correlated import Correlated, Covariance
+from pyro_flows.transforms.heads.covariance import CovarianceHead
 from pyro_flows.transforms.heads.diagonal_precision import DiagonalPrecisionHead
-from pyro_flows.transforms.heads.full_precision import Correlated, FullPrecisionHead
+from pyro_flows.transforms.heads.full_precision import FullPrecisionHead
 from pyro_flows.transforms.heads.linear_mixed import LinearMixedHead
 from pyro_flows.transforms.heads.multilevel import MultilevelHead
 from pyro_flows.transforms.heads.plate import PlateHead
@@ -14,6 +16,8 @@ __all__ = [
     "AffineHead",
     "ConditionalGaussianHead",
     "Correlated",
+    "Covariance",
+    "CovarianceHead",
     "DiagonalAffine",
     "DiagonalPrecisionHead",
     "FullPrecisionHead",

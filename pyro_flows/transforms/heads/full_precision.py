@@ -12,28 +12,12 @@ from torch.distributions.transforms import CorrCholeskyTransform
 
 from pyro_flows.transforms.fixed import FixedParameter
 from pyro_flows.transforms.heads.base import encode_gaussian
+from pyro_flows.transforms.heads.correlated import Correlated
 from pyro_flows.transforms.heads.linear_mixed import LinearMixedHead
 from pyro_flows.transforms.heads.pooling import MIN_SHARE
 from pyro_flows.transforms.networks import powerprop
 
-__all__ = ["Correlated", "FullPrecisionHead"]
-
-
-class Correlated(NamedTuple):
-    """Coordinates whose priors share a matrix of correlations, itself a latent.
-
-    Attributes:
-        offset: The first of ``num * size`` adjacent coordinates, which form ``num`` vectors.
-        num: Number of vectors.
-        size: Length of each vector, K.
-        factor_offset: The first of the ``K (K - 1) / 2`` coordinates of the matrix's Cholesky factor, in the order of
-            :class:`~torch.distributions.transforms.CorrCholeskyTransform`.
-    """
-
-    offset: int
-    num: int
-    size: int
-    factor_offset: int
+__all__ = ["FullPrecisionHead"]
 
 
 class _Prior(NamedTuple):
@@ -129,7 +113,7 @@ class FullPrecisionHead(LinearMixedHead):
         known: Which coordinates have a known prior, ``(D,)``.
         slope: Slopes of prior locations, then log-scales, ``(2 D, D)``; the latter depend on free coordinates only.
         bias: Intercepts of prior locations, then log-scales, ``(2 D,)``.
-        correlated: Coordinates whose priors are correlated.
+        correlated: Coordinates whose priors are correlated by a latent matrix.
     """
 
     def __init__(self, known: Tensor, slope: Tensor, bias: Tensor, correlated: Sequence[Correlated] = ()) -> None:
@@ -141,7 +125,8 @@ class FullPrecisionHead(LinearMixedHead):
         # Of the noise, so that a diagonal Gaussian scales each coordinate's own noise.
         self.rotation = FixedParameter(torch.eye(pooled)) if self.is_chained else None
         places = self.restore.tolist()
-        self._vectors = [places[group.offset] - free for group in self.correlated]
+        # Where correlated vectors are among the pooled coordinates: first, number and length.
+        self._vectors = [(places[group.offset] - free, group.num, group.size) for group in self.correlated]
         self._factors = [places[group.factor_offset] for group in self.correlated]
 
     @property
@@ -218,8 +203,12 @@ class FullPrecisionHead(LinearMixedHead):
         if self.is_chained:
             self._rotate()
 
+    def _priors(self, parents: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Locations and log-scales of the priors, given the coordinates drawn before, and factors of correlations."""
+        return *super().prior(parents), self._correlations(parents)
+
     def _correlations(self, free: Tensor) -> list[Tensor]:
-        """Factors of correlations of the priors."""
+        """Factors of latent matrices of correlations."""
         factors = []
         for group, start in zip(self.correlated, self._factors, strict=True):
             entries = free[..., start : start + group.size * (group.size - 1) // 2]
@@ -236,19 +225,19 @@ class FullPrecisionHead(LinearMixedHead):
 
     def _correlate(self, rows: Tensor, factors: Sequence[Tensor], *, transpose: bool) -> Tensor:
         """``L`` or its transpose times ``(..., P, C)``."""
-        for group, start, factor in zip(self.correlated, self._vectors, factors, strict=True):
-            here = slice(start, start + group.num * group.size)
-            inner = rows[..., here, :].unflatten(-2, (group.num, group.size))
+        for (start, num, size), factor in zip(self._vectors, factors, strict=True):
+            here = slice(start, start + num * size)
+            inner = rows[..., here, :].unflatten(-2, (num, size))
             mixed = (factor.mT if transpose else factor).unsqueeze(-3) @ inner
             rows = torch.cat([rows[..., : here.start, :], mixed.flatten(-3, -2), rows[..., here.stop :, :]], -2)
         return rows
 
     def _uncorrelate(self, rows: Tensor, factors: Sequence[Tensor], *, transpose: bool) -> Tensor:
         """The inverse of :meth:`_correlate`."""
-        for group, start, factor in zip(self.correlated, self._vectors, factors, strict=True):
-            here = slice(start, start + group.num * group.size)
-            inner = rows[..., here, :].unflatten(-2, (group.num, group.size))
-            matrix = (factor.mT if transpose else factor).unsqueeze(-3).expand(*inner.shape[:-1], group.size)
+        for (start, num, size), factor in zip(self._vectors, factors, strict=True):
+            here = slice(start, start + num * size)
+            inner = rows[..., here, :].unflatten(-2, (num, size))
+            matrix = (factor.mT if transpose else factor).unsqueeze(-3).expand(*inner.shape[:-1], size)
             solved = torch.linalg.solve_triangular(matrix, inner, upper=transpose)
             rows = torch.cat([rows[..., : here.start, :], solved.flatten(-3, -2), rows[..., here.stop :, :]], -2)
         return rows
@@ -256,16 +245,15 @@ class FullPrecisionHead(LinearMixedHead):
     def _log_det_correlations(self, factors: Sequence[Tensor]) -> Tensor | float:
         """``log|det L|``."""
         total: Tensor | float = 0.0
-        for group, factor in zip(self.correlated, factors, strict=True):
-            total = total + group.num * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        for (_, num, _), factor in zip(self._vectors, factors, strict=True):
+            total = total + num * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return total
 
     def _conditional(self, free: Tensor, loc: Tensor, log_scale: Tensor) -> _Prior:
         """The conditional of the pooled coordinates given the free ones."""
-        own_loc, prior_log_scale = self.prior(free)
+        own_loc, prior_log_scale, factors = self._priors(free)
         chain = self._chain()
         prior_loc = own_loc @ chain.to(own_loc).mT if self.is_chained else own_loc
-        factors = self._correlations(free)
         prior_log_scale = prior_log_scale - 0.5 * powerprop(self.log_share)
         away = self._away(free)
         weight = (-log_scale).exp().unsqueeze(-1) * self.own_factor.detach()  # W_0 with K_0 = W_0 W_0^T

@@ -66,9 +66,19 @@ class LinearMixedHead(ConditionalGaussianHead):
         self.own_tilt.copy_(log_precision_slope)
         self.set_origin()
 
+    def full_prior(self, free: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`prior` of all pooled coordinates, whatever the head uses of it at the moment."""
+        return self.prior(free)
+
+    @property
+    def own_densities(self) -> list[slice]:
+        """Coordinates, in the original order, of sites that :meth:`log_prior` leaves out, since only the model computes
+        their priors as precisely as it does."""
+        return []
+
     def log_prior(self, y: Tensor) -> Tensor:
         """Log density of the known priors up to a constant, not tempered by their share, at values in the original
-        order, ``(..., D)``."""
+        order, ``(..., D)``; without :attr:`own_densities`."""
         raise NotImplementedError
 
     def _away(self, free: Tensor) -> Tensor:

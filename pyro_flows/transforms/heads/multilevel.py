@@ -64,7 +64,7 @@ class MultilevelHead(ConditionalGaussianHead):
         rest = 1.0 - weight
         return torch.cat([pooled_score * rest, rest * to_log_scale + to_loc], -1) @ self.slope.flatten(0, 1)
 
-    def _draw(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    def _draw_by_level(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """In order: values, summed log-scale, and intermediate results for the score of the pooled coordinates."""
         by_level = zip(*(part.split(self.sizes, -1) for part in (*self._site_approximations(), x)), strict=True)
         loc, scale, log_scale, noise = next(by_level)
@@ -105,7 +105,7 @@ class MultilevelHead(ConditionalGaussianHead):
         return y, pooled, (sigma, weight, site_loc - self.prior(y)[0])
 
     def draw(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y, total, _ = self._draw(x)
+        y, total, _ = self._draw_by_level(x)
         return y, total
 
     def noise(self, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,7 +116,7 @@ class MultilevelHead(ConditionalGaussianHead):
         return x, -(log_scale[:free].sum(-1) + pooled.sum(-1))
 
     def draw_with_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        y, total, (scale, sigma, weight, offset) = self._draw(x)
+        y, total, (scale, sigma, weight, offset) = self._draw_by_level(x)
         with torch.no_grad():
             free = self.count_free
             pooled_score = score[..., free:] / sigma
