@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -199,7 +199,9 @@ def _read_linear(
             shared = pairs if len(rows) == 1 else shared & pairs
             if len(rows) == 2 and not (rows[0][1] != rows[1][1]).logical_and(y.isfinite()).any():
                 return None  # no Gaussian prior depends on another site
-    prior = _fit(torch.stack([x for x, _ in rows]), torch.stack([y for _, y in rows]), layout.init_loc)
+    prior = _fit(
+        torch.stack([x for x, _ in rows]), torch.stack([y for _, y in rows]), layout.init_loc, layout.slices.values()
+    )
     if prior is None:
         return None
     follows = (prior.slope != 0).any(-1).reshape(2, -1).any(0)
@@ -335,14 +337,22 @@ def _gaussian(site: Site, fn: Any) -> tuple[Tensor, Tensor]:
     return fn.loc.expand(site.unconstrained_shape), fn.scale.log().expand(site.unconstrained_shape)
 
 
-def _fit(x: Tensor, y: Tensor, like: Tensor) -> LinearPrior | None:
-    """Linear prior by least squares, for the coordinates that it fits up to rounding."""
+def _fit(x: Tensor, y: Tensor, like: Tensor, sites: Iterable[slice] | None = None) -> LinearPrior | None:
+    """Linear prior by least squares, for the coordinates that it fits up to rounding.
+
+    With the slices of the block's own sites, in the model's order, it is linear in the sites before each.
+    """
     size = y.shape[-1] // 2
     design = torch.cat([x, x.new_ones(len(x), 1)], -1)
     finite = y.isfinite().all(0)
-    # On the CPU: GPUs have no driver for designs without full rank.
-    sides = design.cpu(), y.nan_to_num(0.0, 0.0, 0.0).cpu()
-    solution = torch.linalg.lstsq(*sides, driver="gelsd").solution.to(y)  # (G + 1, 2 n)
+    solution = y.new_zeros(design.shape[-1], 2 * size)
+    for site in sites or [slice(size)]:
+        rows = torch.arange(2 * size).reshape(2, size)[:, site].flatten()
+        columns = torch.cat([torch.arange(x.shape[-1] if sites is None else site.start), torch.tensor([x.shape[-1]])])
+        # On the CPU: GPUs have no driver for designs without full rank.
+        sides = design[:, columns].cpu(), y[:, rows].nan_to_num(0.0, 0.0, 0.0).cpu()
+        found = torch.linalg.lstsq(*sides, driver="gelsd").solution.to(y)  # (G + 1, 2 n)
+        solution[columns.unsqueeze(-1), rows] = found
     error = (design @ solution - y).abs().amax(0) / (1.0 + y.abs().amax(0))
     exact = finite & (error < READING.tolerance)
     known = exact[:size] & exact[size:]

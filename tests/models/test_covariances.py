@@ -204,6 +204,24 @@ def test_a_wrong_shape_is_not_blamed_on_float32() -> None:
     assert "float64" not in str(error.value)
 
 
+def test_a_prior_follows_sites_before_it_only() -> None:
+    """The marginals of an autoregression with jitter are nearly linear: a fit by all coordinates had cycles, and the
+    guide raised."""
+
+    def model() -> None:
+        rho = pyro.sample("rho", dist.Uniform(0.0, 1.0))
+        scale = pyro.sample("scale", dist.HalfCauchy(1.0))
+        times = torch.arange(40.0)
+        covariance = scale**2 * rho ** (times.unsqueeze(-1) - times).abs() + 1e-5 * torch.eye(40)
+        pyro.sample("z", dist.MultivariateNormal(torch.zeros(40), covariance))
+
+    layout = layout_of(model)
+    prior = read_joint_prior(model, (), {}, layout)
+    assert prior is not None
+    assert not prior.dense(layout.latent_dim)[0][:, layout.slices["z"]].any()
+    assert AutoFlowGuide(model).setup().posterior.only_block.flow.head.covariances
+
+
 def conditional_of(guide: AutoFlowGuide, length: Tensor, amplitude: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and covariance of f given the others, from draws' noise: the head is affine in it."""
     head = guide.posterior.only_block.flow.head
