@@ -97,7 +97,8 @@ class Guard:
     functions that they read; and, in the objects found there, in the objects that the programs are methods of and in
     the arguments, the attributes and items with a name that occurs in the functions. Numbers and strings are compared
     by value, everything else by identity; lists and dictionaries item by item; modules of torch by their flags, such as
-    ``training``. A tensor that changes in place is an input of the graph, and no change.
+    ``training``, and others by the attributes that their class lists as ``python_state``. A tensor that changes in
+    place is an input of the graph, and no change.
 
     Not seen are values inside objects of other libraries, such as NumPy's arrays, files, and the state of generators.
 
@@ -218,6 +219,8 @@ class Guard:
         if isinstance(value, torch.nn.Module):
             for name, child in value._modules.items():
                 self._visit_later(child, f"{label}.{name}")
+            for name in getattr(kind, "python_state", ()):
+                self._add(vars(value), name, f"{label}.{name}")
             if kind.__module__.partition(".")[0] == "torch" and not isinstance(value, WITHOUT_FLAGS):
                 flags = [name for name, flag in vars(value).items() if isinstance(flag, SCALARS) and name[0] != "_"]
                 for name in flags:

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from pyro_flows._random import seeded
 from pyro_flows.compiled.tracer import trace_operations
@@ -20,7 +23,7 @@ from pyro_flows.models.sites import Site
 from pyro_flows.models.watch import unwrapped, watch
 from pyro_flows.transforms import Covariance
 
-__all__ = ["ReadCovariance", "read_covariances"]
+__all__ = ["RECORDING", "ReadCovariance", "read_covariances"]
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,14 @@ class RecordingSettings:
     """How priors are recorded, and compared with the model's.
 
     Attributes:
+        max_dim: Largest number of coordinates with known priors where some have a covariance that follows other
+            latents, whose factor takes O(D^3) for each draw.
         num_points: Number of points at which they are compared.
         spread: Standard deviation of these about the initial location, in unconstrained space.
         tolerance: Largest difference, relative to the largest entry; allows for rounding of another order in float32.
     """
 
+    max_dim: int = 300
     num_points: int = 3
     spread: float = 0.3
     tolerance: float = 1e-3
@@ -44,17 +50,19 @@ RECORDING = RecordingSettings()
 class RecordedPrior:
     """Location and Cholesky factor of the covariance of a prior, by the model's own operations, without its Python.
 
-    Data that the model reads are those of the recording. Where the covariance is not positive definite, the factor is
-    the identity.
+    Data that the model reads are those of the recording, as are dtype and device of the operations. Where the
+    covariance is not positive definite, the factor is the identity.
 
     Args:
         graph: From the packed latents of the joint block, ``(D,)``, to a location, ``(L,)``, and a factor, ``(n, n)``.
-        captured: The graph's further inputs.
+        captured: The graph's further inputs, which are copied.
+        like: A tensor of the dtype and on the device of the recording.
     """
 
-    def __init__(self, graph: GraphModule, captured: Sequence[Tensor]) -> None:
+    def __init__(self, graph: GraphModule, captured: Sequence[Tensor], like: Tensor) -> None:
         self._graph = graph
-        self._captured = tuple(captured)
+        self._captured = tuple(value.clone() for value in captured)
+        self._like = like.new_zeros(())
 
     def __call__(self, packed: Tensor) -> tuple[Tensor, Tensor]:
         """``(..., L)`` and ``(..., n, n)`` at packed latents, ``(..., D)``."""
@@ -65,10 +73,13 @@ class RecordedPrior:
             identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
             return loc.nan_to_num(0.0, 0.0, 0.0), torch.where(is_factor, factor.tril(), identity)
 
+        given = packed.to(self._like)
         if packed.dim() == 1:
-            return one(packed)
-        loc, factor = torch.vmap(one)(packed.reshape(-1, packed.shape[-1]))
-        return loc.unflatten(0, packed.shape[:-1]), factor.unflatten(0, packed.shape[:-1])
+            loc, factor = one(given)
+        else:
+            loc, factor = torch.vmap(one)(given.reshape(-1, packed.shape[-1]))
+            loc, factor = (part.unflatten(0, packed.shape[:-1]) for part in (loc, factor))
+        return loc.to(packed), factor.to(packed)
 
 
 class ReadCovariance(NamedTuple):
@@ -89,7 +100,9 @@ def read_covariances(
 ) -> list[ReadCovariance]:
     """Find the sites with a multivariate normal prior that depends on other sites, such as a Gaussian process.
 
-    A prior that the model cannot be recorded for is left out, as is one that depends on anything but the joint block.
+    Left out are priors of more than some hundred coordinates; those that cannot be recorded, since Python reads a value
+    or the model raises; those that depend on anything but the joint block, or on the model's own parameters; and those
+    that are scaled or masked.
 
     Args:
         model: The model.
@@ -99,60 +112,119 @@ def read_covariances(
     """
     found: list[ReadCovariance] = []
     with seeded(0), pyro.validation_enabled(False):
+        sites = [site for site in layout if _is_candidate(site)]
+        sites = [site for site in sites if site.name in _plain_normals(model, args, kwargs, layout)] if sites else []
+        if not sites:
+            return found
         noise = torch.randn(RECORDING.num_points, layout.latent_dim).to(layout.init_loc)
         points = layout.init_loc + RECORDING.spread * noise
-        seen = watch(model, args, kwargs, _values(layout, layout.init_loc), layout.names)
-        if seen is None:
-            return found
-        for site in layout:
-            if not (site.is_real and _is_multivariate_normal(seen[site.name])):
-                continue
 
-            def prior(packed: Tensor, site: Site = site) -> tuple[Tensor, Tensor]:
-                """Locations, ``(L,)``, and one factor for each vector, ``(num, n, n)``."""
-                again = watch(model, args, kwargs, _values(layout, packed), [site.name])
-                if again is None:
-                    raise RuntimeError("the model raises here")
-                fn = unwrapped(again[site.name])
+        def priors(packed: Tensor, names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+            """By site: locations, ``(L,)``, and one factor for each vector, ``(num, n, n)``."""
+            seen = watch(model, args, kwargs, _values(layout, packed), names)
+            if seen is None:
+                raise RuntimeError("the model raises here")
+            parts = {}
+            for name, fn in ((name, unwrapped(fn)) for name, fn in seen.items()):
                 factor = fn.scale_tril
-                return fn.loc.expand(site.unconstrained_shape).reshape(-1), factor.reshape(-1, *factor.shape[-2:])
+                loc = fn.loc.expand(layout[name].unconstrained_shape).reshape(-1)
+                parts[name] = loc, factor.reshape(-1, *factor.shape[-2:])
+            return parts
 
-            read = _record(prior, points)
+        def prior(name: str, packed: Tensor) -> tuple[Tensor, Tensor]:
+            return priors(packed, [name])[name]
+
+        try:
+            with torch.enable_grad():
+                expected = [priors(point, [site.name for site in sites]) for point in points]
+        except Exception:  # a model may raise anything at unlikely values
+            return found
+        for site in sites:
+            at_points = [each[site.name] for each in expected]
+            read = _record(partial(prior, site.name), points, at_points)
             if read is not None:
                 place, size = layout.slices[site.name], site.unconstrained_shape[-1]
-                parents = _parents(read, layout, site, points)
                 covariance = Covariance(place.start, (place.stop - place.start) // size, size, read)
+                parents = _parents(read, layout, site, points)
                 if parents.any():
                     found.append(ReadCovariance(covariance, parents))
     return found
 
 
-def _is_multivariate_normal(fn: Any) -> bool:
-    return isinstance(unwrapped(fn), (dist.MultivariateNormal, dist.LowRankMultivariateNormal))
+def _is_candidate(site: Site) -> bool:
+    shape = site.unconstrained_shape
+    return site.is_real and len(shape) > 0 and math.prod(shape) <= RECORDING.max_dim
+
+
+def _plain_normals(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], layout: Layout
+) -> set[str]:
+    """Names of the sites with a multivariate normal prior that is neither scaled nor masked."""
+    try:
+        with poutine.block(), poutine.trace() as tape:
+            poutine.condition(model, data=_values(layout, layout.init_loc))(*args, **kwargs)
+    except Exception:  # as in `watch`
+        return set()
+    names = set()
+    for site in layout:
+        node = tape.trace.nodes.get(site.name)
+        if node is None or node["scale"] != 1.0 or node["mask"] is not None or _is_masked(node["fn"]):
+            continue
+        if isinstance(unwrapped(node["fn"]), (dist.MultivariateNormal, dist.LowRankMultivariateNormal)):
+            names.add(site.name)
+    return names
+
+
+def _is_masked(fn: Any) -> bool:
+    while hasattr(fn, "base_dist"):
+        if isinstance(fn, dist.MaskedDistribution):
+            return True
+        fn = fn.base_dist
+    return False
 
 
 def _values(layout: Layout, packed: Tensor) -> dict[str, Tensor]:
     return {site.name: site.to_support(part) for site, part in layout.split(packed)}
 
 
-def _record(prior: Callable[[Tensor], tuple[Tensor, Tensor]], points: Tensor) -> RecordedPrior | None:
+def _record(
+    prior: Callable[[Tensor], tuple[Tensor, Tensor]], points: Tensor, expected: Sequence[tuple[Tensor, Tensor]]
+) -> RecordedPrior | None:
     """The prior as a graph; None if it is not what the model gives at the points, ``(N, D)``."""
+    if any(part.requires_grad for parts in expected for part in parts):
+        return None  # of the model's own parameters, which training changes
 
     def single(packed: Tensor) -> tuple[Tensor, Tensor]:
         loc, factors = prior(packed)
         return loc, factors[0]
 
     try:
-        read = RecordedPrior(*trace_operations(single, [points[0]]))
-        expected = [prior(point) for point in points]
+        graph, captured = trace_operations(single, [points[0]])
+        _drop_unused(graph)
+        if not next(iter(graph.graph.nodes)).users:
+            return None
+        read = RecordedPrior(graph, captured, points)
         together = read(points)
-    except Exception:  # a model may raise anything at unlikely values, or have operations that cannot be batched
+    except Exception:  # operations that cannot be recorded or batched are refused in many ways
         return None
     for index, parts in enumerate(expected):
         for one, other in zip(parts, (together[0][index], together[1][index]), strict=True):
             if not ((one - other).abs() <= RECORDING.tolerance * other.abs().max()).all():
                 return None
     return read
+
+
+def _drop_unused(graph: GraphModule) -> None:
+    """Drop operations without use, random ones too: draws of other sites, which a graph keeps otherwise."""
+    for node in reversed(list(graph.graph.nodes)):
+        if node.op == "call_function" and not node.users and not _writes(node):
+            graph.graph.erase_node(node)
+    graph.recompile()
+
+
+def _writes(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 def _parents(read: RecordedPrior, layout: Layout, own: Site, points: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions.transforms import CorrCholeskyTransform
 
 from pyro_flows._random import seed_all, seeded
-from pyro_flows.models.covariances import ReadCovariance, read_covariances
+from pyro_flows.models.covariances import RECORDING, ReadCovariance, read_covariances
 from pyro_flows.models.layout import Layout
 from pyro_flows.models.log_joint import constrain, scored_sites
 from pyro_flows.models.sites import Site
@@ -32,8 +32,6 @@ class ReadingSettings:
     Attributes:
         max_parents: Largest unconstrained dimension of a prior's parents; each dimension takes a run of the model.
         num_spare_runs: Number of runs beyond the number of unknowns, which show whether a linear fit fails.
-        max_covariance_dim: Largest number of coordinates with known priors if some have a covariance that follows other
-            latents, whose factor takes O(D^3) for each draw.
         no_prior: Log-scale in place of marginals that are unknown.
         max_items: Number of items of a mini-batch that are used; enough to see whether the prior differs between items.
         tolerance: Relative error below which a fit counts as exact; allows for rounding in float32.
@@ -42,7 +40,6 @@ class ReadingSettings:
 
     max_parents: int = 200
     num_spare_runs: int = 8
-    max_covariance_dim: int = 300
     no_prior: float = 20.0
     max_items: int = 16
     tolerance: float = 1e-4
@@ -172,10 +169,11 @@ def _with_covariances(linear: LinearPrior | None, read: Sequence[ReadCovariance]
     known = (base.known | covered) & ~parents & ~(depends[:, covered].any(-1) & ~covered)
     if not covariances or (parents & covered).any() or depends[known][:, known].any():
         return linear
-    if known.sum() > READING.max_covariance_dim:
+    if known.sum() > RECORDING.max_dim:
         return linear
+    correlated = tuple(group for group in base.correlated if known[group.rows].all())
     everything = torch.arange(dim, device=like.device)
-    return LinearPrior(known, everything, slope, bias, base.correlated, covariances)
+    return LinearPrior(known, everything, slope, bias, correlated, covariances)
 
 
 def _read_linear(

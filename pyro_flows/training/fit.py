@@ -363,7 +363,7 @@ def fit(
         steps=state.num_steps,
         seconds=time.perf_counter() - monitor.begin,
         kept=kept,
-        reason=f"its {max_seconds:g} seconds are over" if interrupts.ran_out else state.reason,
+        reason=_out_of_time(max_seconds) if interrupts.ran_out else state.reason,
         skipped=state.num_skipped,
         rollbacks=state.num_rollbacks,
         num_particles=options.num_particles,
@@ -378,6 +378,11 @@ def fit(
         weighted=added,
         num_modes=guide.posterior.num_modes if isinstance(guide, AutoFlowGuide) else 1,
     )
+
+
+def _out_of_time(max_seconds: float | None) -> str:
+    """Why a run stopped that was late; one without a limit of its own in this process shares another's."""
+    return f"its {max_seconds:g} seconds are over" if max_seconds else "the seconds of another process are over"
 
 
 def _is_point(guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

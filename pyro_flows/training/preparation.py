@@ -95,6 +95,8 @@ def restored(
         file.check(objective, complete=True)
     except ValueError:
         set_leaves(objective.leaves, before)
+        if isinstance(guide, torch.nn.Module):
+            look_again(guide)
         raise
     return objective, state
 

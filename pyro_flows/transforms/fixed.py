@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,9 @@ class FixedParameter(nn.Parameter):
 
 class ReadsFixed(nn.Module):
     """Base of modules with Python state that follows their fixed parameters, as which branch a map takes."""
+
+    # Its attributes; a recorded step is recorded again where one changes.
+    python_state: ClassVar[tuple[str, ...]] = ()
 
     def look(self) -> None:
         """Read the fixed parameters again, after they were set elsewhere."""

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,8 @@ class Preconditioner(ReadsFixed, FlowTransform):
 
     ``m`` and the parts of ``A`` are fixed parameters.
     """
+
+    python_state: ClassVar[tuple[str, ...]] = ("is_identity",)
 
     def __init__(self, input_dim: int) -> None:
         super().__init__(input_dim, 0)

@@ -25,7 +25,7 @@ from tests.distributed import programs
 ROOT = Path(__file__).resolve().parents[2]
 AS_ONE = ("fit_schools", "fit_recorded", "fit_groups", "fit_loader", "fit_autoencoder", "fit_with_nan")
 TOGETHER = (
-    *("fit_own_data", "fit_sampler", "fit_interrupted", "fit_stopped"),
+    *("fit_own_data", "fit_sampler", "fit_interrupted", "fit_late", "fit_stopped"),
     *("svi", "svi_broadcast", "compiled_svi", "svi_until_converged", "fit_refused", "fit_alone", "ddp_recipe"),
 )
 
@@ -93,6 +93,14 @@ def test_an_interruption_of_one_stops_both_after_the_same_step(both):
     first, second = both["fit_interrupted"]
     assert first["reason"] == second["reason"] == "interrupted"
     assert first["steps"] == second["steps"] == 21  # the first step of the next cycle
+    same({"p": first["parameters"]}, {"p": second["parameters"]})
+
+
+def test_the_time_of_one_stops_both(both):
+    first, second = both["fit_late"]
+    assert second["reason"] == "its 0.001 seconds are over"
+    assert first["reason"] == "the seconds of another process are over"
+    assert first["steps"] == second["steps"] == 1
     same({"p": first["parameters"]}, {"p": second["parameters"]})
 
 

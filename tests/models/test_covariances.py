@@ -12,12 +12,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import SVI, Trace_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoNormal
 from pyro.optim import Adam
 from torch import Tensor
 
-from pyro_flows import AutoFlowGuide
+from pyro_flows import AutoFlowGuide, CompiledSVI, fit
 from pyro_flows.diagnostics import log_weights
 from pyro_flows.models.covariances import ReadCovariance, read_covariances
 from pyro_flows.models.latents import trace_latents
@@ -26,6 +26,7 @@ from pyro_flows.models.priors import read_joint_prior
 from pyro_flows.models.sites import read_sites
 from pyro_flows.transforms import CovarianceHead
 
+ONES = torch.ones(20_000)
 X = torch.linspace(-2.0, 2.0, 12)
 Y = torch.tensor([0.2, 0.9, 1.4, 1.1, 0.3, -0.8, -1.2, -0.9, 0.1, 0.7, 1.5, 1.0])
 
@@ -143,7 +144,26 @@ def not_definite() -> None:
     pyro.sample("f", dist.MultivariateNormal(X, kernel(length, torch.ones(()), jitter=-1.0)))
 
 
-@pytest.mark.parametrize("model", [constant, different_outputs, branching, random_kernel])
+def learned() -> None:
+    """The covariance is of the model's own parameter too, which training moves."""
+    length = pyro.sample("length", dist.LogNormal(-0.5, 0.3))
+    amplitude = pyro.param("amplitude", torch.tensor(1.0), constraint=dist.constraints.positive)
+    pyro.sample("f", dist.MultivariateNormal(X, kernel(length, amplitude)))
+
+
+def scaled() -> None:
+    """The model scores a third of the prior's log density."""
+    length = pyro.sample("length", dist.LogNormal(-0.5, 0.3))
+    with pyro.poutine.scale(scale=0.3):
+        pyro.sample("f", dist.MultivariateNormal(X, kernel(length, torch.ones(()))))
+
+
+def masked() -> None:
+    length = pyro.sample("length", dist.LogNormal(-0.5, 0.3))
+    pyro.sample("f", dist.MultivariateNormal(X, kernel(length, torch.ones(()))).mask(False))
+
+
+@pytest.mark.parametrize("model", [constant, different_outputs, branching, random_kernel, learned, scaled, masked])
 def test_others_are_left_to_what_there_is_for_them(model: Callable[[], object]) -> None:
     assert not read(model)[1]
 
@@ -158,6 +178,45 @@ def test_a_process_in_a_process_has_its_own_covariance_left_out() -> None:
 
     prior = read_joint_prior(deep, (), {}, layout_of(deep))
     assert prior is None or not prior.covariances
+
+
+def test_large_ones_are_not_even_built() -> None:
+    """A low-rank normal of 20,000 dimensions, whose dense factor would take gigabytes."""
+
+    def large() -> None:
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        pyro.sample("f", dist.LowRankMultivariateNormal(torch.zeros(20_000), scale * torch.ones(20_000, 1), ONES))
+
+    assert not read(large)[1]
+
+
+def test_a_discrete_site_before_is_none_of_its_business() -> None:
+    @config_enumerate
+    def mixed() -> None:
+        pyro.sample("z", dist.Bernoulli(0.3))
+        regression()
+
+    layout = Layout(read_sites(trace_latents(mixed, (), {})))
+    assert [found.covariance.size for found in read_covariances(mixed, (), {}, layout)] == [len(X)]
+
+
+def test_vectors_with_latent_correlations_that_a_process_follows() -> None:
+    """They are drawn before it, so that the head does not correlate them."""
+
+    def model() -> None:
+        factor = pyro.sample("factor", dist.LKJCholesky(2, 2.0))
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        with pyro.plate("groups", 3):
+            b = pyro.sample("b", dist.MultivariateNormal(torch.zeros(2), scale_tril=scale * factor))
+        length = pyro.sample("length", dist.LogNormal(-0.5, 0.3))
+        f = pyro.sample("f", dist.MultivariateNormal(b[..., 0, :1] + X, kernel(length, torch.ones(()))))
+        with pyro.plate("rows", len(X)):
+            pyro.sample("y", dist.Normal(f, 0.3), obs=Y)
+
+    head = AutoFlowGuide(model).warm_start().posterior.only_block.flow.head
+    assert isinstance(head, CovarianceHead)
+    assert head.correlated == ()
+    assert head.is_full
 
 
 def test_a_hyperprior_above_the_covariance() -> None:
@@ -285,3 +344,60 @@ def test_a_guide_with_a_recorded_prior_is_copied_saved_and_loaded(tmp_path: Path
     for other in (copy.deepcopy(guide), loaded, pickle.loads(pickle.dumps(guide))):
         torch.testing.assert_close(other.log_prob(values), expected)
     assert not any("captured" in name or "graph" in name for name in guide.state_dict())
+
+
+def test_data_changed_in_place_do_not_change_the_guide() -> None:
+    x = X.clone()
+
+    def model() -> None:
+        length = pyro.sample("length", dist.LogNormal(-0.5, 0.3))
+        squares = (x.unsqueeze(-1) - x).square()
+        covariance = (-squares / length).exp() + 1e-3 * torch.eye(len(x))
+        f = pyro.sample("f", dist.MultivariateNormal(torch.zeros(len(x)), covariance))
+        pyro.sample("y", dist.Normal(f, 0.3).to_event(1), obs=Y)
+
+    guide = AutoFlowGuide(model).warm_start()
+    values = guide.sample_posterior(5)
+    expected = guide.log_prob(values)
+    x.mul_(1.5)
+    assert torch.equal(guide.log_prob(values), expected)
+
+
+def test_another_dtype() -> None:
+    guide = AutoFlowGuide(regression).warm_start()
+    values = guide.sample_posterior(5)
+    expected = guide.log_prob(values)
+    guide.double()
+    found = guide.log_prob({name: value.double() for name, value in values.items()})
+    assert found.dtype == torch.double
+    torch.testing.assert_close(found.float(), expected, rtol=1e-3, atol=1e-2)
+
+
+def test_compiled_steps_notice_a_warm_start() -> None:
+    """A recorded step takes one of two branches of the head: it went on with the other one's density."""
+    pyro.set_rng_seed(0)
+    guide = AutoFlowGuide(regression)
+    svi = CompiledSVI(regression, guide, Adam({"lr": 1e-4}), Trace_ELBO())
+    for _ in range(3):
+        svi.step()
+    guide.warm_start()
+    with pytest.warns(UserWarning, match="recorded again"):
+        losses = [svi.step() for _ in range(100)]
+    with torch.no_grad():
+        expected = torch.tensor([Trace_ELBO().loss(regression, guide) for _ in range(100)])
+    # Both have a standard error of about 0.03, since log weights hardly vary.
+    assert abs(sum(losses) / 100 - expected.mean()) < 0.2
+
+
+def test_a_refused_checkpoint_leaves_the_guide_as_it_was(tmp_path: Path) -> None:
+    def model(y: Tensor) -> None:
+        f = process()
+        pyro.sample("y", dist.Normal(f, 0.3).to_event(1), obs=y)
+
+    fit(model, AutoFlowGuide(model), (Y,), num_steps=1, seed=0, progress=False, checkpoint=tmp_path / "run")
+    guide = AutoFlowGuide(model).setup(Y)
+    values = guide.sample_posterior(5)
+    expected = guide.log_prob(values)
+    with pytest.raises(ValueError, match="data"):
+        fit(model, guide, (Y + 0.1,), num_steps=1, seed=0, progress=False, checkpoint=tmp_path / "run")
+    assert torch.equal(guide.log_prob(values), expected)

@@ -27,6 +27,11 @@ class Correlated(NamedTuple):
     size: int
     factor_offset: int
 
+    @property
+    def rows(self) -> slice:
+        """The coordinates."""
+        return slice(self.offset, self.offset + self.num * self.size)
+
 
 class Covariance(NamedTuple):
     """Coordinates whose priors are multivariate normals with a location and a covariance that follow other latents.

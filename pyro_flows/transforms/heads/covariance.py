@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ class CovarianceHead(ReadsFixed, FullPrecisionHead, MultilevelHead):
         with one Gaussian factor for each coordinate. Opper, Archambeau. The variational Gaussian approximation
         revisited. Neural Computation 2009.
     """
+
+    python_state: ClassVar[tuple[str, ...]] = ("is_full",)
 
     has_own: Tensor
 

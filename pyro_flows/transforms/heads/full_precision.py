@@ -159,11 +159,13 @@ class FullPrecisionHead(LinearMixedHead):
     def _rotate(self) -> None:
         """Rotate the noise so that pooled coordinates are a lower triangular function of it, at average free ones."""
         assert self.rotation is not None
-        count = len(self.rotation)
-        self.rotation.copy_(torch.eye(count))
-        units = torch.eye(self.input_dim).to(self.rotation)[self.count_free :]
-        drawn, *_ = self._draw(torch.cat([torch.zeros_like(units[:1]), units]))
-        orthogonal, upper = torch.linalg.qr((drawn[1:] - drawn[:1]).double())
+        loc, _, log_scale = self._site_approximations()
+        count = self.count_free
+        prior = self._conditional(loc[:count], loc[count:], log_scale[count:])
+        _, inverse, *_ = _solved(prior.root, prior.root.dtype)
+        factors = [factor.double() for factor in prior.factors]
+        away = prior.scale.double().unsqueeze(-1) * self._correlate(inverse.mT, factors, transpose=False)
+        orthogonal, upper = torch.linalg.qr((prior.chain.double() @ away).mT)
         self.rotation.copy_(orthogonal * upper.diagonal().sign())
 
     def _rotated(self, noise: Tensor) -> tuple[Tensor, Tensor | float]:
