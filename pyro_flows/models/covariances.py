@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -96,7 +96,11 @@ class ReadCovariance(NamedTuple):
 
 @torch.no_grad()
 def read_covariances(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], layout: Layout
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    layout: Layout,
+    names: Collection[str],
 ) -> list[ReadCovariance]:
     """Find the sites with a multivariate normal prior that depends on other sites, such as a Gaussian process.
 
@@ -109,10 +113,11 @@ def read_covariances(
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         layout: Layout of the joint block's sites.
+        names: The sites to look at.
     """
     found: list[ReadCovariance] = []
     with seeded(0), pyro.validation_enabled(False):
-        sites = [site for site in layout if _is_candidate(site)]
+        sites = [site for site in layout if site.name in names and _is_candidate(site)]
         sites = [site for site in sites if site.name in _plain_normals(model, args, kwargs, layout)] if sites else []
         if not sites:
             return found

@@ -142,7 +142,9 @@ def read_joint_prior(
         None if no site has such a prior.
     """
     linear = _read_linear(model, args, kwargs, layout)
-    read = read_covariances(model, args, kwargs, layout)
+    taken = () if linear is None else linear.correlated
+    names = [name for name, where in layout.slices.items() if where.start not in {group.offset for group in taken}]
+    read = read_covariances(model, args, kwargs, layout, names)
     return _with_covariances(linear, read, layout.init_loc) if read else linear
 
 
@@ -156,18 +158,16 @@ def _with_covariances(linear: LinearPrior | None, read: Sequence[ReadCovariance]
     base = linear
     if base is None:
         base = LinearPrior(none, none.nonzero().squeeze(-1), like.new_zeros(2 * dim, 0), like.new_zeros(2 * dim))
-    taken = {group.offset for group in base.correlated}
-    covariances = tuple(each.covariance for each in read if each.covariance.offset not in taken)
+    covariances = tuple(each.covariance for each in read)
     covered, parents = none.clone(), none.clone()
     for each in read:
-        if each.covariance in covariances:
-            covered[each.covariance.rows] = True
-            parents |= each.parents
+        covered[each.covariance.rows] = True
+        parents |= each.parents
     slope, bias = replace(base, known=base.known & ~parents, roots=None).dense(dim)
     bias[dim:][covered & ~base.known] = READING.no_prior
     depends = slope.unflatten(0, (2, dim)).ne(0.0).any(0)
     known = (base.known | covered) & ~parents & ~(depends[:, covered].any(-1) & ~covered)
-    if not covariances or (parents & covered).any() or depends[known][:, known].any():
+    if (parents & covered).any() or depends[known][:, known].any():
         return linear
     if known.sum() > RECORDING.max_dim:
         return linear

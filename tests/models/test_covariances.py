@@ -83,7 +83,7 @@ def layout_of(model: Callable[..., object]) -> Layout:
 
 def read(model: Callable[..., object]) -> tuple[Layout, list[ReadCovariance]]:
     layout = layout_of(model)
-    return layout, read_covariances(model, (), {}, layout)
+    return layout, read_covariances(model, (), {}, layout, layout.names)
 
 
 def values_at(layout: Layout, packed: Tensor) -> dict[str, Tensor]:
@@ -197,7 +197,7 @@ def test_a_discrete_site_before_is_none_of_its_business() -> None:
         regression()
 
     layout = Layout(read_sites(trace_latents(mixed, (), {})))
-    assert [found.covariance.size for found in read_covariances(mixed, (), {}, layout)] == [len(X)]
+    assert [found.covariance.size for found in read_covariances(mixed, (), {}, layout, layout.names)] == [len(X)]
 
 
 def test_vectors_with_latent_correlations_that_a_process_follows() -> None:
