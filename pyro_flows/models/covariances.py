@@ -118,7 +118,8 @@ def read_covariances(
     found: list[ReadCovariance] = []
     with seeded(0), pyro.validation_enabled(False):
         sites = [site for site in layout if site.name in names and _is_candidate(site)]
-        sites = [site for site in sites if site.name in _plain_normals(model, args, kwargs, layout)] if sites else []
+        normals = _plain_normals(model, args, kwargs, layout) if sites else set()
+        sites = [site for site in sites if site.name in normals]
         if not sites:
             return found
         noise = torch.randn(RECORDING.num_points, layout.latent_dim).to(layout.init_loc)
