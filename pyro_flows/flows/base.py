@@ -115,7 +115,7 @@ class Flow(nn.Module):
 
     @property
     def layers(self) -> tuple[FlowTransform, ...]:
-        """The transforms between the noise and the head, base side first."""
+        """The transforms between the noise and the head, base side first, less those inserted later."""
         return self._parts.layers
 
     @property
@@ -216,6 +216,22 @@ class FlowSpec(NamedOptions):
 
     def layers(self, input_dim: int, context_dim: int) -> list[FlowTransform]:
         """The transforms between the noise and the head, base side first."""
+        raise NotImplementedError
+
+    def can_widen_to(self, input_dim: int) -> bool:
+        """Whether there are :meth:`wider_layers` for a vector of this length."""
+        return False
+
+    def wider_layers(self, input_dim: int, items: Sequence[Tensor] = ()) -> dict[int, FlowTransform]:
+        """Transforms by which a flow becomes wider, initialized to the identity; see :meth:`can_widen_to`.
+
+        Args:
+            input_dim: Length of the flow's vector.
+            items: Which coordinates belong to the same items, one tensor ``(num_items, m)`` for each kind.
+
+        Returns:
+            Index of one of :meth:`layers` -> the transform to insert before it.
+        """
         raise NotImplementedError
 
     def with_blocks(self, block_sizes: Sequence[int]) -> FlowSpec:

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
+from torch import Tensor
+
 from pyro_flows.flows.base import FlowSpec
 from pyro_flows.flows.fields import integer, positive, widths
 from pyro_flows.flows.registry import register
-from pyro_flows.transforms import AffineCouplings, FlowTransform, SiteOrderedAffine, Spline
+from pyro_flows.transforms import AffineCouplings, Chain, FlowTransform, ItemCouplings, SiteOrderedAffine, Spline
 
 __all__ = ["Auto", "SiteOrdered"]
 
@@ -31,6 +34,11 @@ class SizeSettings:
         max_splines_dim: Largest dimension with splines; above it conditioners are also narrow.
         narrow_dims: Widths of the hidden layers of narrow conditioners.
         low_rank: Rank of the linear parts of narrow conditioners.
+        max_wide_dim: Largest dimension with wider layers (:meth:`~pyro_flows.flows.FlowSpec.wider_layers`).
+        wide_transforms: Number of their couplings.
+        wide_dims: Widths of these couplings' hidden layers.
+        max_item_dim: Largest number of latents of an item with couplings of its own.
+        max_shared_dim: Largest number of shared latents that these couplings read.
         max_flow_dim: Largest dimension of a flow; above it the guide is a mean-field Gaussian, since some dozens of
             parameters for each latent would cost many times AutoNormal's step.
     """
@@ -42,6 +50,11 @@ class SizeSettings:
     max_splines_dim: int = 2000
     narrow_dims: tuple[int, ...] = (8,)
     low_rank: int = 4
+    max_wide_dim: int = 300
+    wide_transforms: int = 6
+    wide_dims: tuple[int, ...] = (128, 128)
+    max_item_dim: int = 8
+    max_shared_dim: int = 8
     max_flow_dim: int = 20_000
 
 
@@ -160,6 +173,23 @@ class Auto(SiteOrdered):
             )
             layers.insert(0, couplings)
         return layers
+
+    def can_widen_to(self, input_dim: int) -> bool:
+        return self.num_transforms > 0 and 2 <= input_dim <= SIZES.max_wide_dim
+
+    def wider_layers(self, input_dim: int, items: Sequence[Tensor] = ()) -> dict[int, FlowTransform]:
+        """Wide couplings, and couplings within items between the default ones and the spline."""
+        wide = AffineCouplings(
+            input_dim, num_transforms=SIZES.wide_transforms, hidden_dims=SIZES.wide_dims, num_parts=3
+        )
+        kinds = [kind for kind in items if kind.shape[-1] <= SIZES.max_item_dim]
+        if not kinds:
+            return {0: wide}
+        is_shared = torch.ones(input_dim, dtype=torch.bool)
+        for kind in kinds:
+            is_shared[kind.flatten()] = False
+        shared = is_shared.nonzero().squeeze(-1)[: SIZES.max_shared_dim]
+        return {0: wide, 1: Chain([ItemCouplings(input_dim, kind, shared) for kind in kinds])}
 
 
 def _merge(sizes: Sequence[int], count: int) -> tuple[int, ...]:

@@ -151,7 +151,7 @@ class FiledGuide(SummarizedGuide):
         with forked():
             guide.setup(*args, **(kwargs or {}))
         posterior = guide._posterior
-        posterior.adopt_bases({key: value.shape for key, value in contents["state"].items()})
+        posterior.adopt({key: value.shape for key, value in contents["state"].items()})
         difference = _difference(contents["sites"], _sites(posterior)) or _state_difference(
             contents["state"], posterior.state_dict()
         )

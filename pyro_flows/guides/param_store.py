@@ -158,7 +158,7 @@ class StoredGuide(AutoContinuous):
         self._convert_stored()
         prefix = f"{self._pyro_name}.posterior."
         stored = {name.removeprefix(prefix): store[name].shape for name in store if name.startswith(prefix)}
-        self._trained().adopt_bases(stored)
+        self._trained().adopt(stored)
         for name, param in self._named():
             fullname = f"{self._pyro_name}.{name}"
             if fullname not in store:

@@ -79,6 +79,28 @@ class Layout:
         """Number of items in the full plates; 1 without plates."""
         return math.prod(self.full_sizes)
 
+    def items(self) -> list[Tensor]:
+        """Coordinates of the packed vector that belong to the same items, ``(num_items, m)`` with m >= 2 for each kind.
+
+        Sites in the same plates share their items, and so do vectors of one length: a vector of weights and that of
+        their scales, say, with or without a plate, as long as there is a single set of plates of this length.
+        """
+        kinds: dict[tuple[str, ...] | int, list[Tensor]] = {}
+        for site, where in zip(self.sites, self.slices.values(), strict=True):
+            inner = self._packed_dims(site)
+            plates = [frame for frame in site.frames if frame.dim in inner]
+            size = where.stop - where.start
+            count = math.prod(inner[frame.dim] for frame in plates) if plates else size
+            if count > 1 and size % count == 0:
+                key = tuple(frame.name for frame in plates) or count
+                kinds.setdefault(key, []).append(torch.arange(where.start, where.stop).view(count, -1))
+        for count in [key for key in kinds if isinstance(key, int)]:
+            same = [key for key, parts in kinds.items() if isinstance(key, tuple) and len(parts[0]) == count]
+            if len(same) == 1:
+                kinds[same[0]] += kinds.pop(count)
+        found = [torch.cat(parts, -1) for parts in kinds.values()]
+        return [items for items in found if items.shape[-1] > 1]
+
     @property
     def init_loc(self) -> Tensor:
         """Packed values of the trace that the sites were read from, ``lead + (D,)``."""

@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pyro_flows._random import seeded
-from pyro_flows.flows import Flow, FlowDistribution, FlowSpec
+from pyro_flows.flows import FlowDistribution, FlowSpec
 from pyro_flows.flows.gradient_filter import GradientFilter
 from pyro_flows.models.layout import Layout
 from pyro_flows.models.priors import LinearPrior
@@ -18,6 +19,7 @@ from pyro_flows.transforms import (
     ConditionalGaussianHead,
     CovarianceHead,
     DiagonalPrecisionHead,
+    FlowTransform,
     FullPrecisionHead,
     FullRankPreconditioner,
     LowRankPreconditioner,
@@ -26,6 +28,8 @@ from pyro_flows.transforms import (
 )
 
 __all__ = ["JOINT", "JointBlock", "build_reproducibly"]
+
+Built = TypeVar("Built", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -50,17 +54,17 @@ class JointSettings:
 JOINT = JointSettings()
 
 
-def build_reproducibly(build: Callable[[], Flow]) -> Flow:
-    """Build a flow whose buffers (random permutations, say) are the same each time.
+def build_reproducibly(build: Callable[[], Built]) -> Built:
+    """Build a flow, or layers, whose buffers (random permutations, say) are the same each time.
 
     Pyro's parameter store does not save buffers, and stored parameters are valid only with the same buffers.
     """
-    flow = build()
-    if any(True for _ in flow.buffers()):
+    built = build()
+    if any(True for _ in built.buffers()):
         with seeded(0), torch.device("cpu"), torch.no_grad():
-            for buffer, fixed in zip(flow.buffers(), build().buffers(), strict=True):
+            for buffer, fixed in zip(built.buffers(), build().buffers(), strict=True):
                 buffer.copy_(fixed)
-    return flow
+    return built
 
 
 def _preconditioner(dim: int, *, knows_priors: bool) -> Preconditioner | None:
@@ -105,6 +109,15 @@ def _blocks(sizes: Sequence[int], head: ConditionalGaussianHead | None) -> list[
     return blocks
 
 
+class Layers(nn.Module):
+    """Layers by the index of the one that follows."""
+
+    def __init__(self, by_index: dict[int, FlowTransform]) -> None:
+        super().__init__()
+        self.by_index = by_index
+        self.all = nn.ModuleList(by_index.values())
+
+
 class JointBlock(nn.Module):
     """A flow over the packed unconstrained values of several sites.
 
@@ -134,9 +147,41 @@ class JointBlock(nn.Module):
             sizes = _blocks([size for size in layout.sizes if size], head)
             preconditioner = _preconditioner(layout.latent_dim, knows_priors=head is not None)
             flow = build_reproducibly(lambda: spec.build_joint(sizes, head=head, preconditioner=preconditioner))
+        # A recipe that is none of ours may be a function that can't be pickled.
+        self._spec = spec if spec.can_widen_to(layout.latent_dim) else None
         self.flow = flow.to(dtype=init_loc.dtype, device=init_loc.device)
         self.flow.head.initialize(init_loc, torch.full_like(init_loc, init_scale))
         self.gradient_filter = GradientFilter(layout.latent_dim).to(init_loc)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the flow has further layers, from :meth:`widen`."""
+        return len(self.flow.transform.inserted) > 0
+
+    @property
+    def can_widen(self) -> bool:
+        """Whether :meth:`widen` has layers to insert."""
+        return self._spec is not None and not self.is_wide
+
+    def widen(self) -> None:
+        """Insert further layers into the flow, which leave the distribution as it is."""
+        assert self._spec is not None
+        spec, dim, like = self._spec, self.layout.latent_dim, self.flow.head.raw.value
+
+        items = self.layout.items()
+        layers = build_reproducibly(lambda: Layers(spec.wider_layers(dim, items))).to(like)
+        self.flow.transform.insert(layers.by_index)
+
+    def adopt(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Take the kind of flow that a state of these names and shapes has: its base (:meth:`Flow.adopt_base`), and
+        whether it is wide."""
+        own = "flow."
+        self.flow.adopt_base({n.removeprefix(own): s for n, s in shapes.items() if n.startswith(own)})
+        is_wide = any(name.startswith("flow.transform.inserted.") for name in shapes)
+        if is_wide and self.can_widen:
+            self.widen()
+        elif not is_wide:
+            self.flow.transform.insert({})
 
     def distribution(self, *, path_gradient: bool, filtered: bool = False) -> FlowDistribution:
         """The distribution of the packed vector, event shape ``(latent_dim,)``; ``filtered`` adds the gradient filter

@@ -129,14 +129,25 @@ class Posterior(nn.Module):
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
-        self.adopt_bases({n.removeprefix(prefix): v.shape for n, v in state_dict.items() if n.startswith(prefix)})
+        self.adopt({n.removeprefix(prefix): v.shape for n, v in state_dict.items() if n.startswith(prefix)})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def adopt_bases(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        """Let flows take the bases that a state of these names and shapes has; see :meth:`Flow.adopt_base`."""
+    def adopt(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Take the kinds of flows that a state of these names and shapes has; see :meth:`JointBlock.adopt`."""
         if self.joint is not None:
-            own = "joint.flow."
-            self.joint.flow.adopt_base({n.removeprefix(own): s for n, s in shapes.items() if n.startswith(own)})
+            own = "joint."
+            self.joint.adopt({n.removeprefix(own): s for n, s in shapes.items() if n.startswith(own)})
+        self.look_again()
+
+    @property
+    def can_widen(self) -> bool:
+        """Whether :meth:`widen` has layers to insert; never beside local latents, whose flows are other ones."""
+        return self.joint is not None and not len(self.local) and self.joint.can_widen
+
+    def widen(self) -> None:
+        """Insert further layers into the flow of the globals, which leave the distribution as it is."""
+        assert self.joint is not None
+        self.joint.widen()
         self.look_again()
 
     @property

@@ -3,14 +3,16 @@
 
 from pyro_flows.training.convergence import Convergence, ConvergenceSettings, until_converged
 from pyro_flows.training.elbo import VectorizedTrace_ELBO
-from pyro_flows.training.fit import FitSettings, fit
+from pyro_flows.training.fit import fit
 from pyro_flows.training.monitor import FitProgress
 from pyro_flows.training.objective import EstimateSettings
-from pyro_flows.training.result import FitResult, WeightedResult
+from pyro_flows.training.result import FitResult, WeightedResult, Widening
 from pyro_flows.training.schedule import ScheduleSettings
+from pyro_flows.training.settings import FitSettings
 from pyro_flows.training.trainer import TrainerSettings
 from pyro_flows.training.verdict import VerdictSettings
 from pyro_flows.training.weighted_objective import WeightedSettings
+from pyro_flows.training.wider import WiderSettings
 
 __all__ = [
     "Convergence",
@@ -25,6 +27,8 @@ __all__ = [
     "VerdictSettings",
     "WeightedResult",
     "WeightedSettings",
+    "Widening",
+    "WiderSettings",
     "fit",
     "until_converged",
 ]

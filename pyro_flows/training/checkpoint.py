@@ -44,7 +44,8 @@ class StoredRun:
         before_analysis: Random state after the warm start; None before its end.
         program: Description of guide, model and data; None before the end of the warm start.
         state: State of the run, as a dictionary; None before the end of the warm start.
-        weighted: State of its second part, by another objective than the ELBO; None before its begin.
+        wider: State of its second part, the training of a wider flow; None before its begin.
+        weighted: State of its last part, by another objective than the ELBO; None before its begin.
     """
 
     options: RunOptions | None = None
@@ -52,6 +53,7 @@ class StoredRun:
     before_analysis: dict[str, Any] | None = None
     program: dict[str, Any] | None = None
     state: dict[str, Any] | None = field(default=None, repr=False)
+    wider: dict[str, Any] | None = field(default=None, repr=False)
     weighted: dict[str, Any] | None = field(default=None, repr=False)
 
 
@@ -74,12 +76,13 @@ class Checkpoint:
         self.run = StoredRun()
         self._saved = time.monotonic()
         self._has_warned = False
-        self._is_weighted = False
+        self._part = "state"
 
-    def begin_weighted(self, former: TrainingState) -> None:
-        """Keep the final state of training by the ELBO; states that are saved from now on are those of what follows."""
-        self._is_weighted = True
-        self.run.state = None if self.path is None else former.to_dict()
+    def begin_part(self, name: str, former: TrainingState) -> None:
+        """Keep the final state of the part of the run at hand; states that are saved from now on are those of the next
+        part, ``"wider"`` or ``"weighted"``."""
+        self._store(None if self.path is None else former.to_dict())
+        self._part = name
 
     @property
     def is_due(self) -> bool:
@@ -165,7 +168,8 @@ class Checkpoint:
             values["before_analysis"],
             values["program"],
             values["state"],
-            values.get("weighted"),  # files of the first releases with this format have none
+            values.get("wider"),  # files of the first releases with this format have neither
+            values.get("weighted"),
         )
 
     def describe(self, objective: Objective) -> None:
@@ -199,12 +203,13 @@ class Checkpoint:
                 "where the random state is: shuffle by torch's generators.",
             )
 
-    def adopt_bases(self, guide: Callable[..., Any]) -> None:
-        """Let a guide's flows take the bases that the run's warm start has chosen."""
+    def adopt(self, guide: Callable[..., Any]) -> None:
+        """Let a guide's flows take the kinds that they had at the run's begin: bases that a warm start has chosen, and
+        whether they were wide."""
         bases = (self.run.program or {}).get("bases", ())  # files of the first releases with this format have none
         for part, shapes in zip(_flow_guides(guide), bases, strict=False):  # another guide is refused later
             if part.prototype_trace is not None:  # with annealing there was no warm start
-                part.posterior.adopt_bases(shapes)
+                part.posterior.adopt(shapes)
 
     def load(self, objective: Objective) -> TrainingState:
         """The state in the file.
@@ -212,7 +217,7 @@ class Checkpoint:
         Raises:
             ValueError: If it is not that of the objective's parameters, or not a state.
         """
-        leaves, stored = objective.leaves, self.run.weighted if self._is_weighted else self.run.state
+        leaves, stored = objective.leaves, getattr(self.run, self._part)
         assert stored is not None
         try:
             if self.run.options is None:
@@ -255,10 +260,7 @@ class Checkpoint:
             self._store(None)
 
     def _store(self, state: dict[str, Any] | None) -> None:
-        if self._is_weighted:
-            self.run.weighted = state
-        else:
-            self.run.state = state
+        setattr(self.run, self._part, state)
 
     def _values(self) -> dict[str, Any]:
         run = self.run
@@ -271,6 +273,7 @@ class Checkpoint:
             "before_analysis": run.before_analysis,
             "program": run.program,
             "state": run.state,
+            "wider": run.wider,
             "weighted": run.weighted,
         }
 
@@ -283,7 +286,11 @@ def _describe(objective: Objective) -> dict[str, Any]:
             "guide": _name_of(objective.guide),
             "parameters": [tuple(leaf.shape) for leaf in objective.leaves],
             "bases": [
-                {name: tuple(p.shape) for name, p in part.posterior.listed_parameters() if ".base." in name}
+                {
+                    name: tuple(p.shape)
+                    for name, p in part.posterior.listed_parameters()
+                    if ".base." in name or ".inserted." in name
+                }
                 for part in _flow_guides(objective.guide)
             ],
             "model": describe_model(objective.model, Call(args, kwargs)),

@@ -8,14 +8,11 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import pyro.distributions as dist
-
 from pyro_flows._checks import (
-    Settings,
     check_bool,
     check_call,
     check_choice,
@@ -23,116 +20,42 @@ from pyro_flows._checks import (
     check_positive,
     check_type,
     checked,
-    constant,
     integer,
     optional,
 )
-from pyro_flows._random import forked, seeded
+from pyro_flows._random import seeded
 from pyro_flows._threads import one_at_a_time
 from pyro_flows.distributed.parameters import share_parameters
 from pyro_flows.distributed.processes import Processes
 from pyro_flows.guides import AutoFlowGuide
 from pyro_flows.models.precision import may_be_rounded
-from pyro_flows.models.traces import Call, run_quietly, sample_nodes
 from pyro_flows.training.batches import Batches, check_batches
 from pyro_flows.training.checkpoint import Checkpoint
 from pyro_flows.training.division import check_options, divided, have_same_data
 from pyro_flows.training.interrupts import Interrupts
 from pyro_flows.training.monitor import Callback, Monitor, check_callback
-from pyro_flows.training.objective import EstimateSettings, Objective
+from pyro_flows.training.objective import Objective
 from pyro_flows.training.optimizers import described, peak_rate, resolve_optimizer
 from pyro_flows.training.options import RunOptions, changed_settings
-from pyro_flows.training.preparation import restored, set_up, sparse_tables, warm_start, without_step_limit
+from pyro_flows.training.preparation import (
+    is_point,
+    restored,
+    set_up,
+    sparse_tables,
+    warm_start,
+    without_step_limit,
+)
 from pyro_flows.training.random_state import capture_random_state, generators_of
 from pyro_flows.training.result import FitResult
-from pyro_flows.training.schedule import Schedule, ScheduleSettings
-from pyro_flows.training.trainer import Trainer, TrainerSettings
-from pyro_flows.training.verdict import VerdictSettings, first_verdict
+from pyro_flows.training.schedule import Schedule
+from pyro_flows.training.settings import FitSettings
+from pyro_flows.training.trainer import Trainer
+from pyro_flows.training.verdict import first_verdict
 from pyro_flows.training.weighted_fit import train_weighted
-from pyro_flows.training.weighted_objective import ELBO, OBJECTIVES, WeightedObjective, WeightedSettings, check_weighted
+from pyro_flows.training.weighted_objective import ELBO, OBJECTIVES, WeightedObjective, check_weighted
+from pyro_flows.training.wider import gap_to_close, train_wider, widened
 
-__all__ = ["FitSettings", "fit"]
-
-
-@dataclass(frozen=True)
-class FitSettings(Settings):
-    """Constants of :func:`fit`: values of its arguments where these are None, and constants of its parts.
-
-    Values without a source are heuristics; ``tests/benchmarks/`` measures their joint effect.
-
-    Attributes:
-        rate_warm: Learning rate from a warm start, > 0.
-        rate_warm_many: The same for guides of more than ``many_dimensions`` dimensions.
-        rate_cold: Learning rate without a warm start, > 0.
-        rate_annealed: Learning rate with annealing, which has to find modes that lie far apart, > 0.
-        rate_amortized: Learning rate of encoders, > 0.
-        many_dimensions: Number of global latents above which ``rate_warm_many`` holds.
-        warm_start_batches: Number of mini-batches from which local latents are warm-started, at most.
-        min_particles: Smallest number of particles per step on the full data, >= 1. Between this and
-            ``max_particles``, a step has as many particles as can share its operations at next to no cost.
-        max_particles: Largest number of particles per step on the full data, >= ``min_particles``.
-        values_per_step: Number of values of sites, and of elements of a triangular matrix that each draw has, that a
-            step takes at next to no cost.
-        minibatch_particles: Particles per step with mini-batches, >= 1.
-        few_particles: Particles per step where they run one by one, or with mini-batches of more than ``many_items``,
-            >= 1.
-        many_items: Size of the largest latent site in a mini-batch.
-        checkpoint_interval: Seconds between two checkpoints within a cycle, >= 0.
-        num_parts: Number of parts of a step, >= 1, a multiple of the number of processes; None takes one for each
-            process. Particles, or mini-batches, are divided into parts with noise of their own, and gradients are
-            averaged, on any number of processes alike.
-        estimates: Settings of ELBO estimates.
-        trainer: Settings of optimizer steps.
-        verdict: Settings of the first verdict.
-        schedule: Settings of learning-rate cycles and convergence.
-        weighted: Settings of objectives other than the ELBO.
-    """
-
-    rate_warm: float = 2e-2
-    rate_warm_many: float = 1e-2
-    rate_cold: float = 1e-2
-    rate_annealed: float = 4e-2
-    rate_amortized: float = 2e-3
-    many_dimensions: int = 50
-    warm_start_batches: int = 1000
-    min_particles: int = 16
-    max_particles: int = 128
-    values_per_step: int = 2**16
-    minibatch_particles: int = 8
-    few_particles: int = 2
-    many_items: int = 1000
-    checkpoint_interval: float = 60.0
-    num_parts: int | None = constant(None, optional(integer(1)))
-    estimates: EstimateSettings = field(default_factory=EstimateSettings)
-    trainer: TrainerSettings = field(default_factory=TrainerSettings)
-    verdict: VerdictSettings = field(default_factory=VerdictSettings)
-    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
-    weighted: WeightedSettings = field(default_factory=WeightedSettings)
-
-    def learning_rate(self, guide: Callable[..., Any], *, warm: bool, anneal: bool) -> float:
-        """Peak learning rate of the first cycle.
-
-        Args:
-            guide: The guide.
-            warm: Whether it had a warm start.
-            anneal: Whether the log joint is flattened at first.
-        """
-        if warm:
-            assert isinstance(guide, AutoFlowGuide)
-            return self.rate_warm if guide.latent_dim <= self.many_dimensions else self.rate_warm_many
-        amortized = isinstance(guide, AutoFlowGuide) and len(guide.posterior.encoders) > 0
-        return self.rate_amortized if amortized else self.rate_annealed if anneal else self.rate_cold
-
-    def num_particles(self, objective: Objective) -> int:
-        """Number of particles per step."""
-        if not objective.vectorized or (objective.subsampled and objective.num_items > self.many_items):
-            return self.few_particles
-        if objective.subsampled:
-            return self.minibatch_particles
-        joint = objective.guide.posterior.joint if isinstance(objective.guide, AutoFlowGuide) else None
-        matrices = 0 if joint is None else joint.flow.head.factored_entries
-        affordable = self.values_per_step // (objective.num_values + matrices // 2)
-        return max(self.min_particles, min(self.max_particles, affordable))
+__all__ = ["fit"]
 
 
 @checked(
@@ -140,6 +63,7 @@ class FitSettings(Settings):
     num_steps=optional(integer(1)),
     num_particles=optional(integer(1)),
     learning_rate=optional(check_positive),
+    target_gap=check_positive,
     objective=partial(check_choice, choices=OBJECTIVES),
     max_seconds=optional(check_positive),
     anneal=check_bool,
@@ -159,6 +83,7 @@ def fit(
     num_particles: int | None = None,
     learning_rate: float | None = None,
     max_seconds: float | None = None,
+    target_gap: float = 0.05,
     objective: str = "elbo",
     anneal: bool = False,
     optim: Any = None,
@@ -189,6 +114,11 @@ def fit(
     In a program that ``torchrun`` starts several times, after ``torch.distributed.init_process_group``, the processes
     share the run: the particles of a step, or, with mini-batches, each takes one of its own. See :doc:`/distributed`.
 
+    If the gap to the log evidence is still above ``target_gap``, by the weights of 10,000 draws, the flow becomes a
+    wider one of that size which begins where the smaller one has ended, with four times the draws where that is
+    affordable, and is trained until the gap is small enough or does not fall any more
+    (``FitResult.widening``). This needs the default family with 2 to 300 latents, none of them in mini-batches.
+
     Args:
         model: Any Pyro model; its own parameters (a decoder, say) are trained along with the guide.
         guide: Any Pyro guide.
@@ -196,11 +126,14 @@ def fit(
             iterated over again and again, such as a ``DataLoader``.
         kwargs: The model's keyword arguments, the same for each mini-batch.
         num_steps: Number of steps, >= 1; None stops on convergence, after 4000 steps at most, or 8000 with
-            mini-batches or annealing. Another objective than the ELBO takes as many in addition.
-        num_particles: Number of particles per step, >= 1.
+            mini-batches or annealing; a wider flow takes 8000 more at most. Another objective than the ELBO takes as
+            many in addition.
+        num_particles: Number of particles per step, >= 1; a wider flow may take four times as many.
         learning_rate: Peak learning rate of Adam, > 0.
         max_seconds: Seconds after which the run stops as at Ctrl-C, > 0, counted from the call; a warm start, which
             takes some seconds, and the estimate at the end are not cut short. None sets no limit.
+        target_gap: Gap in nats, > 0, that is small enough: above it, the flow becomes wider. Not heeded if ``num_steps``
+            is given.
         objective: What to optimize: ``"elbo"``, the reverse KL; ``"importance_weighted"``, the bound of 16 draws; or
             ``"forward_kl"``, from the posterior to the guide, which then covers it, heavy tails included. The latter
             two go on from the ELBO's fit, so that importance weights are usable, and the result has the ELBO still. For
@@ -266,6 +199,7 @@ def fit(
         described(make),
         settings.num_parts,
         objective,
+        target_gap,
     )
     check_options(processes, asked, checkpoint)
     with Monitor(progress and processes.is_first, callback) as monitor, one_at_a_time("fit"):
@@ -298,8 +232,8 @@ def fit(
                 warm = False
             if objective != ELBO:
                 check_weighted(objective, elbo)
-            is_point = _is_point(guide, *batches.first)
-            added = None
+            at_point = is_point(guide, *batches.first)
+            added = widening = None
             options = file.run.options or asked
             if options.num_particles is None:
                 options = replace(options, num_particles=settings.num_particles(elbo))
@@ -313,9 +247,9 @@ def fit(
                 tables = stack.enter_context(sparse_tables(guide, enabled=elbo.subsampled))
                 interrupts = stack.enter_context(Interrupts(monitor.begin + (max_seconds or math.inf)))
                 stack.callback(elbo.release)
+                num_particles = options.num_particles
                 make_trainer = partial(
                     Trainer,
-                    num_particles=options.num_particles,
                     learning_rate=options.learning_rate,
                     compile=compile,
                     settings=settings.trainer,
@@ -327,39 +261,51 @@ def fit(
                     checkpoint=file,
                     interrupts=interrupts,
                     monitor=monitor,
-                    settings=settings.schedule,
                 )
-                trainer = make_trainer(elbo, tables=tables)
-                schedule = make_schedule(trainer, anneal=anneal)
+                trainer = make_trainer(elbo, num_particles, tables=tables)
+                schedule = make_schedule(trainer, anneal=anneal, settings=settings.schedule)
                 file.describe(elbo)
                 if state is None:
                     file.run.options = options
                     schedule.begin()
-                elif file.run.weighted is None:
+                elif file.run.weighted is None and file.run.wider is None:
                     schedule.resume(state)
                     file.run.options = replace(options, num_steps=num_steps)
                 else:
                     schedule.restore(state)
                 kept, best = schedule.finish(schedule.train())
+                start = trainer.state.initial_estimate
+                gap = gap_to_close(schedule, target_gap, file)
+                if gap is not None:
+                    elbo.release()
+                    elbo = widened(elbo)
+                    stack.callback(elbo.release)
+                    num_particles = settings.num_wider_particles(num_particles)
+                    wider = make_trainer(elbo, num_particles)
+                    schedule = make_schedule(wider, anneal=False, settings=settings.wider_schedule(target_gap))
+                    widening, best = train_wider(schedule, trainer, file, gap)
+                    kept, trainer = "flow" if widening.kept else kept, wider
                 if objective != ELBO and trainer.state.kept and not schedule.was_stopped:
                     elbo.release()
                     weighted = WeightedObjective(
                         objective, model, guide, batches, settings.estimates, settings.weighted
                     )
                     stack.callback(weighted.release)
-                    second = make_schedule(make_trainer(weighted), anneal=False)
+                    second = make_schedule(
+                        make_trainer(weighted, num_particles), anneal=False, settings=settings.schedule
+                    )
                     added, best = train_weighted(second, trainer, file)
             diagnosis = None
             if not elbo.subsampled:
                 diagnosis = first_verdict(model, guide, *batches.first, settings.verdict)
         state = trainer.state
-        assert state.initial_estimate is not None
+        assert start is not None
         is_suspect = state.num_skipped > 0 or may_be_rounded(best.mean)
         rounding = elbo.rounding() if is_suspect else ""
     return FitResult(
         elbo=best.mean,
         elbo_se=best.error,
-        start_elbo=state.initial_estimate.mean,
+        start_elbo=start.mean,
         steps=state.num_steps,
         seconds=time.perf_counter() - monitor.begin,
         kept=kept,
@@ -374,7 +320,8 @@ def fit(
         diagnosis=diagnosis,
         dtype=elbo.leaves[0].dtype if elbo.leaves else None,
         rounding=rounding,
-        is_point=is_point,
+        is_point=at_point,
+        widening=widening,
         weighted=added,
         num_modes=guide.posterior.num_modes if isinstance(guide, AutoFlowGuide) else 1,
     )
@@ -383,10 +330,3 @@ def fit(
 def _out_of_time(max_seconds: float | None) -> str:
     """Why a run stopped that was late; one without a limit of its own in this process shares another's."""
     return f"its {max_seconds:g} seconds are over" if max_seconds else "the seconds of another process are over"
-
-
-def _is_point(guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether all of a guide's sites are points."""
-    with forked():
-        nodes = sample_nodes(run_quietly(guide, Call(args, kwargs)))
-    return bool(nodes) and all(isinstance(node["fn"], dist.Delta) for node in nodes.values())

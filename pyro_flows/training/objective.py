@@ -307,13 +307,22 @@ class Objective:
 
     def has_light_tails(self) -> bool:
         """Whether the importance weights of the guide's draws have a k-hat below ``max_khat``."""
-        args, kwargs = self.batches.first
         num_draws = self.settings.num_tail_draws
-        weights, _ = log_weights(self.model, self.guide, num_draws, args, kwargs)
-        smoothed = pareto_smooth(weights)
+        smoothed = pareto_smooth(self._log_weights())
         ess = (-(2.0 * smoothed.log_weights).logsumexp(0)).exp().item()
         largest = (smoothed.log_weights.max() + math.log(num_draws)).item()
         return smoothed.khat < self.settings.max_khat or nearly_constant(largest, ess, num_draws)
+
+    def gap(self) -> float:
+        """How far the ELBO is below the evidence that importance weights of the guide's draws give, in nats, >= 0; too
+        small where the guide misses a part of the posterior. The same in all processes."""
+        weights = self._log_weights()
+        found = weights.logsumexp(0).item() - math.log(len(weights)) - weights.mean().item()
+        return self.parts.processes.broadcast(found if math.isfinite(found) else math.inf)
+
+    def _log_weights(self) -> Tensor:
+        args, kwargs = self.batches.first
+        return log_weights(self.model, self.guide, self.settings.num_tail_draws, args, kwargs)[0]
 
     def without_density(self) -> str:
         """Error message if no loss is finite; names the sites of the model without density at a draw of the guide.

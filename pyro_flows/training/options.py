@@ -25,6 +25,7 @@ class RunOptions:
         optimizer: Name and options of the optimizer.
         num_parts: Number of parts of a step, or None.
         objective: What is optimized in the end.
+        target_gap: Gap below which the flow is not made wider.
     """
 
     num_steps: int | None = None
@@ -37,6 +38,7 @@ class RunOptions:
     optimizer: str = "Adam"
     num_parts: int | None = None
     objective: str = "elbo"
+    target_gap: float = 0.05
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a dictionary of what a checkpoint can hold."""

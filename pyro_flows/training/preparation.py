@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_flows._random import forked
 from pyro_flows.guides import AutoFlowGuide
+from pyro_flows.models.traces import Call, run_quietly, sample_nodes
 from pyro_flows.posterior.mini_batches import MiniBatch
 from pyro_flows.training.batches import Arguments, Batches
 from pyro_flows.training.checkpoint import Checkpoint
@@ -22,7 +25,7 @@ from pyro_flows.training.random_state import restore_random_state
 from pyro_flows.training.state import TrainingState, set_leaves
 from pyro_flows.transforms.fixed import look_again
 
-__all__ = ["restored", "set_up", "sparse_tables", "warm_start", "without_step_limit"]
+__all__ = ["is_point", "restored", "set_up", "sparse_tables", "warm_start", "without_step_limit"]
 
 
 def set_up(guide: Callable[..., Any], batches: Batches, limit: int, max_elements: int) -> list[Arguments]:
@@ -79,7 +82,7 @@ def restored(
     Raises:
         ValueError: If it is a run of another model, guide, or other data; then the guide is as before.
     """
-    file.adopt_bases(guide)
+    file.adopt(guide)
     objective = Objective(model, guide, batches, settings, parts)
     file.check(objective, complete=False)
     before = [leaf.detach().clone() for leaf in objective.leaves]
@@ -99,6 +102,13 @@ def restored(
             look_again(guide)
         raise
     return objective, state
+
+
+def is_point(guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether all of a guide's sites are points."""
+    with forked():
+        nodes = sample_nodes(run_quietly(guide, Call(args, kwargs)))
+    return bool(nodes) and all(isinstance(node["fn"], dist.Delta) for node in nodes.values())
 
 
 @contextmanager

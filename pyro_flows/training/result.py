@@ -11,7 +11,7 @@ import torch
 from pyro_flows.diagnostics import Diagnosis
 from pyro_flows.diagnostics.report import NOT_KNOWN, TRUST
 
-__all__ = ["LOOK_CLOSER", "FitResult", "WeightedResult"]
+__all__ = ["LOOK_CLOSER", "FitResult", "WeightedResult", "Widening"]
 
 LOOK_CLOSER = "look closer"
 
@@ -55,6 +55,33 @@ class WeightedResult:
 
 
 @dataclass(frozen=True)
+class Widening:
+    """What a wider flow added, which ``fit`` takes by itself where the first one has left more than ``target_gap``.
+
+    Attributes:
+        gap: The gap that the first flow had left, in nats, by 10,000 importance weights.
+        gain: What the wider flow added to the ELBO, in nats, >= 0 up to the noise of estimates.
+        gain_se: Its standard error.
+        steps: Number of optimizer steps, among those of the result.
+        num_particles: Number of particles per step.
+        kept: Whether the guide is the one that they trained; false where the first flow's had the higher ELBO.
+    """
+
+    gap: float
+    gain: float
+    gain_se: float
+    steps: int
+    num_particles: int
+    kept: bool
+
+    def __str__(self) -> str:
+        return (
+            f"A wider flow, since {self.gap:.3f} nats were left: {self.gain:+.3f} +/- {self.gain_se:.3f} nats in "
+            f"{self.steps} of these steps, with {self.num_particles} draws each"
+        )
+
+
+@dataclass(frozen=True)
 class FitResult:
     """Result of :func:`fit`; prints as a summary.
 
@@ -83,6 +110,7 @@ class FitResult:
         rounding: What float32 is the reason for, such as skipped steps, and what to do; empty if nothing is.
         num_modes: Number of modes that the warm start has found, where it gave the guide a mixture with a component on
             each; 1 otherwise.
+        widening: What a wider flow has added; None if there was no need or use for one.
         weighted: What another objective than the ELBO added; None if there was none. Of the numbers above, ``elbo`` and
             ``diagnosis`` are then those of the final guide, the others those of the ELBO's fit.
     """
@@ -105,6 +133,7 @@ class FitResult:
     rounding: str = ""
     skipped_at: str = ""
     diagnosis: Diagnosis | None = None
+    widening: Widening | None = None
     weighted: WeightedResult | None = None
     num_modes: int = 1
 
@@ -143,6 +172,8 @@ class FitResult:
             lines.append(
                 f"{self.num_modes} modes: the guide's noise is a mixture, with a component on each that was found"
             )
+        if self.widening is not None:
+            lines.append(str(self.widening))
         if self.weighted is not None:
             lines.append(str(self.weighted))
         if self.skipped or self.rollbacks:

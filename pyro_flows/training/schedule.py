@@ -45,12 +45,13 @@ class ScheduleSettings(Settings):
             length. Welandawe, Andersen, Vehtari, Huggins. A framework for improving the reliability of black-box
             variational inference. JMLR 25, 2024. arXiv:2203.15945, for stopping where the predicted gain is less than
             its cost.
+        max_gap: Gap in nats below which a guide has converged, > 0, whatever its gains are.
         min_gain_per_latent: The same for each local latent, in nats; the larger of the two tolerances holds.
         max_gap_of_start: Gap in nats below which the initial guide is not trained. The gap is half the variance of log
-            weights, where they are nearly constant. Lower than ``min_gain``, since the whole gap of a Gaussian may be
+            weights, where they are nearly constant. Lower than ``max_gap``, since the whole gap of a Gaussian may be
             an error of one mean.
         max_gap_without_tail: Gap in nats below which the tail of the importance weights is not checked. Between this
-            and ``min_gain`` a guide has converged if its importance weights have a light tail.
+            and ``max_gap`` a guide has converged if its importance weights have a light tail.
     """
 
     first_cycle: int = 250
@@ -59,6 +60,7 @@ class ScheduleSettings(Settings):
     max_steps_long: int = 8000
     patience: int = 250
     min_gain: float = 0.005
+    max_gap: float = 0.005
     min_gain_per_latent: float = 1e-4
     max_gap_of_start: float = 1e-3
     max_gap_without_tail: float = 1e-4
@@ -335,8 +337,8 @@ class Schedule:
     def _has_converged(self, now: Estimate) -> bool:
         """Whether log weights hardly vary; since rare draws do not show in the variance, the tail is checked too."""
         gap = now.variance / 2
-        if gap >= self.settings.min_gain or gap < self.settings.max_gap_without_tail:
-            return gap < self.settings.min_gain
+        if gap >= self.settings.max_gap or gap < self.settings.max_gap_without_tail:
+            return gap < self.settings.max_gap
         return self.objective.subsampled or not self.objective.vectorized or self.objective.has_light_tails()
 
     def _keep(self, now: Estimate) -> None:

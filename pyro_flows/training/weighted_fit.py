@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L7. The second part of a run of :func:`~pyro_flows.fit`, which follows the ELBO's: training by another objective."""
+"""L7. The last part of a run of :func:`~pyro_flows.fit`, which follows the ELBO's: training by another objective."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def train_weighted(schedule: Schedule, former: Trainer, file: Checkpoint) -> tup
     """
     trainer, objective = schedule.trainer, schedule.objective
     assert isinstance(objective, WeightedObjective) and file.run.options is not None
-    file.begin_weighted(former.state)
+    file.begin_part("weighted", former.state)
     if file.run.weighted is None:
         schedule.begin()
     else:

@@ -26,6 +26,7 @@ from pyro_flows.transforms.heads import (
 )
 from pyro_flows.transforms.householder import Householder
 from pyro_flows.transforms.inverse import Inverse
+from pyro_flows.transforms.item_couplings import ItemCouplings
 from pyro_flows.transforms.neural_autoregressive import NeuralAutoregressive
 from pyro_flows.transforms.permutation import Permutation
 from pyro_flows.transforms.planar import Planar
@@ -58,6 +59,7 @@ __all__ = [
     "Head",
     "Householder",
     "Inverse",
+    "ItemCouplings",
     "LinearMixedHead",
     "LowRankAffine",
     "LowRankPreconditioner",

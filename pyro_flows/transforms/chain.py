@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -22,6 +22,10 @@ class Chain(FlowTransform):
             context, which all conditional parts receive.
         layout: Layout of a context with several parts, of which all transforms but the last receive the network input
             only. None if the context is a single vector.
+
+    Attributes:
+        parts: The parts given.
+        inserted: Further parts, by the number of the one that follows.
     """
 
     def __init__(self, parts: Iterable[FlowTransform], layout: ContextLayout | None = None) -> None:
@@ -37,12 +41,28 @@ class Chain(FlowTransform):
         super().__init__(parts[-1].input_dim, parts[-1].context_dim)
         self.layout = layout
         self.parts = nn.ModuleList(parts)
-        self.has_inverse = all(part.has_inverse for part in parts)  # type: ignore[misc]
-        self.one_pass_inverse = all(part.one_pass_inverse for part in parts)  # type: ignore[misc]
-        self.has_score = all(part.has_score for part in parts)  # type: ignore[misc]
+        self.inserted = nn.ModuleDict()
+        self._look_again()
+
+    def insert(self, parts: Mapping[int, FlowTransform]) -> None:
+        """Insert parts, each before the one of :attr:`parts` with its number, in place of those inserted before.
+
+        The names of the other parts' parameters stay as they are.
+        """
+        self.inserted = nn.ModuleDict({str(index): part for index, part in parts.items()})
+        self._look_again()
+
+    def _look_again(self) -> None:
+        self.has_inverse = all(part.has_inverse for part in self)  # type: ignore[misc]
+        self.one_pass_inverse = all(part.one_pass_inverse for part in self)  # type: ignore[misc]
+        self.has_score = all(part.has_score for part in self)  # type: ignore[misc]
 
     def __iter__(self) -> Iterator[FlowTransform]:
-        for part in self.parts:
+        for index, part in enumerate(self.parts):
+            if str(index) in self.inserted:
+                before = self.inserted[str(index)]
+                assert isinstance(before, FlowTransform)
+                yield before
             assert isinstance(part, FlowTransform)
             yield part
 

@@ -22,8 +22,8 @@ from tables import Measure, Rows, parser, run
 from pyro_flows import AutoFlowGuide
 from pyro_flows.__main__ import model as eight_schools
 from pyro_flows.training.batches import Batches
-from pyro_flows.training.fit import FitSettings
 from pyro_flows.training.objective import Objective
+from pyro_flows.training.settings import FitSettings
 from pyro_flows.training.trainer import Trainer
 
 DECAYS = (0.98, 0.99, 0.995)

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from pyro_flows import AutoFlowGuide, fit
 from pyro_flows.training.batches import Batches
-from pyro_flows.training.fit import sparse_tables
 from pyro_flows.training.objective import Objective
+from pyro_flows.training.preparation import sparse_tables
 from pyro_flows.training.trainer import Trainer
 
 

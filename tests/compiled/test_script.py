@@ -21,8 +21,8 @@ from pyro_flows.compiled.parameters import FlatParameter, state_of, trial
 from pyro_flows.compiled.script import to_script
 from pyro_flows.compiled.tracer import trace_operations
 from pyro_flows.compiled.unread import tensor_loss
-from pyro_flows.training.fit import FitSettings
 from pyro_flows.training.objective import Objective
+from pyro_flows.training.settings import FitSettings
 from pyro_flows.training.trainer import TrainerSettings
 
 X = torch.linspace(-1.0, 1.0, 12).reshape(6, 2)

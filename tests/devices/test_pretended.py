@@ -27,8 +27,8 @@ from pyro_flows import (
 )
 from pyro_flows.importance.resample import ResampleSettings
 from pyro_flows.posterior.plate import LocalBlock
-from pyro_flows.training.fit import FitSettings
 from pyro_flows.training.objective import EstimateSettings
+from pyro_flows.training.settings import FitSettings
 from pyro_flows.transforms import DiagonalPrecisionHead, FullPrecisionHead
 from pyro_flows.transforms.heads.affine import AffineHead
 from tests.devices.pretended import MixedDevicesError, pretended_gpu

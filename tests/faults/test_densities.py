@@ -19,8 +19,8 @@ from torch import Tensor
 
 from pyro_flows import AutoFlowGuide, CompiledSVI, VectorizedTrace_ELBO, diagnose, fit, importance_resample
 from pyro_flows.compiled import inductor
-from pyro_flows.training.fit import FitSettings
 from pyro_flows.training.objective import EstimateSettings
+from pyro_flows.training.settings import FitSettings
 
 Y = torch.tensor([3.0, 1.0, 2.0, 2.5])
 

@@ -20,12 +20,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from pyro_flows import AutoFlowGuide, FitProgress, fit
 from pyro_flows.training.batches import Batches
 from pyro_flows.training.checkpoint import Checkpoint
-from pyro_flows.training.fit import FitSettings
 from pyro_flows.training.interrupts import Interrupts
 from pyro_flows.training.monitor import Monitor
 from pyro_flows.training.objective import EstimateSettings, Objective
 from pyro_flows.training.optimizers import Optimizers, resolve_optimizer
 from pyro_flows.training.schedule import Schedule, ScheduleSettings
+from pyro_flows.training.settings import FitSettings
 from pyro_flows.training.trainer import Trainer, TrainerSettings
 
 Y = torch.tensor([1.0, 2.0, 3.0])

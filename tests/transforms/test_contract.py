@@ -92,6 +92,13 @@ def low_rank_preconditioner(input_dim: int) -> FlowTransform:
     return transform
 
 
+def item_couplings(input_dim: int, *, num_items: int) -> FlowTransform:
+    """Two items of two coordinates each, or one of three, and one that they share, where there are as many; else one
+    item."""
+    items, shared = ([[4, 0], [1, 3]] if num_items == 2 else [[4, 0, 1]], [2]) if input_dim == 5 else ([[1, 0]], [])
+    return T.ItemCouplings(input_dim, torch.tensor(items), torch.tensor(shared), num_transforms=5)
+
+
 BASES = {
     "AffineHead",
     "ConditionalGaussianHead",
@@ -117,6 +124,8 @@ TRANSFORMS |= {
     "Householder": lambda d, c: T.Householder(d, c, num_reflections=4),
     "Inverse": lambda d, c: T.Inverse(T.AffineAutoregressive(d, c)),
     "Inverse (spline)": lambda d, c: T.Inverse(T.Spline(d, c)),
+    "ItemCouplings": lambda d, c: item_couplings(d, num_items=2),
+    "ItemCouplings (one item)": lambda d, c: item_couplings(d, num_items=1),
     "LowRankAffine": lambda d, c: T.LowRankAffine(d, c, rank=min(d, 2)),
     "LowRankPreconditioner": lambda d, c: low_rank_preconditioner(d),
     "NeuralAutoregressive": lambda d, c: T.NeuralAutoregressive(d, c, hidden_dims=(16,), num_units=4),
@@ -141,6 +150,8 @@ TWO_DIMENSIONS = {
     "CovarianceHead",
     "CovarianceHead (marginals)",
     "FullPrecisionHead",
+    "ItemCouplings",
+    "ItemCouplings (one item)",
     "MultilevelHead",
     "SplineCouplings",
 }
@@ -151,6 +162,8 @@ IGNORE_CONTEXT = {
     "CovarianceHead (marginals)",
     "FullPrecisionHead",
     "FullRankPreconditioner",
+    "ItemCouplings",
+    "ItemCouplings (one item)",
     "LowRankPreconditioner",
     "Permutation",
     "PyroTransform",

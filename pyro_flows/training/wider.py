@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L7. The second part of a run of :func:`~pyro_flows.fit`: a wider flow, where the first has left too large a gap."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pyro_flows._checks import Settings
+from pyro_flows.distributed.parameters import share_parameters
+from pyro_flows.guides import AutoFlowGuide
+from pyro_flows.training.checkpoint import Checkpoint
+from pyro_flows.training.objective import Estimate, Objective
+from pyro_flows.training.result import Widening
+from pyro_flows.training.schedule import Schedule
+from pyro_flows.training.trainer import Trainer
+
+__all__ = ["WiderSettings", "gap_to_close", "train_wider", "widened"]
+
+
+@dataclass(frozen=True)
+class WiderSettings(Settings):
+    """Training of a wider flow. Values are heuristics; ``tests/benchmarks/targets.py`` measures their effect.
+
+    Attributes:
+        first_cycle: Number of steps of the first cycle, >= 1: the new layers begin at the identity.
+        max_steps: Approximate number of steps of all cycles at most.
+        more_particles: Factor of the number of particles per step, >= 1: more layers follow more of the noise. The
+            number is at most ``FitSettings.max_particles``.
+    """
+
+    first_cycle: int = 1000
+    max_steps: int = 8000
+    more_particles: int = 4
+
+
+def gap_to_close(schedule: Schedule, target_gap: float, file: Checkpoint) -> float | None:
+    """The gap that a finished run has left, in nats, if it is above the target and a wider flow may help; else None.
+
+    There is no wider flow with mini-batches or a model that is trained along, where the ELBO does not tell a gap; where
+    the number of steps was given; and where draws are run one by one, so that a step has too few of them.
+
+    Args:
+        schedule: The schedule of the run.
+        target_gap: Gap that is small enough, in nats.
+        file: The checkpoint, whose run may have a wider flow already.
+    """
+    objective = schedule.objective
+    is_suited = objective.vectorized and not objective.subsampled and not objective.trains_model
+    if not (is_suited and isinstance(objective.guide, AutoFlowGuide) and objective.guide.posterior.can_widen):
+        return None
+    is_wide = file.run.wider is not None
+    if not is_wide and (schedule.num_steps is not None or schedule.was_stopped):
+        return None
+    gap = objective.gap()
+    return gap if is_wide or gap > target_gap else None
+
+
+def widened(objective: Objective) -> Objective:
+    """The objective with a wider flow in its guide, whose distribution is the same."""
+    model, guide, batches, parts = objective.model, objective.guide, objective.batches, objective.parts
+    assert isinstance(guide, AutoFlowGuide)
+    guide.posterior.widen()
+    if not parts.is_whole:
+        share_parameters(parts.processes, model, guide, *batches.first)
+    return Objective(model, guide, batches, objective.settings, parts)
+
+
+def train_wider(schedule: Schedule, former: Trainer, file: Checkpoint, gap: float) -> tuple[Widening, Estimate]:
+    """Train a guide that was made wider, or go on from where the file's run was.
+
+    Args:
+        schedule: That of a trainer of the wide guide.
+        former: The trainer of the guide as it was before.
+        file: The checkpoint.
+        gap: The gap then, in nats.
+
+    Returns:
+        What the wider flow gained, and the ELBO of the guide as it is now.
+    """
+    trainer, before = schedule.trainer, former.state
+    trainer.skipped_at = former.skipped_at
+    file.begin_part("wider", before)
+    if file.run.wider is None:
+        state = trainer.state  # counts and losses are those of the whole run, as the user sees it
+        state.num_steps, state.losses = before.num_steps, list(before.losses)
+        state.num_skipped, state.num_rollbacks = before.num_skipped, before.num_rollbacks
+        schedule.begin()
+    else:
+        schedule.resume(file.load(schedule.objective))
+    kept, best = schedule.finish(schedule.train())
+    start = trainer.state.initial_estimate
+    assert start is not None
+    gain, se = best.gain_over(start) if kept == "flow" else (0.0, 0.0)
+    steps = trainer.state.num_steps - before.num_steps
+    return Widening(gap, gain, se, steps, trainer.num_particles, kept == "flow"), best
