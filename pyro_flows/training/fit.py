@@ -132,7 +132,7 @@ def fit(
         learning_rate: Peak learning rate of Adam, > 0.
         max_seconds: Seconds after which the run stops as at Ctrl-C, > 0, counted from the call; a warm start, which
             takes some seconds, and the estimate at the end are not cut short. None sets no limit.
-        target_gap: Gap in nats, > 0, that is small enough: above it, the flow becomes wider. Not heeded if ``num_steps``
+        target_gap: Gap in nats, > 0, that is small enough: above it, the flow becomes wider. Not used if ``num_steps``
             is given.
         objective: What to optimize: ``"elbo"``, the reverse KL; ``"importance_weighted"``, the bound of 16 draws; or
             ``"forward_kl"``, from the posterior to the guide, which then covers it, heavy tails included. The latter

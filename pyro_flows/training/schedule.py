@@ -7,75 +7,22 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from dataclasses import dataclass
 
 import torch
 
-from pyro_flows._checks import Settings
 from pyro_flows.guides import AutoFlowGuide
 from pyro_flows.training.checkpoint import Checkpoint
+from pyro_flows.training.cycles import ScheduleSettings
 from pyro_flows.training.interrupts import Interrupts
 from pyro_flows.training.monitor import FitProgress, Monitor
 from pyro_flows.training.objective import Estimate
 from pyro_flows.training.state import TrainingState
 from pyro_flows.training.trainer import Trainer
 
-__all__ = ["Schedule", "ScheduleSettings"]
+__all__ = ["Schedule"]
 
 INTERRUPTED = "interrupted"
 CALLBACK = "the callback asked for it"
-
-
-@dataclass(frozen=True)
-class ScheduleSettings(Settings):
-    """Lengths of cycles, and criteria of convergence.
-
-    A cycle is the last one if its gain is below a tolerance or below two standard errors, or if the next one, by
-    geometric extrapolation of the gains, is expected to gain less than half of its own tolerance. Values without a
-    source are heuristics; ``tests/benchmarks/`` measures their joint effect.
-
-    Attributes:
-        first_cycle: Number of steps of the first cycle, >= 1.
-        first_cycle_long: The same with mini-batches, to average over more of their noise, and with annealing, to cool
-            slowly.
-        max_steps: Approximate number of steps of all cycles at most; a cycle that has begun is finished.
-        max_steps_long: The same with mini-batches or annealing.
-        patience: Number of steps after which a cycle whose gain is below tolerance is the last.
-        min_gain: Tolerance of the ELBO gain of the first cycle, in nats, > 0; for longer cycles in proportion to their
-            length. Welandawe, Andersen, Vehtari, Huggins. A framework for improving the reliability of black-box
-            variational inference. JMLR 25, 2024. arXiv:2203.15945, for stopping where the predicted gain is less than
-            its cost.
-        max_gap: Gap in nats below which a guide has converged, > 0, whatever its gains are.
-        min_gain_per_latent: The same for each local latent, in nats; the larger of the two tolerances holds.
-        max_gap_of_start: Gap in nats below which the initial guide is not trained. The gap is half the variance of log
-            weights, where they are nearly constant. Lower than ``max_gap``, since the whole gap of a Gaussian may be
-            an error of one mean.
-        max_gap_without_tail: Gap in nats below which the tail of the importance weights is not checked. Between this
-            and ``max_gap`` a guide has converged if its importance weights have a light tail.
-    """
-
-    first_cycle: int = 250
-    first_cycle_long: int = 1000
-    max_steps: int = 4000
-    max_steps_long: int = 8000
-    patience: int = 250
-    min_gain: float = 0.005
-    max_gap: float = 0.005
-    min_gain_per_latent: float = 1e-4
-    max_gap_of_start: float = 1e-3
-    max_gap_without_tail: float = 1e-4
-
-    def lengths(self, num_steps: int | None, *, long: bool) -> list[int]:
-        """Numbers of steps of all cycles.
-
-        Args:
-            num_steps: Number of steps of a single cycle, >= 1; None makes several cycles.
-            long: Whether there are mini-batches, or annealing.
-        """
-        lengths = [num_steps or (self.first_cycle_long if long else self.first_cycle)]
-        while num_steps is None and sum(lengths) < (self.max_steps_long if long else self.max_steps):
-            lengths.append(sum(lengths))
-        return lengths
 
 
 class Schedule:
@@ -89,6 +36,9 @@ class Schedule:
         anneal: Whether the first cycle begins with a flattened log joint.
         monitor: The progress bar and the user's callback.
         settings: Lengths of cycles, and criteria of convergence.
+
+    Attributes:
+        earlier_cycles: Number of cycles of the parts of the run before, which the user sees counted along.
     """
 
     def __init__(
@@ -109,6 +59,7 @@ class Schedule:
         self.interrupts = interrupts
         self.anneal = anneal
         self.monitor, self.num_steps = monitor, num_steps
+        self.earlier_cycles = 0
         self._processes = trainer.objective.parts.processes
         # Heeded by all processes after the same step: Ctrl-C in any, and the first one's clock.
         trainer.wishes = lambda: [interrupts.is_pending, interrupts.is_late, checkpoint.is_due]
@@ -282,7 +233,8 @@ class Schedule:
         objective, trainer, state = self.objective, self.trainer, self.trainer.state
         done = sum(state.lengths[: state.cycle])
         anneal = self.anneal and state.cycle == 0
-        self.monitor.begin_cycle(state.cycle + 1, done + state.step, done + length)
+        total = state.num_steps + length - state.step
+        self.monitor.begin_cycle(self.earlier_cycles + state.cycle + 1, state.num_steps, total)
         trainer.cycle(length, self._after_step, anneal=anneal)
         self._check_agreement()
         now = self._estimate()
@@ -290,7 +242,10 @@ class Schedule:
         is_worse = gain < -2 * error and not objective.trains_model
         if objective.trains_model or objective.prefers(now, self._best()) or anneal:
             self._keep(now)
-        if judged and self._has_converged(now):
+        target = self.settings.target_gap
+        if target is not None and self.objective.gap() < target:
+            state.reason = f"the gap is below {target:g} nats"
+        elif judged and self._has_converged(now):
             state.reason = f"converged: log weights have a standard deviation of {math.sqrt(now.variance):.3f} nats"
         elif is_worse:
             trainer.roll_back(state.best_point)
@@ -307,7 +262,7 @@ class Schedule:
         """Report a cycle to the user's callback; returns whether it wants the run to stop."""
         state, best = self.trainer.state, self._best()
         progress = FitProgress(
-            cycle=state.cycle,
+            cycle=self.earlier_cycles + state.cycle,
             step=state.num_steps,
             elbo=now.mean,
             elbo_se=now.error,
@@ -337,8 +292,8 @@ class Schedule:
     def _has_converged(self, now: Estimate) -> bool:
         """Whether log weights hardly vary; since rare draws do not show in the variance, the tail is checked too."""
         gap = now.variance / 2
-        if gap >= self.settings.max_gap or gap < self.settings.max_gap_without_tail:
-            return gap < self.settings.max_gap
+        if gap >= self.settings.min_gain or gap < self.settings.max_gap_without_tail:
+            return gap < self.settings.min_gain
         return self.objective.subsampled or not self.objective.vectorized or self.objective.has_light_tails()
 
     def _keep(self, now: Estimate) -> None:

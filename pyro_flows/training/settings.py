@@ -9,8 +9,8 @@ from typing import Any
 
 from pyro_flows._checks import Settings, constant, integer, optional
 from pyro_flows.guides import AutoFlowGuide
+from pyro_flows.training.cycles import ScheduleSettings
 from pyro_flows.training.objective import EstimateSettings, Objective
-from pyro_flows.training.schedule import ScheduleSettings
 from pyro_flows.training.trainer import TrainerSettings
 from pyro_flows.training.verdict import VerdictSettings
 from pyro_flows.training.weighted_objective import WeightedSettings
@@ -108,4 +108,4 @@ class FitSettings(Settings):
     def wider_schedule(self, target_gap: float) -> ScheduleSettings:
         """Cycles of a wider flow: until its gap is small enough, or does not fall any more."""
         wider = self.wider
-        return replace(self.schedule, first_cycle=wider.first_cycle, max_steps=wider.max_steps, max_gap=target_gap)
+        return replace(self.schedule, first_cycle=wider.first_cycle, max_steps=wider.max_steps, target_gap=target_gap)

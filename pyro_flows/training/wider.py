@@ -78,7 +78,7 @@ def train_wider(schedule: Schedule, former: Trainer, file: Checkpoint, gap: floa
         What the wider flow gained, and the ELBO of the guide as it is now.
     """
     trainer, before = schedule.trainer, former.state
-    trainer.skipped_at = former.skipped_at
+    trainer.skipped_at, schedule.earlier_cycles = former.skipped_at, before.cycle
     file.begin_part("wider", before)
     if file.run.wider is None:
         state = trainer.state  # counts and losses are those of the whole run, as the user sees it

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_flows import AutoFlowGuide, FitResult, fit
-from pyro_flows.training import EstimateSettings, FitSettings, ScheduleSettings, TrainerSettings
+from pyro_flows.training import EstimateSettings, FitSettings, ScheduleSettings, TrainerSettings, WiderSettings
 from pyro_flows.training.batches import Batches
 from pyro_flows.training.checkpoint import Checkpoint
 from pyro_flows.training.objective import Objective
@@ -106,6 +106,16 @@ def run_forward(path: Path | None) -> tuple[Any, FitResult]:
     return train(path, objective="forward_kl")
 
 
+def run_wider(path: Path | None) -> tuple[Any, FitResult]:
+    settings = FitSettings(
+        checkpoint_interval=0.0,
+        estimates=ESTIMATES,
+        schedule=ScheduleSettings(first_cycle=15, max_steps=15, max_gap_of_start=1e-12),
+        wider=WiderSettings(first_cycle=15, max_steps=15),
+    )
+    return train(path, flow="auto", num_steps=None, target_gap=1e-9, settings=settings)
+
+
 def run_loader(path: Path | None) -> tuple[Any, FitResult]:
     """Local latents with sparse gradients; mini-batches are shuffled by torch's global generator."""
     y = torch.linspace(-10.0, 10.0, 20)
@@ -144,7 +154,16 @@ def run_amortized(path: Path | None) -> tuple[Any, FitResult]:
 
 RUNS = {
     run.__name__[4:]: run
-    for run in (run_schools, run_recorded, run_cycles, run_annealed, run_forward, run_loader, run_amortized)
+    for run in (
+        run_schools,
+        run_recorded,
+        run_cycles,
+        run_annealed,
+        run_forward,
+        run_wider,
+        run_loader,
+        run_amortized,
+    )
 }
 
 
@@ -162,6 +181,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(run: Callable[..., Any], tmp_pat
         assert getattr(result, name) == getattr(expected, name), name
     if run is run_cycles:
         assert expected.rollbacks
+    if run is run_wider:
+        assert result.widening == expected.widening is not None
     if run is run_forward:
         assert result.weighted == expected.weighted is not None
     # Once more: a run that is done is neither repeated nor judged again.

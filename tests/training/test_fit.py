@@ -20,11 +20,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from pyro_flows import AutoFlowGuide, FitProgress, fit
 from pyro_flows.training.batches import Batches
 from pyro_flows.training.checkpoint import Checkpoint
+from pyro_flows.training.cycles import ScheduleSettings
 from pyro_flows.training.interrupts import Interrupts
 from pyro_flows.training.monitor import Monitor
 from pyro_flows.training.objective import EstimateSettings, Objective
 from pyro_flows.training.optimizers import Optimizers, resolve_optimizer
-from pyro_flows.training.schedule import Schedule, ScheduleSettings
+from pyro_flows.training.schedule import Schedule
 from pyro_flows.training.settings import FitSettings
 from pyro_flows.training.trainer import Trainer, TrainerSettings
 
@@ -293,13 +294,12 @@ def test_ctrl_c_keeps_the_best_so_far() -> None:
 def test_a_callback_sees_every_cycle_and_can_stop() -> None:
     short = FitSettings(schedule=ScheduleSettings(first_cycle=10, max_steps=40, min_gain=1e-9, patience=1000))
     seen: list[FitProgress] = []
-    result = fit(banana, AutoFlowGuide(banana), seed=0, progress=False, settings=short, callback=seen.append)
+    options: dict[str, Any] = {"seed": 0, "progress": False, "settings": short, "target_gap": 100.0}
+    result = fit(banana, AutoFlowGuide(banana), callback=seen.append, **options)
     assert [(now.cycle, now.step) for now in seen] == [(1, 10), (2, 20), (3, 40)]
     assert all(now.elbo <= now.best_elbo < 0.1 and now.elbo_se > 0.0 for now in seen)
     assert 0.0 < seen[0].seconds < seen[1].seconds <= result.seconds
-    result = fit(
-        banana, AutoFlowGuide(banana), seed=0, progress=False, settings=short, callback=lambda now: now.cycle == 2
-    )
+    result = fit(banana, AutoFlowGuide(banana), callback=lambda now: now.cycle == 2, **options)
     assert result.steps == 20 and result.reason == "the callback asked for it"
 
 

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``fit`` does where the flow leaves a gap: a wider one goes on from there, and the result says so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_flows import AutoFlowGuide, diagnose, fit
+from pyro_flows.training import EstimateSettings, FitProgress, FitSettings, ScheduleSettings, WiderSettings
+from tests.common import schools
+
+Y = torch.tensor([28.0, 8.0, -3.0, 7.0])
+SHORT = FitSettings(
+    estimates=EstimateSettings(num_runs=4, num_particles=50),
+    schedule=ScheduleSettings(first_cycle=10, max_steps=10, max_gap_of_start=1e-12, min_gain=1e-9),
+    wider=WiderSettings(first_cycle=5, max_steps=10),
+)
+OPTIONS: dict[str, Any] = {"seed": 0, "progress": False, "compile": False, "settings": SHORT}
+
+
+def products(y: Tensor) -> None:
+    """Only the product of each weight and its scale is seen."""
+    with pyro.plate("columns", len(y)):
+        scales = pyro.sample("scales", dist.HalfCauchy(1.0))
+        weights = pyro.sample("weights", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(scales * weights, 0.3), obs=y)
+
+
+@pytest.mark.slow
+def test_the_gap_of_weights_and_their_scales() -> None:
+    y = torch.tensor([0.5, -0.8, 1.2, 2.0, -0.4, 0.9])
+    pyro.clear_param_store()
+    guide = AutoFlowGuide(products)
+    settings = FitSettings(wider=WiderSettings(max_steps=2000))
+    result = fit(products, guide, (y,), target_gap=0.005, seed=0, progress=False, settings=settings)
+    assert result.widening is not None and result.widening.kept and result.kept == "flow"
+    assert result.widening.gain > 4 * result.widening.gain_se
+    report = diagnose(products, guide, (y,), seed=1, progress=False)
+    assert report.gap < 0.5 * result.widening.gap
+    assert abs(report.elbo - result.elbo) < 4 * (report.elbo_se + result.elbo_se)
+    assert str(result.widening) in str(result)
+
+
+def test_the_report_counts_the_whole_run() -> None:
+    seen: list[FitProgress] = []
+    options = {**OPTIONS, "num_particles": 8}
+    result = fit(schools, AutoFlowGuide(schools), (Y,), target_gap=1e-9, callback=seen.append, **options)
+    assert result.widening is not None
+    assert [(now.cycle, now.step) for now in seen] == [(1, 10), (2, 15), (3, 20)]
+    assert result.steps == len(result.losses) == 20
+    assert result.widening.steps == 10 and result.widening.num_particles == 4 * 8
+    first = fit(schools, AutoFlowGuide(schools), (Y,), target_gap=100.0, **options)
+    assert first.start_elbo == result.start_elbo
+    assert first.losses == result.losses[:10]
+
+
+def test_a_gap_that_is_small_enough_ends_the_training_of_a_wider_flow() -> None:
+    settings = FitSettings(
+        estimates=SHORT.estimates, schedule=SHORT.schedule, wider=WiderSettings(first_cycle=5, max_steps=1000)
+    )
+    pyro.clear_param_store()
+    options = {**OPTIONS, "settings": settings}
+    before = fit(schools, AutoFlowGuide(schools), (Y,), target_gap=1e-9, callback=lambda now: now.cycle > 1, **options)
+    assert before.widening is not None and before.reason == "the callback asked for it"
+    target = 0.9999 * before.widening.gap  # reached by noise, if not by steps
+    result = fit(schools, AutoFlowGuide(schools), (Y,), target_gap=target, **options)
+    assert result.widening is not None
+    assert result.reason == f"the gap is below {target:g} nats"
+
+
+@pytest.mark.parametrize(
+    "flow, options",
+    [
+        ("auto", {"target_gap": 100.0}),
+        ("auto", {"num_steps": 10, "target_gap": 1e-9}),
+        ("diagonal_normal", {"target_gap": 1e-9}),
+        ("auto", {"callback": lambda now: True, "target_gap": 1e-9}),
+    ],
+    ids=["small enough", "steps given", "no wider flow", "stopped"],
+)
+def test_no_wider_flow(flow: str, options: dict[str, Any]) -> None:
+    guide = AutoFlowGuide(schools, flow)
+    result = fit(schools, guide, (Y,), **{**OPTIONS, **options})
+    assert result.widening is None and result.steps == 10
+    assert "wider" not in str(result)
+
+
+def test_mini_batches_and_trained_models_have_none() -> None:
+    def model(y: Tensor) -> None:
+        scale = pyro.param("scale", torch.tensor(10.0), constraint=dist.constraints.positive)
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(mu, scale + tau), obs=y)
+
+    pyro.clear_param_store()
+    assert fit(model, AutoFlowGuide(model), (Y,), target_gap=1e-9, **OPTIONS).widening is None
