@@ -42,7 +42,14 @@ from pyro_flows.training.monitor import Callback, Monitor, check_callback
 from pyro_flows.training.objective import EstimateSettings, Objective
 from pyro_flows.training.optimizers import described, peak_rate, resolve_optimizer
 from pyro_flows.training.options import RunOptions, changed_settings
-from pyro_flows.training.preparation import restored, set_up, sparse_tables, warm_start, without_step_limit
+from pyro_flows.training.preparation import (
+    divided_tables,
+    restored,
+    set_up,
+    sparse_tables,
+    warm_start,
+    without_step_limit,
+)
 from pyro_flows.training.random_state import capture_random_state, generators_of
 from pyro_flows.training.result import FitResult
 from pyro_flows.training.schedule import Schedule, ScheduleSettings
@@ -288,7 +295,7 @@ def fit(
             if not parts.is_whole:
                 share_parameters(processes, model, guide, *batches.first)
             if file.run.state is None:
-                state, warm = None, warm_start(model, guide, batches, calls, monitor)
+                state, warm = None, warm_start(model, guide, batches, calls, monitor, parts)
                 file.run.before_analysis = capture_random_state(batches.generators)
                 if not parts.is_whole:
                     share_parameters(processes, model, guide, *batches.first)
@@ -313,6 +320,8 @@ def fit(
                 tables = stack.enter_context(sparse_tables(guide, enabled=elbo.subsampled))
                 interrupts = stack.enter_context(Interrupts(monitor.begin + (max_seconds or math.inf)))
                 stack.callback(elbo.release)
+                file.describe(elbo)
+                stack.enter_context(divided_tables(elbo, state))
                 make_trainer = partial(
                     Trainer,
                     num_particles=options.num_particles,
@@ -331,7 +340,6 @@ def fit(
                 )
                 trainer = make_trainer(elbo, tables=tables)
                 schedule = make_schedule(trainer, anneal=anneal)
-                file.describe(elbo)
                 if state is None:
                     file.run.options = options
                     schedule.begin()

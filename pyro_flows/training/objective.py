@@ -56,6 +56,8 @@ class EstimateSettings(Settings):
             run for each mini-batch of a pass if these are more.
         num_particles: Number of draws per run, >= 2. With ``num_runs`` this makes 10,000 draws, for a standard error of
             0.005 nats where log weights have a standard deviation of half a nat.
+        min_runs: Smallest number of runs where each is the mean over several processes, so that their standard error is
+            known, >= 2; or ``num_runs``, if that is smaller.
         max_values: Largest number of runs times particles times the size of the largest latent site; bounds memory.
         num_sequential_runs: Number of runs, of a single draw each, of a model that can't be run at many draws at once.
         max_batches: Largest number of mini-batches of a pass that estimates go through.
@@ -69,6 +71,7 @@ class EstimateSettings(Settings):
 
     num_runs: int = 20
     num_particles: int = 500
+    min_runs: int = 10
     max_values: int = 2**18
     num_sequential_runs: int = 200
     max_batches: int = 200
@@ -217,9 +220,7 @@ class Objective:
         power = self.inverse_temperature
         model = self.model if power == 1.0 else poutine.scale(self.model, scale=power)
         guide = self.guide
-        share = self.parts.share(part)
-        if share is not None:
-            model, guide = share(model), share(guide)
+        model, guide = self.parts.programs(part, model, guide)
         if elbo.vectorize_particles and elbo.num_particles > 1:
             guide = _VarianceReduction(centered=self.subsampled)(guide)
         return model, guide
@@ -301,7 +302,9 @@ class Objective:
             if not self.vectorized:
                 return self._estimate(settings.num_sequential_runs, 1, seed)
             runs = max(settings.num_runs, len(self.calls))
-            affordable = settings.max_values // (runs * self.num_items)
+            if self.parts.per_run > 1:
+                runs = max(-(-runs // self.parts.per_run), min(runs, settings.min_runs))
+            affordable = settings.max_values // (runs * self.parts.per_run * self.num_items)
             particles = max(2, min(settings.num_particles, affordable))
             return self._estimate(*self.parts.processes.broadcast((runs, particles)), seed)
 
@@ -321,6 +324,7 @@ class Objective:
         Raises:
             Exception: Any exception that the model raises there.
         """
+        self.parts.shards.join()  # all processes are here, and training ends
         call = Call(*self.batches.first)
         trace = run_quietly(self.guide, call)
         values = {name: node["value"] for name, node in sample_nodes(trace).items()}
@@ -339,8 +343,8 @@ class Objective:
 
     def where_not_finite(self) -> str:
         """Sites of the model without a finite log density at one of many draws of the guide, in words."""
-        call = Call(*self.batches.first)
-        return where_not_finite(self.model, self.guide, call, self.settings.num_sequential_runs)
+        programs = self.parts.programs(self.parts.own[0], self.model, self.guide)
+        return where_not_finite(*programs, Call(*self.batches.first), self.settings.num_sequential_runs)
 
     def rounding(self) -> str:
         """What float32 is the reason for; see :func:`~pyro_flows.models.precision.rounding_message`."""
@@ -359,7 +363,8 @@ class Objective:
         elbo = self.elbo(particles)
         try:
             with self.parts.first_buffers(self.buffers):
-                values = self.parts.runs(lambda call: self._value(elbo, call), self.calls, runs, seed, self.batches)
+                value = partial(self._value, elbo)
+                values = self.parts.runs(value, self.calls, runs, seed, self.batches)
         except (RuntimeError, MemoryError) as error:
             if particles == 1 or not is_out_of_memory(error):
                 raise
@@ -369,15 +374,16 @@ class Objective:
         if len(kept) < (1.0 - REFUSALS.max_share) * runs or not kept.isfinite().all():
             return Estimate(-math.inf, math.inf, math.inf, sample)
         variance = kept.var().item()
-        return Estimate(kept.mean().item(), math.sqrt(variance / len(kept)), variance * particles, sample)
+        draws = particles * self.parts.per_run
+        return Estimate(kept.mean().item(), math.sqrt(variance / len(kept)), variance * draws, sample)
 
-    def _value(self, elbo: Trace_ELBO | TraceEnum_ELBO, call: Arguments) -> float:
-        """ELBO of a mini-batch; NaN where the model raises."""
+    def _value(self, elbo: Trace_ELBO | TraceEnum_ELBO, call: Arguments, part: int) -> float:
+        """ELBO of a mini-batch of a part's items; NaN where the model raises."""
         args, kwargs = call
         try:
             # Without validation, which would raise at draws of zero density.
             with _quiet(), pyro.validation_enabled(False):
-                return -float(elbo.loss(self.model, self.guide, *args, **kwargs))
+                return -float(elbo.loss(*self.parts.programs(part, self.model, self.guide), *args, **kwargs))
         except NO_DENSITY:
             return math.nan
 
