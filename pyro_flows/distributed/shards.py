@@ -146,6 +146,8 @@ class Shards:
         """Give a table other rows; the parameter itself stays, which others refer to."""
         table = _table(block)
         table.grad = None
+        # By way of another type: else gradients would need the former shape where an older graph is still alive.
+        table.data = torch.empty(0, dtype=torch.complex64, device=values.device)
         table.data = values
         block.owned = owned
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows._random import forked, random_state, set_random_state
+from pyro_flows.distributed.plates import PlateShare
 from pyro_flows.distributed.shards import Shards
 from pyro_flows.models.batching import BatchedModel
 from pyro_flows.models.log_joint import LogJoint, constrain, joined, scored_sites
@@ -149,7 +150,8 @@ class LocalStart:
 
     def batches(self) -> Iterator[MiniBatch]:
         """All mini-batches of the arguments; of the shares of this process, one after the other, if there are any."""
-        for share in self.shards.shares or [None]:
+        shares: list[PlateShare | None] = [*self.shards.shares] or [None]
+        for share in shares:
             owned = None if share is None else share.items_of
             parts = itertools.chain.from_iterable(mini_batches(one, self.make_plates, owned) for one in self.calls)
             yield from itertools.islice(parts, SETTINGS.max_calls)

@@ -23,9 +23,9 @@ from pyro_flows.training.trainer import Trainer
 from tests.distributed import programs
 
 ROOT = Path(__file__).resolve().parents[2]
-AS_ONE = ("fit_schools", "fit_recorded", "fit_groups", "fit_loader", "fit_autoencoder", "fit_with_nan")
+AS_ONE = ("fit_schools", "fit_recorded", "fit_groups", "fit_nested", "fit_loader", "fit_autoencoder", "fit_with_nan")
 TOGETHER = (
-    *("fit_own_data", "fit_sampler", "fit_interrupted", "fit_late", "fit_stopped"),
+    *("fit_resumed", "fit_own_data", "fit_sampler", "fit_interrupted", "fit_late", "fit_stopped"),
     *("svi", "svi_broadcast", "compiled_svi", "svi_until_converged", "fit_refused", "fit_alone", "ddp_recipe"),
 )
 
@@ -46,15 +46,19 @@ def launch(folder: Path, names: Sequence[str], *options: str) -> subprocess.Comp
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """What each program found in the first and in the second process."""
+def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What each program found in the first and in the second process; and the folder of their files."""
     folder = tmp_path_factory.mktemp("both")
+    with programs.double_precision():
+        programs.fit_stopped_halfway(folder / "one.pt")
+    pyro.clear_param_store()
     done = launch(folder, [*AS_ONE, *TOGETHER])
     assert done.returncode == 0, done.stderr
-    return {
+    found: dict[str, Any] = {
         name: [torch.load(folder / f"{name}_{rank}.pt", weights_only=False) for rank in range(2)]
         for name in (*AS_ONE, *TOGETHER)
     }
+    return {**found, "folder": folder}
 
 
 def same(one: dict[str, Any], other: dict[str, Any], rtol: float = 0.0) -> None:
@@ -73,6 +77,25 @@ def test_two_processes_are_one_with_two_parts(both, name, tmp_path):
     same(first, second)
     same(first, alone, 1e-6)
     assert first["parameters"].dtype == torch.float64
+
+
+def test_a_process_holds_the_rows_of_its_own_items(both):
+    """In the tables, the points of the run and both moments; an error leaves those of others unknown."""
+    for rank, (groups, members) in enumerate([(1001, 2002), (1002, 2004)]):
+        found = both["fit_resumed"][rank]["held"]
+        assert found["held"] == {groups: 6, members: 6}
+        assert found["left"] == [(2003, groups), (4006, members)]
+
+
+def test_a_run_goes_on_in_another_number_of_processes(both, tmp_path):
+    first, second = both["fit_resumed"]
+    whole = both["fit_nested"][0]
+    for found in (first, second):
+        same(found["from two"], whole)
+        same(found["from one"], whole, 1e-6)
+    pyro.clear_param_store()
+    with programs.double_precision():
+        same(programs.fit_nested(tmp_path, checkpoint=both["folder"] / "two.pt"), whole, 1e-6)
 
 
 def test_nan_in_one_process_is_a_skipped_step_in_both(both):
