@@ -40,6 +40,8 @@ SCHOOLS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 ESTIMATES = EstimateSettings(num_runs=4, num_particles=20)
 # Two parts of a step, on two processes or on one.
 TWO = FitSettings(num_parts=2, estimates=ESTIMATES, checkpoint_interval=0.05, schedule=ScheduleSettings(first_cycle=20))
+# Checkpoints of the same run, by one process and by two.
+FILES = ("one.pt", "two.pt")
 # A checkpoint after each step.
 OFTEN = replace(TWO, checkpoint_interval=0.0)
 OPTIONS = {"num_steps": 200, "num_particles": 4, "compile": False, "seed": 0, "progress": False, "settings": TWO}
@@ -145,27 +147,33 @@ def fit_nested(folder: Path, **options: Any) -> dict[str, Any]:
         assert guide.median(y)["x"].shape == (2, 2003)  # of all items, also during training
 
     callback = look if os.environ.get("RANK") == "1" else None
-    options = {**OPTIONS, "num_steps": 30, "settings": OFTEN, "callback": callback, **options}
+    options = {**OPTIONS, "num_steps": 25, "settings": OFTEN, "callback": callback, **options}
     return end(guide, fit(nested, guide, (y,), **options))
 
 
 def fit_resumed(folder: Path) -> dict[str, Any]:
     """From a file that one process has written, in the middle of a cycle; and from one that is written here."""
-    from_one = fit_nested(folder, checkpoint=folder / "one.pt")
-    held = fit_stopped_halfway(folder / "two.pt")
-    if os.environ["RANK"] == "0":
-        shutil.copy(folder / "two.pt", folder / "again.pt")
-    torch.distributed.barrier()
-    return {"from one": from_one, "held": held, "from two": fit_nested(folder, checkpoint=folder / "again.pt")}
+    held = fit_with_error(copy_of(folder / "one.pt", folder / "two.pt"), 20)
+    found = {name: fit_nested(folder, checkpoint=copy_of(folder / name, folder / "end.pt")) for name in FILES}
+    return {"held": held, **found}
 
 
-def fit_stopped_halfway(path: Path) -> dict[str, Any]:
+def copy_of(path: Path, new: Path) -> Path:
+    """Copy a file, in the first process."""
+    if os.environ.get("RANK", "0") == "0":
+        shutil.copy(path, new)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    return new
+
+
+def fit_with_error(path: Path, num_steps: int) -> dict[str, Any]:
     """A run that ends by an error and leaves a file: numbers of rows that it held, and of those that it leaves."""
     found: dict[str, Any] = {}
     step = Trainer._step
 
     def fail(self: Trainer, rate: float) -> None:
-        if self.state.num_steps < 20:
+        if self.state.num_steps < num_steps:
             return step(self, rate)
         self.freeze()
         state, tables = self.state, [block.items for block in self.objective.guide.posterior.blocks()]

@@ -23,9 +23,9 @@ from pyro_flows.training.trainer import Trainer
 from tests.distributed import programs
 
 ROOT = Path(__file__).resolve().parents[2]
-AS_ONE = ("fit_schools", "fit_recorded", "fit_groups", "fit_nested", "fit_loader", "fit_autoencoder", "fit_with_nan")
+AS_ONE = ("fit_schools", "fit_recorded", "fit_groups", "fit_loader", "fit_autoencoder", "fit_with_nan")
 TOGETHER = (
-    *("fit_resumed", "fit_own_data", "fit_sampler", "fit_interrupted", "fit_late", "fit_stopped"),
+    *("fit_nested", "fit_resumed", "fit_own_data", "fit_sampler", "fit_interrupted", "fit_late", "fit_stopped"),
     *("svi", "svi_broadcast", "compiled_svi", "svi_until_converged", "fit_refused", "fit_alone", "ddp_recipe"),
 )
 
@@ -50,7 +50,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What each program found in the first and in the second process; and the folder of their files."""
     folder = tmp_path_factory.mktemp("both")
     with programs.double_precision():
-        programs.fit_stopped_halfway(folder / "one.pt")
+        programs.fit_with_error(folder / "one.pt", 10)
     pyro.clear_param_store()
     done = launch(folder, [*AS_ONE, *TOGETHER])
     assert done.returncode == 0, done.stderr
@@ -88,14 +88,18 @@ def test_a_process_holds_the_rows_of_its_own_items(both):
 
 
 def test_a_run_goes_on_in_another_number_of_processes(both, tmp_path):
-    first, second = both["fit_resumed"]
-    whole = both["fit_nested"][0]
-    for found in (first, second):
-        same(found["from two"], whole)
-        same(found["from one"], whole, 1e-6)
-    pyro.clear_param_store()
-    with programs.double_precision():
-        same(programs.fit_nested(tmp_path, checkpoint=both["folder"] / "two.pt"), whole, 1e-6)
+    """From files after 10 steps of one process, and after 20 of which the last ten were those of two."""
+    whole, second = both["fit_nested"]
+    same(whole, second)
+    for name in programs.FILES:
+        first, second = (found[name] for found in both["fit_resumed"])
+        same(first, second)
+        same(first, whole, 1e-6)
+        pyro.clear_param_store()
+        with programs.double_precision():
+            alone = programs.fit_nested(tmp_path, checkpoint=programs.copy_of(both["folder"] / name, tmp_path / name))
+        same(alone, whole, 1e-6)
+    same(*(both["fit_resumed"][0][name] for name in programs.FILES))  # bit for bit in two
 
 
 def test_nan_in_one_process_is_a_skipped_step_in_both(both):
