@@ -81,10 +81,10 @@ def test_two_processes_are_one_with_two_parts(both, name, tmp_path):
 
 def test_a_process_holds_the_rows_of_its_own_items(both):
     """In the tables, the points of the run and both moments; an error leaves those of others unknown."""
-    for rank, (groups, members) in enumerate([(1001, 2002), (1002, 2004)]):
+    for rank, (groups, members) in enumerate([(21, 42), (22, 44)]):
         found = both["fit_resumed"][rank]["held"]
-        assert found["held"] == {groups: 6, members: 6}
-        assert found["left"] == [(2003, groups), (4006, members)]
+        assert [found["held"][number] for number in (groups, members, 43, 86)] == [6, 6, 0, 0]
+        assert found["left"] == [(43, groups), (86, members)]
 
 
 def test_a_run_goes_on_in_another_number_of_processes(both, tmp_path):
