@@ -48,7 +48,6 @@ class Shards:
         found = [block for block in blocks if block.items is not None and plate in block.layout.plate_names]
         self.blocks = found if processes.size > 1 else []
         self.shares = [PlateShare(plate, part, count) for part in own] if found else []
-        self._block_of: dict[int, LocalBlock] = {}  # of tables that are divided now
 
     def covers(self, blocks: Iterable[LocalBlock], min_items: int) -> bool:
         """Whether items of several shares, of so many each at least, are all that blocks have latents of."""
@@ -57,7 +56,10 @@ class Shards:
 
     def __contains__(self, leaf: Tensor) -> bool:
         """Whether a parameter is a table of which each process holds some rows now."""
-        return id(leaf) in self._block_of
+        return self._block_of(leaf) is not None
+
+    def _block_of(self, leaf: Tensor) -> LocalBlock | None:
+        return next((block for block in self.blocks if block.items is leaf and _is_divided(block)), None)
 
     def _range(self, size: int, rank: int) -> range:
         """Items of a process, of so many."""
@@ -72,20 +74,19 @@ class Shards:
         self._divide()
         try:
             yield
+            self.join()
         except BaseException:
-            for block in self.blocks if self._block_of else ():
+            for block in filter(_is_divided, self.blocks):
                 own = _table(block).data
                 whole = own.new_full((block.layout.num_items, *own.shape[1:]), math.nan)
                 self._rows(block, whole, self.processes.rank).copy_(self._shaped(block, own, self.processes.rank))
                 self._replace(block, whole, {})
-            self._block_of = {}
             raise
-        self.join()
 
     @contextmanager
     def joined(self, wanted: bool) -> Iterator[None]:
         """Hold all rows within this context, inside of :meth:`divided`, if any process wants to."""
-        if not self._block_of or not any(self.processes.gather(wanted)):
+        if not any(map(_is_divided, self.blocks)) or not any(self.processes.gather(wanted)):
             yield
             return
         self.join()
@@ -97,33 +98,30 @@ class Shards:
             table, size = _table(block), self._size(block)
             own = self._rows(block, table.data, self.processes.rank).reshape(-1, *table.shape[1:]).clone()
             self._replace(block, own, {self.plate: self._range(size, self.processes.rank)})
-            self._block_of[id(table)] = block
 
     def join(self) -> None:
         """End the division of the tables, of which all processes get all rows."""
-        for block in self.blocks if self._block_of else ():
-            table = _table(block)
-            self._replace(block, self._gathered(block, table.data, to_all=True), {})
-        self._block_of = {}
+        for block in filter(_is_divided, self.blocks):
+            self._replace(block, self._gathered(block, _table(block).data, to_all=True), {})
 
     def whole(self, leaf: Tensor, value: Tensor) -> Tensor:
         """All rows of a tensor of a parameter's shape, in the first process; others get their own back, and so do all
         for parameters that are not divided."""
-        block = self._block_of.get(id(leaf))
+        block = self._block_of(leaf)
         if block is None or value.shape != leaf.shape:
             return value
         return self._gathered(block, value, to_all=False)
 
     def own(self, leaf: Tensor, value: Tensor) -> Tensor:
         """The rows of this process, of a tensor of a parameter's shape before it was divided."""
-        block = self._block_of.get(id(leaf))
+        block = self._block_of(leaf)
         if block is None or len(value) != block.layout.num_items:
             return value
         return self._rows(block, value, self.processes.rank).reshape(-1, *value.shape[1:]).clone()
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over the rows of all processes, of ``(rows, n)`` here, to ``(n,)``; NaN if there are none."""
-        if not self._block_of:
+        if not any(map(_is_divided, self.blocks)):
             return values.mean(0)
         count = values.new_tensor([len(values)], dtype=torch.float64)
         *total, rows = self.processes.sum(torch.cat([values.double().sum(0), count]))
@@ -165,6 +163,10 @@ class Shards:
         items = self._range(self._size(block), rank)
         by_plates = whole.view(*block.layout.full_sizes, *whole.shape[1:])
         return by_plates.narrow(block.layout.plate_names.index(self.plate), items.start, len(items))
+
+
+def _is_divided(block: LocalBlock) -> bool:
+    return bool(block.owned)
 
 
 def _table(block: LocalBlock) -> torch.nn.Parameter:

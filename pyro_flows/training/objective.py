@@ -300,10 +300,8 @@ class Objective:
         with seeded(seed):
             settings = self.settings
             if not self.vectorized:
-                return self._estimate(settings.num_sequential_runs, 1, seed)
-            runs = max(settings.num_runs, len(self.calls))
-            if self.parts.per_run > 1:
-                runs = max(-(-runs // self.parts.per_run), min(runs, settings.min_runs))
+                return self._estimate(self.parts.num_runs(settings.num_sequential_runs, settings.min_runs), 1, seed)
+            runs = self.parts.num_runs(max(settings.num_runs, len(self.calls)), settings.min_runs)
             affordable = settings.max_values // (runs * self.parts.per_run * self.num_items)
             particles = max(2, min(settings.num_particles, affordable))
             return self._estimate(*self.parts.processes.broadcast((runs, particles)), seed)

@@ -77,6 +77,10 @@ class Parts:
         """Number of parts that share the items, of which the value of a run is the mean."""
         return self.count if self.plate else 1
 
+    def num_runs(self, count: int, least: int) -> int:
+        """Number of runs that evaluate ``count`` mini-batches; not fewer than ``least``, unless ``count`` is."""
+        return max(-(-count // self.per_run), min(count, least))
+
     def find_shards(self, guide: Callable[..., Any]) -> Shards:
         """The rows of the guide's tables that belong to each process, once the plate is known."""
         if self.plate and isinstance(guide, AutoFlowGuide):
