@@ -165,7 +165,7 @@ def process(name: str, folder: Path) -> None:
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
     low, middle, high = min(values), statistics.median(values), max(values)
-    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+    return f"{middle:.{digits}f}" + (f" ({low:.{digits}f} to {high:.{digits}f})" if len(values) > 1 else "")
 
 
 def compare(name: str, repeats: int) -> Rows:
