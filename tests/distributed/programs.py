@@ -159,7 +159,7 @@ def fit_nested(folder: Path, **options: Any) -> dict[str, Any]:
 def fit_resumed(folder: Path) -> dict[str, Any]:
     """From a file that one process has written, in the middle of a cycle; and from one that is written here."""
     held = fit_with_error(copy_of(folder / "one.pt", folder / "two.pt"), 20)
-    found = {name: fit_nested(folder, checkpoint=copy_of(folder / name, folder / "end.pt")) for name in FILES}
+    found = {name: fit_nested(folder, checkpoint=copy_of(folder / name, folder / "run.pt")) for name in FILES}
     return {"held": held, **found}
 
 

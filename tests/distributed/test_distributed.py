@@ -17,7 +17,7 @@ import torch
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal, init_to_sample
 
-from pyro_flows import AutoFlowGuide, fit
+from pyro_flows import AutoFlowGuide, _files, fit
 from pyro_flows.distributed.processes import Processes
 from pyro_flows.training.trainer import Trainer
 from tests.distributed import programs
@@ -97,8 +97,13 @@ def test_a_run_goes_on_in_another_number_of_processes(both, tmp_path):
         same(first, whole, 1e-6)
         pyro.clear_param_store()
         with programs.double_precision():
-            alone = programs.fit_nested(tmp_path, checkpoint=programs.copy_of(both["folder"] / name, tmp_path / name))
+            alone = programs.fit_nested(
+                tmp_path, checkpoint=programs.copy_of(both["folder"] / name, tmp_path / "run.pt")
+            )
         same(alone, whole, 1e-6)
+    # Norms of gradients are those of all rows, though a process has some of them.
+    norms = [_files.read(folder / "run.pt", unsigned=True)["state"]["norms"] for folder in (both["folder"], tmp_path)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6) and len(norms[0]) == 25
     same(*(both["fit_resumed"][0][name] for name in programs.FILES))  # bit for bit in two
 
 
