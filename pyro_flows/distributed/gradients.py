@@ -20,6 +20,7 @@ def mean_gradient(
     numbers: Sequence[float] = (),
     *,
     tables: Sequence[Tensor] = (),
+    own: Sequence[Tensor] = (),
     count: int | None = None,
 ) -> list[float]:
     """Replace the gradients of parameters by their means over all parts of a step, in one all-reduce.
@@ -32,15 +33,17 @@ def mean_gradient(
         parameters: Parameters; the gradient of each is the sum over the parts of this process.
         numbers: Sums of numbers over the parts of this process.
         tables: Those of the parameters whose gradients have sparse rows.
+        own: Those of them of which this process holds other rows than the others; of these, nothing is sent.
         count: Number of parts on all processes; None means one on each.
 
     Returns:
         The means of the numbers, the same on all processes.
     """
     count = count or processes.size
+    known, kept = {id(p) for p in tables}, {id(p) for p in own}
     for p in tables:
-        p.grad = processes.sum_sparse(_no_rows(p) if p.grad is None else p.grad) / count
-    known = {id(p) for p in tables}
+        rows = _no_rows(p) if p.grad is None else p.grad
+        p.grad = (rows.coalesce() if id(p) in kept else processes.sum_sparse(rows)) / count
     dense = [p for p in parameters if id(p) not in known]
     if processes.size == 1:
         for p in dense:

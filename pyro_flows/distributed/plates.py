@@ -35,28 +35,31 @@ class PlateShare(Messenger):
         super().__init__()
         self.plate, self.share, self.num_shares = plate, share, num_shares
 
-    def range(self, size: int) -> tuple[int, int]:
-        """First item of the share, and the first one after it, of so many."""
-        return size * self.share // self.num_shares, size * (self.share + 1) // self.num_shares
+    def items(self, size: int) -> range:
+        """Items of the share, of so many."""
+        return range(size * self.share // self.num_shares, size * (self.share + 1) // self.num_shares)
+
+    def items_of(self, plate: str, size: int) -> range:
+        """Items of any plate that are in the share, of so many."""
+        return self.items(size) if plate == self.plate else range(size)
 
     def _pyro_sample(self, msg: Any) -> None:
         if site_is_subsample(msg):
             if msg["name"] == self.plate and msg["value"] is None:
                 fn = msg["fn"]
-                first, last = self.range(fn.size)
-                if last - first < fn.subsample_size:
+                items = self.items(fn.size)
+                if len(items) < fn.subsample_size:
                     raise ValueError(
                         f"pyro_flows.distributed: expected plate '{self.plate}' to have enough items for disjoint "
                         f"mini-batches, but {self.num_shares} of {fn.subsample_size} are more than its {fn.size}. "
                         f"Write a subsample_size of {fn.size // self.num_shares} at most: it is that of one process."
                     )
-                msg["value"] = torch.randperm(last - first, device=fn.device)[: fn.subsample_size] + first
+                msg["value"] = torch.randperm(len(items), device=fn.device)[: fn.subsample_size] + items.start
             return
         for frame in msg["cond_indep_stack"]:
-            if frame.name == self.plate and frame.full_size is not None:
-                first, last = self.range(frame.full_size)
-                if frame.full_size % self.num_shares:
-                    msg["scale"] = msg["scale"] * ((last - first) * self.num_shares / frame.full_size)
+            size = frame.full_size
+            if frame.name == self.plate and size is not None and size % self.num_shares:
+                msg["scale"] = msg["scale"] * (len(self.items(size)) * self.num_shares / size)
 
 
 @checked(program=check_callable, plate=check_text)

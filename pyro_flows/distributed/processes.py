@@ -105,31 +105,31 @@ class Processes:
         """What a function returns that the first process alone calls.
 
         Raises:
-            ValueError: As the function does there; in all processes.
+            ValueError, RuntimeError: As the function does there; in all processes.
         """
         if self.size == 1:
             return work()
         result: Any = None
-        failure = ""
+        failure: tuple[type[Exception], str] | None = None
         if self.is_first:
             try:
                 result = work()
-            except ValueError as error:
-                failure = str(error)
+            except (ValueError, RuntimeError) as error:
+                failure = ValueError if isinstance(error, ValueError) else RuntimeError, str(error)
         result, failure = self.broadcast((result, failure))
-        if failure:
-            raise ValueError(failure)
+        if failure is not None:
+            raise failure[0](failure[1])
         return result  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def share(self, tensors: Sequence[Tensor]) -> None:
-        """Set tensors, of the same shapes on all processes, to the first one's."""
+    def share(self, tensors: Sequence[Tensor], rank: int = 0) -> None:
+        """Set tensors, of the same shapes on all processes, to those of one of them."""
         if self.size == 1:
             return
         with self._together():
             for tensor in tensors:
                 sent = tensor.detach().to(self._device(tensor), copy=True).contiguous()
-                dist.broadcast(sent, src=0)
+                dist.broadcast(sent, src=rank)
                 tensor.copy_(sent)
 
     @torch.no_grad()

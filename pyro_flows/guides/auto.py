@@ -28,6 +28,7 @@ from pyro_flows._checks import (
 )
 from pyro_flows._recording import is_recording
 from pyro_flows._threads import one_at_a_time
+from pyro_flows.distributed.shards import Shards
 from pyro_flows.flows import FlowDistribution, FlowSpec
 from pyro_flows.flows.recipe import Recipe
 from pyro_flows.flows.resolve import FlowLike, resolve
@@ -184,19 +185,20 @@ class AutoFlowGuide(FiledGuide):
         return self.warm_start_on([(args, kwargs)])
 
     def warm_start_on(
-        self, calls: Sequence[Arguments], watch: Watch = unwatched, model: Callable[..., Any] | None = None
+        self, calls: Sequence[Arguments], watch: Watch = unwatched, model: Any = None, shards: Shards | None = None
     ) -> AutoFlowGuide:
         """Warm start from ``(args, kwargs)`` of many mini-batches, which together hold every item.
 
         See :meth:`warm_start`. ``watch`` takes a pass over the mini-batches and its title, and wraps it in a progress
         bar. ``model`` is the model that will be trained, where the guide's own is a part of it, as in
-        ``AutoFlowGuide(poutine.block(model, expose=[...]))``.
+        ``AutoFlowGuide(poutine.block(model, expose=[...]))``. ``shards`` are the shares that processes have of items.
         """
         check_calls(calls)
         args, kwargs = calls[0]
         with one_at_a_time("AutoFlowGuide.warm_start"):
             posterior = self.setup(*args, **kwargs)._posterior
-            warm_start(model or self.model, posterior, calls, partial(self._make_plates, {}), self.init_scale, watch)
+            plates, shards = partial(self._make_plates, {}), shards or Shards()
+            warm_start(model or self.model, posterior, calls, plates, self.init_scale, watch, shards)
         return self
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:

@@ -230,11 +230,29 @@ class Layout:
         dim = self.plates[self.plate_names.index(plate)].dim
         return features.reshape((features.shape[0],) + (1,) * (-dim - 1) + features.shape[1:])
 
-    def flat_index(self, indices: Mapping[str, Tensor]) -> Tensor:
-        """Row index of each item in a table of all items, ``lead``, from indices into each plate."""
+    def flat_index(self, indices: Mapping[str, Tensor], owned: Mapping[str, range] | None = None) -> Tensor:
+        """Row index of each item in a table of all items, ``lead``, from indices into each plate.
+
+        Args:
+            indices: Plate -> indices of items.
+            owned: Plate -> the only items of it that the table has rows for.
+
+        Raises:
+            IndexError: If there is an item without a row.
+        """
         row = torch.zeros((), dtype=torch.long)
         for name, size in zip(self.plate_names, self.full_sizes, strict=True):
-            row = row * size + self.place(indices[name].unsqueeze(-1), name).squeeze(-1)
+            index = indices[name]
+            if owned and name in owned:
+                items = owned[name]
+                index, size = index - items.start, len(items)
+                if len(index) and not 0 <= index.min() <= index.max() < size:
+                    raise IndexError(
+                        f"{OWNER}: expected items {items.start} to {items.stop - 1} of plate '{name}', whose "
+                        "parameters this process holds while it trains along with others, but got other items. Use the "
+                        "guide after fit, or in its callback."
+                    )
+            row = row * size + self.place(index.unsqueeze(-1), name).squeeze(-1)
         return row
 
     def quantiles(self, draws: Tensor, levels: Tensor) -> Tensor:

@@ -66,12 +66,16 @@ def unwatched(batches: Iterator[MiniBatch], title: str) -> Iterable[MiniBatch]:
     return batches
 
 
-def mini_batches(call: Arguments, make_plates: MakePlates) -> Iterator[MiniBatch]:
+def mini_batches(
+    call: Arguments, make_plates: MakePlates, owned: Callable[[str, int], range] | None = None
+) -> Iterator[MiniBatch]:
     """The mini-batches of a call: a single one, or, where plates draw their own, one for each part of these plates.
 
     Args:
         call: The model's arguments.
         make_plates: Function from the arguments to the guide's plates.
+        owned: Function from the name and the size of a plate that draws its own to the items that are wanted; None
+            wants all.
     """
     args, kwargs = call
     with poutine.block(), DrawnPlates() as drawn:
@@ -80,7 +84,8 @@ def mini_batches(call: Arguments, make_plates: MakePlates) -> Iterator[MiniBatch
     parts: list[list[tuple[str, Tensor]]] = []
     for name in sorted(drawn.sizes.keys() & plates.keys()):
         size, count, items = plates[name].size, plates[name].subsample_size, indices[name]
-        starts = [min(start, size - count) for start in range(0, size, count)]
+        wanted = range(size) if owned is None else owned(name, size)
+        starts = [min(start, wanted.stop - count) for start in wanted[::count]]
         parts.append([(name, torch.arange(start, start + count, device=items.device)) for start in starts])
     for chosen in itertools.product(*parts):
         yield MiniBatch(args, kwargs, {**indices, **dict(chosen)}, dict(chosen))

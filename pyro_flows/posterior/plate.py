@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -94,6 +94,7 @@ class LocalBlock(nn.Module):
         super().__init__()
         self.layout = layout
         self.sparse = False
+        self.owned: Mapping[str, range] = {}  # plate -> its items whose rows the table has; empty for all
         self.parent_names = tuple(parent.layout.plate_names for parent in parents)
         self.prior = prior
         joint_dim = joint.layout.latent_dim if joint is not None else 0
@@ -141,18 +142,21 @@ class LocalBlock(nn.Module):
         return cast(PlateHead, self.flow.head)
 
     @torch.no_grad()
-    def initialize_items(self, loc: Tensor, scale: Tensor, prior: Tensor | None) -> None:
+    def initialize_items(
+        self, loc: Tensor, scale: Tensor, prior: Tensor | None, mean: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         """Initialize every item of a table to a Gaussian of its own.
 
         Args:
-            loc: Locations, ``(items, latent_dim)``, in the order of the full plates.
+            loc: Locations, ``(items, latent_dim)``, in the order of the table.
             scale: Standard deviations, ``(items, latent_dim)``, > 0.
             prior: Locations and log-scales of the items' priors, ``(items, 2 * latent_dim)``, where they are known;
                 these enter with full weight.
+            mean: Mean over all items, which may be more than the table has; see the head.
         """
         assert self.items is not None
         self.items[:, self.embedding_dim :] = self.head.initialize_items(
-            loc, scale, prior, max_share=math.inf, in_scales=True
+            loc, scale, prior, max_share=math.inf, in_scales=True, mean=mean
         )
 
     def known_prior(
@@ -171,7 +175,7 @@ class LocalBlock(nn.Module):
             encoded: Plate -> encoder's output for the mini-batch, for plates with one.
         """
         if self.items is not None:
-            index = self.layout.flat_index(indices).to(self.items.device)
+            index = self.layout.flat_index(indices, self.owned).to(self.items.device)
             if self.sparse:
                 rows = F.embedding(index, self.items, sparse=True)
             else:  # an embedding's gradient takes seven times as long

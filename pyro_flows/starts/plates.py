@@ -7,6 +7,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,9 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_flows._random import forked, random_state, set_random_state
+from pyro_flows.distributed.plates import PlateShare
+from pyro_flows.distributed.shards import Shards
 from pyro_flows.models.batching import BatchedModel
 from pyro_flows.models.log_joint import LogJoint, constrain, joined, scored_sites
 from pyro_flows.models.traces import NO_DENSITY, by_draw, sample_nodes
@@ -66,6 +70,7 @@ def warm_start(
     make_plates: MakePlates,
     init_scale: float,
     watch: Watch,
+    shards: Shards,
 ) -> None:
     """Warm start of a guide; see ``AutoFlowGuide.warm_start_on``.
 
@@ -76,9 +81,15 @@ def warm_start(
         make_plates: Makes the guide's plates for given arguments.
         init_scale: Initial standard deviation of the globals.
         watch: Wraps a pass over the mini-batches, for a progress bar.
+        shards: Shares of the items. Processes each fit the items of their own, where all shares have many.
     """
     if any(True for _ in posterior.blocks()):
-        LocalStart(model, posterior, calls, make_plates, init_scale).run(watch)
+        if len(calls) > 1 or not shards.covers(posterior.blocks(), SETTINGS.num_global_items):
+            LocalStart(model, posterior, calls, make_plates, init_scale, Shards()).run(watch)
+            return
+        with shards.divided():
+            LocalStart(model, posterior, calls, make_plates, init_scale, shards).run(watch)
+        set_random_state(shards.processes.broadcast(random_state()))
         return
     joint = posterior.only_block
     warm_start_joint(joint, LogJoint(model, joint.layout, *calls[0]), init_scale)
@@ -98,6 +109,8 @@ class LocalStart:
         calls: Arguments of one or many mini-batches.
         make_plates: Makes the guide's plates for given arguments.
         init_scale: Initial standard deviation of the globals.
+        shards: Shares of the items, of which those of this process are fitted here. The globals are fitted by the first
+            process, to the first share.
 
     Raises:
         NotImplementedError: If a plate is amortized, or the model also has enumerated sites.
@@ -110,6 +123,7 @@ class LocalStart:
         calls: Sequence[Arguments],
         make_plates: MakePlates,
         init_scale: float,
+        shards: Shards,
     ) -> None:
         for block in posterior.blocks():
             if block.items is None:
@@ -123,6 +137,7 @@ class LocalStart:
         self.init_scale = init_scale
         self.calls = calls
         self.make_plates = make_plates
+        self.shards = shards
         first = next(self.batches())
         draws = [self.values(self.locations(first, SETTINGS.noise)) for _ in range(SETTINGS.num_probes)]
         probe = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
@@ -134,9 +149,12 @@ class LocalStart:
             )
 
     def batches(self) -> Iterator[MiniBatch]:
-        """All mini-batches of the arguments."""
-        parts = itertools.chain.from_iterable(mini_batches(one, self.make_plates) for one in self.calls)
-        return itertools.islice(parts, SETTINGS.max_calls)
+        """All mini-batches of the arguments; of the shares of this process, one after the other, if there are any."""
+        shares: list[PlateShare | None] = [*self.shards.shares] or [None]
+        for share in shares:
+            owned = None if share is None else share.items_of
+            parts = itertools.chain.from_iterable(mini_batches(one, self.make_plates, owned) for one in self.calls)
+            yield from itertools.islice(parts, SETTINGS.max_calls)
 
     @torch.no_grad()
     def run(self, watch: Watch) -> None:
@@ -145,7 +163,7 @@ class LocalStart:
         Args:
             watch: Wraps a pass over the mini-batches, for a progress bar.
         """
-        posterior = self.posterior
+        posterior, first = self.posterior, self.shards.processes.first
         before = copy.deepcopy(posterior.state_dict())
         chosen: list[MiniBatch] = []
         for batch in itertools.islice(self.batches(), SETTINGS.max_global_calls):
@@ -153,13 +171,24 @@ class LocalStart:
             if sum(self.num_items(batch) for batch in chosen) >= SETTINGS.num_global_items:
                 break
         marginal = MarginalLogJoint(self, chosen)
-        was = self._elbo(marginal)
+        was = first(lambda: self._elbo(marginal))
         self._fit_items(watch(self.batches(), "items"))
-        if posterior.joint is not None:
-            warm_start_joint(posterior.joint, marginal, self.init_scale)
+        joint = posterior.joint
+        if joint is not None:
+            first(lambda: warm_start_joint(joint, marginal, self.init_scale))
+            self._share_globals()
             self._fit_items(watch(self.batches(), "items again"))
-        if not self._elbo(marginal) > was:
+        if not first(lambda: self._elbo(marginal)) > was:
             posterior.load_state_dict(before)
+
+    def _share_globals(self) -> None:
+        """Take what the first process has, of all but the tables."""
+        if not self.shards.blocks:
+            return
+        tables = {name for name, p in self.posterior.named_parameters() if p in self.shards}
+        state = self.posterior.state_dict()
+        found = self.shards.processes.broadcast({name: value for name, value in state.items() if name not in tables})
+        self.posterior.load_state_dict({**state, **found})
 
     def num_items(self, batch: MiniBatch) -> int:
         """Number of items of the largest block in a mini-batch."""
@@ -217,11 +246,13 @@ class LocalStart:
             for block in self.posterior.blocks()
             if block.layout.plate_names not in parents and block.layout.latent_dim <= SETTINGS.max_item_dim
         ]
-        for batch in batches:
-            latents = self.locations(batch)
-            values = self.values(latents)
-            for items in fitted:
-                items.fit(batch, latents, values)
+        # The same random state afterwards, whatever the number of mini-batches of this process.
+        with forked() if self.shards.shares else nullcontext():
+            for batch in batches:
+                latents = self.locations(batch)
+                values = self.values(latents)
+                for items in fitted:
+                    items.fit(batch, latents, values)
         for items in fitted:
             items.set()
 
@@ -233,7 +264,7 @@ class _Items:
         assert block.items is not None
         self.owner = owner
         self.block = block
-        like, count, size = block.items, block.layout.num_items, block.layout.latent_dim
+        like, count, size = block.items, len(block.items), block.layout.latent_dim
         self.loc, self.scale = like.new_full((2, count, size), math.nan)
         self.prior = None if block.prior is None else like.new_zeros(count, 2 * size)
 
@@ -249,7 +280,7 @@ class _Items:
                 factor = local_factor(log_density, point).squeeze(1)
             except NO_DENSITY:
                 return
-        rows = block.layout.flat_index(batch.indices).reshape(-1).to(self.loc.device)
+        rows = block.layout.flat_index(batch.indices, block.owned).reshape(-1).to(self.loc.device)
         self.loc[rows] = point.squeeze(1)
         # Conditional scales, for heads of independent coordinates.
         self.scale[rows] = torch.cholesky_inverse(factor).diagonal(dim1=-2, dim2=-1).rsqrt().to(self.scale)
@@ -259,14 +290,14 @@ class _Items:
 
     def set(self) -> None:
         """Write modes and scales into the block; items that were not visited get the average."""
-        seen = (self.loc.isfinite() & self.scale.isfinite()).all(-1)
-        if not seen.any():
+        seen, mean = (self.loc.isfinite() & self.scale.isfinite()).all(-1), self.owner.shards.mean
+        loc = mean(self.loc[seen])
+        if not loc.isfinite().all():  # none of them was fitted
             return
-        loc, scale = self.loc[seen], self.scale[seen]
-        self.loc[~seen], self.scale[~seen] = loc.mean(0), scale.log().mean(0).exp()
+        self.loc[~seen], self.scale[~seen] = loc, mean(self.scale[seen].log()).exp()
         if self.prior is not None:
-            self.prior[~seen] = self.prior[seen].mean(0)
-        self.block.initialize_items(self.loc, self.scale, self.prior)
+            self.prior[~seen] = mean(self.prior[seen])
+        self.block.initialize_items(self.loc, self.scale, self.prior, mean)
 
 
 def _item_log_density(

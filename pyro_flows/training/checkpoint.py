@@ -234,9 +234,7 @@ class Checkpoint:
                 "Pass the model and the guide of its run, or another path for a new run.",
             )
         self._store(None)
-        for point in (state.initial_point, state.best_point, state.point, state.window_point):
-            if point:
-                point[:] = [value.to(leaf.device) for value, leaf in zip(point, leaves, strict=True)]
+        state.change_points(leaves, lambda leaf, value: value.to(leaf.device))
         return state
 
     def save(self, state: TrainingState) -> None:

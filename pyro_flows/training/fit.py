@@ -38,6 +38,7 @@ from pyro_flows.training.objective import Objective
 from pyro_flows.training.optimizers import described, peak_rate, resolve_optimizer
 from pyro_flows.training.options import RunOptions, changed_settings
 from pyro_flows.training.preparation import (
+    divided_tables,
     is_point,
     restored,
     set_up,
@@ -222,7 +223,7 @@ def fit(
             if not parts.is_whole:
                 share_parameters(processes, model, guide, *batches.first)
             if file.run.state is None:
-                state, warm = None, warm_start(model, guide, batches, calls, monitor)
+                state, warm = None, warm_start(model, guide, batches, calls, monitor, parts)
                 file.run.before_analysis = capture_random_state(batches.generators)
                 if not parts.is_whole:
                     share_parameters(processes, model, guide, *batches.first)
@@ -247,6 +248,8 @@ def fit(
                 tables = stack.enter_context(sparse_tables(guide, enabled=elbo.subsampled))
                 interrupts = stack.enter_context(Interrupts(monitor.begin + (max_seconds or math.inf)))
                 stack.callback(elbo.release)
+                file.describe(elbo)
+                stack.enter_context(divided_tables(elbo, state))
                 num_particles = options.num_particles
                 make_trainer = partial(
                     Trainer,
@@ -264,7 +267,6 @@ def fit(
                 )
                 trainer = make_trainer(elbo, num_particles, tables=tables)
                 schedule = make_schedule(trainer, anneal=anneal, settings=settings.schedule)
-                file.describe(elbo)
                 if state is None:
                     file.run.options = options
                     schedule.begin()

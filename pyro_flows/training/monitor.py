@@ -111,6 +111,11 @@ class Monitor:
             trend = statistics.fmean(recent[:half] or [0.0]) - statistics.fmean(recent[half:] or [0.0])
             self._bar.set_postfix_str(f"{title} {-statistics.fmean(recent[half:] or [0.0]):.3f}, trend {trend:+.3f}")
 
+    @property
+    def has_callback(self) -> bool:
+        """Whether the user wants to be called, and so may look at the guide."""
+        return self._callback is not None
+
     def end_cycle(self, progress: FitProgress) -> bool:
         """Call the user's function; returns whether it wants the run to stop."""
         return self._callback is not None and bool(self._callback(progress))

@@ -15,7 +15,6 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_flows._checks import Settings
@@ -24,7 +23,6 @@ from pyro_flows._random import forked, seeded
 from pyro_flows.compiled.graph import LossGraph, used_leaves
 from pyro_flows.compiled.parameters import FlatParameter, RecordingError, leaves_of, state_of, trial
 from pyro_flows.compiled.unread import tensor_loss
-from pyro_flows.flows import FlowDistribution
 from pyro_flows.importance.psis import nearly_constant, pareto_smooth
 from pyro_flows.importance.weights import log_weights
 from pyro_flows.models.batching import BatchedModel
@@ -43,6 +41,7 @@ from pyro_flows.models.traces import (
 from pyro_flows.training.batches import Arguments, Batches, by_shape
 from pyro_flows.training.elbo import VectorizedTrace_ELBO
 from pyro_flows.training.parts import Parts
+from pyro_flows.training.variance import VarianceReduction
 
 __all__ = ["Estimate", "EstimateSettings", "Objective"]
 
@@ -56,6 +55,8 @@ class EstimateSettings(Settings):
             run for each mini-batch of a pass if these are more.
         num_particles: Number of draws per run, >= 2. With ``num_runs`` this makes 10,000 draws, for a standard error of
             0.005 nats where log weights have a standard deviation of half a nat.
+        min_runs: Smallest number of runs where each is the mean over several processes, so that their standard error is
+            known, >= 2; or ``num_runs``, if that is smaller.
         max_values: Largest number of runs times particles times the size of the largest latent site; bounds memory.
         num_sequential_runs: Number of runs, of a single draw each, of a model that can't be run at many draws at once.
         max_batches: Largest number of mini-batches of a pass that estimates go through.
@@ -69,6 +70,7 @@ class EstimateSettings(Settings):
 
     num_runs: int = 20
     num_particles: int = 500
+    min_runs: int = 10
     max_values: int = 2**18
     num_sequential_runs: int = 200
     max_batches: int = 200
@@ -96,21 +98,6 @@ class Estimate(NamedTuple):
             return self.mean - other.mean, math.inf
         error = (difference.var() / len(difference)).sqrt().item()
         return difference.mean().item(), error if math.isfinite(error) else math.inf
-
-
-class _VarianceReduction(Messenger):
-    """Variance reduction of gradients: the particles' noise is a Latin hypercube sample, and a control variate removes
-    noise that all particles of a mini-batch share."""
-
-    def __init__(self, *, centered: bool) -> None:
-        super().__init__()
-        self.centered = centered
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if isinstance(msg["fn"], FlowDistribution):
-            msg["fn"] = msg["fn"].stratified()
-            if self.centered:
-                msg["fn"] = msg["fn"].centered()
 
 
 class Objective:
@@ -217,11 +204,9 @@ class Objective:
         power = self.inverse_temperature
         model = self.model if power == 1.0 else poutine.scale(self.model, scale=power)
         guide = self.guide
-        share = self.parts.share(part)
-        if share is not None:
-            model, guide = share(model), share(guide)
+        model, guide = self.parts.programs(part, model, guide)
         if elbo.vectorize_particles and elbo.num_particles > 1:
-            guide = _VarianceReduction(centered=self.subsampled)(guide)
+            guide = VarianceReduction(centered=self.subsampled)(guide)
         return model, guide
 
     def gradient(self, elbo: Trace_ELBO | TraceEnum_ELBO, call: Arguments, part: int = 0) -> float:
@@ -299,9 +284,9 @@ class Objective:
         with seeded(seed):
             settings = self.settings
             if not self.vectorized:
-                return self._estimate(settings.num_sequential_runs, 1, seed)
-            runs = max(settings.num_runs, len(self.calls))
-            affordable = settings.max_values // (runs * self.num_items)
+                return self._estimate(self.parts.num_runs(settings.num_sequential_runs, settings.min_runs), 1, seed)
+            runs = self.parts.num_runs(max(settings.num_runs, len(self.calls)), settings.min_runs)
+            affordable = settings.max_values // (runs * self.parts.per_run * self.num_items)
             particles = max(2, min(settings.num_particles, affordable))
             return self._estimate(*self.parts.processes.broadcast((runs, particles)), seed)
 
@@ -330,6 +315,7 @@ class Objective:
         Raises:
             Exception: Any exception that the model raises there.
         """
+        self.parts.shards.join()  # all processes are here, and training ends
         call = Call(*self.batches.first)
         trace = run_quietly(self.guide, call)
         values = {name: node["value"] for name, node in sample_nodes(trace).items()}
@@ -348,8 +334,8 @@ class Objective:
 
     def where_not_finite(self) -> str:
         """Sites of the model without a finite log density at one of many draws of the guide, in words."""
-        call = Call(*self.batches.first)
-        return where_not_finite(self.model, self.guide, call, self.settings.num_sequential_runs)
+        programs = self.parts.programs(self.parts.own[0], self.model, self.guide)
+        return where_not_finite(*programs, Call(*self.batches.first), self.settings.num_sequential_runs)
 
     def rounding(self) -> str:
         """What float32 is the reason for; see :func:`~pyro_flows.models.precision.rounding_message`."""
@@ -368,7 +354,8 @@ class Objective:
         elbo = self.elbo(particles)
         try:
             with self.parts.first_buffers(self.buffers):
-                values = self.parts.runs(lambda call: self._value(elbo, call), self.calls, runs, seed, self.batches)
+                value = partial(self._value, elbo)
+                values = self.parts.runs(value, self.calls, runs, seed, self.batches)
         except (RuntimeError, MemoryError) as error:
             if particles == 1 or not is_out_of_memory(error):
                 raise
@@ -378,15 +365,16 @@ class Objective:
         if len(kept) < (1.0 - REFUSALS.max_share) * runs or not kept.isfinite().all():
             return Estimate(-math.inf, math.inf, math.inf, sample)
         variance = kept.var().item()
-        return Estimate(kept.mean().item(), math.sqrt(variance / len(kept)), variance * particles, sample)
+        draws = particles * self.parts.per_run
+        return Estimate(kept.mean().item(), math.sqrt(variance / len(kept)), variance * draws, sample)
 
-    def _value(self, elbo: Trace_ELBO | TraceEnum_ELBO, call: Arguments) -> float:
-        """ELBO of a mini-batch; NaN where the model raises."""
+    def _value(self, elbo: Trace_ELBO | TraceEnum_ELBO, call: Arguments, part: int) -> float:
+        """ELBO of a mini-batch of a part's items; NaN where the model raises."""
         args, kwargs = call
         try:
             # Without validation, which would raise at draws of zero density.
             with _quiet(), pyro.validation_enabled(False):
-                return -float(elbo.loss(self.model, self.guide, *args, **kwargs))
+                return -float(elbo.loss(*self.parts.programs(part, self.model, self.guide), *args, **kwargs))
         except NO_DENSITY:
             return math.nan
 

@@ -21,6 +21,12 @@ __all__ = ["MakeOptimizer", "Optimizers", "adam", "described", "peak_rate", "res
 
 # From parameters to their optimizer.
 MakeOptimizer = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
+# From a parameter and a tensor that belongs to it.
+Change = Callable[[Tensor, Tensor], Tensor]
+
+
+def _unchanged(parameter: Tensor, value: Tensor) -> Tensor:
+    return value
 
 
 def adam(betas: tuple[float, float]) -> MakeOptimizer:
@@ -129,21 +135,21 @@ class Optimizers:
                 group["lr"] = rate
             optimizer.step()
 
-    def moments(self) -> Moments:
-        """A copy of all moments."""
+    def moments(self, change: Change = _unchanged) -> Moments:
+        """A copy of all moments, changed by a function of their parameter and each tensor among them."""
         return [
-            [copy.deepcopy(optimizer.state[p]) if p in optimizer.state else None for p in _parameters(optimizer)]
+            [_changed(optimizer.state[p], p, change) if p in optimizer.state else None for p in _parameters(optimizer)]
             for optimizer in self._members
         ]
 
-    def load(self, moments: Moments) -> None:
+    def load(self, moments: Moments, change: Change = _unchanged) -> None:
         """Invert :meth:`moments`; those of other parameters are left out."""
         for optimizer, each in zip(self._members, moments):
             parameters = _parameters(optimizer)
             if len(parameters) == len(each):
                 for parameter, values in zip(parameters, each, strict=True):
                     if values is not None:
-                        optimizer.state[parameter] = copy.deepcopy(values)
+                        optimizer.state[parameter] = _changed(values, parameter, change)
 
     def join(self, leaves: Sequence[Tensor], before: Optimizers) -> None:
         """Take over the moments of leaves of which the only parameter is made, from their optimizers; with none, the
@@ -165,6 +171,12 @@ class Optimizers:
                 joined[name] = value
         (vector,) = _parameters(self._members[0])
         self._members[0].state[vector] = joined
+
+
+def _changed(values: dict[str, Any], parameter: Tensor, change: Change) -> dict[str, Any]:
+    """A copy of a parameter's moments, in which tensors are changed."""
+    changed = {name: change(parameter, value) if torch.is_tensor(value) else value for name, value in values.items()}
+    return copy.deepcopy(changed)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

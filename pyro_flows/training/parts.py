@@ -19,6 +19,8 @@ from pyro_flows._random import seeded
 from pyro_flows.compiled.parameters import state_of, trial
 from pyro_flows.distributed.plates import PlateShare
 from pyro_flows.distributed.processes import ALONE, Processes
+from pyro_flows.distributed.shards import Shards
+from pyro_flows.guides import AutoFlowGuide
 from pyro_flows.models.particles import at_a_draw
 from pyro_flows.models.traces import Call, DrawnPlates, run_quietly
 from pyro_flows.training.batches import Arguments, Batches
@@ -28,7 +30,7 @@ __all__ = ["Parts"]
 
 
 class Parts:
-    """The parts of a step, whose gradients are averaged; part j of n belongs to process j modulo their number.
+    """The parts of a step, whose gradients are averaged; each process has as many, which follow one another.
 
     Each part has the seed of its noise, its mini-batch, and its own buffers of modules, so that a run depends on the
     number of parts, but not on the number of processes.
@@ -40,12 +42,14 @@ class Parts:
     Attributes:
         own: Numbers of the parts of this process.
         plate: Name of the plate that draws its own mini-batches, if there is one: each part has a share of its items.
+        shards: The tables of which this process holds only the rows of its own items, see :meth:`find_shards`.
     """
 
     def __init__(self, processes: Processes = ALONE, count: int = 1) -> None:
         self.processes, self.count = processes, count
-        self.own = range(processes.rank, count, processes.size)
+        self.own = range(processes.rank * count // processes.size, (processes.rank + 1) * count // processes.size)
         self.plate = ""
+        self.shards = Shards()
         self._buffers: dict[int, list[Tensor]] = {}  # of own parts that are not at work
 
     @property
@@ -65,13 +69,34 @@ class Parts:
         with trial(state_of(model, guide)), pyro.validation_enabled(False):
             run_quietly(at_a_draw(drawn(model), drawn(guide)), call)
             self.plate = max(sorted(drawn.sizes), key=lambda name: drawn.sizes[name], default="")
-            share = self.share(self.own[0])
-            if share is not None:
-                run_quietly(at_a_draw(share(model), share(guide)), call)
+            if self.plate:
+                run_quietly(at_a_draw(*self.programs(self.own[0], model, guide)), call)
+
+    @property
+    def per_run(self) -> int:
+        """Number of parts that share the items, of which the value of a run is the mean."""
+        return self.count if self.plate else 1
+
+    def num_runs(self, count: int, least: int) -> int:
+        """Number of runs that evaluate ``count`` mini-batches; not fewer than ``least``, unless ``count`` is."""
+        return max(-(-count // self.per_run), min(count, least))
+
+    def find_shards(self, guide: Callable[..., Any]) -> Shards:
+        """The rows of the guide's tables that belong to each process, once the plate is known."""
+        if self.plate and isinstance(guide, AutoFlowGuide):
+            self.shards = Shards(self.processes, guide.posterior.blocks(), self.plate, self.count, self.own)
+        return self.shards
 
     def share(self, part: int) -> PlateShare | None:
         """The handler under which a plate draws its mini-batches from the items of a part; None if there is none."""
         return PlateShare(self.plate, part, self.count) if self.plate else None
+
+    def programs(
+        self, part: int, model: Callable[..., Any], guide: Callable[..., Any]
+    ) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """A model and a guide that draw their mini-batches from the items of a part."""
+        share = self.share(part)
+        return (model, guide) if share is None else (share(model), share(guide))
 
     @contextmanager
     def noise(self, *key: int) -> Iterator[None]:
@@ -92,7 +117,7 @@ class Parts:
 
     def runs(
         self,
-        value: Callable[[Arguments], float],
+        value: Callable[[Arguments, int], float],
         calls: Sequence[Arguments],
         count: int,
         seed: int | None,
@@ -100,20 +125,31 @@ class Parts:
     ) -> list[float]:
         """Values of ``count`` runs, on one mini-batch after another, which processes share.
 
-        Where processes have data of their own, each does all runs, and the values are means over the processes.
+        Where parts have items of their own, or processes data of their own, each part does all runs, and the values are
+        means over the parts.
+
+        Args:
+            value: Function from a mini-batch and the number of a part to a value.
+            calls: The mini-batches.
+            count: Number of runs.
+            seed: Seed of their noise, for several parts.
+            data: The data that the mini-batches are of.
 
         Raises:
             MemoryError: If memory runs out in another process; in this one, its own error passes.
         """
         if self.is_whole:
-            return [value(call) for call in itertools.islice(itertools.cycle(calls), count)]
+            return [value(call, 0) for call in itertools.islice(itertools.cycle(calls), count)]
         assert seed is not None
-        processes, found = self.processes, {}
+        processes = self.processes
+        found: dict[int, list[float]] = {}
+        by_part = self.averages(data)
         failure: Exception | None = None
         try:
-            for run in range(processes.rank, count, processes.size) if data.in_turns else range(count):
-                with self.noise(seed, run, *(() if data.in_turns else (processes.rank,))):
-                    found[run] = value(calls[run % len(calls)])
+            for run in range(count) if by_part else range(processes.rank, count, processes.size):
+                for part in self.own if by_part else [0]:
+                    with self.noise(seed, run, *([part] if by_part else [])):
+                        found.setdefault(run, []).append(value(calls[run % len(calls)], part))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -121,10 +157,12 @@ class Parts:
         each = processes.gather((found, failure is not None))
         if any(failed for _, failed in each):
             raise failure or MemoryError("out of memory in another process")
-        if data.in_turns:
-            joined = {run: own for values, _ in each for run, own in values.items()}
-            return [joined[run] for run in range(count)]
-        return [math.fsum(values[run] for values, _ in each) / processes.size for run in range(count)]
+        joined = [[one for values, _ in each for one in values.get(run, ())] for run in range(count)]
+        return [math.fsum(values) / len(values) for values in joined]
+
+    def averages(self, data: Batches) -> bool:
+        """Whether the value of a run is the mean over all parts, which have items or data of their own."""
+        return not self.is_whole and bool(self.plate or not data.in_turns)
 
     @contextmanager
     def at_work(self, part: int, buffers: Sequence[Tensor]) -> Iterator[None]:

@@ -25,7 +25,7 @@ from pyro_flows.training.random_state import restore_random_state
 from pyro_flows.training.state import TrainingState, set_leaves
 from pyro_flows.transforms.fixed import look_again
 
-__all__ = ["is_point", "restored", "set_up", "sparse_tables", "warm_start", "without_step_limit"]
+__all__ = ["divided_tables", "is_point", "restored", "set_up", "sparse_tables", "warm_start", "without_step_limit"]
 
 
 def set_up(guide: Callable[..., Any], batches: Batches, limit: int, max_elements: int) -> list[Arguments]:
@@ -45,11 +45,17 @@ def set_up(guide: Callable[..., Any], batches: Batches, limit: int, max_elements
 
 
 def warm_start(
-    model: Callable[..., Any], guide: Callable[..., Any], batches: Batches, calls: list[Arguments], monitor: Monitor
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    batches: Batches,
+    calls: list[Arguments],
+    monitor: Monitor,
+    parts: Parts,
 ) -> bool:
     """Warm-start a guide on the mini-batches of :func:`set_up`; returns whether it was warm-started."""
     if not calls:
         return False
+    parts.look_for_plate(model, guide, Call(*calls[0]))
     assert isinstance(guide, AutoFlowGuide)
     if len(calls) > 1 and not len(guide.posterior.local):
         return False  # the posterior given a part of the data is too wide, and in another place
@@ -60,11 +66,11 @@ def warm_start(
 
     before = copy.deepcopy(guide.posterior.state_dict())
     try:
-        guide.warm_start_on(calls, watch, model)
-    except NotImplementedError:  # amortized plates, say
-        return False
-    except BaseException:  # Ctrl-C, say: no half of a warm start stays
+        guide.warm_start_on(calls, watch, model, parts.find_shards(guide))
+    except BaseException as error:  # Ctrl-C, say: no half of a warm start stays
         guide.posterior.load_state_dict(before)
+        if isinstance(error, NotImplementedError):  # amortized plates, say
+            return False
         raise
     return True
 
@@ -139,3 +145,18 @@ def sparse_tables(guide: Callable[..., Any], *, enabled: bool) -> Iterator[list[
     finally:
         for block in blocks:
             block.sparse = False
+
+
+@contextmanager
+def divided_tables(objective: Objective, state: TrainingState | None) -> Iterator[None]:
+    """Within this context, each process holds the rows of its own items only, in tables and in the points of a state.
+
+    Args:
+        objective: The objective, whose parts have a share of the items each.
+        state: State of a run that goes on, with all rows.
+    """
+    shards = objective.parts.find_shards(objective.guide)
+    with shards.divided():
+        if state is not None:
+            state.change_points(objective.leaves, shards.own)
+        yield

@@ -164,8 +164,7 @@ class Schedule:
         reason = state.reason
         state.reason = "" if reason == INTERRUPTED else reason  # from the file, the run goes on
         try:
-            self.trainer.freeze()
-            self.checkpoint.save(state)
+            self.checkpoint.save(self.trainer.freeze())
         finally:
             state.reason = reason
 
@@ -271,7 +270,9 @@ class Schedule:
             seconds=time.perf_counter() - self.monitor.begin,
             objective=self.objective.kind,
         )
-        return any(self._processes.gather(self.monitor.end_cycle(progress)))
+        with self.objective.parts.shards.joined(self.monitor.has_callback):
+            wants = self.monitor.end_cycle(progress)
+        return any(self._processes.gather(wants))
 
     def _is_worth_more(self, gain: float, error: float) -> bool:
         """Whether a cycle gained more than the tolerance, and the next one will, if gains go on falling as they did."""
@@ -302,7 +303,7 @@ class Schedule:
 
     def _check_agreement(self) -> None:
         """Raise RuntimeError if the parameters of processes differ, which have taken the same steps."""
-        point = [leaf.detach() for leaf in self.objective.leaves]
+        point = [leaf.detach() for leaf in self.objective.leaves if leaf not in self.objective.parts.shards]
         norms = self._processes.gather(torch.stack(torch._foreach_norm(point)).tolist() if point else [])
         if any(norm != norms[0] for norm in norms):
             raise RuntimeError(

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -21,6 +21,8 @@ Point = list[Tensor]
 # Of each optimizer, of each of its parameters in order: name -> tensor or number of steps; None before the first step.
 Moments = list[list[dict[str, Any] | None]]
 
+# Attributes of a state that are points.
+POINTS = ("initial_point", "best_point", "window_point", "point")
 # Attributes of a state that are estimates.
 ESTIMATES = ("initial_estimate", "best_estimate", "final_estimate", "elbo_estimate")
 
@@ -107,6 +109,13 @@ class TrainingState:
     position: dict[str, Any] | None = None
     parts: list[dict[str, Any]] = field(default_factory=list)
     noise: int | None = None
+
+    def change_points(self, leaves: Sequence[Tensor], change: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Replace the values of all points, by a function of a leaf and its value."""
+        for name in POINTS:
+            point = getattr(self, name)
+            if point:
+                setattr(self, name, [change(leaf, value) for leaf, value in zip(leaves, point, strict=True)])
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a dictionary of numbers, strings, and lists of numbers and tensors, by the attributes' names."""

@@ -9,7 +9,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -152,9 +152,11 @@ class Trainer:
         self._make = adam(self.settings.betas) if make is None else make
         self._optimizers: Optimizers | None = None  # between two cycles
 
-    def freeze(self) -> None:
-        """Write into the state all that :meth:`resume` needs, between two steps."""
+    def freeze(self) -> TrainingState:
+        """Write into the state all that :meth:`resume` needs, between two steps; returns it with the rows of all
+        processes, in the first one."""
         state, objective = self.state, self.objective
+        shards = objective.parts.shards
         state.norms = list(self._norms)
         state.point = self.snapshot()
         state.buffers = [buffer.detach().clone() for buffer in objective.buffers]
@@ -163,16 +165,22 @@ class Trainer:
         state.position = objective.batches.position
         if not objective.parts.is_whole:
             state.parts = objective.parts.freeze(objective.batches, objective.buffers)
+        whole = replace(state)
+        whole.change_points(objective.leaves, shards.whole)
+        if self._optimizers is not None and shards.blocks:
+            whole.moments = self._optimizers.moments(shards.whole)
+        return whole
 
     def resume(self, state: TrainingState) -> None:
-        """Go on from a state that :meth:`freeze` has completed, in this or another process."""
+        """Go on from a state that :meth:`freeze` has completed, in this or another process; its points have the rows
+        of this process."""
         self.state = state
         self._norms.extend(state.norms)
         if state.step_kind != "eager":
             self._record_again()
         if state.step:
             self._optimizers = self._fresh_optimizers()
-            self._optimizers.load(state.moments)
+            self._optimizers.load(state.moments, self.objective.parts.shards.own)
         if state.position is not None and not state.parts:
             self.objective.batches.seek(state.position)
         self.restore_all()
@@ -342,11 +350,11 @@ class Trainer:
         counter = OperationCounter()
         try:
             with counter if counts else nullcontext():
-                loss, self.wanted = step_gradient(
+                loss, self.wanted, rows_norm = step_gradient(
                     self.objective, self._elbo, self._tables, (state.noise or 0, state.num_steps), self.wishes()
                 )
         except NO_DENSITY:
-            loss = math.nan
+            loss = rows_norm = math.nan
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -355,8 +363,11 @@ class Trainer:
                 f"({first_line(error)}). The guide is as it was before that step. "
                 f"Write num_particles={max(1, self.num_particles // 4)}, or pass mini-batches."
             ) from error
-        gradients = [_entries(p) for p in self.objective.parameters if p.grad is not None]
-        norm = torch.stack(torch._foreach_norm(gradients)).norm().item() if gradients else math.nan
+        found = [p for p in self.objective.parameters if p.grad is not None]
+        gradients = [_entries(p) for p in found]
+        shared = [each for p, each in zip(found, gradients, strict=True) if p not in self.objective.parts.shards]
+        norm = torch.stack(torch._foreach_norm(shared)).norm().item() if shared else 0.0 if found else math.nan
+        norm = math.hypot(norm, rows_norm)  # the same in all processes
         if not (math.isfinite(loss) and math.isfinite(norm)):
             state.num_skipped += 1
             if not state.losses and state.num_skipped >= settings.max_failures:

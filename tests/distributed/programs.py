@@ -6,12 +6,16 @@ torchrun --nproc-per-node=2 -m tests.distributed.programs FOLDER NAME ...
 
 from __future__ import annotations
 
+import itertools
 import os
+import shutil
 import signal
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,6 +32,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from pyro_flows import AutoFlowGuide, CompiledSVI, fit, until_converged
 from pyro_flows.compiled.graph import LossGraph
 from pyro_flows.distributed import DistributedOptim, broadcast_parameters, disjoint_subsamples
+from pyro_flows.starts import plates
 from pyro_flows.training import EstimateSettings, FitProgress, FitSettings, ScheduleSettings, TrainerSettings
 from pyro_flows.training.trainer import Trainer
 from tests.common import schools
@@ -36,6 +41,10 @@ SCHOOLS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 ESTIMATES = EstimateSettings(num_runs=4, num_particles=20)
 # Two parts of a step, on two processes or on one.
 TWO = FitSettings(num_parts=2, estimates=ESTIMATES, checkpoint_interval=0.05, schedule=ScheduleSettings(first_cycle=20))
+# Checkpoints of the same run, by one process and by two.
+FILES = ("one.pt", "two.pt")
+# A checkpoint after each step.
+OFTEN = replace(TWO, checkpoint_interval=0.0)
 OPTIONS = {"num_steps": 200, "num_particles": 4, "compile": False, "seed": 0, "progress": False, "settings": TWO}
 
 
@@ -59,6 +68,21 @@ def groups(y: Tensor) -> None:
     with pyro.plate("groups", len(y), subsample_size=5) as index:
         theta = pyro.sample("theta", dist.Normal(mu, 2.0))
         pyro.sample("y", dist.Normal(theta, 1.0), obs=y[index])
+
+
+def nested(y: Tensor) -> None:
+    """Latents of groups, and of their members, whose rows in a table lie apart: a group's are 43 apart."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    with pyro.plate("groups", y.shape[-1], subsample_size=5) as index:
+        theta = pyro.sample("theta", dist.Normal(mu, 2.0))
+        with pyro.plate("members", len(y)):
+            x = pyro.sample("x", dist.Normal(theta, 1.0))
+            pyro.sample("y", dist.StudentT(4.0, x, 1.0), obs=y[:, index])
+
+
+def plates_of_nested(y: Tensor) -> list[pyro.plate]:
+    groups = pyro.plate("groups", y.shape[-1], subsample_size=5, dim=-1)
+    return [groups, pyro.plate("members", len(y), dim=-2)]
 
 
 def some_groups(index: Tensor, y: Tensor) -> None:
@@ -113,6 +137,66 @@ def fit_groups(folder: Path) -> dict[str, Any]:
     y = 2.0 * normal(41)
     guide = AutoFlowGuide(groups, create_plates=lambda y: pyro.plate("groups", len(y), subsample_size=5))
     return end(guide, fit(groups, guide, (y,), **OPTIONS))
+
+
+def fit_nested(folder: Path, **options: Any) -> dict[str, Any]:
+    """Two tables, in shares of unequal lengths, warm-started in shares, too."""
+    y = 2.0 * normal(2 * 43).reshape(2, -1)
+    guide = AutoFlowGuide(nested, "diagonal_normal", create_plates=plates_of_nested)
+
+    def look(progress: FitProgress) -> None:
+        assert guide.median(y)["x"].shape == (2, 43)  # of all items, also during training
+
+    callback = look if os.environ.get("RANK") == "1" else None
+    options = {**OPTIONS, "num_steps": 25, "settings": OFTEN, "callback": callback, **options}
+    before, plates.SETTINGS = plates.SETTINGS, replace(plates.SETTINGS, num_global_items=20)  # fewer than in a share
+    try:
+        return end(guide, fit(nested, guide, (y,), **options))
+    finally:
+        plates.SETTINGS = before
+
+
+def fit_resumed(folder: Path) -> dict[str, Any]:
+    """From a file that one process has written, in the middle of a cycle; and from one that is written here."""
+    held = fit_with_error(copy_of(folder / "one.pt", folder / "two.pt"), 20)
+    found = {name: fit_nested(folder, checkpoint=copy_of(folder / name, folder / "run.pt")) for name in FILES}
+    return {"held": held, **found}
+
+
+def copy_of(path: Path, new: Path) -> Path:
+    """Copy a file, in the first process."""
+    if os.environ.get("RANK", "0") == "0":
+        shutil.copy(path, new)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    return new
+
+
+def fit_with_error(path: Path, num_steps: int) -> dict[str, Any]:
+    """A run that ends by an error and leaves a file: numbers of rows that it held, and of those that it leaves."""
+    found: dict[str, Any] = {}
+    step = Trainer._step
+
+    def fail(self: Trainer, rate: float) -> None:
+        if self.state.num_steps < num_steps:
+            return step(self, rate)
+        self.freeze()
+        state, tables = self.state, [block.items for block in self.objective.guide.posterior.blocks()]
+        points = [self.objective.leaves, state.initial_point, state.window_point, state.point]
+        moments = [value for values in state.moments[1] for value in values.values() if torch.is_tensor(value)]
+        tensors = [value for value in (*itertools.chain(*points), *moments) if value.dim() == 2]
+        found["held"] = Counter(len(value) for value in tensors)
+        found["tables"] = tables
+        raise FloatingPointError
+
+    Trainer._step = fail
+    try:
+        fit_nested(path.parent, checkpoint=path)
+    except FloatingPointError:
+        found["left"] = [(len(table), int(table.isfinite().all(-1).sum())) for table in found.pop("tables")]
+    finally:
+        Trainer._step = step
+    return found
 
 
 def fit_loader(folder: Path) -> dict[str, Any]:

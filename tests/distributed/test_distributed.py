@@ -17,7 +17,7 @@ import torch
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal, init_to_sample
 
-from pyro_flows import AutoFlowGuide, fit
+from pyro_flows import AutoFlowGuide, _files, fit
 from pyro_flows.distributed.processes import Processes
 from pyro_flows.training.trainer import Trainer
 from tests.distributed import programs
@@ -25,7 +25,7 @@ from tests.distributed import programs
 ROOT = Path(__file__).resolve().parents[2]
 AS_ONE = ("fit_schools", "fit_recorded", "fit_groups", "fit_loader", "fit_autoencoder", "fit_with_nan")
 TOGETHER = (
-    *("fit_own_data", "fit_sampler", "fit_interrupted", "fit_late", "fit_stopped"),
+    *("fit_nested", "fit_resumed", "fit_own_data", "fit_sampler", "fit_interrupted", "fit_late", "fit_stopped"),
     *("svi", "svi_broadcast", "compiled_svi", "svi_until_converged", "fit_refused", "fit_alone", "ddp_recipe"),
 )
 
@@ -46,15 +46,19 @@ def launch(folder: Path, names: Sequence[str], *options: str) -> subprocess.Comp
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """What each program found in the first and in the second process."""
+def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What each program found in the first and in the second process; and the folder of their files."""
     folder = tmp_path_factory.mktemp("both")
+    with programs.double_precision():
+        programs.fit_with_error(folder / "one.pt", 10)
+    pyro.clear_param_store()
     done = launch(folder, [*AS_ONE, *TOGETHER])
     assert done.returncode == 0, done.stderr
-    return {
+    found: dict[str, Any] = {
         name: [torch.load(folder / f"{name}_{rank}.pt", weights_only=False) for rank in range(2)]
         for name in (*AS_ONE, *TOGETHER)
     }
+    return {**found, "folder": folder}
 
 
 def same(one: dict[str, Any], other: dict[str, Any], rtol: float = 0.0) -> None:
@@ -73,6 +77,34 @@ def test_two_processes_are_one_with_two_parts(both, name, tmp_path):
     same(first, second)
     same(first, alone, 1e-6)
     assert first["parameters"].dtype == torch.float64
+
+
+def test_a_process_holds_the_rows_of_its_own_items(both):
+    """In the tables, the points of the run and both moments; an error leaves those of others unknown."""
+    for rank, (groups, members) in enumerate([(21, 42), (22, 44)]):
+        found = both["fit_resumed"][rank]["held"]
+        assert [found["held"][number] for number in (groups, members, 43, 86)] == [6, 6, 0, 0]
+        assert found["left"] == [(43, groups), (86, members)]
+
+
+def test_a_run_goes_on_in_another_number_of_processes(both, tmp_path):
+    """From files after 10 steps of one process, and after 20 of which the last ten were those of two."""
+    whole, second = both["fit_nested"]
+    same(whole, second)
+    for name in programs.FILES:
+        first, second = (found[name] for found in both["fit_resumed"])
+        same(first, second)
+        same(first, whole, 1e-6)
+        pyro.clear_param_store()
+        with programs.double_precision():
+            alone = programs.fit_nested(
+                tmp_path, checkpoint=programs.copy_of(both["folder"] / name, tmp_path / "run.pt")
+            )
+        same(alone, whole, 1e-6)
+    # Norms of gradients are those of all rows, though a process has some of them.
+    norms = [_files.read(folder / "run.pt", unsigned=True)["state"]["norms"] for folder in (both["folder"], tmp_path)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6) and len(norms[0]) == 25
+    same(*(both["fit_resumed"][0][name] for name in programs.FILES))  # bit for bit in two
 
 
 def test_nan_in_one_process_is_a_skipped_step_in_both(both):

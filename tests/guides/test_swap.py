@@ -426,7 +426,7 @@ def test_fit_starts_on_the_model_that_it_trains(
     """Of a guide on exposed latents, whose own model has no likelihood."""
     started = exposed(model).start_elbo
     whole = AutoFlowGuide.warm_start_on
-    monkeypatch.setattr(AutoFlowGuide, "warm_start_on", lambda self, calls, watch, _: whole(self, calls, watch))
+    monkeypatch.setattr(AutoFlowGuide, "warm_start_on", lambda self, calls, watch, *_: whole(self, calls, watch))
     blind = exposed(model).start_elbo
     assert started > -60.0
     assert started > blind + 100.0

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,7 @@ class PlateHead(AffineHead):
         *,
         max_share: float = INIT_SHARE,
         in_scales: bool = False,
+        mean: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Initialize every item to ``N(loc, diag(scale)^2)``.
 
@@ -100,19 +101,21 @@ class PlateHead(AffineHead):
             max_share: Largest share of the precision that the prior has; its factor is 1 unless that exceeds this.
             in_scales: Whether an optimizer's steps are in units of the items' scales, for an initialization near their
                 posteriors, or in the latents' own units, as in ``AutoNormal``.
+            mean: Mean over all items, ``(items, n)`` to ``(n,)``, which may be more than those here; None takes these.
 
         Returns:
             The items' site approximations, ``(..., 2 * input_dim)``.
         """
-        center = loc.reshape(-1, self.input_dim).mean(0)
-        typical = scale if scale.dim() == 1 else scale.reshape(-1, self.input_dim).log().mean(0).exp()
+        mean = mean or (lambda values: values.mean(0))
+        center = mean(loc.reshape(-1, self.input_dim))
+        typical = scale if scale.dim() == 1 else mean(scale.reshape(-1, self.input_dim).log()).exp()
         # Half of the precision each, where the other Gaussian is free and initialized at the center.
         reference = math.sqrt(2.0) * typical
         site_loc, site_log_scale = unpool(loc, scale, center, reference.log())
         if self.has_prior:
             assert prior is not None
             prior_loc, prior_log_scale = prior.chunk(2, -1)
-            typical_log_scale = prior_log_scale.reshape(-1, self.input_dim).mean(0)
+            typical_log_scale = mean(prior_log_scale.reshape(-1, self.input_dim))
             log_share = init_share(typical, typical_log_scale, max_share)
             prior_log_scale = prior_log_scale - 0.5 * powerprop(log_share)
             pooled_loc, pooled_log_scale = unpool(loc, scale, prior_loc, prior_log_scale)
