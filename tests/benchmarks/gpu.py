@@ -14,6 +14,8 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
@@ -48,7 +50,7 @@ from pyro_flows import (
 from pyro_flows.__main__ import model as eight_schools
 from pyro_flows.compiled import graph as loss_graph
 from pyro_flows.compiled.cuda import CudaGraph
-from pyro_flows.training import FitSettings
+from pyro_flows.training import FitSettings, ScheduleSettings, WiderSettings
 from pyro_flows.training.trainer import TrainerSettings
 
 ROWS, COEFFICIENTS = 10_000, 50
@@ -93,6 +95,28 @@ def schools(y: Tensor, sd: Tensor, observed: Tensor | None = None) -> None:
     with pyro.plate("schools", len(sd), device=sd.device):
         theta = pyro.sample("theta", dist.Normal(mu, tau))
         pyro.sample("y", dist.Normal(theta, sd), obs=y)
+
+
+def products(y: Tensor) -> None:
+    """Weights of which only the product with their scales is seen."""
+    zeros = torch.zeros_like(y)
+    with pyro.plate("items", len(y), device=y.device):
+        scales = pyro.sample("scales", dist.HalfCauchy(zeros + 1.0))
+        weights = pyro.sample("weights", dist.Normal(zeros, 1.0))
+        pyro.sample("y", dist.Normal(scales * weights, 3.0), obs=y)
+
+
+def groups(y: Tensor) -> None:
+    """Mini-batches that the plate draws itself."""
+    mu = pyro.sample("mu", dist.Normal(torch.zeros_like(y[0]), 10.0))
+    with drawn_groups(y) as index:
+        theta = pyro.sample("theta", dist.StudentT(torch.full_like(y[0], 4.0), mu, 1.0))
+        pyro.sample("y", dist.Normal(theta, 1.0), obs=y[index])
+
+
+def drawn_groups(y: Tensor) -> pyro.plate:
+    """The plate of both model and guide."""
+    return pyro.plate("groups", len(y), subsample_size=100, device=y.device)
 
 
 def regression(x: Tensor, y: Tensor) -> None:
@@ -369,6 +393,63 @@ def check_encoder(device: str) -> str:
     return f"loss {losses[0]:.0f} to {losses[-1]:.0f}"
 
 
+def check_wider(device: str) -> str:
+    """A flow that becomes wider in ``fit``, by compiled steps, with couplings within items; saved and loaded."""
+    y, _ = school_data(device)
+    settings = FitSettings(
+        schedule=ScheduleSettings(first_cycle=100, max_steps=100), wider=WiderSettings(first_cycle=200, max_steps=200)
+    )
+    guide = AutoFlowGuide(products)
+    result = fit(products, guide, (y,), target_gap=1e-9, compile=True, seed=0, progress=False, settings=settings)
+    assert result.widening is not None and not guide.posterior.can_widen, result
+    on_device(guide.named_parameters(), device)
+    on_device(guide.named_buffers(), device)
+    with tempfile.TemporaryDirectory() as folder:
+        guide.save(f"{folder}/guide")
+        loaded = AutoFlowGuide.load(f"{folder}/guide", products, (y,))
+    at = guide.median(y)
+    assert loaded.log_prob(at, y) == guide.log_prob(at, y)
+    return str(result.widening)
+
+
+def check_processes(device: str) -> str:
+    """Two processes on one card, by gloo (NCCL takes one process a card): particles, and tables in shares."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
+    done = subprocess.run(
+        [*command, "--device", device, "--process"], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr[:3000]
+    return done.stdout.strip()
+
+
+def one_of_processes(device: str) -> None:
+    """What each of them does; the first one prints how its results compare with those of a process by itself."""
+    torch.distributed.init_process_group("gloo")
+    effects = Effects(2000, device)
+    options: dict[str, Any] = {"num_steps": 30, "seed": 0, "progress": False, "compile": False}
+    parts = FitSettings(num_parts=2)
+
+    said = []
+    for name, model, make, args in (
+        ("particles", schools, lambda: AutoFlowGuide(schools), school_data(device)),
+        ("tables", groups, lambda: AutoFlowGuide(groups, create_plates=drawn_groups), (effects.y,)),
+    ):
+        points = []
+        for distributed in (True, False):
+            pyro.clear_param_store()
+            guide = make()
+            settings = None if distributed else parts
+            result = fit(model, guide, args, distributed=distributed, settings=settings, **options)
+            points.append(torch.cat([p.detach().flatten() for p in guide.parameters()]).cpu())
+        together, alone = points
+        apart = ((together - alone).norm() / alone.norm()).item()
+        assert apart < 1e-3, (name, apart)
+        said.append(f"{name}: apart by {apart:.1g}, elbo {result.elbo:.2f}")
+    if torch.distributed.get_rank() == 0:
+        print("; ".join(said))
+    torch.distributed.destroy_process_group()
+
+
 def check_memory(device: str) -> str:
     """Memory does not grow in a thousand steps, eager and captured."""
     args, found = school_data(device), []
@@ -400,6 +481,8 @@ def every_check() -> dict[str, Callable[[str], str]]:
         "mini-batches": check_mini_batches,
         "encoder": check_encoder,
         "memory": check_memory,
+        "wider flow": check_wider,
+        "processes": check_processes,
     }
     return checks | {f"family {name}": partial(check_family, name) for name in flows.names() if name != "maf"}
 
@@ -453,7 +536,11 @@ def main() -> None:
     made.add_argument("--device", default="cuda")
     made.add_argument("--only", default="", help="checks whose name has one of these in it")
     made.add_argument("--log", type=Path, help="file that results are added to")
+    made.add_argument("--process", action="store_true", help="be one of the processes of a check")
     options = made.parse_args()
+    if options.process:
+        one_of_processes(options.device)
+        return
     explain_failures()
     run_checks(Log(options.log, options.seconds), options.device, options.only)
 
