@@ -108,4 +108,10 @@ class FitSettings(Settings):
     def wider_schedule(self, target_gap: float) -> ScheduleSettings:
         """Cycles of a wider flow: until its gap is small enough, or does not fall any more."""
         wider = self.wider
-        return replace(self.schedule, first_cycle=wider.first_cycle, max_steps=wider.max_steps, target_gap=target_gap)
+        return replace(
+            self.schedule,
+            first_cycle=wider.first_cycle,
+            max_steps=wider.max_steps,
+            min_gain=wider.min_gain,
+            target_gap=target_gap,
+        )

@@ -24,12 +24,14 @@ class WiderSettings(Settings):
     Attributes:
         first_cycle: Number of steps of the first cycle, >= 1: the new layers begin at the identity.
         max_steps: Approximate number of steps of all cycles at most.
+        min_gain: Tolerance of the ELBO gain of the first cycle, in nats, > 0; for longer ones in proportion.
         more_particles: Factor of the number of particles per step, >= 1: more layers follow more of the noise. The
             number is at most ``FitSettings.max_particles``.
     """
 
     first_cycle: int = 1000
     max_steps: int = 8000
+    min_gain: float = 0.0025
     more_particles: int = 4
 
 

@@ -68,6 +68,7 @@ PARTICLES = (16, 64, 256, 1024, 4096)
 ROUNDS, ROUND_SECONDS = 5, 0.3
 SCHOOLS, LOGISTIC = "eight schools", f"logistic, {ROWS:,} x {COEFFICIENTS}"
 OURS, IAF, EAGER = "CompiledSVI AutoFlowGuide", "CompiledSVI AutoFlowGuide, same IAF", "SVI AutoFlowGuide"
+TOTAL = f"{IAF}, total gradients"  # NumPyro's estimator: no score, so no Jacobian of the flow
 THEIRS = "NumPyro AutoIAFNormal, fori_loop"
 # How a graph may be compiled: products up to so many multiplications are sums, and kernels are combined.
 VARIANTS = {
@@ -187,8 +188,9 @@ class Timing(NamedTuple):
             return loop
         kind = CompiledSVI if self.by.startswith("Compiled") else SVI
         made: Callable[..., Any] = AutoFlowGuide
-        if self.by == IAF:
-            made = partial(AutoFlowGuide, flow=flows.IAF(num_transforms=2, hidden_dims=(size, size)))
+        if self.by in (IAF, TOTAL):
+            flow = flows.IAF(num_transforms=2, hidden_dims=(size, size))
+            made = partial(AutoFlowGuide, flow=flow, path_gradient=self.by == IAF)
         return own(kind, made, model, data(self.device), self.count)
 
     @property
@@ -316,6 +318,8 @@ def jobs(part: str, device: str, folder: Path) -> list[Job]:
         *steps(SCHOOLS, OURS, 64),
         *steps(SCHOOLS, THEIRS, 64, 16, 256),
         *steps(SCHOOLS, IAF, 64),
+        *steps(SCHOOLS, TOTAL, 64, 1024, 256, 4096),
+        *steps(LOGISTIC, TOTAL, 64, 1024),
         *steps(SCHOOLS, OURS, 4096, 1024),
         *steps(SCHOOLS, IAF, 4096, 1024),
         *steps(LOGISTIC, OURS, 64, 1024),
