@@ -147,6 +147,7 @@ class JointBlock(nn.Module):
             sizes = _blocks([size for size in layout.sizes if size], head)
             preconditioner = _preconditioner(layout.latent_dim, knows_priors=head is not None)
             flow = build_reproducibly(lambda: spec.build_joint(sizes, head=head, preconditioner=preconditioner))
+        self._layers: tuple[Layers, ...] = ()  # in a tuple, since they are the flow's
         # A recipe that is none of ours may be a function that can't be pickled.
         self._spec = spec if spec.can_widen_to(layout.latent_dim) else None
         self.flow = flow.to(dtype=init_loc.dtype, device=init_loc.device)
@@ -170,18 +171,29 @@ class JointBlock(nn.Module):
 
         items = self.layout.items()
         layers = build_reproducibly(lambda: Layers(spec.wider_layers(dim, items))).to(like)
-        self.flow.transform.insert(layers.by_index)
+        if self._layers:  # the same parameters as before, which Pyro's store knows by name
+            self._layers[0].to(like).load_state_dict(layers.state_dict())
+        else:
+            self._layers = (layers,)
+        self._insert(self._layers[0].by_index)
 
     def adopt(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Take the kind of flow that a state of these names and shapes has: its base (:meth:`Flow.adopt_base`), and
         whether it is wide."""
         own = "flow."
-        self.flow.adopt_base({n.removeprefix(own): s for n, s in shapes.items() if n.startswith(own)})
-        is_wide = any(name.startswith("flow.transform.inserted.") for name in shapes)
+        of_flow = {name.removeprefix(own): shape for name, shape in shapes.items() if name.startswith(own)}
+        self.flow.adopt_base(of_flow)
+        is_wide = any(name.startswith("transform.inserted.") for name in of_flow)
         if is_wide and self.can_widen:
             self.widen()
-        elif not is_wide:
-            self.flow.transform.insert({})
+        elif self.is_wide and not is_wide:
+            self._insert({})
+
+    def _insert(self, layers: Mapping[int, FlowTransform]) -> None:
+        self.flow.transform.insert(layers)
+        # Compiled steps have all parameters in one vector, without new ones: apart from it, they are looked for again.
+        for parameter in self.flow.parameters():
+            parameter.data = parameter.data.clone()
 
     def distribution(self, *, path_gradient: bool, filtered: bool = False) -> FlowDistribution:
         """The distribution of the packed vector, event shape ``(latent_dim,)``; ``filtered`` adds the gradient filter

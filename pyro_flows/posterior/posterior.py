@@ -129,7 +129,9 @@ class Posterior(nn.Module):
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
-        self.adopt({n.removeprefix(prefix): v.shape for n, v in state_dict.items() if n.startswith(prefix)})
+        own = {n.removeprefix(prefix): v.shape for n, v in state_dict.items() if n.startswith(prefix)}
+        if own:  # not where a state is of other parts only
+            self.adopt(own)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def adopt(self, shapes: Mapping[str, Sequence[int]]) -> None:

@@ -27,7 +27,7 @@ from pyro_flows.training.random_state import capture_random_state, restore_rando
 from pyro_flows.training.state import TrainingState
 from pyro_flows.training.version_0_1_0 import is_run_of_0_1_0, state_from_0_1_0
 
-__all__ = ["Checkpoint", "StoredRun"]
+__all__ = ["Checkpoint", "StoredRun", "flow_guides"]
 
 # Version of the file's format; files of 0.1.0 have none.
 FORMAT = 3
@@ -207,7 +207,7 @@ class Checkpoint:
         """Let a guide's flows take the kinds that they had at the run's begin: bases that a warm start has chosen, and
         whether they were wide."""
         bases = (self.run.program or {}).get("bases", ())  # files of the first releases with this format have none
-        for part, shapes in zip(_flow_guides(guide), bases, strict=False):  # another guide is refused later
+        for part, shapes in zip(flow_guides(guide), bases, strict=False):  # another guide is refused later
             if part.prototype_trace is not None:  # with annealing there was no warm start
                 part.posterior.adopt(shapes)
 
@@ -289,7 +289,7 @@ def _describe(objective: Objective) -> dict[str, Any]:
                     for name, p in part.posterior.listed_parameters()
                     if ".base." in name or ".inserted." in name
                 }
-                for part in _flow_guides(objective.guide)
+                for part in flow_guides(objective.guide)
             ],
             "model": describe_model(objective.model, Call(args, kwargs)),
             "data": describe_data(objective.calls),
@@ -300,7 +300,7 @@ def _difference(title: str, stored: Any, found: Any) -> str:
     return "" if stored == found else f"{title} is {stored} there and {found} here"
 
 
-def _flow_guides(guide: Callable[..., Any]) -> list[AutoFlowGuide]:
+def flow_guides(guide: Callable[..., Any]) -> list[AutoFlowGuide]:
     """A flow guide itself, or those in an ``AutoGuideList``."""
     parts = guide.modules() if isinstance(guide, nn.Module) else ()
     return [part for part in parts if isinstance(part, AutoFlowGuide)]
@@ -308,4 +308,4 @@ def _flow_guides(guide: Callable[..., Any]) -> list[AutoFlowGuide]:
 
 def _name_of(guide: Callable[..., Any]) -> str:
     """A guide's class, and the flows of its parts."""
-    return ", ".join([type(guide).__name__, *(part.flow_title for part in _flow_guides(guide))])
+    return ", ".join([type(guide).__name__, *(part.flow_title for part in flow_guides(guide))])

@@ -17,7 +17,7 @@ from pyro_flows.guides import AutoFlowGuide
 from pyro_flows.models.traces import Call, run_quietly, sample_nodes
 from pyro_flows.posterior.mini_batches import MiniBatch
 from pyro_flows.training.batches import Arguments, Batches
-from pyro_flows.training.checkpoint import Checkpoint
+from pyro_flows.training.checkpoint import Checkpoint, flow_guides
 from pyro_flows.training.monitor import Monitor
 from pyro_flows.training.objective import EstimateSettings, Objective
 from pyro_flows.training.parts import Parts
@@ -88,26 +88,41 @@ def restored(
     Raises:
         ValueError: If it is a run of another model, guide, or other data; then the guide is as before.
     """
-    file.adopt(guide)
-    objective = Objective(model, guide, batches, settings, parts)
-    file.check(objective, complete=False)
-    before = [leaf.detach().clone() for leaf in objective.leaves]
-    state = file.load(objective)
-    set_leaves(objective.leaves, state.initial_point)
-    if isinstance(guide, torch.nn.Module):
-        look_again(guide)  # the warm start was in another process
-    if file.run.before_analysis is not None:
-        # Once more, as it was done then: mini-batches may be shuffled, and how draws share a run is found out at draws.
-        restore_random_state(file.run.before_analysis, batches.generators)
+    with _as_before_if_refused(guide):
+        file.adopt(guide)
         objective = Objective(model, guide, batches, settings, parts)
-    try:
-        file.check(objective, complete=True)
-    except ValueError:
-        set_leaves(objective.leaves, before)
+        file.check(objective, complete=False)
+        before = [leaf.detach().clone() for leaf in objective.leaves]
+        state = file.load(objective)
+        set_leaves(objective.leaves, state.initial_point)
         if isinstance(guide, torch.nn.Module):
-            look_again(guide)
-        raise
+            look_again(guide)  # the warm start was in another process
+        if file.run.before_analysis is not None:
+            # Once more, as it was done then: mini-batches may be shuffled, and how draws share a run is found out at
+            # draws.
+            restore_random_state(file.run.before_analysis, batches.generators)
+            objective = Objective(model, guide, batches, settings, parts)
+        try:
+            file.check(objective, complete=True)
+        except ValueError:
+            set_leaves(objective.leaves, before)
+            if isinstance(guide, torch.nn.Module):
+                look_again(guide)
+            raise
     return objective, state
+
+
+@contextmanager
+def _as_before_if_refused(guide: Callable[..., Any]) -> Iterator[None]:
+    """Give a guide's flows their kind and their parameters back if a run is refused, whose kind they have taken."""
+    parts = [part.posterior for part in flow_guides(guide) if part.prototype_trace is not None]
+    states = [copy.deepcopy(part.state_dict()) for part in parts]
+    try:
+        yield
+    except ValueError:
+        for part, state in zip(parts, states, strict=True):
+            part.load_state_dict(state)
+        raise
 
 
 def is_point(guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -120,8 +135,7 @@ def is_point(guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[s
 @contextmanager
 def without_step_limit(guide: Callable[..., Any]) -> Iterator[None]:
     """Lift a guide's step limit: the learning rates here suit a flow, and divergence is rolled back."""
-    parts = guide.modules() if isinstance(guide, torch.nn.Module) else ()
-    flows = [part for part in parts if isinstance(part, AutoFlowGuide)]  # several in an AutoGuideList
+    flows = flow_guides(guide)  # several in an AutoGuideList
     try:
         for flow in flows:
             flow.limits_steps = False

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pyro_flows._checks import Settings
 from pyro_flows.distributed.parameters import share_parameters
@@ -89,6 +89,8 @@ def train_wider(schedule: Schedule, former: Trainer, file: Checkpoint, gap: floa
         schedule.begin()
     else:
         schedule.resume(file.load(schedule.objective))
+        assert file.run.options is not None
+        file.run.options = replace(file.run.options, num_steps=schedule.num_steps)
     kept, best = schedule.finish(schedule.train())
     start = trainer.state.initial_estimate
     assert start is not None

@@ -16,8 +16,8 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import Adam
 from torch import Tensor
 
-from pyro_flows import AutoFlowGuide
-from pyro_flows.transforms import AffineCouplings, Chain, ItemCouplings
+from pyro_flows import AutoFlowGuide, CompiledSVI
+from pyro_flows.transforms import AffineCouplings, Chain, FixedParameter, ItemCouplings
 from tests.common import randomize_parameters, schools
 
 Y = torch.tensor([28.0, 8.0, -3.0, 7.0])
@@ -101,6 +101,30 @@ def test_states_files_stores_and_copies_carry_the_layers_along(tmp_path: Path) -
     other = random_guide()
     other.load_state_dict(narrow)
     assert_same(other, guide)
+
+
+def test_compiled_steps_train_layers_that_came_later_and_not_those_that_went() -> None:
+    guide = random_guide()
+    narrow = copy.deepcopy(guide.state_dict())
+    svi = CompiledSVI(scales, guide, Adam({"lr": 0.01}), Trace_ELBO())
+    for _ in range(2):
+        svi.step(Y)
+    guide.posterior.widen()
+    for state in (None, narrow):
+        if state is not None:
+            guide.load_state_dict(state)
+        before = {name: p.detach().clone() for name, p in guide.named_parameters() if not isinstance(p, FixedParameter)}
+        for _ in range(3):
+            svi.step(Y)
+        still = [name for name, p in guide.named_parameters() if name in before and torch.equal(p, before[name])]
+        assert not still, still
+
+
+def test_a_state_of_other_parts_leaves_the_layers() -> None:
+    guide = random_guide()
+    guide.posterior.widen()
+    guide.load_state_dict({}, strict=False)
+    assert not guide.posterior.can_widen
 
 
 def subsampled(y: Tensor) -> None:

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -11,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_flows import AutoFlowGuide, diagnose, fit
+from pyro_flows import AutoFlowGuide, FitResult, diagnose, fit
 from pyro_flows.training import EstimateSettings, FitProgress, FitSettings, ScheduleSettings, WiderSettings
+from pyro_flows.training.trainer import Trainer
 from tests.common import schools
 
 Y = torch.tensor([28.0, 8.0, -3.0, 7.0])
@@ -103,3 +107,47 @@ def test_mini_batches_and_trained_models_have_none() -> None:
 
     pyro.clear_param_store()
     assert fit(model, AutoFlowGuide(model), (Y,), target_gap=1e-9, **OPTIONS).widening is None
+
+
+def test_a_wide_guide_resumes_its_run_and_is_left_as_it_is_by_another(tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    first = AutoFlowGuide(schools)
+    whole = fit(schools, first, (Y,), target_gap=1e-9, checkpoint=path, **OPTIONS)
+    again = fit(schools, first, (Y,), target_gap=1e-9, checkpoint=path, **OPTIONS)  # by a guide that is wide already
+    assert again.losses == whole.losses and again.elbo == whole.elbo
+    pyro.clear_param_store()
+    guide = AutoFlowGuide(schools)
+    fit(schools, guide, (Y + 1.0,), target_gap=1e-9, **OPTIONS)
+    before = {name: p.detach().clone() for name, p in guide.named_parameters()}
+    with pytest.raises(ValueError, match="checksum"):
+        fit(schools, guide, (Y + 1.0,), target_gap=1e-9, checkpoint=path, **OPTIONS)
+    after = dict(guide.named_parameters())
+    assert any("inserted" in name for name in after) and before.keys() == after.keys()
+    assert all(torch.equal(before[name], p) for name, p in after.items())
+
+
+def test_more_steps_of_a_wider_flow_can_be_interrupted(tmp_path: Path) -> None:
+    def run(path: Path, **options: Any) -> FitResult:
+        pyro.clear_param_store()
+        settings = replace(SHORT, checkpoint_interval=0.0)
+        options = {**OPTIONS, "settings": settings, **options}
+        return fit(schools, AutoFlowGuide(schools), (Y,), target_gap=1e-9, checkpoint=path, **options)
+
+    whole, part = tmp_path / "whole.pt", tmp_path / "part.pt"
+    assert run(whole).steps == 20
+    shutil.copy(whole, part)
+    expected = run(whole, num_steps=50)
+    assert expected.steps == len(expected.losses) == 50
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(SystemExit):
+        step, taken = Trainer._step, []
+
+        def killed(self: Trainer, rate: float) -> None:
+            step(self, rate)
+            taken.append(rate)
+            if len(taken) == 12:
+                raise SystemExit
+
+        monkeypatch.setattr(Trainer, "_step", killed)
+        run(part, num_steps=50)
+    result = run(part, num_steps=50)
+    assert result.losses == expected.losses and result.elbo == expected.elbo
