@@ -185,7 +185,7 @@ class Auto(SiteOrdered):
         kinds = [kind for kind in items if kind.shape[-1] <= SIZES.max_item_dim]
         if not kinds:
             return {0: wide}
-        is_shared = torch.ones(input_dim, dtype=torch.bool)
+        is_shared = torch.ones(input_dim, dtype=torch.bool, device=kinds[0].device)
         for kind in kinds:
             is_shared[kind.flatten()] = False
         shared = is_shared.nonzero().squeeze(-1)[: SIZES.max_shared_dim]

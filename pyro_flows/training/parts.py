@@ -176,6 +176,10 @@ class Parts:
         yield
         self._buffers[part] = [buffer.detach().clone() for buffer in buffers]
 
+    def forget_buffers(self) -> None:
+        """Take the modules' buffers as they are for all parts, since there are others now."""
+        self._buffers = {}
+
     def freeze(self, batches: Batches, buffers: Sequence[Tensor]) -> list[dict[str, Any]]:
         """Buffers, random state and position in the data of each part, in order; all processes call this."""
         if self.is_whole:

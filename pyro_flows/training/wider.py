@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from pyro_flows._checks import Settings
@@ -51,10 +52,11 @@ def gap_to_close(schedule: Schedule, target_gap: float, file: Checkpoint) -> flo
     if not (is_suited and isinstance(objective.guide, AutoFlowGuide) and objective.guide.posterior.can_widen):
         return None
     is_wide = file.run.wider is not None
-    if not is_wide and (schedule.num_steps is not None or schedule.was_stopped):
+    is_over = schedule.num_steps is not None or schedule.was_stopped or file.run.weighted is not None
+    if is_over and not is_wide:
         return None
-    gap = objective.gap()
-    return gap if is_wide or gap > target_gap else None
+    gap = objective.gap()  # infinite where draws have no density, which no flow mends
+    return gap if is_wide or target_gap < gap < math.inf else None
 
 
 def widened(objective: Objective) -> Objective:
@@ -62,6 +64,7 @@ def widened(objective: Objective) -> Objective:
     model, guide, batches, parts = objective.model, objective.guide, objective.batches, objective.parts
     assert isinstance(guide, AutoFlowGuide)
     guide.posterior.widen()
+    parts.forget_buffers()
     if not parts.is_whole:
         share_parameters(parts.processes, model, guide, *batches.first)
     return Objective(model, guide, batches, objective.settings, parts)
@@ -87,6 +90,8 @@ def train_wider(schedule: Schedule, former: Trainer, file: Checkpoint, gap: floa
         state.num_steps, state.losses = before.num_steps, list(before.losses)
         state.num_skipped, state.num_rollbacks = before.num_skipped, before.num_rollbacks
         schedule.begin()
+    elif file.run.weighted is not None:
+        schedule.restore(file.load(schedule.objective))
     else:
         schedule.resume(file.load(schedule.objective))
         assert file.run.options is not None

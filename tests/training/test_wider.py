@@ -126,6 +126,12 @@ def test_a_wide_guide_resumes_its_run_and_is_left_as_it_is_by_another(tmp_path: 
     assert all(torch.equal(before[name], p) for name, p in after.items())
 
 
+def test_several_parts_of_a_step() -> None:
+    settings = replace(SHORT, num_parts=2)
+    result = fit(schools, AutoFlowGuide(schools), (Y,), target_gap=1e-9, **{**OPTIONS, "settings": settings})
+    assert result.widening is not None and result.steps == 20
+
+
 def test_more_steps_of_a_wider_flow_can_be_interrupted(tmp_path: Path) -> None:
     def run(path: Path, **options: Any) -> FitResult:
         pyro.clear_param_store()
