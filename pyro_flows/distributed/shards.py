@@ -63,7 +63,7 @@ class Shards:
 
     def _range(self, size: int, rank: int) -> range:
         """Items of a process, of so many."""
-        return range(size * rank // self.processes.size, size * (rank + 1) // self.processes.size)
+        return PlateShare(self.plate, rank, self.processes.size).items(size)
 
     @contextmanager
     def divided(self) -> Iterator[None]:
