@@ -117,7 +117,7 @@ def fit(
 
     If the gap to the log evidence is still above ``target_gap``, by the weights of 10,000 draws, the flow becomes a
     wider one of that size which begins where the smaller one has ended, with four times the draws where that is
-    affordable, and is trained until the gap is small enough or does not fall any more
+    affordable, and is trained until the gap is small enough, does not fall any more, or memory runs out
     (``FitResult.widening``). This needs the default family with 2 to 300 latents, none of them in mini-batches.
 
     Args:
@@ -282,7 +282,7 @@ def fit(
                     elbo.release()
                     elbo = widened(elbo)
                     stack.callback(elbo.release)
-                    num_particles = settings.num_wider_particles(num_particles)
+                    num_particles = settings.num_wider_particles(elbo, num_particles)
                     wider = make_trainer(elbo, num_particles)
                     schedule = make_schedule(wider, anneal=False, settings=settings.wider_schedule(target_gap))
                     widening, best = train_wider(schedule, trainer, file, gap)

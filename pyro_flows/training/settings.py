@@ -96,14 +96,20 @@ class FitSettings(Settings):
             return self.few_particles
         if objective.subsampled:
             return self.minibatch_particles
+        return max(self.min_particles, min(self.max_particles, self._affordable(objective, 1)))
+
+    def num_wider_particles(self, objective: Objective, num_particles: int) -> int:
+        """Number of particles per step of a wider flow, from that of the flow before: ``wider.more_particles`` times as
+        many, as long as a step has no more than as many times ``values_per_step`` values, which bounds memory."""
+        factor = self.wider.more_particles
+        affordable = min(self.max_particles, self._affordable(objective, factor))
+        return max(num_particles, min(affordable, factor * num_particles))
+
+    def _affordable(self, objective: Objective, factor: int) -> int:
+        """Number of draws in a step of ``factor`` times ``values_per_step`` values."""
         joint = objective.guide.posterior.joint if isinstance(objective.guide, AutoFlowGuide) else None
         matrices = 0 if joint is None else joint.flow.head.factored_entries
-        affordable = self.values_per_step // (objective.num_values + matrices // 2)
-        return max(self.min_particles, min(self.max_particles, affordable))
-
-    def num_wider_particles(self, num_particles: int) -> int:
-        """Number of particles per step of a wider flow, from that of the flow before."""
-        return max(num_particles, min(self.max_particles, self.wider.more_particles * num_particles))
+        return factor * self.values_per_step // (objective.num_values + matrices // 2)
 
     def wider_schedule(self, target_gap: float) -> ScheduleSettings:
         """Cycles of a wider flow: until its gap is small enough, or does not fall any more."""

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, replace
 
 from pyro_flows._checks import Settings
+from pyro_flows._memory import DoesNotFit
 from pyro_flows.distributed.parameters import share_parameters
 from pyro_flows.guides import AutoFlowGuide
 from pyro_flows.training.checkpoint import Checkpoint
@@ -81,6 +82,9 @@ def train_wider(schedule: Schedule, former: Trainer, file: Checkpoint, gap: floa
 
     Returns:
         What the wider flow gained, and the ELBO of the guide as it is now.
+
+    Raises:
+        DoesNotFit: If memory runs out for a step in one of several processes. A single one keeps what it has.
     """
     trainer, before = schedule.trainer, former.state
     trainer.skipped_at, schedule.earlier_cycles = former.skipped_at, before.cycle
@@ -96,7 +100,14 @@ def train_wider(schedule: Schedule, former: Trainer, file: Checkpoint, gap: floa
         schedule.resume(file.load(schedule.objective))
         assert file.run.options is not None
         file.run.options = replace(file.run.options, num_steps=schedule.num_steps)
-    kept, best = schedule.finish(schedule.train())
+    try:
+        compare = schedule.train()
+    except DoesNotFit:
+        if schedule.objective.parts.processes.size > 1:  # the others wait in that step
+            raise
+        trainer.state.reason = f"memory ran out for a step of {trainer.num_particles} particles"
+        compare = schedule.train()  # to its end, without further steps: the best parameters so far are kept
+    kept, best = schedule.finish(compare)
     start = trainer.state.initial_estimate
     assert start is not None
     gain, se = best.gain_over(start) if kept == "flow" else (0.0, 0.0)

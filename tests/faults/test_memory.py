@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -13,10 +14,14 @@ import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor
 
-from pyro_flows import AutoFlowGuide, diagnose, fit, importance_resample
+from pyro_flows import AutoFlowGuide, FitResult, diagnose, fit, importance_resample
 from pyro_flows._memory import DoesNotFit
 from pyro_flows.export import to_inference_data
 from pyro_flows.importance.weights import log_weights
+from pyro_flows.training import EstimateSettings, FitSettings, ScheduleSettings, WiderSettings
+from pyro_flows.training.batches import Batches
+from pyro_flows.training.objective import Objective
+from tests.common import schools
 
 Y = torch.tensor([28.0, 8.0, -3.0, 7.0])
 ERRORS = {
@@ -161,6 +166,51 @@ def test_a_step_of_fit_that_does_not_fit(guide: AutoFlowGuide) -> None:
     with pytest.raises(DoesNotFit, match=r"expected memory for a (step of 16 particles|single draw)"):
         fit(model, guide, (Y,), num_steps=1000, num_particles=16, compile=False, progress=False, seed=0)
     assert Trace_ELBO(num_particles=200).loss(Limited(1e9), guide, Y) < before + 1.0  # trained so far, and finite
+
+
+@pytest.mark.parametrize(("error", "first"), [("GPU", 0), ("CPU", 8), ("Python", 0)])
+def test_steps_of_a_wider_flow_that_do_not_fit(
+    error: str, first: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pyro.clear_param_store()
+    settings = FitSettings(
+        estimates=EstimateSettings(num_runs=4, num_particles=50),
+        schedule=ScheduleSettings(first_cycle=10, max_steps=10, max_gap_of_start=1e-12, min_gain=1e-9),
+        wider=WiderSettings(first_cycle=5, max_steps=10),
+    )
+    gradient, many = Objective.gradient, []
+
+    def limited(self: Objective, elbo: Trace_ELBO, *args: Any) -> float:
+        many.extend([elbo.num_particles] if elbo.num_particles > 8 else [])
+        if len(many) > first:
+            raise ERRORS[error]
+        return gradient(self, elbo, *args)
+
+    monkeypatch.setattr(Objective, "gradient", limited)
+    guide = AutoFlowGuide(schools)
+
+    def run() -> FitResult:
+        options: dict[str, Any] = {"num_particles": 8, "seed": 0, "progress": False, "compile": False}
+        return fit(schools, guide, (Y,), target_gap=1e-9, checkpoint=tmp_path / "run.pt", settings=settings, **options)
+
+    result = run()
+    assert many == [32] * (first + 1)
+    assert result.widening is not None and result.reason == "memory ran out for a step of 32 particles"
+    assert result.steps == len(result.losses) == 10 + first
+    assert abs(diagnose(schools, guide, (Y,), seed=0, progress=False).elbo - result.elbo) < 0.5
+    again = run()
+    assert again.losses == result.losses and again.elbo == result.elbo
+
+
+def test_draws_of_a_wider_flow_are_fewer_where_data_are_many() -> None:
+    pyro.clear_param_store()
+    guide, settings, counts = AutoFlowGuide(schools).setup(Y), FitSettings(), []
+    for size in (4, 10_000, 100_000):
+        objective = Objective(schools, guide, Batches((Y,), None))
+        objective.num_values = size
+        first = settings.num_particles(objective)
+        counts.append((first, settings.num_wider_particles(objective, first)))
+    assert counts == [(128, 128), (16, 26), (16, 16)]
 
 
 def test_other_errors_pass() -> None:
