@@ -45,6 +45,7 @@ class StoredGuide(AutoContinuous):
         self._model = (model, *self._model)  # the second has its latents at their initial values
         self._given_name = name
         self._registered = False
+        self._declared: list[tuple[str, nn.Parameter]] = []  # the posterior's list when they were last declared
         if name is not None:
             self._pyro_name = name
 
@@ -83,12 +84,15 @@ class StoredGuide(AutoContinuous):
             RuntimeError: If the guide is not set up, and so has no parameters yet.
         """
         check_mapping("load_state_dict", "state_dict", state_dict)
-        return super().load_state_dict(state_dict, *args, **kwargs)
+        result = super().load_state_dict(state_dict, *args, **kwargs)
+        if self._declared:
+            self._withdraw()
+        return result
 
     def __getstate__(self) -> dict[str, Any]:
         for param in self.parameters():
             param.__dict__.pop("unconstrained", None)  # A weak reference that pyro.param sets at each call.
-        return {**self.__dict__, "_model": None, "master": None, "_registered": False}
+        return {**self.__dict__, "_model": None, "master": None, "_registered": False, "_declared": []}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StoredGuide:
         """A copy with parameters of its own and the same model; it takes a new name in the parameter store."""
@@ -106,6 +110,8 @@ class StoredGuide(AutoContinuous):
         if not local and (not self._registered or self._is_displaced(params)):
             self._register(params)
             params = self._named()
+        if not local:
+            self._withdraw()
         fixed = [param for _, param in params if isinstance(param, FixedParameter)]
         for name, param in params:
             fullname = f"{self._pyro_name}.{name}"
@@ -119,6 +125,19 @@ class StoredGuide(AutoContinuous):
                 _declare(fullname, param, unconstrained=fixed[0])
             else:
                 pyro.param(fullname, param, event_dim=param.dim())
+
+    def _withdraw(self) -> None:
+        """Remove parameters from the store that the guide put there and no longer has, since its flow has taken another
+        kind: a guide that takes over the store's parameters would take that kind, too."""
+        listed, before = self._trained().listed_parameters(), self._declared
+        if listed is before:
+            return
+        store, kept = pyro.get_param_store(), {name for name, _ in listed}
+        for name, param in before:
+            fullname = f"{self._pyro_name}.posterior.{name}"
+            if name not in kept and store._params.get(fullname) is param:
+                del store[fullname]
+        self._declared = listed
 
     def _is_displaced(self, params: Sequence[tuple[str, Tensor]], prefix: str | None = None) -> bool:
         """Whether the store holds another tensor under the name of one of the guide's parameters."""

@@ -103,6 +103,41 @@ def test_states_files_stores_and_copies_carry_the_layers_along(tmp_path: Path) -
     assert_same(other, guide)
 
 
+@pytest.mark.parametrize("how", ["load_state_dict", "adopt"])
+def test_a_store_forgets_layers_that_went(how: str) -> None:
+    guide = random_guide(name="mine")
+    narrow = copy.deepcopy(guide.state_dict())
+    guide.posterior.widen()
+    guide(Y)  # puts the parameters in the store
+    if how == "load_state_dict":
+        guide.load_state_dict(narrow)
+    else:
+        guide.posterior.adopt({name.removeprefix("posterior."): value.shape for name, value in narrow.items()})
+        guide(Y)
+    state = pyro.get_param_store().get_state()
+    pyro.clear_param_store()
+    pyro.get_param_store().set_state(state)
+    adopted = AutoFlowGuide(scales, name="mine").setup(Y)
+    adopted(Y)
+    assert adopted.posterior.can_widen
+    assert_same(adopted, guide)
+
+
+def test_a_state_that_is_loaded_leaves_a_store_that_was_loaded_before(tmp_path: Path) -> None:
+    guide = random_guide(name="mine")
+    narrow = copy.deepcopy(guide.state_dict())
+    guide.posterior.widen()
+    randomize_parameters(guide, 0.1)
+    guide(Y)
+    twin, store = copy.deepcopy(guide), pyro.get_param_store()
+    store.save(str(tmp_path / "store.pt"))
+    pyro.clear_param_store()
+    store.load(str(tmp_path / "store.pt"))
+    guide.load_state_dict(narrow)
+    guide(Y)  # takes the parameters over from the store, as a guide with a name does
+    assert_same(guide, twin)
+
+
 def test_compiled_steps_train_layers_that_came_later_and_not_those_that_went() -> None:
     guide = random_guide()
     narrow = copy.deepcopy(guide.state_dict())
