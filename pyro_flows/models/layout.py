@@ -85,17 +85,22 @@ class Layout:
         Sites in the same plates share their items, and so do vectors of one length: a vector of weights and that of
         their scales, say, with or without a plate, as long as there is a single set of plates of this length.
         """
-        kinds: dict[tuple[str, ...] | int, list[Tensor]] = {}
+        kinds: dict[frozenset[str] | int, list[Tensor]] = {}
+        orders: dict[frozenset[str], list[str]] = {}
         for site, where in zip(self.sites, self.slices.values(), strict=True):
             inner = self._packed_dims(site)
-            plates = [frame for frame in site.frames if frame.dim in inner]
-            size = where.stop - where.start
-            count = math.prod(inner[frame.dim] for frame in plates) if plates else size
-            if count > 1 and size % count == 0:
-                key = tuple(frame.name for frame in plates) or count
-                kinds.setdefault(key, []).append(torch.arange(where.start, where.stop).view(count, -1))
+            plates = {frame.name: frame.dim for frame in site.frames if frame.dim in inner}
+            index, names = torch.arange(where.start, where.stop), frozenset(plates)
+            count = math.prod(inner[dim] for dim in plates.values()) if plates else len(index)
+            if plates:
+                # Another site may have these plates in other dimensions: items are in the order of the first one.
+                order = orders.setdefault(names, sorted(plates, key=lambda name: plates[name]))
+                axes = [list(inner).index(plates[name]) for name in order]
+                index = index.view(*inner.values(), -1).movedim(axes, list(range(len(axes))))
+            if count > 1:
+                kinds.setdefault(names or count, []).append(index.reshape(count, -1))
         for count in [key for key in kinds if isinstance(key, int)]:
-            same = [key for key, parts in kinds.items() if isinstance(key, tuple) and len(parts[0]) == count]
+            same = [key for key, parts in kinds.items() if isinstance(key, frozenset) and len(parts[0]) == count]
             if len(same) == 1:
                 kinds[same[0]] += kinds.pop(count)
         found = [torch.cat(parts, -1) for parts in kinds.values()]

@@ -4,6 +4,8 @@ knows; without plates, and by item of some plates."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -327,3 +329,42 @@ def test_sizes_may_differ_along_the_plates_only() -> None:
     pairs = {name: values[name] for name in layouts[-1].names}
     with pytest.raises(ValueError, match=r"'pair' to have shape .* with any size along users and items, but got"):
         layouts[-1].pack({**pairs, "pair": torch.zeros(2, 2, 3, 2)})
+
+
+# Coordinates of the same items in a joint vector
+
+
+def rows(order: str, fixed: bool) -> None:
+    """Sites in two plates, which are entered in one order and in the other, in the same dimensions or in others."""
+    for name, entered in {"first": "ab", "second": order}.items():
+        sizes = {"a": (3, -1), "b": (2, -2)}
+        with ExitStack() as stack:
+            for plate in entered:
+                size, dim = sizes[plate]
+                stack.enter_context(pyro.plate(plate, size, dim=dim if fixed else None))
+            pyro.sample(name, dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+
+
+@pytest.mark.parametrize("fixed", [True, False], ids=["same dimensions", "other dimensions"])
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_items_of_plates_in_any_order(order: str, fixed: bool) -> None:
+    layout = Layout(read_sites(trace_latents(rows, (order, fixed), {})))
+    number = 10 * torch.arange(2.0).unsqueeze(-1) + torch.arange(3.0)  # of an item: b, then a
+    second = number if fixed or order == "ab" else number.mT
+    values = {"first": number, "second": second}
+    packed = layout.pack_unconstrained({name: v.unsqueeze(-1).expand(*v.shape, 2) for name, v in values.items()})
+    (items,) = layout.items()
+    assert torch.equal(packed[items], number.reshape(-1, 1).expand(-1, 4))
+
+
+def test_items_of_a_plate_beside_a_dimension_without_one() -> None:
+    def model() -> None:
+        with pyro.plate("columns", 3):
+            pyro.sample("two", dist.Normal(torch.zeros(2, 3), 1.0))
+            pyro.sample("one", dist.Normal(0.0, 1.0))
+
+    layout = Layout(read_sites(trace_latents(model, (), {})))
+    number = torch.arange(3.0)
+    packed = layout.pack_unconstrained({"two": number.expand(2, 3), "one": number})
+    (items,) = layout.items()
+    assert torch.equal(packed[items], number.unsqueeze(-1).expand(3, 3))
