@@ -112,8 +112,8 @@ class Checkpoint:
         if difference:
             raise self.error(
                 f"to be resumed with the options of its run, {difference}",
-                "Leave the option as it was (all but objective, anneal, compile and settings may be left out), or pass "
-                "another path for a new run.",
+                "Leave the option as it was (all but objective, target_gap, anneal, compile and settings may be left "
+                "out), or pass another path for a new run.",
             )
 
     def _read(self) -> dict[str, Any] | None:
@@ -163,7 +163,7 @@ class Checkpoint:
             what = f"it is {kind or 'something else'}" if kind != KIND else f"its format is {found}, not {FORMAT}"
             raise self.error(f"to hold {KIND}, but {what}", "Pass another path, or move the file away.")
         return StoredRun(
-            RunOptions(**values["options"]),
+            RunOptions(**{"target_gap": None, **values["options"]}),
             values["before_data"],
             values["before_analysis"],
             values["program"],

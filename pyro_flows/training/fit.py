@@ -59,12 +59,18 @@ from pyro_flows.training.wider import gap_to_close, train_wider, widened
 __all__ = ["fit"]
 
 
+def _check_gap(owner: str, name: str, value: Any) -> None:
+    """Raise ValueError unless ``value`` is a number > 0, or infinite."""
+    if not (isinstance(value, float) and value == math.inf):
+        check_positive(owner, name, value)
+
+
 @checked(
     args=check_batches,
     num_steps=optional(integer(1)),
     num_particles=optional(integer(1)),
     learning_rate=optional(check_positive),
-    target_gap=check_positive,
+    target_gap=_check_gap,
     objective=partial(check_choice, choices=OBJECTIVES),
     max_seconds=optional(check_positive),
     anneal=check_bool,
@@ -133,8 +139,8 @@ def fit(
         learning_rate: Peak learning rate of Adam, > 0.
         max_seconds: Seconds after which the run stops as at Ctrl-C, > 0, counted from the call; a warm start, which
             takes some seconds, and the estimate at the end are not cut short. None sets no limit.
-        target_gap: Gap in nats, > 0, that is small enough: above it, the flow becomes wider. Not used if ``num_steps``
-            is given.
+        target_gap: Gap in nats, > 0, that is small enough: above it, the flow becomes wider; with ``math.inf`` it never
+            does. Not used if ``num_steps`` is given.
         objective: What to optimize: ``"elbo"``, the reverse KL; ``"importance_weighted"``, the bound of 16 draws; or
             ``"forward_kl"``, from the posterior to the guide, which then covers it, heavy tails included. The latter
             two go on from the ELBO's fit, so that importance weights are usable, and the result has the ELBO still. For
@@ -272,12 +278,14 @@ def fit(
                     schedule.begin()
                 elif file.run.weighted is None and file.run.wider is None:
                     schedule.resume(state)
-                    file.run.options = replace(options, num_steps=num_steps)
+                    is_old = file.run.options is None or file.run.options.target_gap is None
+                    of_run = None if is_old and state.reason else target_gap
+                    file.run.options = replace(options, num_steps=num_steps, target_gap=of_run)
                 else:
                     schedule.restore(state)
                 kept, best = schedule.finish(schedule.train())
                 start = trainer.state.initial_estimate
-                gap = gap_to_close(schedule, target_gap, file)
+                gap = gap_to_close(schedule, file)
                 if gap is not None:
                     elbo.release()
                     elbo = widened(elbo)

@@ -25,7 +25,8 @@ class RunOptions:
         optimizer: Name and options of the optimizer.
         num_parts: Number of parts of a step, or None.
         objective: What is optimized in the end.
-        target_gap: Gap below which the flow is not made wider.
+        target_gap: Gap below which the flow is not made wider; None in a run that was finished before there were wider
+            flows, which has none, whatever a call asks for.
     """
 
     num_steps: int | None = None
@@ -38,7 +39,7 @@ class RunOptions:
     optimizer: str = "Adam"
     num_parts: int | None = None
     objective: str = "elbo"
-    target_gap: float = 0.05
+    target_gap: float | None = 0.05
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a dictionary of what a checkpoint can hold."""
@@ -57,6 +58,8 @@ class RunOptions:
                 if names:
                     own, other = (of.get(names[0], "the default") for of in (own, other))
                     return f"{names[0]} of its settings to be {own}, but got {other}"
+            elif each.name == "target_gap" and own is None:
+                continue
             elif each.name != "num_steps" and other is not None and other != own:
                 return f"{each.name} to be {own!r}, but got {other!r}"
         return ""

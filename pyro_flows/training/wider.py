@@ -37,16 +37,16 @@ class WiderSettings(Settings):
     more_particles: int = 4
 
 
-def gap_to_close(schedule: Schedule, target_gap: float, file: Checkpoint) -> float | None:
+def gap_to_close(schedule: Schedule, file: Checkpoint) -> float | None:
     """The gap that a finished run has left, in nats, if it is above the target and a wider flow may help; else None.
 
     There is no wider flow with mini-batches or a model that is trained along, where the ELBO does not tell a gap; where
-    the number of steps was given; and where draws are run one by one, so that a step has too few of them.
+    the number of steps was given; where draws are run one by one, so that a step has too few of them; and in runs that
+    were finished before there were wider flows.
 
     Args:
         schedule: The schedule of the run.
-        target_gap: Gap that is small enough, in nats.
-        file: The checkpoint, whose run may have a wider flow already.
+        file: The checkpoint, whose run has a gap that is small enough, and may have a wider flow already.
     """
     objective = schedule.objective
     is_suited = objective.vectorized and not objective.subsampled and not objective.trains_model
@@ -54,7 +54,9 @@ def gap_to_close(schedule: Schedule, target_gap: float, file: Checkpoint) -> flo
         return None
     is_wide = file.run.wider is not None
     is_over = schedule.num_steps is not None or schedule.was_stopped or file.run.weighted is not None
-    if is_over and not is_wide:
+    assert file.run.options is not None
+    target_gap = math.inf if file.run.options.target_gap is None else file.run.options.target_gap
+    if (is_over or target_gap == math.inf) and not is_wide:
         return None
     gap = objective.gap()  # infinite where draws have no density, which no flow mends
     return gap if is_wide or target_gap < gap < math.inf else None

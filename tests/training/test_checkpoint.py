@@ -476,6 +476,18 @@ def test_a_run_of_version_0_1_0_goes_on(tmp_path: Path) -> None:
     assert TrainingState.from_dict(torch.load(path, weights_only=True)["state"]).num_steps == 500
 
 
+def test_a_finished_run_of_version_0_1_0_is_not_trained_again(tmp_path: Path) -> None:
+    old = torch.load(OLD / "run.pt", weights_only=True)
+    path = tmp_path / "run.pt"
+    torch.save({**old, "reason": "all steps done"}, path)
+    settings = FitSettings(estimates=ESTIMATES, wider=WiderSettings(first_cycle=5, max_steps=5))
+    options: dict[str, Any] = {"seed": 0, "progress": False, "checkpoint": path, "settings": settings}
+    for _ in range(2):
+        guide = AutoFlowGuide(eight_schools, small("auto"))
+        result = fit(eight_schools, guide, DATA, target_gap=1e-9, **options)
+        assert result.steps == old["steps"] and result.widening is None
+
+
 def test_a_run_of_version_0_1_0_of_another_guide_is_refused() -> None:
     guide = AutoNormal(eight_schools)
     with pytest.raises(ValueError, match="to hold the state of this model and guide"):

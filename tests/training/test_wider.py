@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_flows import AutoFlowGuide, FitResult, diagnose, fit
+from pyro_flows import AutoFlowGuide, FitResult, _files, diagnose, fit
 from pyro_flows.training import EstimateSettings, FitProgress, FitSettings, ScheduleSettings, WiderSettings
 from pyro_flows.training.trainer import Trainer
 from tests.common import schools
@@ -26,6 +28,19 @@ SHORT = FitSettings(
     wider=WiderSettings(first_cycle=5, max_steps=10),
 )
 OPTIONS: dict[str, Any] = {"seed": 0, "progress": False, "compile": False, "settings": SHORT}
+
+
+def kill_after(monkeypatch: pytest.MonkeyPatch, num_steps: int | None) -> None:
+    """End the process after so many steps."""
+    step, taken = Trainer._step, []
+
+    def killed(self: Trainer, rate: float) -> None:
+        step(self, rate)
+        taken.append(rate)
+        if len(taken) == num_steps:
+            raise SystemExit
+
+    monkeypatch.setattr(Trainer, "_step", killed)
 
 
 def products(y: Tensor) -> None:
@@ -84,11 +99,12 @@ def test_a_gap_that_is_small_enough_ends_the_training_of_a_wider_flow() -> None:
     "flow, options",
     [
         ("auto", {"target_gap": 100.0}),
+        ("auto", {"target_gap": math.inf}),
         ("auto", {"num_steps": 10, "target_gap": 1e-9}),
         ("diagonal_normal", {"target_gap": 1e-9}),
         ("auto", {"callback": lambda now: True, "target_gap": 1e-9}),
     ],
-    ids=["small enough", "steps given", "no wider flow", "stopped"],
+    ids=["small enough", "no bound", "steps given", "no wider flow", "stopped"],
 )
 def test_no_wider_flow(flow: str, options: dict[str, Any]) -> None:
     guide = AutoFlowGuide(schools, flow)
@@ -132,6 +148,36 @@ def test_several_parts_of_a_step() -> None:
     assert result.widening is not None and result.steps == 20
 
 
+@pytest.mark.parametrize("killed", [None, 5], ids=["finished", "not finished"])
+def test_runs_of_releases_without_wider_flows(killed: int | None, tmp_path: Path) -> None:
+    def run(**options: Any) -> FitResult:
+        pyro.clear_param_store()
+        settings = replace(SHORT, checkpoint_interval=0.0)
+        options = {**OPTIONS, "settings": settings, **options}
+        return fit(schools, AutoFlowGuide(schools), (Y,), checkpoint=path, **options)
+
+    path = tmp_path / "run.pt"
+    with pytest.MonkeyPatch.context() as monkeypatch, nullcontext() if killed is None else pytest.raises(SystemExit):
+        kill_after(monkeypatch, killed)
+        run(target_gap=math.inf)
+    values = _files.read(path)
+    del values["options"]["target_gap"], values["options"]["objective"], values["wider"], values["weighted"]
+    _files.write(path, values)
+    for _ in range(2):
+        result = run(target_gap=1e-9)
+        assert (result.widening is None, result.steps) == ((True, 10) if killed is None else (False, 20))
+    if killed is None:  # what this call adds is not finished
+        assert run(target_gap=1e-9, num_steps=12).steps == 12
+        assert run(target_gap=1e-9, num_steps=None).widening is not None
+
+
+def test_the_target_has_to_be_the_same_again(tmp_path: Path) -> None:
+    options = {**OPTIONS, "checkpoint": tmp_path / "run.pt"}
+    fit(schools, AutoFlowGuide(schools), (Y,), target_gap=100.0, **options)
+    with pytest.raises(ValueError, match=r"target_gap to be 100.0, but got 0.05. .* \(all but objective, target_gap,"):
+        fit(schools, AutoFlowGuide(schools), (Y,), **options)
+
+
 def test_more_steps_of_a_wider_flow_can_be_interrupted(tmp_path: Path) -> None:
     def run(path: Path, **options: Any) -> FitResult:
         pyro.clear_param_store()
@@ -145,15 +191,7 @@ def test_more_steps_of_a_wider_flow_can_be_interrupted(tmp_path: Path) -> None:
     expected = run(whole, num_steps=50)
     assert expected.steps == len(expected.losses) == 50
     with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(SystemExit):
-        step, taken = Trainer._step, []
-
-        def killed(self: Trainer, rate: float) -> None:
-            step(self, rate)
-            taken.append(rate)
-            if len(taken) == 12:
-                raise SystemExit
-
-        monkeypatch.setattr(Trainer, "_step", killed)
+        kill_after(monkeypatch, 12)
         run(part, num_steps=50)
     result = run(part, num_steps=50)
     assert result.losses == expected.losses and result.elbo == expected.elbo

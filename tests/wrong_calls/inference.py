@@ -319,8 +319,9 @@ FIT: dict[str, Row] = {
             ValueError,
             f"fit: expected {option} to be a number > 0, but got {re.escape(repr(value))}",
         )
-        for option in ("learning_rate", "max_seconds")
+        for option in ("learning_rate", "max_seconds", "target_gap")
         for value in (0.0, -0.1, NAN, INF, "0.01", True, [0.1])
+        if (option, value) != ("target_gap", INF)  # which asks for no wider flow
     },
     "anneal is a word": (lambda: train(anneal="no"), TypeError, "anneal to be True or False, but got 'no'"),
     "anneal is None": (lambda: train(anneal=None), TypeError, "anneal to be True or False, but got None"),
