@@ -75,9 +75,11 @@ class Widening:
     kept: bool
 
     def __str__(self) -> str:
+        gained = f"{self.gain:+.3f} +/- {self.gain_se:.3f} nats" if self.kept else "no gain"
+        kept = "" if self.kept else "; the first flow was kept"
         return (
-            f"A wider flow, since {self.gap:.3f} nats were left: {self.gain:+.3f} +/- {self.gain_se:.3f} nats in "
-            f"{self.steps} of these steps, with {self.num_particles} draws each"
+            f"A wider flow, since {self.gap:.3f} nats were left: {gained} in {self.steps} of these steps, with "
+            f"{self.num_particles} draws each{kept}"
         )
 
 
@@ -110,7 +112,8 @@ class FitResult:
         rounding: What float32 is the reason for, such as skipped steps, and what to do; empty if nothing is.
         num_modes: Number of modes that the warm start has found, where it gave the guide a mixture with a component on
             each; 1 otherwise.
-        widening: What a wider flow has added; None if there was no need or use for one.
+        widening: What a wider flow has added in this run; None if there was no need or use for one, or if the guide had
+            one from an earlier run.
         weighted: What another objective than the ELBO added; None if there was none. Of the numbers above, ``elbo`` and
             ``diagnosis`` are then those of the final guide, the others those of the ELBO's fit.
     """

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from pyro_flows import AutoFlowGuide, FitResult, _files, diagnose, fit
-from pyro_flows.training import EstimateSettings, FitProgress, FitSettings, ScheduleSettings, WiderSettings
+from pyro_flows.training import (
+    EstimateSettings,
+    FitProgress,
+    FitSettings,
+    ScheduleSettings,
+    Widening,
+    WiderSettings,
+)
 from pyro_flows.training.trainer import Trainer
 from tests.common import schools
 
@@ -79,6 +86,23 @@ def test_the_report_counts_the_whole_run() -> None:
     first = fit(schools, AutoFlowGuide(schools), (Y,), target_gap=100.0, **options)
     assert first.start_elbo == result.start_elbo
     assert first.losses == result.losses[:10]
+
+
+def test_a_later_call_goes_on_with_the_wider_flow() -> None:
+    guide = AutoFlowGuide(schools)
+    first = fit(schools, guide, (Y,), target_gap=1e-9, **OPTIONS)
+    assert first.widening is not None
+    later = fit(schools, guide, (Y,), target_gap=1e-9, **OPTIONS)
+    assert later.widening is None and later.steps == 10 and not guide.posterior.can_widen
+
+
+def test_the_report_says_when_the_first_flow_was_kept() -> None:
+    assert str(Widening(0.2, 0.1, 0.01, 5, 64, kept=True)).endswith(
+        "nats were left: +0.100 +/- 0.010 nats in 5 of these steps, with 64 draws each"
+    )
+    assert str(Widening(0.2, 0.0, 0.0, 5, 64, kept=False)).endswith(
+        "nats were left: no gain in 5 of these steps, with 64 draws each; the first flow was kept"
+    )
 
 
 def test_a_gap_that_is_small_enough_ends_the_training_of_a_wider_flow() -> None:
