@@ -105,7 +105,7 @@ class Processes:
         """What a function returns that the first process alone calls.
 
         Raises:
-            ValueError, RuntimeError: As the function does there; in all processes.
+            ValueError, RuntimeError, NotImplementedError: As the function does there; in all processes.
         """
         if self.size == 1:
             return work()
@@ -115,7 +115,8 @@ class Processes:
             try:
                 result = work()
             except (ValueError, RuntimeError) as error:
-                failure = ValueError if isinstance(error, ValueError) else RuntimeError, str(error)
+                kinds = (ValueError, NotImplementedError, RuntimeError)  # a class of the user's may be here only
+                failure = next(kind for kind in kinds if isinstance(error, kind)), str(error)
         result, failure = self.broadcast((result, failure))
         if failure is not None:
             raise failure[0](failure[1])

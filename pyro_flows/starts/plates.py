@@ -187,7 +187,9 @@ class LocalStart:
             return
         tables = {name for name, p in self.posterior.named_parameters() if p in self.shards}
         state = self.posterior.state_dict()
-        found = self.shards.processes.broadcast({name: value for name, value in state.items() if name not in tables})
+        # Objects are pickled: on the CPU, since a tensor of another process's GPU would be put onto that one here.
+        own = {name: value.cpu() for name, value in state.items() if name not in tables}
+        found = self.shards.processes.broadcast(own)
         self.posterior.load_state_dict({**state, **found})
 
     def num_items(self, batch: MiniBatch) -> int:

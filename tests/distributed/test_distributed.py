@@ -263,6 +263,32 @@ def test_a_lost_process_is_named_with_what_to_do():
         raise RuntimeError("Connection reset by peer. This is typically caused by a remote worker.")
 
 
+@pytest.mark.parametrize(
+    ("raised", "found"),
+    [
+        (UnicodeError("here"), ValueError),
+        (NotImplementedError("here"), NotImplementedError),
+        (RecursionError("here"), RuntimeError),
+    ],
+    ids=["value", "not implemented", "run time"],
+)
+def test_what_the_first_process_raises_is_raised_in_both(raised, found, monkeypatch):
+    sent = []
+
+    def broadcast(self, value):
+        sent.extend([value] if self.is_first else [])
+        return sent[0]
+
+    def work():
+        raise raised
+
+    monkeypatch.setattr(Processes, "broadcast", broadcast)
+    for rank in range(2):
+        with pytest.raises(found, match="here") as told:
+            Processes("fit", rank, 2).first(work)
+        assert told.type is found
+
+
 def test_a_warning_says_that_processes_are_no_group(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
