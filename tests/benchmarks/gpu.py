@@ -56,6 +56,10 @@ from pyro_flows.training.trainer import TrainerSettings
 ROWS, COEFFICIENTS = 10_000, 50
 IMAGES, PIXELS, LATENT_DIM, HIDDEN_DIM, CONTEXT_DIM, BATCH = 60_000, 28 * 28, 10, 256, 64, 128
 GROUPS, GROUP_BATCH = 1_000_000, 10_000
+# A wider flow after few steps.
+SOON_WIDER = FitSettings(
+    schedule=ScheduleSettings(first_cycle=100, max_steps=100), wider=WiderSettings(first_cycle=200, max_steps=200)
+)
 
 
 class Log:
@@ -276,7 +280,8 @@ def check_run(device: str) -> str:
 
 
 def check_default_device(device: str) -> str:
-    """A model whose priors are Python numbers, under ``torch.set_default_device``."""
+    """A model whose priors are Python numbers, and a wider flow with couplings within items, under
+    ``torch.set_default_device``."""
     torch.set_default_device(device)
     try:
         args = tuple(value.to(device) for value in SCHOOLS)
@@ -288,9 +293,14 @@ def check_default_device(device: str) -> str:
         to_inference_data(eight_schools, guide, args, num_samples=100, seed=0)
         svi = CompiledSVI(eight_schools, guide, Adam({"lr": 0.01}), VectorizedTrace_ELBO(num_particles=8))
         svi.run(20, *args)
+        wide = AutoFlowGuide(products)
+        wider = fit(products, wide, args[1:], target_gap=1e-9, seed=0, progress=False, settings=SOON_WIDER)
+        assert wider.widening is not None and not wide.posterior.can_widen, wider
+        on_device(wide.named_parameters(), device)
+        on_device(wide.named_buffers(), device)
     finally:
         torch.set_default_device("cpu")
-    return f"elbo {result.elbo:.3f}"
+    return f"elbo {result.elbo:.3f}; {wider.widening}"
 
 
 def check_fit_kinds(device: str) -> str:
@@ -396,11 +406,8 @@ def check_encoder(device: str) -> str:
 def check_wider(device: str) -> str:
     """A flow that becomes wider in ``fit``, by compiled steps, with couplings within items; saved and loaded."""
     y, _ = school_data(device)
-    settings = FitSettings(
-        schedule=ScheduleSettings(first_cycle=100, max_steps=100), wider=WiderSettings(first_cycle=200, max_steps=200)
-    )
     guide = AutoFlowGuide(products)
-    result = fit(products, guide, (y,), target_gap=1e-9, compile=True, seed=0, progress=False, settings=settings)
+    result = fit(products, guide, (y,), target_gap=1e-9, compile=True, seed=0, progress=False, settings=SOON_WIDER)
     assert result.widening is not None and not guide.posterior.can_widen, result
     on_device(guide.named_parameters(), device)
     on_device(guide.named_buffers(), device)
