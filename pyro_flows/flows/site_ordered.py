@@ -13,7 +13,15 @@ from torch import Tensor
 from pyro_flows.flows.base import FlowSpec
 from pyro_flows.flows.fields import integer, positive, widths
 from pyro_flows.flows.registry import register
-from pyro_flows.transforms import AffineCouplings, Chain, FlowTransform, ItemCouplings, SiteOrderedAffine, Spline
+from pyro_flows.transforms import (
+    AffineCouplings,
+    Chain,
+    DirectedCouplings,
+    FlowTransform,
+    ItemCouplings,
+    SiteOrderedAffine,
+    Spline,
+)
 
 __all__ = ["Auto", "SiteOrdered"]
 
@@ -37,6 +45,10 @@ class SizeSettings:
         max_wide_dim: Largest dimension with wider layers (:meth:`~pyro_flows.flows.FlowSpec.wider_layers`).
         wide_transforms: Number of their couplings.
         wide_dims: Widths of these couplings' hidden layers.
+        directed_transforms: Number of further couplings, whose networks begin with units along the directions of the
+            observations.
+        directed_parts: Number of parts that these transform in turn.
+        directed_dims: Widths of their hidden layers.
         max_item_dim: Largest number of latents of an item with couplings of its own.
         max_shared_dim: Largest number of shared latents that these couplings read.
         max_flow_dim: Largest dimension of a flow; above it the guide is a mean-field Gaussian, since some dozens of
@@ -53,6 +65,9 @@ class SizeSettings:
     max_wide_dim: int = 300
     wide_transforms: int = 6
     wide_dims: tuple[int, ...] = (128, 128)
+    directed_transforms: int = 12
+    directed_parts: int = 6
+    directed_dims: tuple[int, ...] = (256,)
     max_item_dim: int = 8
     max_shared_dim: int = 8
     max_flow_dim: int = 20_000
@@ -178,18 +193,25 @@ class Auto(SiteOrdered):
         return self.num_transforms > 0 and 2 <= input_dim <= SIZES.max_wide_dim
 
     def wider_layers(self, input_dim: int, items: Sequence[Tensor] = ()) -> dict[int, FlowTransform]:
-        """Wide couplings, and couplings within items between the default ones and the spline."""
+        """Wide and directed couplings, and couplings within items between the default ones and the spline."""
         wide = AffineCouplings(
             input_dim, num_transforms=SIZES.wide_transforms, hidden_dims=SIZES.wide_dims, num_parts=3
         )
+        directed = DirectedCouplings(
+            input_dim,
+            num_transforms=SIZES.directed_transforms,
+            hidden_dims=SIZES.directed_dims,
+            num_parts=SIZES.directed_parts,
+        )
+        innermost = Chain([wide, directed])
         kinds = [kind for kind in items if kind.shape[-1] <= SIZES.max_item_dim]
         if not kinds:
-            return {0: wide}
+            return {0: innermost}
         is_shared = torch.ones(input_dim, dtype=torch.bool, device=kinds[0].device)
         for kind in kinds:
             is_shared[kind.flatten()] = False
         shared = is_shared.nonzero().squeeze(-1)[: SIZES.max_shared_dim]
-        return {0: wide, 1: Chain([ItemCouplings(input_dim, kind, shared) for kind in kinds])}
+        return {0: innermost, 1: Chain([ItemCouplings(input_dim, kind, shared) for kind in kinds])}
 
 
 def _merge(sizes: Sequence[int], count: int) -> tuple[int, ...]:

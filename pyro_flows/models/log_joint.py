@@ -121,6 +121,12 @@ class LogJoint:
         density."""
         return self.without((), draws)
 
+    def observed(self, draws: Tensor | Sequence[Tensor]) -> list[Tensor]:
+        """Log likelihoods of the observed sites, ``(S, ...)`` each, with dimensions for the elements of its batch."""
+        values, _ = self.table.unpack(draws)
+        nodes = sample_nodes(self.batched(values)).items()
+        return [node["log_prob"] for name, node in nodes if name not in self.table.names]
+
     def without(self, sites: Collection[str], draws: Tensor | Sequence[Tensor]) -> Tensor:
         """As a call, without the densities of some sites."""
         values, log_det = self.table.unpack(draws)
@@ -160,6 +166,11 @@ class PulledBack:
     def is_vectorized(self) -> bool:
         """Whether many draws take one run of the model."""
         return self.log_joint.is_vectorized
+
+    def observed(self, draws: Tensor | Sequence[Tensor]) -> list[Tensor]:
+        """As :meth:`LogJoint.observed`."""
+        pushed, _ = self.push(joined(draws))
+        return self.log_joint.observed(pushed)
 
     def __call__(self, draws: Tensor | Sequence[Tensor]) -> Tensor:
         """Evaluate at ``(S, D)`` draws, or their parts, to ``(S,)``; differentiable."""

@@ -19,6 +19,7 @@ from pyro_flows.transforms import (
     ConditionalGaussianHead,
     CovarianceHead,
     DiagonalPrecisionHead,
+    DirectedCouplings,
     FlowTransform,
     FullPrecisionHead,
     FullRankPreconditioner,
@@ -164,13 +165,22 @@ class JointBlock(nn.Module):
         """Whether :meth:`widen` has layers to insert."""
         return self._spec is not None and not self.is_wide
 
-    def widen(self) -> None:
-        """Insert further layers into the flow, which leave the distribution as it is."""
+    def widen(self, directions: Tensor | None = None) -> None:
+        """Insert further layers into the flow, which leave the distribution as it is.
+
+        Args:
+            directions: Unit vectors in noise space to which the layers should respond, ``(count, D)``; None if they are
+                not known, or are in a state that is loaded next.
+        """
         assert self._spec is not None
         spec, dim, like = self._spec, self.layout.latent_dim, self.flow.head.raw.value
 
         items = self.layout.items()
         layers = build_reproducibly(lambda: Layers(spec.wider_layers(dim, items))).to(like)
+        if directions is not None:
+            for layer in layers.modules():
+                if isinstance(layer, DirectedCouplings):
+                    layer.point(directions)
         if self._layers:  # the same parameters as before, which Pyro's store knows by name
             self._layers[0].to(like).load_state_dict(layers.state_dict())
         else:

@@ -146,10 +146,10 @@ class Posterior(nn.Module):
         """Whether :meth:`widen` has layers to insert; never beside local latents, whose flows are other ones."""
         return self.joint is not None and not len(self.local) and self.joint.can_widen
 
-    def widen(self) -> None:
-        """Insert further layers into the flow of the globals, which leave the distribution as it is."""
+    def widen(self, directions: Tensor | None = None) -> None:
+        """Insert further layers into the flow of the globals; see :meth:`JointBlock.widen`."""
         assert self.joint is not None
-        self.joint.widen()
+        self.joint.widen(directions)
         self.look_again()
 
     @property

@@ -6,10 +6,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from pyro_flows._checks import Settings
 from pyro_flows._memory import DoesNotFit
 from pyro_flows.distributed.parameters import share_parameters
 from pyro_flows.guides import AutoFlowGuide
+from pyro_flows.models.log_joint import LogJoint, PulledBack
+from pyro_flows.starts.directions import observed_directions
 from pyro_flows.training.checkpoint import Checkpoint
 from pyro_flows.training.objective import Estimate, Objective
 from pyro_flows.training.result import Widening
@@ -66,11 +70,22 @@ def widened(objective: Objective) -> Objective:
     """The objective with a wider flow in its guide, whose distribution is the same."""
     model, guide, batches, parts = objective.model, objective.guide, objective.batches, objective.parts
     assert isinstance(guide, AutoFlowGuide)
-    guide.posterior.widen()
+    guide.posterior.widen(_directions(objective))
     parts.forget_buffers()
     if not parts.is_whole:
         share_parameters(parts.processes, model, guide, *batches.first)
     return Objective(model, guide, batches, objective.settings, parts)
+
+
+def _directions(objective: Objective) -> Tensor | None:
+    """Directions in which the observations see the latents, in noise space; None where draws are run one by one."""
+    assert isinstance(objective.guide, AutoFlowGuide)
+    joint = objective.guide.posterior.joint
+    assert joint is not None
+    log_joint = LogJoint(objective.model, joint.layout, *objective.batches.first)
+    if not log_joint.is_vectorized:
+        return None
+    return observed_directions(PulledBack(log_joint, joint.flow.transform.forward_and_ladj), joint.layout.init_loc)
 
 
 def train_wider(schedule: Schedule, former: Trainer, file: Checkpoint, gap: float) -> tuple[Widening, Estimate]:

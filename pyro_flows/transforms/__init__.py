@@ -7,6 +7,7 @@ from pyro_flows.transforms.affine_coupling import AffineCouplings
 from pyro_flows.transforms.base import BoundTransform, FlowTransform, expand_context
 from pyro_flows.transforms.block_autoregressive import BlockAutoregressive
 from pyro_flows.transforms.chain import Chain
+from pyro_flows.transforms.directed_couplings import DirectedCouplings
 from pyro_flows.transforms.fixed import FixedParameter
 from pyro_flows.transforms.heads import (
     AffineHead,
@@ -51,6 +52,7 @@ __all__ = [
     "CovarianceHead",
     "DiagonalAffine",
     "DiagonalPrecisionHead",
+    "DirectedCouplings",
     "FixedParameter",
     "FlowTransform",
     "FullPrecisionHead",

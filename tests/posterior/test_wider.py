@@ -17,7 +17,7 @@ from pyro.optim import Adam
 from torch import Tensor
 
 from pyro_flows import AutoFlowGuide, CompiledSVI
-from pyro_flows.transforms import AffineCouplings, Chain, FixedParameter, ItemCouplings
+from pyro_flows.transforms import AffineCouplings, Chain, DirectedCouplings, FixedParameter, ItemCouplings
 from tests.common import randomize_parameters, schools
 
 Y = torch.tensor([28.0, 8.0, -3.0, 7.0])
@@ -63,9 +63,10 @@ def test_the_distribution_stays_and_can_be_trained() -> None:
         torch.testing.assert_close(found, values[name], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(guide.log_prob(values, Y), expected, rtol=1e-5, atol=1e-4)
     inserted = guide.posterior.joint.flow.transform.inserted
-    wide, chain = inserted["0"], inserted["1"]
-    assert isinstance(wide, AffineCouplings) and isinstance(chain, Chain)
-    (items,) = chain
+    inner, outer = inserted["0"], inserted["1"]
+    assert isinstance(inner, Chain) and isinstance(outer, Chain)
+    assert [type(part) for part in inner] == [AffineCouplings, DirectedCouplings]
+    (items,) = outer
     assert isinstance(items, ItemCouplings)
     assert items.coordinates.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]  # scales, weights, offsets
     assert items.shared.tolist() == [0]  # tau

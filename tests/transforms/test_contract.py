@@ -99,6 +99,13 @@ def item_couplings(input_dim: int, *, num_items: int) -> FlowTransform:
     return T.ItemCouplings(input_dim, torch.tensor(items), torch.tensor(shared), num_transforms=5)
 
 
+def directed_couplings(input_dim: int, context_dim: int) -> FlowTransform:
+    """More directions than coordinates, and fewer than units."""
+    transform = T.DirectedCouplings(input_dim, context_dim, num_transforms=5, hidden_dims=(16,), num_parts=3)
+    transform.point(torch.nn.functional.normalize(torch.randn(7, input_dim), dim=-1))
+    return transform
+
+
 BASES = {
     "AffineHead",
     "ConditionalGaussianHead",
@@ -120,6 +127,7 @@ TRANSFORMS |= {
     "AffineCouplings": lambda d, c: T.AffineCouplings(d, c, hidden_dims=(16,)),
     "BlockAutoregressive": lambda d, c: T.BlockAutoregressive(d, c, hidden_factors=(4, 3)),
     "BlockAutoregressive (one layer)": lambda d, c: T.BlockAutoregressive(d, c, hidden_factors=(5,)),
+    "DirectedCouplings": lambda d, c: directed_couplings(d, c),
     "Chain": lambda d, c: T.Chain([T.Spline(d, c), T.AffineAutoregressive(d, c), T.DiagonalAffine(d, c)]),
     "Householder": lambda d, c: T.Householder(d, c, num_reflections=4),
     "Inverse": lambda d, c: T.Inverse(T.AffineAutoregressive(d, c)),
@@ -149,6 +157,7 @@ TWO_DIMENSIONS = {
     "DiagonalPrecisionHead",
     "CovarianceHead",
     "CovarianceHead (marginals)",
+    "DirectedCouplings",
     "FullPrecisionHead",
     "ItemCouplings",
     "ItemCouplings (one item)",
