@@ -9,6 +9,12 @@ the column says "own". Reference moments are the same module's, or those of NumP
 which ``--nuts`` makes anew, of the targets named, instead of fits. All take hours: ``--write`` puts the lines of those
 that ran in data/targets.json, and all that are there in docs/tables/targets.rst. Run by hand, never by pytest; needs
 ``pip install "pyro-flows[benchmarks]"``.
+
+Seconds to means within 0.05 sd: of ``fit``, those at the first end of a cycle from which on the root mean square over
+all coordinates of the distance from NUTS' means, in NUTS' sds and less NUTS' own Monte Carlo error, is at most 0.05; of
+NUTS, its warmup and as much of its sampling as brings the smallest effective sample size to 400, where a mean has that
+error. "not reached" is what the guide that ``fit`` leaves is too far for, or all of NUTS' draws too few. Nothing is
+compared with chains whose R-hat is above 1.05.
 """
 
 from __future__ import annotations
@@ -32,7 +38,7 @@ from target_models import TARGETS, Target
 from target_references import REFERENCES, Reference, double
 from torch import Tensor
 
-from pyro_flows import AutoFlowGuide, Diagnosis, diagnose, fit
+from pyro_flows import AutoFlowGuide, Diagnosis, FitProgress, diagnose, fit
 
 HEADER = (
     "target",
@@ -47,30 +53,117 @@ HEADER = (
     "worst log sd ratio",
     "CPU seconds",
     "NUTS, CPU seconds",
+    "CPU seconds to means within 0.05 sd: fit",
+    "CPU seconds to means within 0.05 sd: NUTS",
     "wanted: gap, seconds",
 )
 MAX_REFERENCE_ERROR = 0.2  # nats
+CLOSE = 0.05  # sds
+MAX_RHAT = 1.05
+GUIDE_DRAWS = 20_000  # which know a mean to 0.007 sd
 DATA = Path(__file__).parent / "data"
 NUTS, ROWS = DATA / "target_nuts.json", DATA / "targets.json"
 Moments = Mapping[str, tuple[Tensor, Tensor]]
 
 
+class Nuts(NamedTuple):
+    """A saved run of NumPyro's NUTS, by ``target_nuts.run``.
+
+    Args:
+        warmup: CPU seconds, compilation included.
+        sampling: CPU seconds.
+        ess: Smallest effective sample size of the coordinates.
+        rhat: Largest R-hat of the coordinates.
+        divergences: Number of them.
+        error: Root mean square over coordinates of the Monte Carlo error of a mean, in sds.
+        moments: Site -> mean and sd.
+    """
+
+    warmup: float
+    sampling: float
+    ess: float
+    rhat: float
+    divergences: int
+    error: float
+    moments: Moments
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether its chains agree."""
+        return self.rhat <= MAX_RHAT
+
+    @property
+    def seconds_to_means(self) -> float:
+        """CPU seconds until the smallest effective sample size is such that a mean has an error of ``CLOSE`` sds."""
+        wanted = 1 / CLOSE**2
+        return self.warmup + self.sampling * wanted / self.ess if self.ess >= wanted else math.inf
+
+    def distance(self, guide: AutoFlowGuide) -> float:
+        """Root mean square over coordinates of a guide's errors of means, in sds, less NUTS' own."""
+        draws = guide.sample_posterior(GUIDE_DRAWS)
+        errors = [((draws[name].double().mean(0) - mean) / sd).flatten() for name, (mean, sd) in self.moments.items()]
+        return math.sqrt(max(torch.cat(errors).square().mean().item() - self.error**2, 0.0))
+
+
+class Watch:
+    """A callback of ``fit``: from which CPU second on the guide's means are close to NUTS'; its own do not count.
+
+    Args:
+        guide: What is trained.
+        nuts: What it is compared with; it is not if there is none, or its chains disagree.
+    """
+
+    def __init__(self, guide: AutoFlowGuide, nuts: Nuts | None) -> None:
+        self._guide, self._nuts = guide, nuts if nuts is not None and nuts.is_usable else None
+        self._begin = cpu_seconds()
+        self.to_means = math.nan
+
+    def __call__(self, progress: FitProgress | None = None) -> None:
+        """Measure now; draws of the run that is watched stay what they are."""
+        if self._nuts is None:
+            return
+        now = cpu_seconds()
+        with torch.random.fork_rng():
+            distance = self._nuts.distance(self._guide)
+        seconds = now - self._begin
+        print(f"{seconds:.1f} s: means {distance:.3f} sd from NUTS'", flush=True)
+        if not distance <= CLOSE:  # or NaN
+            self.to_means = math.inf
+        elif not math.isfinite(self.to_means):
+            self.to_means = seconds
+        self._begin += cpu_seconds() - now
+
+    @property
+    def seconds(self) -> float:
+        """CPU seconds so far."""
+        return cpu_seconds() - self._begin
+
+
 class Outcome(NamedTuple):
-    """One seed: what ``diagnose`` says of the guide, and CPU seconds of ``fit``, its compiler's included."""
+    """One seed: what ``diagnose`` says of the guide, and CPU seconds of ``fit``, its compiler's included: all, and
+    until means are close to NUTS'."""
 
     diagnosis: Diagnosis
     seconds: float
+    to_means: float
 
 
-def train(target: Target, seed: int) -> Outcome:
+def cpu_seconds() -> float:
+    """Of this process and those that have ended which it started; on one thread, wall time on a core of its own."""
+    return sum(os.times()[:4])
+
+
+def train(target: Target, seed: int, nuts: Nuts | None) -> Outcome:
     """``fit`` with nothing set."""
     pyro.clear_param_store()
     guide = AutoFlowGuide(target.model)
-    begin = sum(os.times()[:4])  # one thread: wall time on a core of its own
-    result = fit(target.model, guide, target.args, seed=seed, progress=sys.stderr.isatty())
-    seconds = sum(os.times()[:4]) - begin
+    watch = Watch(guide, nuts)
+    result = fit(target.model, guide, target.args, seed=seed, callback=watch, progress=sys.stderr.isatty())
+    seconds = watch.seconds
+    watch()  # of the cycles' guides, it may have kept another than the last
     print(result, flush=True)
-    return Outcome(diagnose(target.model, guide, target.args, seed=seed, progress=sys.stderr.isatty()), seconds)
+    diagnosis = diagnose(target.model, guide, target.args, seed=seed, progress=sys.stderr.isatty())
+    return Outcome(diagnosis, seconds, watch.to_means)
 
 
 def load(file: Path) -> dict[str, Any]:
@@ -96,14 +189,13 @@ def find_reference(target: Target) -> Reference | None:
     return found if found.se <= MAX_REFERENCE_ERROR else None
 
 
-def saved_nuts(name: str) -> tuple[float, Moments]:
-    """Seconds and moments; NaN and none if NUTS has not been run."""
+def saved_nuts(name: str) -> Nuts | None:
+    """None if NUTS has not been run."""
     saved = load(NUTS).get(name)
     if saved is None:
-        return math.nan, {}
-    return saved["seconds"], {
-        site: (torch.tensor(mean).double(), torch.tensor(sd).double()) for site, (mean, sd) in saved["moments"].items()
-    }
+        return None
+    moments = {site: tuple(torch.tensor(x).double() for x in pair) for site, pair in saved["moments"].items()}
+    return Nuts(**{**saved, "moments": moments})
 
 
 def moment_errors(diagnosis: Diagnosis, moments: Moments) -> tuple[float, float]:
@@ -127,14 +219,20 @@ def number(value: float, digits: int = 3) -> str:
     return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
+def seconds_until(value: float) -> str:
+    """Rounded; "not reached" for infinity, a dash for NaN."""
+    return "not reached" if value == math.inf else number(value, 0)
+
+
 def summarize(name: str, target: Target, outcomes: Sequence[Outcome]) -> list[str]:
     """A line of the table: the worst of the seeds."""
     reference = find_reference(target)
-    nuts_seconds, nuts_moments = saved_nuts(name)
+    nuts = saved_nuts(name)
+    usable = nuts if nuts is not None and nuts.is_usable else None
     if reference is None:
         best = max((o.diagnosis for o in outcomes), key=lambda d: d.log_evidence)
         reference = Reference(best.log_evidence, best.log_evidence_se, {}, "own")
-    errors = [moment_errors(o.diagnosis, {**nuts_moments, **reference.moments}) for o in outcomes]
+    errors = [moment_errors(o.diagnosis, {**(usable.moments if usable else {}), **reference.moments}) for o in outcomes]
     diagnoses = [o.diagnosis for o in outcomes]
     return [
         name,
@@ -148,7 +246,9 @@ def summarize(name: str, target: Target, outcomes: Sequence[Outcome]) -> list[st
         number(worst(mean for mean, _ in errors)),
         number(worst(ratio for _, ratio in errors)),
         number(worst(o.seconds for o in outcomes), 0),
-        number(nuts_seconds, 0),
+        number(nuts.warmup + nuts.sampling if nuts else math.nan, 0),
+        seconds_until(worst(o.to_means for o in outcomes)),
+        seconds_until(usable.seconds_to_means if usable else math.nan),
         f"{target.wanted:g}, {target.seconds:g}",
     ]
 
@@ -159,17 +259,18 @@ def measure(name: str, seeds: int) -> list[str]:
     outcomes = []
     for seed in range(seeds):
         try:
-            outcomes.append(train(target, seed))
+            outcomes.append(train(target, seed, saved_nuts(name)))
         except Exception as error:
             print(f"{name}, seed {seed}: {type(error).__name__}: {error}", flush=True)
-            return [name, "-", "-", "-", type(error).__name__, *["-"] * 7, f"{target.wanted:g}, {target.seconds:g}"]
+            blank = ["-"] * (len(HEADER) - 6)
+            return [name, "-", "-", "-", type(error).__name__, *blank, f"{target.wanted:g}, {target.seconds:g}"]
         d = outcomes[-1].diagnosis
         print(f"{name}, seed {seed}, {outcomes[-1].seconds:.0f} s: {d}", flush=True)
     return summarize(name, target, outcomes)
 
 
 def save_nuts(name: str) -> None:
-    """Run NUTS and keep means, sds and seconds; nothing where target_nuts.py has no twin."""
+    """Run NUTS and keep what it found; nothing where target_nuts.py has no twin."""
     nuts, target = importlib.import_module("target_nuts"), TARGETS[name]()
     if target.model.__name__ not in nuts.TWINS:
         return
