@@ -9,7 +9,9 @@ from typing import Any, Protocol
 
 import torch
 from pyro import poutine
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
+from torch.distributions import Independent
 
 from pyro_flows.models.batching import BatchedModel
 from pyro_flows.models.checks import start_elsewhere, without_density
@@ -122,10 +124,20 @@ class LogJoint:
         return self.without((), draws)
 
     def observed(self, draws: Tensor | Sequence[Tensor]) -> list[Tensor]:
-        """Log likelihoods of the observed sites, ``(S, ...)`` each, with dimensions for the elements of its batch."""
+        """Log likelihoods of the observed sites at ``(S, D)`` draws, ``(S, ...)`` each: of each element that is
+        independent of others given the latents, those that ``to_event`` declares a single event included. Where sites
+        are summed out, elements of the batch are not told apart further."""
         values, _ = self.table.unpack(draws)
-        nodes = sample_nodes(self.batched(values)).items()
-        return [node["log_prob"] for name, node in nodes if name not in self.table.names]
+        if self.batched.enumerated:
+            found = sample_nodes(self.batched(values))
+            return [node["log_prob"] for name, node in found.items() if name not in self.table.names]
+        nodes = self.batched.nodes.items()
+        shapes = {name: _by_element(node).shape for name, node in nodes if name not in self.table.names}
+
+        def pick(trace: Trace) -> dict[str, Tensor]:
+            return {name: _by_element(trace.nodes[name]) for name in shapes}
+
+        return list(self.batched.read(values, pick, shapes).values())
 
     def without(self, sites: Collection[str], draws: Tensor | Sequence[Tensor]) -> Tensor:
         """As a call, without the densities of some sites."""
@@ -195,6 +207,15 @@ class Target(Protocol):
 
     def __call__(self, draws: Tensor | Sequence[Tensor], /) -> Tensor:
         """Evaluate at ``(S, D)`` draws, or their parts."""
+
+
+def _by_element(node: Mapping[str, Any]) -> Tensor:
+    """Log density of each independent element of a site's value."""
+    fn = node["fn"]
+    while isinstance(fn, Independent):
+        fn = fn.base_dist
+    found: Tensor = fn.log_prob(node["value"])
+    return found
 
 
 def joined(draws: Tensor | Sequence[Tensor]) -> Tensor:

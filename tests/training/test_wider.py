@@ -25,7 +25,10 @@ from pyro_flows.training import (
     Widening,
     WiderSettings,
 )
+from pyro_flows.training.batches import Batches
+from pyro_flows.training.objective import Objective
 from pyro_flows.training.trainer import Trainer
+from pyro_flows.training.wider import widened
 from tests.common import schools
 
 Y = torch.tensor([28.0, 8.0, -3.0, 7.0])
@@ -73,6 +76,31 @@ def test_the_gap_of_weights_and_their_scales() -> None:
     report = diagnose(products, guide, (y,), seed=1, progress=False)
     assert abs(report.elbo - result.elbo) < 4 * (report.elbo_se + result.elbo_se)
     assert str(result.widening) in str(result)
+
+
+@pytest.mark.parametrize("is_in_a_loop", [False, True])
+def test_layers_begin_along_the_directions_of_the_observations(is_in_a_loop: bool) -> None:
+    def logistic(x: Tensor, y: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(x.shape[1]), 1.0).to_event(1))
+        if is_in_a_loop:
+            for i in range(len(x)):
+                pyro.sample(f"y_{i}", dist.Bernoulli(logits=x[i] @ w), obs=y[i])
+        else:
+            pyro.sample("y", dist.Bernoulli(logits=x @ w).to_event(1), obs=y)
+
+    pyro.clear_param_store()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        x = torch.randn(6, 4)
+    y = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0, 0.0])
+    objective = Objective(logistic, AutoFlowGuide(logistic).setup(x, y), Batches((x, y), None))
+    joint = widened(objective).guide.posterior.joint
+    directed = joint.flow.transform.inserted["0"].parts[1]
+    found = directed.packed()[0]
+    expected = x / x.norm(dim=-1, keepdim=True)
+    for weight, inputs in zip(found[:, : len(x)], directed._inputs(), strict=True):
+        distances = torch.cdist(torch.cat([weight, -weight]) / 3.0, expected[:, inputs])
+        assert distances.min(0).values.max() < 0.01
 
 
 def test_the_report_counts_the_whole_run() -> None:
