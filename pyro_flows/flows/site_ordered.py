@@ -62,8 +62,8 @@ class SizeSettings:
     max_splines_dim: int = 2000
     narrow_dims: tuple[int, ...] = (8,)
     low_rank: int = 4
-    max_wide_dim: int = 300
-    wide_transforms: int = 6
+    max_wide_dim: int = 600
+    wide_transforms: int = 3
     wide_dims: tuple[int, ...] = (128, 128)
     directed_transforms: int = 12
     directed_parts: int = 6
