@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import Independent
@@ -124,9 +125,9 @@ class LogJoint:
         return self.without((), draws)
 
     def observed(self, draws: Tensor | Sequence[Tensor]) -> list[Tensor]:
-        """Log likelihoods of the observed sites at ``(S, D)`` draws, ``(S, ...)`` each: of each element that is
-        independent of others given the latents, those that ``to_event`` declares a single event included. Where sites
-        are summed out, elements of the batch are not told apart further."""
+        """Terms of the log likelihood at ``(S, D)`` draws, ``(S, ...)`` for each observed site: one for each element
+        that is independent of others given the latents, also where ``to_event`` makes them one event; but only one for
+        each element of the batch where discrete sites are summed out."""
         values, _ = self.table.unpack(draws)
         if self.batched.enumerated:
             found = sample_nodes(self.batched(values))
@@ -210,11 +211,14 @@ class Target(Protocol):
 
 
 def _by_element(node: Mapping[str, Any]) -> Tensor:
-    """Log density of each independent element of a site's value."""
-    fn = node["fn"]
+    """Log density of each independent element of a site's value, scaled and masked as the site is."""
+    fn, event_dim = node["fn"], 0
     while isinstance(fn, Independent):
+        event_dim += fn.reinterpreted_batch_ndims
         fn = fn.base_dist
-    found: Tensor = fn.log_prob(node["value"])
+    of_batch = (node["scale"], node["mask"])
+    scale, mask = (each[(..., *[None] * event_dim)] if isinstance(each, Tensor) else each for each in of_batch)
+    found: Tensor = scale_and_mask(fn.log_prob(node["value"]), scale, mask)
     return found
 
 

@@ -76,11 +76,11 @@ def observed_directions(log_joint: PulledBack, like: Tensor) -> Tensor:
 def _by_observation(log_joint: PulledBack, draws: Tensor) -> Tensor:
     """Log likelihoods at ``(S, D)`` draws, ``(number of observations, S)``."""
     number = sum(term.numel() for term in log_joint.observed(draws[:1]))
-    every = -(-number * draws.shape[-1] // DIRECTIONS.max_entries)
     if not number:
         return draws.new_zeros(0, len(draws))
+    stride = -(-number * draws.shape[-1] // DIRECTIONS.max_entries)
     chunks = []
     for chunk in draws.split(max(1, DIRECTIONS.max_entries // number)):
         terms = [term.reshape(len(chunk), -1) for term in log_joint.observed(chunk)]
-        chunks.append(torch.cat(terms, -1)[:, ::every])
+        chunks.append(torch.cat(terms, -1)[:, ::stride])
     return torch.cat(chunks).mT

@@ -15,8 +15,9 @@ class ScheduleSettings(Settings):
     """Lengths of cycles, and criteria of convergence.
 
     A cycle is the last one if its gain is below a tolerance or below two standard errors, or if the next one, by
-    geometric extrapolation of the gains, is expected to gain less than half of its own tolerance. Values without a
-    source are heuristics; ``tests/benchmarks/`` measures their joint effect.
+    geometric extrapolation of the gains, is expected to gain less than half of its own tolerance. Where a gap above a
+    target is left, the next cycle is tried at half the rate first. Values without a source are heuristics;
+    ``tests/benchmarks/`` measures their joint effect.
 
     Attributes:
         first_cycle: Number of steps of the first cycle, >= 1.

@@ -249,7 +249,10 @@ class Schedule:
         elif is_worse:
             trainer.roll_back(state.best_point)
         elif self.num_steps is None and done >= self.settings.patience and not self._is_worth_more(gain, error):
-            state.reason = f"converged: the last {length} steps gained {max(gain, 0.0):.3f} nats, below tolerance"
+            if target is not None and self._gained_before():  # a gap is left: once more, at a lower rate
+                state.learning_rate /= 2
+            else:
+                state.reason = f"converged: the last {length} steps gained {max(gain, 0.0):.3f} nats, below tolerance"
         elif objective.subsampled or objective.trains_model:
             state.learning_rate /= 2
         state.last_gain = gain if state.cycle else 0.0
@@ -283,6 +286,12 @@ class Schedule:
         falls = min(gain / state.last_gain, 1.0) if state.last_gain > 0 else 1.0
         ahead = state.lengths[state.cycle + 1 : state.cycle + 2]
         return gain * falls > 0.5 * tolerance * sum(ahead)
+
+    def _gained_before(self) -> bool:
+        """Whether the cycle before this one gained more than the tolerance, or is the first, which tells nothing."""
+        state = self.trainer.state
+        tolerance = self._min_gain() / self._lengths()[0] * state.lengths[state.cycle - 1]
+        return state.cycle < 2 or state.last_gain >= tolerance
 
     def _min_gain(self) -> float:
         guide = self.objective.guide

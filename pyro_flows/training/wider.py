@@ -45,8 +45,8 @@ def gap_to_close(schedule: Schedule, file: Checkpoint) -> float | None:
     """The gap that a finished run has left, in nats, if it is above the target and a wider flow may help; else None.
 
     There is no wider flow with mini-batches or a model that is trained along, where the ELBO does not tell a gap; where
-    the number of steps was given; where draws are run one by one, so that a step has too few of them; and in runs that
-    were finished before there were wider flows.
+    the number of steps was given; where draws are run one by one, so that a step has too few of them; where the guide
+    leaves latents to the model; and in runs that were finished before there were wider flows.
 
     Args:
         schedule: The schedule of the run.
@@ -62,7 +62,10 @@ def gap_to_close(schedule: Schedule, file: Checkpoint) -> float | None:
     target_gap = math.inf if file.run.options.target_gap is None else file.run.options.target_gap
     if (is_over or target_gap == math.inf) and not is_wide:
         return None
-    gap = objective.gap()  # infinite where draws have no density, which no flow mends
+    try:
+        gap = objective.gap()  # infinite where draws have no density, which no flow mends
+    except NotImplementedError:  # a guide of some of the latents, the others of which have no density
+        return None
     return gap if is_wide or target_gap < gap < math.inf else None
 
 

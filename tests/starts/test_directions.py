@@ -86,3 +86,28 @@ def test_gradients_at_the_edge_of_the_support_are_left_out() -> None:
     cosines = (found @ normalize(X * SCALE, dim=-1).mT).abs()
     assert len(found) >= 3
     torch.testing.assert_close(cosines.max(-1).values, torch.ones(len(found)), atol=0.02, rtol=0.0)
+
+
+def partly_masked(x: Tensor, y: Tensor) -> None:
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("rows", len(x)), pyro.poutine.mask(mask=torch.arange(len(x)) < 2), pyro.poutine.scale(scale=3.0):
+        pyro.sample("y", dist.Normal((x @ w).unsqueeze(-1).expand(-1, 2), 1.0).to_event(1), obs=torch.stack([y, y], -1))
+    with pyro.poutine.mask(mask=False):
+        pyro.sample("held_out", dist.Normal(1000.0 * w, 1.0).to_event(1), obs=torch.zeros(3))
+    pyro.factor("penalty", -w.square().sum())
+
+
+@pytest.mark.parametrize("model", [logistic, logistic_in_a_loop, partly_masked])
+def test_observed_terms_add_up_to_the_log_likelihood(model: Callable[..., Any]) -> None:
+    log_joint = target(model, X, Y).log_joint
+    draws = torch.randn(5, 3)
+    observed = [name for name in log_joint.batched.nodes if name != "w"]
+    found = sum(term.reshape(5, -1).sum(-1) for term in log_joint.observed(draws))
+    torch.testing.assert_close(found, log_joint(draws) - log_joint.without(observed, draws), rtol=1e-5, atol=1e-4)
+
+
+def test_masked_observations_have_no_direction() -> None:
+    found = observed_directions(target(partly_masked, X, Y), torch.zeros(3))
+    cosines = (found @ normalize(X[:2] * SCALE, dim=-1).mT).abs()
+    assert len(found) == 5  # two rows of two each, and the penalty
+    assert ((cosines.max(-1).values - 1.0).abs() < 1e-3).sum() == 4

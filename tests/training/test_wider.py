@@ -14,6 +14,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from pyro_flows import AutoFlowGuide, FitResult, _files, diagnose, fit
@@ -101,6 +102,30 @@ def test_layers_begin_along_the_directions_of_the_observations(is_in_a_loop: boo
     for weight, inputs in zip(found[:, : len(x)], directed._inputs(), strict=True):
         distances = torch.cdist(torch.cat([weight, -weight]) / 3.0, expected[:, inputs])
         assert distances.min(0).values.max() < 0.01
+
+
+@pytest.mark.parametrize("target_gap, rates", [(1e-9, [1.0, 0.5, 0.5]), (None, [1.0, 1.0])])
+def test_a_cycle_in_vain_is_followed_by_one_at_a_lower_rate(target_gap: float | None, rates: list[float]) -> None:
+    seen: list[FitProgress] = []
+    in_vain = ScheduleSettings(first_cycle=2, max_steps=100, patience=1, min_gain=1e9, target_gap=target_gap)
+    options = {**OPTIONS, "settings": replace(SHORT, schedule=replace(in_vain, max_gap_of_start=1e-12))}
+    pyro.clear_param_store()
+    fit(schools, AutoFlowGuide(schools), (Y,), callback=seen.append, target_gap=math.inf, learning_rate=1e-4, **options)
+    assert [progress.learning_rate for progress in seen] == [1e-4 * rate for rate in rates]
+
+
+def test_no_wider_flow_for_a_guide_of_some_of_the_latents() -> None:
+    def model(y: Tensor) -> None:
+        location = pyro.sample("location", dist.Normal(torch.zeros(2), 5.0).to_event(1))
+        offset = pyro.sample("offset", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.StudentT(2.0, location.sum() + offset, 1.0), obs=y)
+
+    pyro.clear_param_store()
+    guide = AutoFlowGuide(poutine.block(model, hide=["offset"]))
+    with pytest.warns(UserWarning, match="does not draw 'offset'"):
+        result = fit(model, guide, (Y,), **OPTIONS, num_particles=8)
+    assert math.isfinite(result.elbo) and result.widening is None
 
 
 def test_the_report_counts_the_whole_run() -> None:
