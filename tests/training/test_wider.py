@@ -68,7 +68,7 @@ def test_the_gap_of_weights_and_their_scales() -> None:
     pyro.clear_param_store()
     guide = AutoFlowGuide(products)
     settings = FitSettings(
-        schedule=ScheduleSettings(max_steps=250), wider=WiderSettings(first_cycle=500, max_steps=500)
+        schedule=ScheduleSettings(max_steps=250), wider=WiderSettings(first_cycle=500, max_steps=1000)
     )
     options = {**OPTIONS, "settings": settings, "num_particles": 32}
     result = fit(products, guide, (y,), target_gap=0.005, **options)
