@@ -59,13 +59,18 @@ def observed_directions(log_joint: PulledBack, like: Tensor) -> Tensor:
     with seeded(0):
         points = torch.randn(DIRECTIONS.num_points, dim, dtype=like.dtype, device=like.device)
     points[0] = 0.0
-    found = like.new_zeros(0, dim)
+    number = sum(term.numel() for term in log_joint.observed(points[:1]))
+    if not number:
+        return like.new_zeros(0, dim)
+    stride = -(-number * dim // DIRECTIONS.max_entries)
+    most = max(1, DIRECTIONS.max_entries // number)  # draws in a run
+    found = like.new_zeros(len(range(0, number, stride)), dim)
     for point in points:
-        above, below = (_by_observation(log_joint, point + sign * step) for sign in (1.0, -1.0))
+        around = torch.cat([point + step, point - step])
+        runs = [_by_observation(log_joint, draws)[:, ::stride] for draws in around.split(most)]
+        above, below = torch.cat(runs).mT.chunk(2, -1)
         slopes = (above - below).to(like)
         slopes[~slopes.isfinite().all(-1)] = 0.0  # beyond the edge of the support
-        if not len(found):
-            found = torch.zeros_like(slopes)
         is_longer = slopes.norm(dim=-1, keepdim=True) > found.norm(dim=-1, keepdim=True)
         found = torch.where(is_longer, slopes, found)
     lengths, order = found.norm(dim=-1).sort(descending=True)
@@ -74,13 +79,5 @@ def observed_directions(log_joint: PulledBack, like: Tensor) -> Tensor:
 
 
 def _by_observation(log_joint: PulledBack, draws: Tensor) -> Tensor:
-    """Log likelihoods at ``(S, D)`` draws, ``(number of observations, S)``."""
-    number = sum(term.numel() for term in log_joint.observed(draws[:1]))
-    if not number:
-        return draws.new_zeros(0, len(draws))
-    stride = -(-number * draws.shape[-1] // DIRECTIONS.max_entries)
-    chunks = []
-    for chunk in draws.split(max(1, DIRECTIONS.max_entries // number)):
-        terms = [term.reshape(len(chunk), -1) for term in log_joint.observed(chunk)]
-        chunks.append(torch.cat(terms, -1)[:, ::stride])
-    return torch.cat(chunks).mT
+    """Log likelihoods at ``(S, D)`` draws, ``(S, number of observations)``."""
+    return torch.cat([term.reshape(len(draws), -1) for term in log_joint.observed(draws)], -1)

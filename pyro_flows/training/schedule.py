@@ -280,18 +280,20 @@ class Schedule:
     def _is_worth_more(self, gain: float, error: float) -> bool:
         """Whether a cycle gained more than the tolerance, and the next one will, if gains go on falling as they did."""
         state = self.trainer.state
-        tolerance = self._min_gain() / self._lengths()[0]  # a step
-        if gain < max(tolerance * state.lengths[state.cycle], 2 * error):
+        if gain < max(self._tolerance(state.lengths[state.cycle]), 2 * error):
             return False
         falls = min(gain / state.last_gain, 1.0) if state.last_gain > 0 else 1.0
         ahead = state.lengths[state.cycle + 1 : state.cycle + 2]
-        return gain * falls > 0.5 * tolerance * sum(ahead)
+        return gain * falls > 0.5 * self._tolerance(sum(ahead))
 
     def _gained_before(self) -> bool:
         """Whether the cycle before this one gained more than the tolerance, or is the first, which tells nothing."""
         state = self.trainer.state
-        tolerance = self._min_gain() / self._lengths()[0] * state.lengths[state.cycle - 1]
-        return state.cycle < 2 or state.last_gain >= tolerance
+        return state.cycle < 2 or state.last_gain >= self._tolerance(state.lengths[state.cycle - 1])
+
+    def _tolerance(self, length: int) -> float:
+        """Tolerance of the gain of so many steps, in nats."""
+        return self._min_gain() / self._lengths()[0] * length
 
     def _min_gain(self) -> float:
         guide = self.objective.guide

@@ -56,9 +56,9 @@ class DirectedCouplings(AffineCouplings):
     def _inputs(self) -> Iterator[Tensor]:
         """Coordinates that each network reads, in its order."""
         current = torch.arange(self.input_dim, device=self.final_order.device)
-        for index in range(len(self.packed()[0])):
-            if index % self.num_parts == 0:
-                current = current[self.orders[index // self.num_parts]]
+        for order, _ in self._layers():
+            if order is not None:
+                current = current[order]
             inputs, moved = self._parts(current)
             yield inputs
             current = torch.cat([moved, inputs])
