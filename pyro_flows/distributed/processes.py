@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,20 @@ from pyro_flows._blame import user_level
 __all__ = ["ALONE", "Processes"]
 
 Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class MessageSettings:
+    """How tensors are sent.
+
+    Attributes:
+        max_elements: Largest number of elements of a tensor that are copied to be sent at once; bounds memory.
+    """
+
+    max_elements: int = 2**20
+
+
+MESSAGES = MessageSettings()
 
 
 class Processes:
@@ -129,9 +144,11 @@ class Processes:
             return
         with self._together():
             for tensor in tensors:
-                sent = tensor.detach().to(self._device(tensor), copy=True).contiguous()
-                dist.broadcast(sent, src=rank)
-                tensor.copy_(sent)
+                own = tensor.detach()
+                for piece in own.view(-1).split(MESSAGES.max_elements) if own.is_contiguous() else [own]:
+                    sent = piece.to(self._device(tensor), copy=True).contiguous()
+                    dist.broadcast(sent, src=rank)
+                    piece.copy_(sent)
 
     @torch.no_grad()
     def sum_sparse(self, tensor: Tensor) -> Tensor:

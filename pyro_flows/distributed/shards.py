@@ -96,7 +96,7 @@ class Shards:
     def _divide(self) -> None:
         for block in self.blocks:
             table, size = _table(block), self._size(block)
-            own = self._rows(block, table.data, self.processes.rank).reshape(-1, *table.shape[1:]).clone()
+            own = self._own(block, table.data)
             self._replace(block, own, {self.plate: self._range(size, self.processes.rank)})
 
     def join(self) -> None:
@@ -117,7 +117,12 @@ class Shards:
         block = self._block_of(leaf)
         if block is None or len(value) != block.layout.num_items:
             return value
-        return self._rows(block, value, self.processes.rank).reshape(-1, *value.shape[1:]).clone()
+        return self._own(block, value)
+
+    def _own(self, block: LocalBlock, whole: Tensor) -> Tensor:
+        """A copy of the rows of this process."""
+        rows = self._rows(block, whole, self.processes.rank).clone(memory_format=torch.contiguous_format)
+        return rows.reshape(-1, *whole.shape[1:])
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over the rows of all processes, of ``(rows, n)`` here, to ``(n,)``; NaN if there are none."""
@@ -134,10 +139,16 @@ class Shards:
         whole = value.new_empty((block.layout.num_items if keeps else 0, *value.shape[1:]))
         for rank in range(processes.size):
             rows = block.layout.num_items // size * len(self._range(size, rank))
-            piece = value if rank == processes.rank else value.new_empty((rows, *value.shape[1:]))
+            place = self._rows(block, whole, rank) if keeps else None
+            if rank == processes.rank:
+                piece = value
+            elif place is not None and place.is_contiguous():
+                piece = place.view(rows, *value.shape[1:])  # received where they belong
+            else:
+                piece = value.new_empty((rows, *value.shape[1:]))
             processes.share([piece], rank)
-            if keeps:
-                self._rows(block, whole, rank).copy_(self._shaped(block, piece, rank))
+            if place is not None and piece.data_ptr() != place.data_ptr():
+                place.copy_(self._shaped(block, piece, rank))
         return whole if keeps else value
 
     def _replace(self, block: LocalBlock, values: Tensor, owned: dict[str, range]) -> None:

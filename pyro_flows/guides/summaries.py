@@ -21,15 +21,17 @@ __all__ = ["SummarizedGuide"]
 
 @dataclass(frozen=True)
 class SummarySettings:
-    """Number of draws of a summary.
+    """Number of draws of a summary, and of parameters.
 
     Attributes:
         max_values: Largest number of draws times latents, so that many latents take fewer draws.
         min_draws: Smallest number of draws.
+        max_parameters: Largest number of parameters that are summed up at once; bounds memory.
     """
 
     max_values: int = 400_000
     min_draws: int = 100
+    max_parameters: int = 2**20
 
 
 SUMMARY = SummarySettings()
@@ -52,7 +54,9 @@ class SummarizedGuide(StoredGuide):
     def _fingerprint(self) -> float:
         """A number that any change of the parameters changes."""
         # Of the slope of the sine at one: parameters are initialized to zero, where the cosine has none.
-        return sum((p.detach().double() + 1.0).sin().sum().item() for p in self._posterior.parameters())
+        flat = (p.detach().reshape(-1) for p in self._posterior.parameters())
+        parts = (part for each in flat for part in each.split(SUMMARY.max_parameters))
+        return sum((part.double() + 1.0).sin().sum().item() for part in parts)
 
     @property
     def is_initial(self) -> bool:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from pyro_flows.posterior.posterior import Latents, Posterior
 from pyro_flows.starts.fixed_draws import antithetic, elbo_of
 from pyro_flows.starts.lbfgs import lbfgs_paths, local_factor
 from pyro_flows.starts.select import warm_start_joint
+from pyro_flows.starts.undo import undone_by_errors
 
 __all__ = ["warm_start"]
 
@@ -82,18 +82,29 @@ def warm_start(
         init_scale: Initial standard deviation of the globals.
         watch: Wraps a pass over the mini-batches, for a progress bar.
         shards: Shares of the items. Processes each fit the items of their own, where all shares have many.
+
+    Raises:
+        NotImplementedError: As :class:`LocalStart`; then, and after any other error, the guide is as before, but for
+            rows of other processes' items where these are fitted in shares.
     """
-    if any(True for _ in posterior.blocks()):
-        if len(calls) > 1 or not shards.covers(posterior.blocks(), SETTINGS.num_global_items):
-            LocalStart(model, posterior, calls, make_plates, init_scale, Shards()).run(watch)
-            return
+    if not any(True for _ in posterior.blocks()):
+        joint = posterior.only_block
+        with undone_by_errors(posterior):
+            warm_start_joint(joint, LogJoint(model, joint.layout, *calls[0]), init_scale)
+        posterior.look_again()
+    elif len(calls) > 1 or not shards.covers(posterior.blocks(), SETTINGS.num_global_items):
+        LocalStart(model, posterior, calls, make_plates, init_scale, Shards()).run(watch)
+    else:
+        start = LocalStart(model, posterior, calls, make_plates, init_scale, shards)
+        refusal: NotImplementedError | None = None
         with shards.divided():
-            LocalStart(model, posterior, calls, make_plates, init_scale, shards).run(watch)
+            try:
+                start.run(watch)
+            except NotImplementedError as error:  # in all processes, which go on with all rows
+                refusal = error
         set_random_state(shards.processes.broadcast(random_state()))
-        return
-    joint = posterior.only_block
-    warm_start_joint(joint, LogJoint(model, joint.layout, *calls[0]), init_scale)
-    posterior.look_again()
+        if refusal is not None:
+            raise refusal
 
 
 class LocalStart:
@@ -158,13 +169,18 @@ class LocalStart:
 
     @torch.no_grad()
     def run(self, watch: Watch) -> None:
-        """Initialize the guide; leaves it unchanged unless its ELBO improves.
+        """Initialize the guide; leaves it unchanged unless its ELBO improves, and if an error ends it.
 
         Args:
             watch: Wraps a pass over the mini-batches, for a progress bar.
         """
+        with undone_by_errors(self.posterior) as before:
+            if not self._improves(watch):
+                self.posterior.load_state_dict(before)
+
+    def _improves(self, watch: Watch) -> bool:
+        """Initialize the guide; returns whether its ELBO improves."""
         posterior, first = self.posterior, self.shards.processes.first
-        before = copy.deepcopy(posterior.state_dict())
         chosen: list[MiniBatch] = []
         for batch in itertools.islice(self.batches(), SETTINGS.max_global_calls):
             chosen.append(batch)
@@ -178,8 +194,7 @@ class LocalStart:
             first(lambda: warm_start_joint(joint, marginal, self.init_scale))
             self._share_globals()
             self._fit_items(watch(self.batches(), "items again"))
-        if not first(lambda: self._elbo(marginal)) > was:
-            posterior.load_state_dict(before)
+        return first(lambda: self._elbo(marginal)) > was
 
     def _share_globals(self) -> None:
         """Take what the first process has, of all but the tables."""

@@ -58,7 +58,7 @@ class TrainingState:
         num_losses: Number of losses before the current cycle.
         window_loss: Lowest mean loss of a window of steps in the current cycle.
         window_spread: Standard deviation of a loss in that window.
-        window_point: Parameters after that window; None while they are the cycle's first.
+        window_point: Parameters after that window, or at the cycle's begin; None between two cycles.
         cost: Cost of an eager step; None before it is counted.
         step_kind: Whether steps are ``"eager"``, ``"recorded"`` or ``"compiled"``.
         is_step_kind_final: Whether this is decided for good.

@@ -313,7 +313,7 @@ class Trainer:
         if state.step == 0:
             self._optimizers = self._fresh_optimizers()
             state.num_losses, state.window_loss, state.window_spread = len(state.losses), math.inf, 0.0
-            state.window_point = self.snapshot()
+            state.window_point = self.snapshot() if state.num_steps else state.initial_point  # one copy less
             if not anneal:
                 self._choose_step_kind(length)
         for step in range(state.step, length):
@@ -327,7 +327,7 @@ class Trainer:
             if state.cost is not None and not (was_counted or anneal):
                 self._choose_step_kind(length - state.step)
             after_step()
-        self._optimizers = None
+        self._optimizers = state.window_point = None
 
     def _look_back(self, *, may_roll_back: bool) -> None:
         """Keep the best window's point in the cycle, or go back to it."""
@@ -336,7 +336,8 @@ class Trainer:
         loss = statistics.fmean(window) if window else math.inf
         spread = statistics.stdev(window) if len(window) > 1 else 0.0
         if loss < state.window_loss:
-            state.window_loss, state.window_spread, state.window_point = loss, spread, self.snapshot()
+            state.window_loss, state.window_spread, state.window_point = loss, spread, None  # frees its memory
+            state.window_point = self.snapshot()
         elif may_roll_back and not loss < state.window_loss + settings.divergence * state.window_spread + 1.0:
             assert state.window_point is not None
             self.roll_back(state.window_point)

@@ -6,6 +6,7 @@ torchrun --nproc-per-node=2 -m tests.distributed.programs FOLDER NAME ...
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import shutil
@@ -154,6 +155,39 @@ def fit_nested(folder: Path, **options: Any) -> dict[str, Any]:
         return end(guide, fit(nested, guide, (y,), **options))
     finally:
         plates.SETTINGS = before
+
+
+def fit_without_start(folder: Path) -> dict[str, Any]:
+    """The first process refuses a warm start, after all have fitted their items."""
+
+    def refuse(*_: Any) -> None:
+        raise NotImplementedError
+
+    before, plates.warm_start_joint = plates.warm_start_joint, refuse
+    try:
+        return fit_nested(folder)
+    finally:
+        plates.warm_start_joint = before
+
+
+def rows_of_a_start(folder: Path) -> dict[str, Any]:
+    """Numbers of rows of all tables and their copies during a warm start."""
+    found: set[int] = set()
+    fit_items = plates.LocalStart._fit_items
+
+    def look(self: plates.LocalStart, batches: Any) -> None:
+        gc.collect()
+        tables = [block.items.shape[1] for block in self.posterior.blocks()]
+        tensors = [each for each in gc.get_objects() if torch.is_tensor(each) and each.dim() == 2]
+        found.update(len(each) for each in tensors if each.shape[1] in tables)  # some are of other matrices
+        fit_items(self, batches)
+
+    plates.LocalStart._fit_items = look
+    try:
+        fit_nested(folder)
+    finally:
+        plates.LocalStart._fit_items = fit_items
+    return {"rows": found}
 
 
 def fit_resumed(folder: Path) -> dict[str, Any]:

@@ -23,9 +23,18 @@ from pyro_flows.training.trainer import Trainer
 from tests.distributed import programs
 
 ROOT = Path(__file__).resolve().parents[2]
-AS_ONE = ("fit_schools", "fit_recorded", "fit_groups", "fit_loader", "fit_autoencoder", "fit_with_nan")
+AS_ONE = (
+    "fit_schools",
+    "fit_recorded",
+    "fit_groups",
+    "fit_loader",
+    "fit_autoencoder",
+    "fit_with_nan",
+    "fit_without_start",
+)
 TOGETHER = (
     *("fit_nested", "fit_resumed", "fit_own_data", "fit_sampler", "fit_interrupted", "fit_late", "fit_stopped"),
+    "rows_of_a_start",
     *("svi", "svi_broadcast", "compiled_svi", "svi_until_converged", "fit_refused", "fit_alone", "ddp_recipe"),
 )
 
@@ -85,6 +94,12 @@ def test_a_process_holds_the_rows_of_its_own_items(both):
         found = both["fit_resumed"][rank]["held"]
         assert [found["held"][number] for number in (groups, members, 43, 86)] == [6, 6, 0, 0]
         assert found["left"] == [(43, groups), (86, members)]
+
+
+def test_a_warm_start_holds_the_rows_of_its_own_items(both):
+    """Also in the copy that is for errors."""
+    of_tables = {21, 42, 22, 44, 43, 86}
+    assert [found["rows"] & of_tables for found in both["rows_of_a_start"]] == [{21, 42}, {22, 44}]
 
 
 def test_a_run_goes_on_in_another_number_of_processes(both, tmp_path):

@@ -8,6 +8,7 @@ import functools
 import io
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from pyro.infer.autoguide import AutoGuideList, AutoNormal, init_to_value
 from pyro.nn import PyroModule, PyroParam
 from pyro.optim import Adam, PyroOptim
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_flows import AutoFlowGuide, fit
+from pyro_flows.guides import summaries
 from pyro_flows.transforms import FixedParameter
 from tests import common
 from tests.common import randomize_parameters
@@ -379,3 +382,22 @@ def test_local_parameters_are_not_taken_from_the_store() -> None:
     with pyro.settings.context(module_local_params=True):
         guide = AutoFlowGuide(model, name="mine")
         assert fit(model, guide, **options).steps == 5
+
+
+def test_whether_a_guide_is_initial_needs_no_copy_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = AutoFlowGuide(model).setup()
+    monkeypatch.setattr(summaries, "SUMMARY", replace(summaries.SUMMARY, max_parameters=8))
+    sizes: list[int] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **kwargs or {})
+            sizes.extend([result.numel()] if torch.is_tensor(result) and result.dtype == torch.float64 else [])
+            return result
+
+    with Watch():
+        assert guide.is_initial
+    assert max(p.numel() for p in guide.parameters()) > max(sizes) == 8
+    with torch.no_grad():
+        max(guide.parameters(), key=torch.numel).view(-1)[-1] += 1e-3
+    assert not guide.is_initial

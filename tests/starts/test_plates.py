@@ -15,6 +15,7 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from torch import Tensor
 
 from pyro_flows import AutoFlowGuide
+from pyro_flows.starts import plates as starts
 from tests.posterior.test_plate import PARTS, each_model, exact_random_effects, random_effects
 
 COUNT, BATCH = 300, 60
@@ -123,6 +124,26 @@ def test_a_start_that_is_no_better_is_not_taken() -> None:
     guide = AutoFlowGuide(model, structure="plates", init_scale=1e-3).setup()
     before = {name: value.clone() for name, value in guide.state_dict().items()}
     guide.warm_start()
+    assert all(torch.equal(before[name], value) for name, value in guide.state_dict().items())
+
+
+def test_an_error_leaves_the_guide_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Globals are fitted after the items have been."""
+    guide = AutoFlowGuide(random_effects, "diagonal_normal", create_plates=plates)
+    y, sd = effects()
+    arguments = (y, sd, torch.arange(len(y)))
+    before = {name: value.clone() for name, value in guide.setup(*arguments).state_dict().items()}
+    changed = False
+
+    def fail(*_: object) -> None:
+        nonlocal changed
+        changed = not guide.is_initial
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(starts, "warm_start_joint", fail)
+    with pytest.raises(KeyboardInterrupt):
+        guide.warm_start(*arguments)
+    assert changed
     assert all(torch.equal(before[name], value) for name, value in guide.state_dict().items())
 
 

@@ -508,6 +508,15 @@ def test_a_state_is_its_dictionary() -> None:
         TrainingState.from_dict(values)
 
 
+def test_a_run_begins_with_one_copy_of_its_parameters_and_keeps_none_of_a_window_that_is_over() -> None:
+    guide, seen = AutoNormal(schools), []
+    trainer = Trainer(Objective(schools, guide, Batches((Y,), None)), 1, 0.02, settings=TrainerSettings(window=2))
+    trainer.cycle(2, lambda: seen.append(trainer.state.window_point))
+    assert seen[0] is trainer.state.initial_point is trainer.state.best_point
+    assert not torch.equal(seen[1][0], seen[0][0])
+    assert trainer.state.window_point is None
+
+
 def test_one_rollback_restores_and_halves() -> None:
     guide = AutoNormal(schools)
     trainer = Trainer(Objective(schools, guide, Batches((Y,), None)), 1, 0.02)

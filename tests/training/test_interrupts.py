@@ -15,9 +15,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_flows import AutoFlowGuide, _files, fit
+from pyro_flows.starts import plates
 from pyro_flows.training import EstimateSettings, FitSettings
 from pyro_flows.training.interrupts import Interrupts
 from pyro_flows.training.objective import Objective
@@ -167,13 +168,13 @@ def test_in_the_first_estimate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_in_the_warm_start_no_half_of_it_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def halfway(self: AutoFlowGuide, *args: Any) -> None:
+    def halfway(block: nn.Module, *args: Any) -> None:
         with torch.no_grad():
-            for parameter in self.parameters():
+            for parameter in block.parameters():
                 parameter.add_(1.0)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(AutoFlowGuide, "warm_start_on", halfway)
+    monkeypatch.setattr(plates, "warm_start_joint", halfway)
     pyro.clear_param_store()
     guide = AutoFlowGuide(model, "diagonal_normal").setup(Y)
     before = elbo(guide)
