@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two processes against one: seconds and memory, communication, and runs that are killed and started again.
 
-    python tests/benchmarks/distributed.py [steps] [groups] [communication] [kills] [--seeds 3] [--write]
+    python tests/benchmarks/distributed.py [steps] [groups] [memory] [communication] [kills] [--seeds 3] [--write]
 
 Run by hand, never by pytest, on a machine with two free cores. ``--seeds`` is the number of repeats of a timing, or of
 kills. ``--write`` puts the tables in ``docs/tables``. Processor seconds are per process, so that they compare on a
@@ -36,6 +36,8 @@ from pyro_flows.distributed.processes import Processes
 from pyro_flows.training import EstimateSettings, FitSettings, VerdictSettings
 
 NUM_GROUPS = int(os.environ.get("NUM_GROUPS", "100000"))
+# Of which memory is measured; the first needs next to none for the groups themselves.
+COUNTS = (20_000, 1_000_000, 2_000_000, 4_000_000)
 
 
 def normal(*shape: int) -> Tensor:
@@ -71,6 +73,16 @@ def step_of_groups(processes: int) -> dict[str, Any]:
     guide = AutoFlowGuide(groups, create_plates=lambda y, size: pyro.plate("groups", len(y), subsample_size=size))
     settings = FitSettings(verdict=VerdictSettings(num_draws=0))
     return timed(guide, groups, (y, size), 100, settings=settings)
+
+
+def memory_of_groups(processes: int) -> dict[str, Any]:
+    """Peak memory of a run with a warm start, and enough steps for all copies of parameters."""
+    y, size = normal(NUM_GROUPS), 10_000 // processes
+    guide = AutoFlowGuide(groups, create_plates=lambda y, size: pyro.plate("groups", len(y), subsample_size=size))
+    settings = FitSettings(verdict=VerdictSettings(num_draws=0))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    fit(groups, guide, (y, size), num_steps=210, compile=False, seed=0, progress=False, settings=settings)
+    return {"mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10}
 
 
 def timed(guide: Any, model: Any, args: tuple[Any, ...], steps: int, **options: Any) -> dict[str, Any]:
@@ -129,13 +141,16 @@ def schools(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(theta, 10.0), obs=y)
 
 
-def started(name: str, processes: int, folder: Path, restarts: int = 0) -> subprocess.Popen[bytes]:
+def started(
+    name: str, processes: int, folder: Path, restarts: int = 0, num_groups: int = NUM_GROUPS
+) -> subprocess.Popen[bytes]:
     """One of the functions above in so many processes, each of which writes what it returns."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "CHECKPOINT": str(folder / "run.pt"),
+        "NUM_GROUPS": str(num_groups),
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # restarted processes find no addresses of those before
     }
     return subprocess.Popen(
@@ -146,9 +161,9 @@ def started(name: str, processes: int, folder: Path, restarts: int = 0) -> subpr
     )
 
 
-def launched(name: str, processes: int) -> list[dict[str, Any]]:
+def launched(name: str, processes: int, num_groups: int = NUM_GROUPS) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
-        assert started(name, processes, Path(folder)).wait() == 0
+        assert started(name, processes, Path(folder), num_groups=num_groups).wait() == 0
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(processes)]
 
 
@@ -200,6 +215,29 @@ def measure_steps(repeats: int) -> tuple[Sequence[str], Rows]:
 def measure_groups(repeats: int) -> tuple[Sequence[str], Rows]:
     """Groups with parameters of their own, warm start included; NUM_GROUPS in the environment sets their number."""
     return HEADER, compare("step_of_groups", repeats)
+
+
+def measure_memory(repeats: int) -> tuple[Sequence[str], Rows]:
+    """Memory of fit alone by the number of groups: what a mini-batch needs, and what grows with the groups."""
+    found = {
+        (count, processes): [
+            max(each["mib"] for each in launched("memory_of_groups", processes, count)) for _ in range(repeats)
+        ]
+        for count in COUNTS
+        for processes in (1, 2)
+    }
+    rows = []
+    for count in COUNTS:
+        one, two = found[count, 1], found[count, 2]
+        ratio = statistics.median(two) / statistics.median(one)
+        rows.append([f"{count:,} groups, MiB", spread(one, 0), spread(two, 0), f"{ratio:.2f}"])
+    slopes = []
+    for processes in (1, 2):
+        middle = [statistics.median(found[count, processes]) for count in COUNTS]
+        slopes.append(1e6 * statistics.linear_regression(COUNTS, middle).slope)
+    per_million = [f"{slope:.0f}" for slope in slopes]
+    rows.append(["of which for each million groups, MiB", *per_million, f"{slopes[1] / slopes[0]:.2f}"])
+    return HEADER, rows
 
 
 def measure_communication(repeats: int) -> tuple[Sequence[str], Rows]:
@@ -265,6 +303,7 @@ def _kill(folder: Path, rank: int) -> None:
 MEASURES = {
     "steps": measure_steps,
     "groups": measure_groups,
+    "memory": measure_memory,
     "communication": measure_communication,
     "kills": measure_kills,
 }
