@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy
 import torch
 from torch import Tensor
 
-__all__ = ["forked", "random_state", "seed_all", "seeded", "set_random_state"]
+__all__ = ["forked", "random_state", "seed_all", "seed_of", "seeded", "set_random_state"]
 
 
 def _generators() -> list[torch.Generator]:
@@ -36,6 +37,11 @@ def seed_all(seed: int) -> None:
     """Seed the generators in use; unlike ``torch.manual_seed``, not those of GPUs that are first used later."""
     for generator in _generators():
         generator.manual_seed(seed)
+
+
+def seed_of(*key: int) -> int:
+    """A seed that is made of several numbers, such as that of a run and that of a process."""
+    return int(numpy.random.SeedSequence(key).generate_state(1, numpy.uint64)[0] >> 1)
 
 
 @contextmanager

@@ -6,16 +6,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from pyro_flows._checks import check_program, checked, close_match, integer, shown
+from pyro_flows._checks import check_bool, check_program, checked, close_match, integer, shown
 from pyro_flows._random import seeded
 from pyro_flows._threads import one_at_a_time
 from pyro_flows.diagnostics.diagnose import weigh
+from pyro_flows.diagnostics.division import Division
 from pyro_flows.diagnostics.report import NOT_KNOWN, SEARCH_ELSEWHERE, Diagnosis
 from pyro_flows.diagnostics.search import SearchResult, search_regions
 from pyro_flows.diagnostics.verdict import Thresholds
-from pyro_flows.importance.weights import ImportanceSampler
 
 __all__ = ["Comparison", "Row", "compare"]
 
@@ -93,7 +94,7 @@ def _check_guides(owner: str, name: str, value: Any) -> None:
         check_program(owner, f"{name}[{label!r}]", guide)
 
 
-@checked(guides=_check_guides, num_samples=integer(100))
+@checked(guides=_check_guides, num_samples=integer(100), distributed=check_bool)
 def compare(
     model: Callable[..., Any],
     guides: Mapping[str, Callable[..., Any]],
@@ -104,6 +105,7 @@ def compare(
     search: bool = True,
     progress: bool = True,
     seed: int | None = None,
+    distributed: bool = False,
 ) -> Comparison:
     """Compare several guides of one model by their gaps to one estimate of its evidence.
 
@@ -121,20 +123,27 @@ def compare(
         search: Whether to search for lost modes; see :func:`diagnose`.
         progress: Whether to show progress bars.
         seed: As in :func:`diagnose`.
+        distributed: As in :func:`diagnose`.
 
     Raises:
         ValueError: If ``guides`` is empty.
+        ValueError, RuntimeError: As :func:`diagnose`, of other processes.
         NotImplementedError: As :func:`diagnose`.
     """
     found: dict[str, Diagnosis] = {}
     searched: dict[tuple[int, int], SearchResult] = {}
-    with one_at_a_time("compare"), seeded(seed):
+    division = Division(
+        "compare", distributed=distributed, num_samples=num_samples, seed=seed, search=search, guides=list(guides)
+    )
+    with one_at_a_time("compare"), seeded(division.seed):
         for name, guide in guides.items():
-            sampler = ImportanceSampler("compare", model, guide, args, kwargs)
+            sampler = division.sampler(model, guide, args, kwargs)
+            division.check(model, {f"guide '{name}'": guide}, args, kwargs or {})
             layout = (sampler.structure.num_items, sampler.structure.item_dim)
             if layout not in searched:
-                searched[layout] = search_regions(sampler, model, args, kwargs or {}, enabled=search, progress=progress)
-            found[name] = weigh(sampler, guide, num_samples, searched[layout], progress=progress)
+                look = partial(search_regions, sampler, model, args, kwargs or {}, enabled=search, progress=progress)
+                searched[layout] = division.search(look, sampler)
+            found[name] = weigh(sampler, guide, searched[layout], division, progress=progress)
     limits = Thresholds()
     source, reliable = _best(found, limits)
     log_evidence, error = found[source].log_evidence, found[source].log_evidence_se

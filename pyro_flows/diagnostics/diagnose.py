@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_flows._checks import checked, integer
+from pyro_flows._checks import check_bool, checked, integer
 from pyro_flows._random import seeded
 from pyro_flows._threads import one_at_a_time
+from pyro_flows.diagnostics.division import Division
 from pyro_flows.diagnostics.elbo import estimate_elbo
 from pyro_flows.diagnostics.evidence import Evidence, estimate_evidence, lost_mass
 from pyro_flows.diagnostics.modes import LostMode, lost_modes
@@ -30,7 +32,7 @@ from pyro_flows.models.precision import may_be_rounded, rounding_message
 __all__ = ["diagnose", "weigh"]
 
 
-@checked(num_samples=integer(100))
+@checked(num_samples=integer(100), distributed=check_bool)
 def diagnose(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -41,6 +43,7 @@ def diagnose(
     search: bool = True,
     progress: bool = True,
     seed: int | None = None,
+    distributed: bool = False,
 ) -> Diagnosis:
     r"""Estimate how far a guide is from the posterior, and advise on what to do next.
 
@@ -68,6 +71,9 @@ def diagnose(
             and a few gradients at some of the guide's draws.
         progress: Whether to show a progress bar, if it takes more than a second.
         seed: Makes the result reproducible; torch's global random state is not changed. None uses the global state.
+        distributed: Whether the processes of ``torch.distributed``'s default group share the draws, which all of them
+            have to call with the same guide and data; all get the same result. The search and the judgment are the
+            first one's, and where draws are moved, these are its own. See :doc:`/distributed`.
 
     Raises:
         TypeError: If an argument is of another type, or the model or the guide does not take the arguments.
@@ -75,6 +81,8 @@ def diagnose(
             enumerated.
         ValueError: If ``num_samples`` is out of range; if observed values are not finite or outside their support; if
             model and guide were swapped, or the guide belongs to another model, or to data of another size.
+        ValueError: If processes that share the draws have other options, data or parameters.
+        RuntimeError: If another process that shares the draws raises, or has ended.
         Exception: Any exception that the model raises in plain runs, or Pyro about the shapes of its sites.
 
     Warning:
@@ -98,35 +106,53 @@ def diagnose(
         Yao, Vehtari, Simpson, Gelman. Yes, but Did It Work?: Evaluating Variational Inference. ICML 2018.
         Vehtari, Simpson, Gelman, Yao, Gabry. Pareto Smoothed Importance Sampling. JMLR 25(72), 2024.
     """
-    with one_at_a_time("diagnose"), seeded(seed):
-        sampler = ImportanceSampler("diagnose", model, guide, args, kwargs)
-        warn_without_data("diagnose", sampler.score.model.nodes, sampler.score.model.call)
-        found = search_regions(sampler, model, args, kwargs or {}, enabled=search, progress=progress)
-        return weigh(sampler, guide, num_samples, found, progress=progress)
+    division = Division("diagnose", distributed=distributed, num_samples=num_samples, seed=seed, search=search)
+    with one_at_a_time("diagnose"), seeded(division.seed):
+        sampler = division.sampler(model, guide, args, kwargs)
+        if division.processes.is_first:
+            warn_without_data("diagnose", sampler.score.model.nodes, sampler.score.model.call)
+        division.check(model, {"the guide": guide}, args, kwargs or {})
+        found = division.search(
+            lambda: search_regions(sampler, model, args, kwargs or {}, enabled=search, progress=progress), sampler
+        )
+        return weigh(sampler, guide, found, division, progress=progress)
 
 
 def weigh(
-    sampler: ImportanceSampler, guide: Callable[..., Any], num_samples: int, search: SearchResult, *, progress: bool
+    sampler: ImportanceSampler, guide: Callable[..., Any], search: SearchResult, division: Division, *, progress: bool
 ) -> Diagnosis:
     """Draw from the guide, compute importance weights, and derive the diagnosis.
 
     Args:
         sampler: Sampler of the model and the guide.
         guide: The guide.
-        num_samples: Number of draws S.
         search: Regions with posterior mass, found without the guide; or the reason that there are none.
+        division: The number of draws, and the processes that share them.
         progress: Whether to show a progress bar.
     """
-    structure = sampler.structure
-    tally = SiteTally(structure)
-    sample = _draw(sampler, num_samples, tally, search.regions, progress=progress)
+    tally = SiteTally(sampler.structure)
+    draw = partial(_draw, sampler, tally, search.regions)
+    samples, first = division.sample(sampler, tally, draw, progress=progress)
+    return division.first(lambda: _judged(sampler, guide, _joined(samples), first, tally, search))
+
+
+def _judged(
+    sampler: ImportanceSampler,
+    guide: Callable[..., Any],
+    sample: _Sample,
+    first: Draws,
+    tally: SiteTally,
+    search: SearchResult,
+) -> Diagnosis:
+    """The diagnosis by all draws, of which ``first`` has some with their values."""
+    structure, num_samples = sampler.structure, len(sample.log_weights)
     elbo = estimate_elbo(sample.log_likelihood, sample.log_ratio, sample.log_weights, sample.group_sizes)
     threshold = khat_threshold(num_samples)
-    evidence, lost = _evidence(sampler, sample, search.regions)
+    evidence, lost = _evidence(sampler, sample, first, search.regions)
     reference, drift = None, None
     if search.regions is not None and sampler.score.is_vectorized:
-        reference = sample_reference(sampler, sample.first, search.regions, like=tally)
-        drift = measure_drift(sampler, sample.first)
+        reference = sample_reference(sampler, first, search.regions, like=tally)
+        drift = measure_drift(sampler, first)
     if reference is None:
         sites, by_reference = tally.summaries(), False
     else:
@@ -188,7 +214,6 @@ class _Sample(NamedTuple):
         where: Index of the region of each draw, ``(S, N)``; None if there was no search.
         group_sizes: Numbers of consecutive draws that share a mini-batch; None if all draws are independent.
         dtype: Precision of the draws.
-        first: The draws of the first chunk.
     """
 
     log_likelihood: Tensor
@@ -197,18 +222,13 @@ class _Sample(NamedTuple):
     where: Tensor | None
     group_sizes: list[int] | None
     dtype: torch.dtype
-    first: Draws
 
 
-def _draw(
-    sampler: ImportanceSampler, num_samples: int, tally: SiteTally, regions: Regions | None, *, progress: bool
-) -> _Sample:
+def _draw(sampler: ImportanceSampler, tally: SiteTally, regions: Regions | None, chunks: Iterator[Draws]) -> _Sample:
     """Draw in chunks; values of latents are added to the tally and not kept."""
     structure = sampler.structure
     likelihoods, ratios, weights, wheres = [], [], [], []
-    first: Draws | None = None
-    for draws in sampler.chunks(num_samples, progress=progress):
-        first = first or draws
+    for draws in chunks:
         log_weights = draws.log_weights
         likelihoods.append(draws.log_likelihood.sum(-1))
         ratios.append((draws.log_guide - draws.log_prior).sum(-1))
@@ -217,9 +237,7 @@ def _draw(
         tally.add(draws, log_weights if not structure.subsampled else torch.zeros_like(log_weights))
         if regions is not None:
             wheres.append(regions.locate(structure.pack(draws.values)).to("cpu", torch.int8))
-    assert first is not None
     return _Sample(
-        first=first,
         log_likelihood=torch.cat(likelihoods),
         log_ratio=torch.cat(ratios),
         log_weights=torch.cat(weights),
@@ -229,8 +247,21 @@ def _draw(
     )
 
 
+def _joined(samples: Sequence[_Sample]) -> _Sample:
+    """The draws of all processes."""
+    sizes = [sample.group_sizes for sample in samples]
+    return _Sample(
+        log_likelihood=torch.cat([sample.log_likelihood for sample in samples]),
+        log_ratio=torch.cat([sample.log_ratio for sample in samples]),
+        log_weights=torch.cat([sample.log_weights for sample in samples]),
+        where=None if samples[0].where is None else torch.cat([s.where for s in samples if s.where is not None]),
+        group_sizes=None if sizes[0] is None else [count for each in sizes for count in each or ()],
+        dtype=samples[0].dtype,
+    )
+
+
 def _evidence(
-    sampler: ImportanceSampler, sample: _Sample, regions: Regions | None
+    sampler: ImportanceSampler, sample: _Sample, first: Draws, regions: Regions | None
 ) -> tuple[Evidence, tuple[LostMode, ...]]:
     """The log evidence, including the mass that the guide lost, and the lost modes."""
     if sampler.structure.subsampled:
@@ -238,7 +269,7 @@ def _evidence(
     evidence = estimate_evidence(sample.log_weights)
     if regions is None or sample.where is None:
         return evidence, ()
-    packed = sampler.structure.pack(sample.first.values).double()
+    packed = sampler.structure.pack(first.values).double()
     distance = ((regions.centers - packed.mean(0)) / packed.std(0)).abs().amax(-1).cpu()  # (K, N)
     found = lost_mass(regions.log_mass.cpu(), regions.error.cpu(), sample.where, sample.log_weights, distance)
     missing = -torch.expm1(evidence.log_evidence - found.log_evidence)

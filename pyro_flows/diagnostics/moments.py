@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["MomentErrors", "Moments"]
+__all__ = ["MomentErrors", "MomentState", "Moments"]
 
 
 class MomentErrors(NamedTuple):
@@ -27,14 +27,32 @@ class MomentErrors(NamedTuple):
     log_sd_se: Tensor
 
 
+class MomentState(NamedTuple):
+    """Sums of a :class:`Moments`, on the CPU.
+
+    Attributes:
+        num_draws: Number of draws.
+        top: Largest log weight, by item.
+        sums: Sums of powers, in units of that weight.
+    """
+
+    num_draws: int
+    top: Tensor
+    sums: Tensor
+
+
 class Moments:
     """Running moments of arrays whose first dimension is that of the draws.
 
     Weighted sums are kept in units of the largest weight so far, per item, so that nothing overflows.
+
+    Args:
+        center: Point that sums are about, near the draws, of the shape of one; None takes the median of the first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, center: Tensor | None = None) -> None:
         self._count = 0
+        self._center = center
 
     def add(self, values: Tensor, log_weights: Tensor) -> None:
         """Add draws.
@@ -46,14 +64,14 @@ class Moments:
         values, log_weights = values.double(), log_weights.to(values.device)
         top = log_weights.max(0).values
         if not self._count:
-            self._center, self._top = values.median(0).values, top  # finite, though draws may overflow
+            # The median is finite, though draws may overflow.
+            self._center = (values.median(0).values if self._center is None else self._center).to(values)
+            self._top = top
             # Sums of z^k, w z^k and w^2 z^k about the center, for k = 0 to 4.
             self._sums = values.new_zeros(3, 5, *self._center.shape)
-        new_top = torch.maximum(self._top, top)
-        rescale = _exp(self._top - new_top)
-        self._sums[1] *= rescale
-        self._sums[2] *= rescale.square()
+        new_top = self._raise_top(top)
         weights = _exp(log_weights - new_top)
+        assert self._center is not None
         power, centered = torch.ones_like(values), values - self._center
         counted = torch.where(weights > 0.0, centered, 0.0)  # a draw that overflows, where there is no density
         counted_power = power
@@ -62,8 +80,29 @@ class Moments:
             self._sums[1, k] += (weights * counted_power).sum(0)
             self._sums[2, k] += (weights.square() * counted_power).sum(0)
             power, counted_power = power * centered, counted_power * counted
-        self._top = new_top
         self._count += len(values)
+
+    def _raise_top(self, top: Tensor) -> Tensor:
+        """Take a larger unit of the weights, where ``top`` is larger than the former; returns it."""
+        new_top = torch.maximum(self._top, top)
+        rescale = _exp(self._top - new_top)
+        self._sums[1] *= rescale
+        self._sums[2] *= rescale.square()
+        self._top = new_top
+        return new_top
+
+    @property
+    def state(self) -> MomentState:
+        """Sums, for :meth:`merge`."""
+        return MomentState(self._count, self._top.cpu(), self._sums.cpu())
+
+    def merge(self, other: MomentState) -> None:
+        """Add the draws of another one, about the same center."""
+        new_top = self._raise_top(other.top.to(self._top))
+        rescale = _exp(other.top.to(new_top) - new_top)
+        sums = other.sums.to(self._sums)
+        self._sums += torch.stack([sums[0], sums[1] * rescale, sums[2] * rescale.square()])
+        self._count += other.num_draws
 
     @property
     def plain(self) -> tuple[Tensor, Tensor]:
@@ -109,6 +148,7 @@ class Moments:
 
     def _mean_and_sd(self, power: int) -> tuple[Tensor, Tensor]:
         _, first, second, *_ = self._averages(power)
+        assert self._center is not None
         return self._center + first, (second - first.square()).clamp_min(0.0).sqrt()
 
     def _influences(self, power: int) -> tuple[list[Tensor], list[Tensor]]:

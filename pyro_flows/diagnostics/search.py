@@ -121,6 +121,14 @@ class SearchResult(NamedTuple):
     regions: Regions | None
     why_none: str
 
+    def to(self, device: torch.device | str) -> SearchResult:
+        """The same on another device."""
+        if self.regions is None:
+            return self
+        centers, factors, radius, log_mass, error = self.regions
+        moved = Regions(centers.to(device), factors.to(device), radius, log_mass.to(device), error.to(device))
+        return self._replace(regions=moved)
+
 
 def search_regions(
     sampler: ImportanceSampler,

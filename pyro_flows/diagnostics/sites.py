@@ -3,20 +3,22 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_flows.diagnostics.moments import Moments
+from pyro_flows.diagnostics.moments import Moments, MomentState
 from pyro_flows.diagnostics.shape import robust_shape
 from pyro_flows.importance.weights import Draws
 from pyro_flows.models.sites import Site
 from pyro_flows.models.structure import Structure
 
-__all__ = ["SiteSettings", "SiteSummary", "SiteTally"]
+__all__ = ["SiteSettings", "SiteState", "SiteSummary", "SiteTally"]
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,30 @@ class _Bulk:
         self._middle, scale = middle.reshape(draws.shape[1:]), scale.reshape(draws.shape[1:])
         self._scale = torch.where(scale > torch.finfo(draws.dtype).tiny, scale, 1.0)  # a single draw has no scale
 
+    def to(self, device: torch.device | str) -> _Bulk:
+        """A copy on another device."""
+        found = copy.copy(self)
+        found._middle, found._scale = self._middle.to(device), self._scale.to(device)
+        return found
+
     def __call__(self, values: Tensor) -> Tensor:
         return ((values.double() - self._middle) / self._scale).asinh()
+
+
+class _Origin(NamedTuple):
+    """What sums of a site begin with, on the CPU; those with the same one can be merged.
+
+    Attributes:
+        bulk: Map of its bulk.
+        values: Center of its values.
+        unconstrained: That of unconstrained values.
+        of_bulk: That of values of the map.
+    """
+
+    bulk: _Bulk
+    values: Tensor
+    unconstrained: Tensor
+    of_bulk: Tensor
 
 
 class _SiteSums:
@@ -112,6 +136,20 @@ class _SiteSums:
         self.values = Moments()
         self.unconstrained = Moments()
         self.of_bulk = Moments()
+
+    @property
+    def all_moments(self) -> tuple[Moments, Moments, Moments]:
+        return self.values, self.unconstrained, self.of_bulk
+
+    def origin(self, values: Tensor) -> _Origin:
+        """What sums of these draws, and of others, are to begin with."""
+        bulk = _Bulk(values)
+        kinds = values, self.latent.to_support.inv(values), bulk(values)
+        return _Origin(bulk.to("cpu"), *(each.double().median(0).values.cpu() for each in kinds))
+
+    def begin(self, origin: _Origin, device: torch.device) -> None:
+        self.bulk = origin.bulk.to(device)
+        self.values, self.unconstrained, self.of_bulk = (Moments(center) for center in origin[1:])
 
     def add(self, values: Tensor, log_prior: Tensor | None, log_weights: Tensor) -> None:
         log_prior = torch.full_like(log_weights, torch.nan) if log_prior is None else log_prior
@@ -169,6 +207,24 @@ def _upper_limits(draws: Moments, reference: Moments | None, settings: SiteSetti
     return torch.stack([torch.stack(shifts).amin(0), torch.stack(sds).amin(0)])
 
 
+class SiteState(NamedTuple):
+    """Sums of one site, on the CPU.
+
+    Attributes:
+        log_prior: Sum of its log priors.
+        num_draws: Number of draws that have one.
+        values: Moments of its values.
+        unconstrained: Those of unconstrained values.
+        of_bulk: Those of values of the map of its bulk.
+    """
+
+    log_prior: float
+    num_draws: int
+    values: MomentState
+    unconstrained: MomentState
+    of_bulk: MomentState
+
+
 class SiteTally:
     """Accumulates draws chunk by chunk, for a summary of each site.
 
@@ -189,6 +245,30 @@ class SiteTally:
         for site in self._sites:
             name = site.latent.name
             site.add(draws.values[name], draws.log_priors.get(name), log_weights)
+
+    def origin(self, draws: Draws) -> list[_Origin]:
+        """What this tally and those of other processes have to begin with in order to be merged, from some draws."""
+        return [site.origin(draws.values[site.latent.name]) for site in self._sites]
+
+    def begin(self, origin: Sequence[_Origin], draws: Draws) -> None:
+        """Begin with the result of :meth:`origin`, before the first draws are added, of which these are some."""
+        for site, each in zip(self._sites, origin, strict=True):
+            site.begin(each, draws.values[site.latent.name].device)
+
+    @property
+    def state(self) -> list[SiteState]:
+        """Sums of all sites, for :meth:`merge`."""
+        return [
+            SiteState(site.log_prior, site.count, *(each.state for each in site.all_moments)) for site in self._sites
+        ]
+
+    def merge(self, other: Sequence[SiteState]) -> None:
+        """Add the draws of another tally that began with the same origin."""
+        for site, found in zip(self._sites, other, strict=True):
+            site.log_prior += found.log_prior
+            site.count += found.num_draws
+            for own, moments in zip(site.all_moments, found[2:], strict=True):
+                own.merge(moments)
 
     def summaries(
         self,

@@ -130,11 +130,37 @@ class Processes:
             try:
                 result = work()
             except (ValueError, RuntimeError) as error:
-                kinds = (ValueError, NotImplementedError, RuntimeError)  # a class of the user's may be here only
-                failure = next(kind for kind in kinds if isinstance(error, kind)), str(error)
+                failure = _kind_of(error), str(error)
         result, failure = self.broadcast((result, failure))
         if failure is not None:
             raise failure[0](failure[1])
+        return result  # type: ignore[no-any-return]
+
+    def each(self, work: Callable[[], Value]) -> Value:
+        """What a function returns in this process, once it has returned in all; it says nothing to others.
+
+        Raises:
+            Exception: What it raises here.
+            ValueError, RuntimeError, NotImplementedError: If it raises in another process only; RuntimeError in place
+                of any other class.
+        """
+        if self.size == 1:
+            return work()
+        result: Any = None
+        own: Exception | None = None
+        try:
+            result = work()
+        except Exception as error:  # others would wait for this process
+            own = error
+        failures = self.gather(None if own is None else (_kind_of(own), f"{type(own).__name__}: {own}"))
+        if own is not None:
+            raise own
+        for rank, failure in enumerate(failures):
+            if failure is not None:
+                raise failure[0](
+                    f"{self.owner}: expected all {self.size} processes to go on together, but process {rank} has "
+                    f"failed ({failure[1]}). Look at its output."
+                )
         return result  # type: ignore[no-any-return]
 
     @torch.no_grad()
@@ -173,6 +199,12 @@ class Processes:
                 found.append(torch.cat([part[:count] for part, count in zip(each, counts.tolist(), strict=True)]))
             where, what = (part.to(values.device) for part in found)
             return torch.sparse_coo_tensor(where[None], what, tensor.shape, check_invariants=False).coalesce()
+
+
+def _kind_of(error: Exception) -> type[Exception]:
+    """The class of an error in other processes, which may not know a class of the user's."""
+    kinds = (ValueError, NotImplementedError, RuntimeError)
+    return next((kind for kind in kinds if isinstance(error, kind)), RuntimeError)
 
 
 # Where no other process takes part.

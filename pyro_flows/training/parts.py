@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy
 import pyro
 import torch
 from torch import Tensor
 
 from pyro_flows._memory import is_out_of_memory
-from pyro_flows._random import seeded
+from pyro_flows._random import seed_of, seeded
 from pyro_flows.compiled.parameters import state_of, trial
 from pyro_flows.distributed.plates import PlateShare
 from pyro_flows.distributed.processes import ALONE, Processes
@@ -101,7 +100,7 @@ class Parts:
     @contextmanager
     def noise(self, *key: int) -> Iterator[None]:
         """Draw from a generator with a seed of its own within this context."""
-        with seeded(int(numpy.random.SeedSequence(key).generate_state(1, numpy.uint64)[0] >> 1)):
+        with seeded(seed_of(*key)):
             yield
 
     def first_failure(self, failure: Exception | None) -> str:

@@ -11,6 +11,7 @@ from pyro_flows._checks import Settings, constant, integer
 from pyro_flows._random import forked
 from pyro_flows.diagnostics import Diagnosis
 from pyro_flows.diagnostics.diagnose import weigh
+from pyro_flows.diagnostics.division import Division
 from pyro_flows.diagnostics.search import SearchResult
 from pyro_flows.importance.weights import ImportanceSampler
 from pyro_flows.models.traces import NO_DENSITY
@@ -64,6 +65,7 @@ def first_verdict(
             return None
         not_searched = SearchResult(None, "fit leaves that to diagnose")
         try:
-            return weigh(sampler, guide, num_draws, not_searched, progress=False)
+            alone = Division("fit", distributed=False, num_samples=num_draws, seed=None)
+            return weigh(sampler, guide, not_searched, alone, progress=False)
         except KeyboardInterrupt:
             return None

@@ -25,14 +25,16 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import SVI, Trace_ELBO
-from pyro.infer.autoguide import AutoNormal, init_to_sample
+from pyro.infer.autoguide import AutoNormal, init_to_sample, init_to_value
 from pyro.optim import Adam
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from pyro_flows import AutoFlowGuide, CompiledSVI, fit, until_converged
+from pyro_flows import AutoFlowGuide, CompiledSVI, Diagnosis, compare, diagnose, fit, until_converged
 from pyro_flows.compiled.graph import LossGraph
+from pyro_flows.diagnostics import division
 from pyro_flows.distributed import DistributedOptim, broadcast_parameters, disjoint_subsamples
+from pyro_flows.importance.weights import Draws, ImportanceSampler
 from pyro_flows.starts import plates
 from pyro_flows.training import EstimateSettings, FitProgress, FitSettings, ScheduleSettings, TrainerSettings
 from pyro_flows.training.trainer import Trainer
@@ -351,6 +353,101 @@ def fit_killed(folder: Path) -> dict[str, Any]:
     Trainer._step = take
     guide = AutoFlowGuide(schools)
     return end(guide, fit(schools, guide, (SCHOOLS,), checkpoint=folder / "run.pt", **OPTIONS))
+
+
+def diagnosed(distributed: bool = True, **options: Any) -> Diagnosis:
+    """Of a guide that is the same in all processes, near the posterior."""
+    torch.manual_seed(0)
+    guide = AutoFlowGuide(schools)
+    fit(schools, guide, (SCHOOLS,), distributed=False, num_steps=100, compile=False, seed=0, progress=False)
+    options = {"seed": 3, "progress": False, "distributed": distributed, **options}
+    return diagnose(schools, guide, (SCHOOLS,), **options)
+
+
+def diagnose_schools(folder: Path) -> dict[str, Any]:
+    """In shares of unequal lengths, in chunks."""
+    taken = []
+    chunks = ImportanceSampler.chunks
+
+    def note(self: ImportanceSampler, num_samples: int, *, progress: bool) -> Iterator[Draws]:
+        taken.append(num_samples)
+        self.chunk = 300
+        return chunks(self, num_samples, progress=progress)
+
+    ImportanceSampler.chunks = note
+    try:
+        found = [diagnosed(num_samples=2001, search=False) for _ in range(2)]
+    finally:
+        ImportanceSampler.chunks = chunks
+    return {"diagnosis": found[0], "again": found[1], "taken": taken}
+
+
+def two_modes() -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(z.abs(), 0.1), obs=torch.tensor(1.0))
+
+
+def diagnose_searched(folder: Path) -> dict[str, Any]:
+    """Of a guide that has one of two modes; without a seed."""
+    pyro.set_rng_seed(int(os.environ["RANK"]))
+    start = init_to_value(values={"z": torch.tensor(1.0)})
+    guide = AutoFlowGuide(two_modes, "diagonal_normal", init_loc_fn=start, init_scale=0.1).setup()
+    return {"diagnosis": diagnose(two_modes, guide, progress=False, distributed=True)}
+
+
+def diagnose_subsampled(folder: Path) -> dict[str, Any]:
+    """Each chunk is a mini-batch."""
+    pyro.set_rng_seed(0)
+    y = 2.0 * normal(41)
+    guide = AutoFlowGuide(groups, create_plates=lambda y: pyro.plate("groups", len(y), subsample_size=5)).setup(y)
+    return {"diagnosis": diagnose(groups, guide, (y,), seed=0, num_samples=1000, distributed=True)}
+
+
+def compare_schools(folder: Path) -> dict[str, Any]:
+    pyro.set_rng_seed(0)
+    guides = {name: AutoFlowGuide(schools, name).setup(SCHOOLS) for name in ("diagonal_normal", "full_rank_normal")}
+    found = compare(schools, guides, (SCHOOLS,), num_samples=400, search=False, seed=0, distributed=True)
+    return {"text": str(found), "weights": [row.diagnosis.log_weights for row in found]}
+
+
+def diagnose_refused(folder: Path) -> dict[str, Any]:
+    """Messages of what does not fit together, and of errors in one process."""
+    rank = int(os.environ["RANK"])
+
+    def fails(y: Tensor, when: bool) -> None:
+        if when and rank:
+            raise KeyError("here")
+        schools(y)
+
+    def refuses(*_: Any, **__: Any) -> Any:
+        raise KeyError("there")
+
+    pyro.set_rng_seed(rank)
+    guide = AutoFlowGuide(schools, init_loc_fn=init_to_sample).setup(SCHOOLS)
+    pyro.set_rng_seed(0)
+    same = AutoFlowGuide(schools).setup(SCHOOLS)
+    options = {"distributed": True, "seed": 0, "progress": False}
+    module = sys.modules["pyro_flows.diagnostics.diagnose"]
+    calls = {
+        "options": lambda: diagnose(schools, same, (SCHOOLS,), **options, num_samples=1000 + rank),
+        "draws": lambda: diagnose(schools, same, (SCHOOLS,), **{**options, "num_samples": 100}),
+        "data": lambda: diagnose(schools, same, (SCHOOLS + rank,), **options),
+        "parameters": lambda: diagnose(schools, guide, (SCHOOLS,), **options),
+        "one": lambda: diagnose(fails, AutoFlowGuide(fails), (SCHOOLS, True), **options),
+        "first": lambda: diagnose(schools, same, (SCHOOLS,), **options),
+    }
+    found: dict[str, Any] = {}
+    before = module.search_regions, division.SETTINGS
+    for name, call in calls.items():
+        module.search_regions = refuses if name == "first" else before[0]
+        division.SETTINGS = replace(before[1], min_draws=51)
+        try:
+            call()
+            found[name] = ("nothing", "")
+        except (ValueError, KeyError, RuntimeError) as error:
+            found[name] = (type(error).__name__, str(error))
+    module.search_regions, division.SETTINGS = before
+    return found
 
 
 def svi(folder: Path, kind: type[SVI] = SVI) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import torch
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal, init_to_sample
 
-from pyro_flows import AutoFlowGuide, _files, fit
+from pyro_flows import AutoFlowGuide, Diagnosis, _files, fit
 from pyro_flows.distributed.processes import Processes
 from pyro_flows.training.trainer import Trainer
 from tests.distributed import programs
@@ -36,6 +37,7 @@ TOGETHER = (
     *("fit_nested", "fit_resumed", "fit_own_data", "fit_sampler", "fit_interrupted", "fit_late", "fit_stopped"),
     "rows_of_a_start",
     *("svi", "svi_broadcast", "compiled_svi", "svi_until_converged", "fit_refused", "fit_alone", "ddp_recipe"),
+    *("diagnose_schools", "diagnose_searched", "diagnose_subsampled", "diagnose_refused", "compare_schools"),
 )
 
 
@@ -218,6 +220,77 @@ def test_what_does_not_fit_together_is_refused_in_both(both):
 
 def test_processes_may_train_alone(both):
     assert [each["steps"] for each in both["fit_alone"]] == [5, 6]
+
+
+def near(one: Diagnosis, other: Diagnosis) -> None:
+    """Estimates by independent draws are within four standard errors of their difference."""
+    for name in ("elbo", "log_evidence"):
+        error = math.hypot(*(getattr(each, f"{name}_se") for each in (one, other)))
+        assert abs(getattr(one, name) - getattr(other, name)) < 4 * error
+    for name, site in one.sites.items():
+        found = other.sites[name]
+        error = math.sqrt(2.0 / len(one.log_weights)) * site.sd
+        assert ((site.mean - found.mean).abs() < 4 * error).all()
+
+
+@pytest.mark.parametrize("name", ["diagnose_schools", "diagnose_searched", "diagnose_subsampled"])
+def test_processes_get_the_same_diagnosis(both, name):
+    first, second = (vars(found["diagnosis"]) for found in both[name])
+    assert str(both[name][0]["diagnosis"]) == str(both[name][1]["diagnosis"])
+    torch.testing.assert_close(first["log_weights"], second["log_weights"], rtol=0.0, atol=0.0)
+    for site, summary in first["sites"].items():
+        one, other = ({k: v for k, v in vars(each).items() if k != "name"} for each in (summary, second["sites"][site]))
+        torch.testing.assert_close(one, other, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def test_draws_of_a_diagnosis_are_divided(both):
+    """Their estimates are those of one process, with other noise; the order of sums aside, they are the draws' own."""
+    with programs.double_precision():
+        alone = programs.diagnosed(distributed=False, num_samples=2001, search=False)
+    for rank, found in enumerate(both["diagnose_schools"]):
+        assert found["taken"][1::2] == [1000 + rank] * 2  # after those of the verdict of fit
+        same({"w": found["diagnosis"].log_weights}, {"w": found["again"].log_weights})
+    diagnosis = found["diagnosis"]
+    weights = diagnosis.log_weights
+    assert len(weights) == 2001 and len(weights.unique()) == 2001  # each process has noise of its own
+    assert diagnosis.elbo == pytest.approx(weights.mean().item())
+    assert diagnosis.log_evidence == pytest.approx((weights.logsumexp(0) - math.log(2001)).item())
+    near(diagnosis, alone)
+    assert diagnosis.verdict == alone.verdict
+
+
+def test_a_mode_that_the_first_process_finds_counts_for_the_draws_of_all(both):
+    found = both["diagnose_searched"][0]["diagnosis"]
+    (lost,) = found.lost
+    assert found.verdict == "start elsewhere" and lost.share == pytest.approx(0.5, abs=0.02)
+    assert lost.values["z"].item() == pytest.approx(-1.0, abs=0.1)
+    evidence = math.log(2.0) + torch.distributions.Normal(0.0, math.sqrt(1.01)).log_prob(torch.tensor(1.0)).item()
+    assert abs(found.log_evidence - evidence) < 4 * found.log_evidence_se
+
+
+def test_a_comparison_of_processes_is_one(both):
+    first, second = both["compare_schools"]
+    assert first["text"] == second["text"] and "full_rank_normal" in first["text"]
+    same({"w": torch.stack(first["weights"])}, {"w": torch.stack(second["weights"])})
+    assert [len(each.unique()) for each in first["weights"]] == [400, 400]
+
+
+def test_a_diagnosis_that_does_not_fit_together_is_refused_in_both(both):
+    expected = {
+        "options": (("ValueError", "the same options"), ("ValueError", "the same options")),
+        "draws": (("ValueError", "51 draws in each of 2"), ("ValueError", "51 draws in each of 2")),
+        "data": (("ValueError", "the same data and parameters"), ("ValueError", "args[0] is Tensor of shape (8,)")),
+        "parameters": (
+            ("ValueError", "of the model and the guide is"),
+            ("ValueError", "of the model and the guide is"),
+        ),
+        "one": (("RuntimeError", "process 1 has failed (KeyError: 'here')"), ("KeyError", "'here'")),
+        "first": (("KeyError", "'there'"), ("RuntimeError", "process 0 has failed (KeyError: 'there')")),
+    }
+    for rank, found in enumerate(both["diagnose_refused"]):
+        for name, texts in expected.items():
+            kind, text = texts[rank]
+            assert found[name][0] == kind and text in found[name][1], (name, found[name])
 
 
 def test_a_killed_process_ends_both_and_the_run_goes_on(both, tmp_path):

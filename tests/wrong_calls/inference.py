@@ -501,6 +501,16 @@ DIAGNOSTICS: dict[str, Row] = {
         NotImplementedError,
         r"expected the guide to draw latent site 'y', but it does not. If it is data, pass them: args=\(y,\)",
     ),
+    "diagnose, distributed is a word": (
+        lambda: report(distributed="yes"),
+        TypeError,
+        "diagnose: expected distributed to be True or False, but got 'yes'",
+    ),
+    "compare, distributed is None": (
+        lambda: table({"a": ready()}, distributed=None),
+        TypeError,
+        "compare: expected distributed to be True or False, but got None",
+    ),
     "diagnose, num_samples of 99": (lambda: report(num_samples=99), ValueError, "num_samples to be an integer >= 100"),
     **{
         f"compare, guides is {name}": (

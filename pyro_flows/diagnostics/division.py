@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L7. How processes share a diagnosis: all draw, with noise of their own, and the first one judges."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from pyro_flows._random import seed_of, seeded
+from pyro_flows.compiled.parameters import leaves_of, state_of, trial
+from pyro_flows.diagnostics.search import SearchResult
+from pyro_flows.diagnostics.sites import SiteTally
+from pyro_flows.distributed.processes import Processes
+from pyro_flows.importance.weights import Draws, ImportanceSampler
+from pyro_flows.models.fingerprint import data_difference, describe_data
+from pyro_flows.models.particles import at_a_draw
+
+__all__ = ["Division", "DivisionSettings"]
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class DivisionSettings:
+    """When draws can be divided.
+
+    Attributes:
+        min_draws: Smallest number of draws of a process: from the first draws of the first one, all take the scale of
+            a site's bulk, which is a central 68 % interval.
+    """
+
+    min_draws: int = 50
+
+
+SETTINGS = DivisionSettings()
+
+
+class Division:
+    """The processes that share a diagnosis; or this one alone, whose draws are as without a division.
+
+    Args:
+        owner: Name of the public function, for errors.
+        distributed: Whether the processes of the default group take part; all of them call the same methods then.
+        num_samples: Number of draws on all processes together.
+        seed: Seed of the diagnosis; None draws it in the first process.
+        others: Further options, the same in all processes.
+
+    Attributes:
+        processes: The processes.
+        seed: The seed, where several processes have agreed on it.
+
+    Raises:
+        ValueError: If processes call with other options, or there are too few draws for each.
+    """
+
+    def __init__(self, owner: str, *, distributed: bool, num_samples: int, seed: int | None, **others: Any) -> None:
+        self.processes = Processes.of_group(owner) if distributed else Processes(owner)
+        self.num_samples, self.seed, self._called = num_samples, seed, 0
+        if self.processes.size == 1:
+            return
+        options = {"num_samples": num_samples, "seed": seed, **others}
+        for rank, found in enumerate(self.processes.gather(options)):
+            if found != options:
+                raise ValueError(
+                    f"{owner}: expected the same options in all processes, but got {options} in process "
+                    f"{self.processes.rank} and {found} in process {rank}. Pass the same; without distributed=True a "
+                    "process works by itself."
+                )
+        least = SETTINGS.min_draws * self.processes.size
+        if num_samples < least:
+            raise ValueError(
+                f"{owner}: expected {SETTINGS.min_draws} draws in each of {self.processes.size} processes at least, "
+                f"but got num_samples={num_samples}. Write num_samples={least}, or more."
+            )
+        if seed is None:
+            self.seed = self.processes.broadcast(int(torch.randint(2**31, ())))
+
+    def check(
+        self,
+        model: Callable[..., Any],
+        guides: Mapping[str, Callable[..., Any]],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        """Raise ValueError in all processes unless data and parameters of the model and the guides are the same.
+
+        Args:
+            model: The model.
+            guides: How error messages call a guide -> guide.
+            args: The model's arguments.
+            kwargs: The model's keyword arguments.
+        """
+        if self.processes.size == 1:
+            return
+
+        def described() -> dict[str, str]:
+            found = describe_data([(args, kwargs)])
+            for name, guide in guides.items():
+                with trial(state_of(model, guide)), torch.no_grad():
+                    leaves = [*leaves_of(guide, args, kwargs), *leaves_of(at_a_draw(model, guide), args, kwargs)]
+                named = {f"parameter {i} of the model and {name}": leaf.detach() for i, leaf in enumerate(leaves)}
+                found |= describe_data([((), named)])
+            return found
+
+        own = self.processes.each(described)
+        for rank, found in enumerate(self.processes.gather(own)):
+            difference = data_difference(found, own)
+            if difference:
+                raise ValueError(
+                    f"{self.processes.owner}: expected the same data and parameters in all processes, which share the "
+                    f"draws, but {difference}, in processes {rank} and {self.processes.rank}. Load the same guide "
+                    "in all; without distributed=True a process works by itself."
+                )
+
+    def sampler(
+        self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
+    ) -> ImportanceSampler:
+        """A sampler of the model and a guide; if there is none in one process, an error in all."""
+        return self.processes.each(lambda: ImportanceSampler(self.processes.owner, model, guide, args, kwargs))
+
+    def search(self, work: Callable[[], SearchResult], sampler: ImportanceSampler) -> SearchResult:
+        """The regions that the first process finds, on the device of a sampler's draws."""
+        if self.processes.size == 1:
+            return work()
+        found = self.first(lambda: work().to("cpu"))
+        return found.to(next(iter(sampler.draw(1).values.values())).device)
+
+    def sample(
+        self, sampler: ImportanceSampler, tally: SiteTally, draw: Callable[[Iterator[Draws]], Value], *, progress: bool
+    ) -> tuple[list[Value], Draws]:
+        """Results of a function for the draws of each process, and the first draws of this process.
+
+        Args:
+            sampler: Sampler of the model and a guide.
+            tally: To which the function adds its draws; in the end that of the first process has all of them.
+            draw: Function from draws in chunks to a result without tensors of another device than the CPU.
+            progress: Whether to show a progress bar.
+        """
+        processes = self.processes
+        count, rank, size = self.num_samples, processes.rank, processes.size
+        self._called += 1
+        first: Draws | None = None
+
+        def noted(chunks: Iterator[Draws]) -> Iterator[Draws]:
+            nonlocal first
+            for draws in chunks:
+                first = first or draws
+                yield draws
+
+        if size == 1:
+            results = [draw(noted(sampler.chunks(count, progress=progress)))]
+        else:
+            assert self.seed is not None
+            with seeded(seed_of(self.seed, self._called, rank)):
+                share = count * (rank + 1) // size - count * rank // size
+                chunks = noted(sampler.chunks(share, progress=progress and processes.is_first))
+                begin = processes.each(lambda: next(chunks))
+                origin = processes.each(lambda: tally.origin(begin) if processes.is_first else [])
+                tally.begin(processes.broadcast(origin), begin)
+                own = processes.each(lambda: draw(itertools.chain([begin], chunks)))
+            found = processes.gather((own, tally.state))
+            results = [result for result, _ in found]
+            for _, state in found[1:] if processes.is_first else ():
+                tally.merge(state)
+        assert first is not None
+        return results, first
+
+    def first(self, work: Callable[[], Value]) -> Value:
+        """What a function returns in the first process, which alone calls it."""
+        found = self.processes.each(lambda: work() if self.processes.is_first else None)
+        return self.processes.broadcast(found)  # type: ignore[return-value]
