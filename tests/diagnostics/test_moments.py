@@ -28,6 +28,24 @@ def test_a_draw_that_overflows_without_density_is_left_out() -> None:
     assert shifted.errors_against(dirty).shift == pytest.approx(1.0, abs=0.1)
 
 
+def test_sums_of_two_about_one_center_are_merged() -> None:
+    """Also where one has a density only at the other's draws, or weights that would overflow beside the other's."""
+    draws, log_weights = torch.randn(1000, 3, dtype=torch.double), torch.randn(1000, 1, dtype=torch.double)
+    log_weights[:400] += 1000.0
+    none = torch.full_like(log_weights, -math.inf)
+    for weights in (log_weights, torch.where(torch.arange(1000)[:, None] < 400, none, log_weights)):
+        whole, center = Moments(), draws[:400].median(0).values
+        whole.add(draws, weights)
+        for order in ((slice(400), slice(400, None)), (slice(400, None), slice(400))):
+            first, second = Moments(center), Moments(center)
+            for part, where in zip((first, second), order, strict=True):
+                part.add(draws[where], weights[where])
+            first.merge(second.state)
+            torch.testing.assert_close(first.plain, whole.plain)
+            torch.testing.assert_close(first.weighted, whole.weighted)
+            torch.testing.assert_close(first.errors(), whole.errors())
+
+
 def test_an_unknown_error_is_infinite_and_that_of_a_constant_zero() -> None:
     overflown, zero = Moments(), Moments()
     overflown.add(torch.tensor([0.0, 1.0, math.inf]), torch.zeros(3))

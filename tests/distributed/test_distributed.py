@@ -377,6 +377,31 @@ def test_what_the_first_process_raises_is_raised_in_both(raised, found, monkeypa
         assert told.type is found
 
 
+@pytest.mark.parametrize(
+    ("raised", "found"),
+    [(UnicodeError("here"), ValueError), (NotImplementedError("here"), NotImplementedError), (KeyError("here"), None)],
+    ids=["value", "not implemented", "other"],
+)
+def test_what_one_process_raises_is_an_error_in_the_other(raised, found, monkeypatch):
+    sent = []
+
+    def gather(self, value):
+        sent.append(value)
+        return [None, value] if self.rank else [None, sent[0]]
+
+    def fail():
+        raise raised
+
+    monkeypatch.setattr(Processes, "gather", gather)
+    with pytest.raises(type(raised)) as told:
+        Processes("diagnose", 1, 2).each(fail)
+    assert told.value is raised
+    with pytest.raises(found or RuntimeError, match=r"diagnose: .* process 1 has failed \(\w+: '?here"):
+        Processes("diagnose", 0, 2).each(lambda: 1)
+    monkeypatch.setattr(Processes, "gather", lambda self, value: [None, None])
+    assert Processes("diagnose", 0, 2).each(lambda: 1) == 1
+
+
 def test_a_warning_says_that_processes_are_no_group(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
