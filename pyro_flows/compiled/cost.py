@@ -22,11 +22,13 @@ class StepCost:
 
     Attributes:
         operations: Their number, views included.
-        elements: Number of elements of their results, each times the length of the sum that it is in a matrix product.
+        elements: Number of elements of their results, matrix products left out.
+        products: Number of multiplications in matrix products.
     """
 
     operations: int = 0
     elements: int = 0
+    products: int = 0
 
 
 class OperationCounter(TorchDispatchMode):
@@ -38,11 +40,11 @@ class OperationCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        elements = 0
+        cost, elements, products = self.cost, 0, 0
         if not func.is_view:
             parts = found if isinstance(found, (list, tuple)) else (found,)
             elements = sum(part.numel() for part in parts if isinstance(part, Tensor))
             if func in PRODUCTS:
-                elements *= args[-2].shape[-1]
-        self.cost = StepCost(self.cost.operations + 1, self.cost.elements + elements)
+                elements, products = 0, elements * args[-2].shape[-1]
+        self.cost = StepCost(cost.operations + 1, cost.elements + elements, cost.products + products)
         return found

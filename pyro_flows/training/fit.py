@@ -54,7 +54,7 @@ from pyro_flows.training.trainer import Trainer
 from pyro_flows.training.verdict import first_verdict
 from pyro_flows.training.weighted_fit import train_weighted
 from pyro_flows.training.weighted_objective import ELBO, OBJECTIVES, WeightedObjective, check_weighted
-from pyro_flows.training.wider import gap_to_close, train_wider, widened
+from pyro_flows.training.wider import can_widen, gap_to_close, train_wider, widened
 
 __all__ = ["fit"]
 
@@ -273,7 +273,13 @@ def fit(
                     monitor=monitor,
                 )
                 trainer = make_trainer(elbo, num_particles, tables=tables)
-                schedule = make_schedule(trainer, anneal=anneal, settings=settings.schedule)
+                is_open = num_steps is None and target_gap < math.inf and can_widen(elbo)
+                schedule = make_schedule(
+                    trainer,
+                    anneal=anneal,
+                    settings=settings.schedule,
+                    gap_to_leave=target_gap if is_open else None,
+                )
                 if state is None:
                     file.run.options = options
                     schedule.begin()

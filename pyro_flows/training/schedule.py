@@ -36,6 +36,8 @@ class Schedule:
         anneal: Whether the first cycle begins with a flattened log joint.
         monitor: The progress bar and the user's callback.
         settings: Lengths of cycles, and criteria of convergence.
+        gap_to_leave: Gap in nats above which a wider flow goes on; None if there is none that can. Where more than the
+            next cycle may gain is left above it, steps of this flow are wasted.
 
     Attributes:
         earlier_cycles: Number of cycles of the parts of the run before, which the user sees counted along.
@@ -51,6 +53,7 @@ class Schedule:
         anneal: bool,
         monitor: Monitor,
         settings: ScheduleSettings | None = None,
+        gap_to_leave: float | None = None,
     ) -> None:
         self.settings = settings or ScheduleSettings()
         self.trainer = trainer
@@ -60,6 +63,7 @@ class Schedule:
         self.anneal = anneal
         self.monitor, self.num_steps = monitor, num_steps
         self.earlier_cycles = 0
+        self._gap_to_leave = gap_to_leave
         self._processes = trainer.objective.parts.processes
         # Heeded by all processes after the same step: Ctrl-C in any, and the first one's clock.
         trainer.wishes = lambda: [interrupts.is_pending, interrupts.is_late, checkpoint.is_due]
@@ -248,6 +252,8 @@ class Schedule:
             state.reason = f"converged: log weights have a standard deviation of {math.sqrt(now.variance):.3f} nats"
         elif is_worse:
             trainer.roll_back(state.best_point)
+        elif done >= self.settings.patience and self._is_for_a_wider_flow(now, gain):
+            state.reason = f"the next cycle would leave more than {self._gap_to_leave:g} nats"
         elif self.num_steps is None and done >= self.settings.patience and not self._is_worth_more(gain, error):
             if target is not None and self._gained_before():  # a gap is left: once more, at a lower rate
                 state.learning_rate /= 2
@@ -282,9 +288,20 @@ class Schedule:
         state = self.trainer.state
         if gain < max(self._tolerance(state.lengths[state.cycle]), 2 * error):
             return False
-        falls = min(gain / state.last_gain, 1.0) if state.last_gain > 0 else 1.0
         ahead = state.lengths[state.cycle + 1 : state.cycle + 2]
-        return gain * falls > 0.5 * self._tolerance(sum(ahead))
+        return self._next_gain(gain) > 0.5 * self._tolerance(sum(ahead))
+
+    def _next_gain(self, gain: float) -> float:
+        """Gain of the next cycle, if gains go on falling as they did."""
+        last = self.trainer.state.last_gain
+        return gain * (min(gain / last, 1.0) if last > 0 else 1.0)
+
+    def _is_for_a_wider_flow(self, now: Estimate, gain: float) -> bool:
+        """Whether the next cycle will probably leave too large a gap, which a wider flow may close."""
+        if self._gap_to_leave is None:
+            return False
+        enough = self._gap_to_leave + max(self._next_gain(gain), 0.0)
+        return now.variance / 2 > enough and self.objective.gap() > enough  # the former costs no draws
 
     def _gained_before(self) -> bool:
         """Whether the cycle before this one gained more than the tolerance, or is the first, which tells nothing."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import astuple, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -122,7 +122,7 @@ class TrainingState:
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         for name in ESTIMATES:
             values[name] = None if values[name] is None else tuple(values[name])
-        values["cost"] = None if self.cost is None else (self.cost.operations, self.cost.elements)
+        values["cost"] = None if self.cost is None else astuple(self.cost)
         return values
 
     @classmethod

@@ -59,14 +59,13 @@ class TrainerSettings(Settings):
         eager_operation: Seconds that an operation of an eager step takes, Pyro's share included. These times are
             estimates, for a core of 2023: measured ones would differ from run to run, and with them what is recorded
             and how it is rounded, so that neither a seed nor a checkpoint would reproduce a run.
-        recorded_operation: The same in a recorded step.
-        element: Seconds that an element of an operation's result takes, in addition.
+        element: Seconds that an element of its result, or a product in a matrix product, takes in addition.
         min_steps_to_record: Smallest number of remaining steps for which a step is recorded: recording takes as long as
             a hundred eager steps, and halves the time of those that follow.
         min_seconds_to_record: Smallest time in seconds that the remaining eager steps would take.
-        eager_saving: Fraction of an eager step's time that compilation saves.
-        recorded_saving: Fraction of a recorded step's time that compilation saves.
-        compile_seconds: Seconds that the compiler takes per operation of the graph, on two cores.
+        saved_operation: Seconds that compilation saves per operation of a recorded step.
+        saved_element: Seconds that it saves per element of its result, in addition; none in matrix products.
+        compile_seconds: Seconds that the compiler takes per operation, on one core: as long as some 15,000 small steps.
     """
 
     clip: float = 2.0
@@ -81,13 +80,12 @@ class TrainerSettings(Settings):
     max_failures: int = 10
     initial_temperature: float = 30.0
     eager_operation: float = 6e-6
-    recorded_operation: float = 2e-6
     element: float = 3e-10
     min_steps_to_record: int = 200
     min_seconds_to_record: float = 2.0
-    eager_saving: float = 0.85
-    recorded_saving: float = 0.7
-    compile_seconds: float = 0.009
+    saved_operation: float = 1e-6
+    saved_element: float = 1.5e-10
+    compile_seconds: float = 0.015
 
     def rate(self, progress: float) -> float:
         """Ratio of the learning rate to its peak, after a fraction of the cycle in [0, 1]: rises linearly, then falls
@@ -97,10 +95,13 @@ class TrainerSettings(Settings):
         down = (progress - self.warmup) / (1.0 - self.warmup)
         return self.final_rate + (1.0 - self.final_rate) * 0.5 * (1.0 + math.cos(math.pi * down))
 
-    def seconds(self, cost: StepCost, *, recorded: bool) -> float:
-        """Approximate time of a step."""
-        operation = self.recorded_operation if recorded else self.eager_operation
-        return cost.operations * operation + cost.elements * self.element
+    def seconds(self, cost: StepCost) -> float:
+        """Approximate time of an eager step."""
+        return cost.operations * self.eager_operation + (cost.elements + cost.products) * self.element
+
+    def saved_seconds(self, cost: StepCost) -> float:
+        """Approximate time that compilation saves in a recorded step."""
+        return cost.operations * self.saved_operation + cost.elements * self.saved_element
 
     def inverse_temperature(self, progress: float) -> float:
         """Factor of the log joint, in (0, 1], after a fraction of an annealed cycle in [0, 1]."""
@@ -223,10 +224,10 @@ class Trainer:
         if self._compile is False or state.is_step_kind_final or not (asked or state.cost):
             return
         is_new = state.step_kind == "eager"
-        ahead = math.inf if state.cost is None else steps_left * settings.seconds(state.cost, recorded=not is_new)
         if is_new:
-            pays = steps_left >= settings.min_steps_to_record and ahead >= settings.min_seconds_to_record
-            if not (asked or pays):
+            seconds = 0.0 if state.cost is None else steps_left * settings.seconds(state.cost)
+            is_short = steps_left < settings.min_steps_to_record or seconds < settings.min_seconds_to_record
+            if is_short and not asked:
                 return
             failure = self._record()
             if failure:
@@ -240,8 +241,8 @@ class Trainer:
                 self._optimizers.join(self.objective.recorded_leaves, before)
         graph = self.objective.graph
         assert graph is not None
-        saving = settings.eager_saving if is_new else settings.recorded_saving
-        if asked or ahead * saving > graph.num_operations * settings.compile_seconds:
+        saved = 0.0 if state.cost is None else steps_left * settings.saved_seconds(state.cost)
+        if asked or saved > graph.num_operations * settings.compile_seconds:
             state.is_step_kind_final = True
             try:
                 self.objective.compile()

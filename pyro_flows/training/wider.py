@@ -20,7 +20,7 @@ from pyro_flows.training.result import Widening
 from pyro_flows.training.schedule import Schedule
 from pyro_flows.training.trainer import Trainer
 
-__all__ = ["WiderSettings", "gap_to_close", "train_wider", "widened"]
+__all__ = ["WiderSettings", "can_widen", "gap_to_close", "train_wider", "widened"]
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,20 @@ class WiderSettings(Settings):
     more_particles: int = 4
 
 
+def can_widen(objective: Objective) -> bool:
+    """Whether a wider flow may close a gap.
+
+    None does with mini-batches or a model that is trained along, where the ELBO does not tell a gap; nor where draws
+    are run one by one, so that a step has too few of them.
+    """
+    is_suited = objective.vectorized and not objective.subsampled and not objective.trains_model
+    return is_suited and isinstance(objective.guide, AutoFlowGuide) and objective.guide.posterior.can_widen
+
+
 def gap_to_close(schedule: Schedule, file: Checkpoint) -> float | None:
     """The gap that a finished run has left, in nats, if it is above the target and a wider flow may help; else None.
 
-    There is no wider flow with mini-batches or a model that is trained along, where the ELBO does not tell a gap; where
-    the number of steps was given; where draws are run one by one, so that a step has too few of them; where the guide
+    Beside what :func:`can_widen` says, there is no wider flow where the number of steps was given; where the guide
     leaves latents to the model; and in runs that were finished before there were wider flows.
 
     Args:
@@ -53,8 +62,7 @@ def gap_to_close(schedule: Schedule, file: Checkpoint) -> float | None:
         file: The checkpoint, whose run has a gap that is small enough, and may have a wider flow already.
     """
     objective = schedule.objective
-    is_suited = objective.vectorized and not objective.subsampled and not objective.trains_model
-    if not (is_suited and isinstance(objective.guide, AutoFlowGuide) and objective.guide.posterior.can_widen):
+    if not can_widen(objective):
         return None
     is_wide = file.run.wider is not None
     is_over = schedule.num_steps is not None or schedule.was_stopped or file.run.weighted is not None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from pyro_flows import AutoFlowGuide, VectorizedTrace_ELBO, fit
+from pyro_flows.compiled.cost import OperationCounter, StepCost
 from pyro_flows.compiled.graph import LossGraph, used_leaves
 from pyro_flows.compiled.parameters import FlatParameter, state_of, trial
 from pyro_flows.compiled.script import to_script
@@ -183,6 +184,38 @@ def test_fit_is_the_same_with_and_without_it(monkeypatch: pytest.MonkeyPatch) ->
         losses.append(fit(regression, guide, (Y,), **options).losses)
     assert used == [True]
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("compile_seconds, compiles", [(1e-9, True), (TrainerSettings().compile_seconds, False)])
+def test_fit_compiles_where_that_saves_time(
+    monkeypatch: pytest.MonkeyPatch, compile_seconds: float, compiles: bool
+) -> None:
+    """A compiler of some twenty seconds was called to save two of them, where recorded steps are quick."""
+    called = []
+    monkeypatch.setattr(Objective, "compile", lambda self: called.append(self))
+    trainer = TrainerSettings(min_steps_to_record=0, min_seconds_to_record=0.0, compile_seconds=compile_seconds)
+    pyro.clear_param_store()
+    options = {"num_steps": 2000, "num_particles": 2, "seed": 0, "progress": False}
+    fit(regression, AutoNormal(regression), (Y,), settings=FitSettings(trainer=trainer), **options)
+    assert (len(called) > 0) == compiles
+
+
+def test_what_compilation_saves_is_not_in_matrix_products() -> None:
+    """Measured: 3.4 ms of a step of 1607 operations became 1.1 compiled, in a compiler's 26 seconds; 16.8 of one of
+    2829 operations became 12.9."""
+    settings = TrainerSettings()
+    for cost, saved in [
+        (StepCost(1607, 2_000_000, 12_600_000), 2.3e-3),
+        (StepCost(2829, 30_200_000, 132_000_000), 3.9e-3),
+    ]:
+        assert saved / 2 < settings.saved_seconds(cost) < 2 * saved
+
+
+def test_costs_tell_products_from_other_operations() -> None:
+    x, y = torch.randn(3, 4), torch.randn(4, 5)
+    with OperationCounter() as counter:
+        (x @ y).exp().t()
+    assert counter.cost == StepCost(operations=3, elements=15, products=60)
 
 
 @pytest.mark.slow

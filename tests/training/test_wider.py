@@ -28,6 +28,7 @@ from pyro_flows.training import (
 )
 from pyro_flows.training.batches import Batches
 from pyro_flows.training.objective import Objective
+from pyro_flows.training.schedule import Schedule
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.training.wider import widened
 from tests.common import schools
@@ -113,6 +114,20 @@ def test_a_cycle_in_vain_is_followed_by_one_at_a_lower_rate(target_gap: float | 
     fit(schools, AutoFlowGuide(schools), (Y,), callback=seen.append, target_gap=math.inf, learning_rate=1e-6, **options)
     assert [progress.learning_rate for progress in seen][:2] == [1e-6 * rate for rate in rates]
     assert (len(seen) > 2) == (target_gap is not None)
+
+
+@pytest.mark.parametrize("target_gap, steps", [(1e-9, 10), (math.inf, 40)])
+def test_a_flow_that_will_leave_a_gap_is_not_trained_to_its_end(
+    monkeypatch: pytest.MonkeyPatch, target_gap: float, steps: int
+) -> None:
+    """Most of a run's steps, and a compilation, went to a flow that a wider one replaced anyway."""
+    monkeypatch.setattr(Schedule, "_is_worth_more", lambda *args: True)
+    slow = ScheduleSettings(first_cycle=5, max_steps=40, patience=5, max_gap_of_start=1e-12, min_gain=1e-9)
+    options = {**OPTIONS, "settings": replace(SHORT, schedule=slow), "learning_rate": 1e-4}
+    pyro.clear_param_store()
+    result = fit(schools, AutoFlowGuide(schools), (Y,), target_gap=target_gap, **options)
+    assert result.steps - (result.widening.steps if result.widening else 0) == steps
+    assert (result.widening is None) == (target_gap == math.inf)
 
 
 def test_no_wider_flow_for_a_guide_of_some_of_the_latents() -> None:
