@@ -51,8 +51,7 @@ class TrainerSettings(Settings):
         table_eps: Adam's eps for the parameter tables of local latents, in nats per unit of their parameters, > 0. A
             row is updated once per pass; gradients below eps move it in proportion to their size, since steps by the
             gradient's sign would not converge.
-        max_failures: Number of steps, from the first on, without a finite loss and gradient after which training gives
-            up, >= 1.
+        max_failures: Number of first steps without a finite loss and gradient after which training gives up, >= 1.
         initial_temperature: Temperature at which annealing begins, >= 1; it falls geometrically to 1 in half of the
             cycle. Rezende, Mohamed. Variational inference with normalizing flows. ICML 2015. arXiv:1505.05770,
             eq. (20), for annealing.
