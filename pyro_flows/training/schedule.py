@@ -36,8 +36,8 @@ class Schedule:
         anneal: Whether the first cycle begins with a flattened log joint.
         monitor: The progress bar and the user's callback.
         settings: Lengths of cycles, and criteria of convergence.
-        gap_to_leave: Gap in nats above which a wider flow goes on; None if there is none that can. Where more than the
-            next cycle may gain is left above it, steps of this flow are wasted.
+        gap_to_leave: Gap in nats above which a wider flow goes on; None if there is none that can. Where all cycles
+            to come would leave more, these steps are not taken.
 
     Attributes:
         earlier_cycles: Number of cycles of the parts of the run before, which the user sees counted along.
@@ -253,7 +253,7 @@ class Schedule:
         elif is_worse:
             trainer.roll_back(state.best_point)
         elif done >= self.settings.patience and self._is_for_a_wider_flow(now, gain):
-            state.reason = f"the next cycle would leave more than {self._gap_to_leave:g} nats"
+            state.reason = f"further steps would leave a gap of more than {self._gap_to_leave:g} nats"
         elif self.num_steps is None and done >= self.settings.patience and not self._is_worth_more(gain, error):
             if target is not None and self._gained_before():  # a gap is left: once more, at a lower rate
                 state.learning_rate /= 2
@@ -289,18 +289,20 @@ class Schedule:
         if gain < max(self._tolerance(state.lengths[state.cycle]), 2 * error):
             return False
         ahead = state.lengths[state.cycle + 1 : state.cycle + 2]
-        return self._next_gain(gain) > 0.5 * self._tolerance(sum(ahead))
+        return gain * self._falls(gain) > 0.5 * self._tolerance(sum(ahead))
 
-    def _next_gain(self, gain: float) -> float:
-        """Gain of the next cycle, if gains go on falling as they did."""
+    def _falls(self, gain: float) -> float:
+        """Ratio of the gain of the next cycle to this one's, if gains go on falling as they did."""
         last = self.trainer.state.last_gain
-        return gain * (min(gain / last, 1.0) if last > 0 else 1.0)
+        return min(gain / last, 1.0) if last > 0 else 1.0
 
     def _is_for_a_wider_flow(self, now: Estimate, gain: float) -> bool:
-        """Whether the next cycle will probably leave too large a gap, which a wider flow may close."""
+        """Whether all cycles to come will probably leave too large a gap, which a wider flow may close."""
         if self._gap_to_leave is None:
             return False
-        enough = self._gap_to_leave + max(self._next_gain(gain), 0.0)
+        gain, falls, state = max(gain, 0.0), self._falls(max(gain, 0.0)), self.trainer.state
+        to_come = sum(gain * falls**cycle for cycle in range(1, len(state.lengths) - state.cycle))
+        enough = self._gap_to_leave + to_come
         return now.variance / 2 > enough and self.objective.gap() > enough  # the former costs no draws
 
     def _gained_before(self) -> bool:
