@@ -171,7 +171,8 @@ def check_latents(owner: str, nodes: Nodes, drawn: Nodes) -> list[str]:
         Names of the model's latent sites that are neither drawn by the guide nor enumerated.
 
     Raises:
-        ValueError: If the guide draws none of the model's latent sites, though there are some, or draws others.
+        ValueError: If the guide draws none of the model's latent sites, though there are some, or draws others, or
+            what the model observes.
     """
     latents = [n for n, node in nodes.items() if not (node["is_observed"] or node["infer"].get("enumerate"))]
     if latents and not set(latents) & set(drawn):
@@ -181,6 +182,13 @@ def check_latents(owner: str, nodes: Nodes, drawn: Nodes) -> list[str]:
             f"guide draws {', '.join(map(repr, own)) or 'none'}. Make a guide from this model: AutoFlowGuide(model)."
         )
     auxiliary = {name for name, node in drawn.items() if node["infer"].get("is_auxiliary") or node["is_observed"]}
+    known = [name for name in drawn if name not in auxiliary and name in nodes and nodes[name]["is_observed"]]
+    if known:
+        raise ValueError(
+            f"{owner}: expected the guide to draw what the model does not observe, but it draws "
+            f"{', '.join(map(repr, known))}, which the model observes. If the model is conditioned on it, by "
+            "poutine.condition or obs=, make a guide from the conditioned model: AutoFlowGuide(model)."
+        )
     strange = [name for name in drawn if name not in nodes and name not in auxiliary]
     if strange:
         raise ValueError(

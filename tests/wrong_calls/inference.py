@@ -11,6 +11,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -188,6 +189,14 @@ def weights(name: str, use: Callable[..., Any]) -> Iterator[tuple[str, Row]]:
             lambda: use(model_a, ready(pair, kind=AutoNormal), ()),
             ValueError,
             f"{name}: expected the guide to draw sites of the model, but it draws 'b'",
+        ),
+    )
+    yield (
+        "a model conditioned on a latent of the guide",
+        (
+            lambda: use(poutine.condition(pair, data={"b": torch.tensor(0.5)}), ready(pair, kind=AutoNormal), ()),
+            ValueError,
+            f"{name}: expected the guide to draw what the model does not observe, but it draws 'b'",
         ),
     )
     yield (
