@@ -124,8 +124,9 @@ def fit(
     If the gap to the log evidence is still above ``target_gap``, by the weights of 10,000 draws, the flow becomes a
     wider one of that size which begins where the smaller one has ended, with four times the draws where that is
     affordable, and is trained until the gap is small enough, does not fall any more, or memory runs out
-    (``FitResult.widening``). This needs the default family with 2 to 600 latents, none of them in mini-batches. A later
-    call goes on with the wider flow, in cycles as any other.
+    (``FitResult.widening``). It does so early where gains of cycles, if they go on falling, would not add up to the
+    gap. This needs the default family with 2 to 600 latents, none of them in mini-batches. A later call goes on with
+    the wider flow, in cycles as any other.
 
     Args:
         model: Any Pyro model; its own parameters (a decoder, say) are trained along with the guide.
