@@ -182,12 +182,18 @@ def check_latents(owner: str, nodes: Nodes, drawn: Nodes) -> list[str]:
             f"guide draws {', '.join(map(repr, own)) or 'none'}. Make a guide from this model: AutoFlowGuide(model)."
         )
     auxiliary = {name for name, node in drawn.items() if node["infer"].get("is_auxiliary") or node["is_observed"]}
-    known = [name for name in drawn if name not in auxiliary and name in nodes and nodes[name]["is_observed"]]
+    points = {name for name, node in drawn.items() if isinstance(node["fn"], dist.Delta)}
+    known = [
+        name
+        for name in drawn.keys() & nodes.keys() - auxiliary
+        if nodes[name]["is_observed"] and not (name in points and nodes[name]["infer"].get("_deterministic"))
+    ]
     if known:
         raise ValueError(
             f"{owner}: expected the guide to draw what the model does not observe, but it draws "
-            f"{', '.join(map(repr, known))}, which the model observes. If the model is conditioned on it, by "
-            "poutine.condition or obs=, make a guide from the conditioned model: AutoFlowGuide(model)."
+            f"{', '.join(map(repr, sorted(known)))}, which the model observes. If the model is conditioned on it, by "
+            "poutine.condition or obs=, make a guide from the conditioned model: AutoFlowGuide(model). If the model "
+            "computes it, by pyro.deterministic, leave it out of the guide."
         )
     strange = [name for name in drawn if name not in nodes and name not in auxiliary]
     if strange:

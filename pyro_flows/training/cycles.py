@@ -16,7 +16,8 @@ class ScheduleSettings(Settings):
 
     A cycle is the last one if its gain is below a tolerance or below two standard errors, or if the next one, by
     geometric extrapolation of the gains, is expected to gain less than half of its own tolerance. Where a gap above a
-    target is left, the next cycle is tried at half the rate first. Values without a source are heuristics;
+    target is left, the next cycle is tried at half the rate first; where all cycles to come, by this extrapolation,
+    would leave one that a wider flow may close, the cycle is the last. Values without a source are heuristics;
     ``tests/benchmarks/`` measures their joint effect.
 
     Attributes:

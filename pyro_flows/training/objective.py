@@ -300,8 +300,12 @@ class Objective:
 
     def gap(self) -> float:
         """How far the ELBO is below the evidence that importance weights of the guide's draws give, in nats, >= 0; too
-        small where the guide misses a part of the posterior. The same in all processes."""
-        weights = self._log_weights()
+        small where the guide misses a part of the posterior, infinite where draws have no weights. The same in all
+        processes."""
+        try:
+            weights = self._log_weights()
+        except NotImplementedError:  # a guide of some of the latents, the others of which have no density
+            return math.inf
         found = weights.logsumexp(0).item() - math.log(len(weights)) - weights.mean().item()
         return self.parts.processes.broadcast(found if math.isfinite(found) else math.inf)
 

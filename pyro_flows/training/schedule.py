@@ -303,7 +303,7 @@ class Schedule:
         gain, falls, state = max(gain, 0.0), self._falls(max(gain, 0.0)), self.trainer.state
         to_come = sum(gain * falls**cycle for cycle in range(1, len(state.lengths) - state.cycle))
         enough = self._gap_to_leave + to_come
-        return now.variance / 2 > enough and self.objective.gap() > enough  # the former costs no draws
+        return now.variance / 2 > enough and enough < self.objective.gap() < math.inf  # the former costs no draws
 
     def _gained_before(self) -> bool:
         """Whether the cycle before this one gained more than the tolerance, or is the first, which tells nothing."""

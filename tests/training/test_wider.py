@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -114,6 +115,34 @@ def test_a_cycle_in_vain_is_followed_by_one_at_a_lower_rate(target_gap: float | 
     fit(schools, AutoFlowGuide(schools), (Y,), callback=seen.append, target_gap=math.inf, learning_rate=1e-6, **options)
     assert [progress.learning_rate for progress in seen][:2] == [1e-6 * rate for rate in rates]
     assert (len(seen) > 2) == (target_gap is not None)
+
+
+def refusing(y: Tensor) -> None:
+    """A draw in two thousand has no density."""
+    a, b, c = (pyro.sample(name, dist.Normal(0.0, 1.0)) for name in "abc")
+    pyro.sample("z", dist.Normal(0.0, 1.0 + 0.0 * (3.2 - c).sqrt()), obs=torch.tensor(0.0))
+    pyro.sample("y", dist.Normal(3.0 * a * b + a**2 - b**2, 0.05), obs=y[:1].sum())
+
+
+def with_offset(y: Tensor) -> None:
+    offset = pyro.sample("offset", dist.Normal(0.0, 1.0))
+    a, b = (pyro.sample(name, dist.Normal(0.0, 1.0)) for name in "ab")
+    pyro.sample("y", dist.Normal(3.0 * a * b + a**2 - b**2 + 0.1 * offset, 0.05), obs=y[:1].sum())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model, hidden", [(refusing, []), (with_offset, ["offset"])])
+def test_a_flow_is_trained_to_its_end_where_no_wider_one_can_follow(
+    monkeypatch: pytest.MonkeyPatch, model: Callable[..., Any], hidden: list[str]
+) -> None:
+    """Its gap is not known: it was taken for infinite, or raised."""
+    monkeypatch.setattr(Schedule, "_is_worth_more", lambda *args: True)
+    short = ScheduleSettings(first_cycle=10, max_steps=40, patience=5, max_gap_of_start=1e-12, min_gain=1e-9)
+    settings = replace(SHORT, schedule=short, estimates=EstimateSettings())
+    pyro.clear_param_store()
+    guide = AutoFlowGuide(poutine.block(model, hide=hidden))
+    result = fit(model, guide, (torch.ones(1),), **{**OPTIONS, "settings": settings}, learning_rate=1e-4)
+    assert result.steps == 40 and result.widening is None
 
 
 @pytest.mark.parametrize("target_gap, steps", [(1e-9, 10), (math.inf, 40)])
