@@ -222,6 +222,18 @@ def test_an_auxiliary_site_of_the_guide_is_its_own() -> None:
     assert diagnose(regression, guide, (X, Y), num_samples=100, progress=False).elbo < 0.0
 
 
+def test_a_guide_may_have_a_point_at_what_the_model_computes() -> None:
+    def model(y: Tensor) -> None:
+        half = pyro.sample("half", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(pyro.deterministic("whole", 2.0 * half), 1.0), obs=y.sum())
+
+    def guide(y: Tensor) -> None:
+        half = pyro.sample("half", dist.Normal(0.0, 1.0))
+        pyro.sample("whole", dist.Delta(2.0 * half))
+
+    assert diagnose(model, guide, (Y,), num_samples=100, progress=False).elbo < 0.0
+
+
 def test_a_number_of_a_tensor_is_a_number_in_a_figure() -> None:
     ax = plots.training(torch.tensor([3.0, 2.0, 1.0]), gaussian=torch.tensor(-2.0))
     assert ax.get_ylabel() == "ELBO (nats)"
