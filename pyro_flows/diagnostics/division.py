@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from pyro_flows._random import seed_of, seeded
+from pyro_flows._random import forked, seed_of, seeded
 from pyro_flows.compiled.parameters import leaves_of, state_of, trial
 from pyro_flows.diagnostics.search import SearchResult
 from pyro_flows.diagnostics.sites import SiteTally
@@ -171,5 +171,11 @@ class Division:
 
     def first(self, work: Callable[[], Value]) -> Value:
         """What a function returns in the first process, which alone calls it."""
-        found = self.processes.each(lambda: work() if self.processes.is_first else None)
-        return self.processes.broadcast(found)  # type: ignore[return-value]
+        if self.processes.size == 1:
+            return work()
+
+        def alone() -> Value | None:
+            with forked():  # or a guide that is set up later would begin elsewhere in the first process
+                return work() if self.processes.is_first else None
+
+        return self.processes.broadcast(self.processes.each(alone))  # type: ignore[return-value]

@@ -25,7 +25,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import SVI, Trace_ELBO
-from pyro.infer.autoguide import AutoNormal, init_to_sample, init_to_value
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal, init_to_sample, init_to_value
 from pyro.optim import Adam
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -408,6 +408,13 @@ def compare_schools(folder: Path) -> dict[str, Any]:
     guides = {name: AutoFlowGuide(schools, name).setup(SCHOOLS) for name in ("diagonal_normal", "full_rank_normal")}
     found = compare(schools, guides, (SCHOOLS,), num_samples=400, search=False, seed=0, distributed=True)
     return {"text": str(found), "weights": [row.diagnosis.log_weights for row in found]}
+
+
+def compare_set_up(folder: Path) -> dict[str, Any]:
+    """The second guide is set up after the search and the judgment of the first, where the random state has it."""
+    guides = {"first": AutoDiagonalNormal(schools), "second": AutoNormal(schools, init_loc_fn=init_to_sample)}
+    found = compare(schools, guides, (SCHOOLS,), num_samples=400, seed=0, progress=False, distributed=True)
+    return {"text": str(found)}
 
 
 def diagnose_refused(folder: Path) -> dict[str, Any]:

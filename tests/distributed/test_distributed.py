@@ -38,6 +38,7 @@ TOGETHER = (
     "rows_of_a_start",
     *("svi", "svi_broadcast", "compiled_svi", "svi_until_converged", "fit_refused", "fit_alone", "ddp_recipe"),
     *("diagnose_schools", "diagnose_searched", "diagnose_subsampled", "diagnose_refused", "compare_schools"),
+    "compare_set_up",
 )
 
 
@@ -273,6 +274,11 @@ def test_a_comparison_of_processes_is_one(both):
     assert first["text"] == second["text"] and "full_rank_normal" in first["text"]
     same({"w": torch.stack(first["weights"])}, {"w": torch.stack(second["weights"])})
     assert [len(each.unique()) for each in first["weights"]] == [400, 400]
+
+
+def test_guides_that_a_comparison_sets_up_begin_alike(both):
+    first, second = both["compare_set_up"]
+    assert first["text"] == second["text"] and "second" in first["text"]
 
 
 def test_a_diagnosis_that_does_not_fit_together_is_refused_in_both(both):
