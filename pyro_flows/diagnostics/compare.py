@@ -140,10 +140,11 @@ def compare(
             sampler = division.sampler(model, guide, args, kwargs)
             division.check(model, {f"guide '{name}'": guide}, args, kwargs or {})
             layout = (sampler.structure.num_items, sampler.structure.item_dim)
-            if layout not in searched:
-                look = partial(search_regions, sampler, model, args, kwargs or {}, enabled=search, progress=progress)
-                searched[layout] = division.search(look, sampler)
-            found[name] = weigh(sampler, guide, searched[layout], division, progress=progress)
+            look = partial(search_regions, sampler, model, args, kwargs or {}, enabled=search, progress=progress)
+            with division.first_buffers(model, guide):
+                if layout not in searched:
+                    searched[layout] = division.search(look, sampler)
+                found[name] = weigh(sampler, guide, searched[layout], division, progress=progress)
     limits = Thresholds()
     source, reliable = _best(found, limits)
     log_evidence, error = found[source].log_evidence, found[source].log_evidence_se

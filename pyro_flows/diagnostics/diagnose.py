@@ -112,10 +112,9 @@ def diagnose(
         if division.processes.is_first:
             warn_without_data("diagnose", sampler.score.model.nodes, sampler.score.model.call)
         division.check(model, {"the guide": guide}, args, kwargs or {})
-        found = division.search(
-            lambda: search_regions(sampler, model, args, kwargs or {}, enabled=search, progress=progress), sampler
-        )
-        return weigh(sampler, guide, found, division, progress=progress)
+        look = partial(search_regions, sampler, model, args, kwargs or {}, enabled=search, progress=progress)
+        with division.first_buffers(model, guide):
+            return weigh(sampler, guide, division.search(look, sampler), division, progress=progress)
 
 
 def weigh(

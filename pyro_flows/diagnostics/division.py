@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from pyro_flows._random import forked, seed_of, seeded
 from pyro_flows.compiled.parameters import leaves_of, state_of, trial
 from pyro_flows.diagnostics.search import SearchResult
 from pyro_flows.diagnostics.sites import SiteTally
+from pyro_flows.distributed.buffers import first_buffers
 from pyro_flows.distributed.processes import Processes
 from pyro_flows.importance.weights import Draws, ImportanceSampler
 from pyro_flows.models.fingerprint import data_difference, describe_data
@@ -88,6 +90,8 @@ class Division:
     ) -> None:
         """Raise ValueError in all processes unless data and parameters of the model and the guides are the same.
 
+        Of buffers, only the shapes have to be; see :meth:`first_buffers`.
+
         Args:
             model: The model.
             guides: How error messages call a guide -> guide.
@@ -104,6 +108,8 @@ class Division:
                     leaves = [*leaves_of(guide, args, kwargs), *leaves_of(at_a_draw(model, guide), args, kwargs)]
                 named = {f"parameter {i} of the model and {name}": leaf.detach() for i, leaf in enumerate(leaves)}
                 found |= describe_data([((), named)])
+                for i, buffer in enumerate(state_of(model, guide)):
+                    found[f"buffer {i} of the model and {name}"] = f"{buffer.dtype} of shape {tuple(buffer.shape)}"
             return found
 
         own = self.processes.each(described)
@@ -115,6 +121,10 @@ class Division:
                     f"draws, but {difference}, in processes {rank} and {self.processes.rank}. Load the same guide "
                     "in all; without distributed=True a process works by itself."
                 )
+
+    def first_buffers(self, model: Callable[..., Any], guide: Callable[..., Any]) -> AbstractContextManager[None]:
+        """Give the modules of all processes the first one's buffers, such as running statistics, within a context."""
+        return nullcontext() if self.processes.size == 1 else first_buffers(self.processes, state_of(model, guide))
 
     def sampler(
         self, model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Any

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import pyro
-import torch
 from torch import Tensor
 
 from pyro_flows._memory import is_out_of_memory
 from pyro_flows._random import seed_of, seeded
 from pyro_flows.compiled.parameters import state_of, trial
+from pyro_flows.distributed.buffers import first_buffers, set_buffers
 from pyro_flows.distributed.plates import PlateShare
 from pyro_flows.distributed.processes import ALONE, Processes
 from pyro_flows.distributed.shards import Shards
@@ -171,7 +171,7 @@ class Parts:
             return
         if not self._buffers:
             self._buffers = {own: [buffer.detach().clone() for buffer in buffers] for own in self.own}
-        _set(buffers, self._buffers[part])
+        set_buffers(buffers, self._buffers[part])
         yield
         self._buffers[part] = [buffer.detach().clone() for buffer in buffers]
 
@@ -196,7 +196,7 @@ class Parts:
         if first["position"] is not None:
             batches.seek(first["position"])
         self._buffers = {part: parts[part]["buffers"] for part in self.own} if len(self.own) > 1 else {}
-        _set(buffers, first["buffers"])
+        set_buffers(buffers, first["buffers"])
         restore_random_state(first["random"], batches.generators)
 
     @contextmanager
@@ -205,13 +205,8 @@ class Parts:
         if self.is_whole:
             yield
             return
-        before = [buffer.detach().clone() for buffer in buffers]
-        _set(buffers, self._buffers.get(0, before))
-        self.processes.share(buffers)
-        try:
+        with first_buffers(self.processes, buffers, self._buffers.get(0)):
             yield
-        finally:
-            _set(buffers, before)
 
 
 def _frozen(batches: Batches, buffers: Sequence[Tensor]) -> dict[str, Any]:
@@ -220,9 +215,3 @@ def _frozen(batches: Batches, buffers: Sequence[Tensor]) -> dict[str, Any]:
         "random": capture_random_state(batches.generators),
         "position": batches.position,
     }
-
-
-@torch.no_grad()
-def _set(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for buffer, value in zip(buffers, values, strict=True):
-        buffer.copy_(value)

@@ -403,6 +403,21 @@ def diagnose_subsampled(folder: Path) -> dict[str, Any]:
     return {"diagnosis": diagnose(groups, guide, (y,), seed=0, num_samples=1000, distributed=True)}
 
 
+def diagnose_buffers(folder: Path) -> dict[str, Any]:
+    """Running statistics that differ between processes, as after a run of both; and then not."""
+    pyro.set_rng_seed(0)
+    autoencoder, norm, x = Autoencoder(), nn.BatchNorm1d(4), normal(40).reshape(10, 4)
+    guide = AutoFlowGuide(autoencoder.model, amortize={"images": nn.Sequential(norm, nn.Linear(4, 3))}).setup(x)
+    norm.eval()
+    rank = int(os.environ["RANK"])
+    mean = norm.running_mean.clone()
+    norm.running_mean.add_(rank)
+    options = {"num_samples": 200, "seed": 0, "progress": False, "distributed": True}
+    found = {"unlike": diagnose(autoencoder.model, guide, (x,), **options), "moved": norm.running_mean - mean}
+    norm.running_mean.copy_(mean)
+    return {**found, "alike": diagnose(autoencoder.model, guide, (x,), **options)}
+
+
 def compare_schools(folder: Path) -> dict[str, Any]:
     pyro.set_rng_seed(0)
     guides = {name: AutoFlowGuide(schools, name).setup(SCHOOLS) for name in ("diagonal_normal", "full_rank_normal")}

@@ -38,7 +38,7 @@ TOGETHER = (
     "rows_of_a_start",
     *("svi", "svi_broadcast", "compiled_svi", "svi_until_converged", "fit_refused", "fit_alone", "ddp_recipe"),
     *("diagnose_schools", "diagnose_searched", "diagnose_subsampled", "diagnose_refused", "compare_schools"),
-    "compare_set_up",
+    *("compare_set_up", "diagnose_buffers"),
 )
 
 
@@ -267,6 +267,13 @@ def test_a_mode_that_the_first_process_finds_counts_for_the_draws_of_all(both):
     assert lost.values["z"].item() == pytest.approx(-1.0, abs=0.1)
     evidence = math.log(2.0) + torch.distributions.Normal(0.0, math.sqrt(1.01)).log_prob(torch.tensor(1.0)).item()
     assert abs(found.log_evidence - evidence) < 4 * found.log_evidence_se
+
+
+def test_all_draw_by_the_buffers_of_the_first_process(both):
+    """And have their own ones afterwards."""
+    for rank, found in enumerate(both["diagnose_buffers"]):
+        same({"w": found["unlike"].log_weights}, {"w": found["alike"].log_weights})
+        torch.testing.assert_close(found["moved"], torch.full_like(found["moved"], rank))
 
 
 def test_a_comparison_of_processes_is_one(both):
