@@ -73,7 +73,7 @@ def diagnose(
         seed: Makes the result reproducible; torch's global random state is not changed. None uses the global state.
         distributed: Whether the processes of ``torch.distributed``'s default group share the draws, which all of them
             have to call with the same guide and data; all get the same result. The search and the judgment are the
-            first one's, and where draws are moved, these are its own. See :doc:`/distributed`.
+            first one's, which moves draws of its own. See :doc:`/distributed`.
 
     Raises:
         TypeError: If an argument is of another type, or the model or the guide does not take the arguments.
@@ -132,7 +132,14 @@ def weigh(
     tally = SiteTally(sampler.structure)
     draw = partial(_draw, sampler, tally, search.regions)
     samples, first = division.sample(sampler, tally, draw, progress=progress)
-    return division.first(lambda: _judged(sampler, guide, _joined(samples), first, tally, search))
+
+    def judged() -> Diagnosis:
+        # A share may be too small for what is made of these; one process takes its own first draws.
+        anew = division.processes.size > 1 and search.regions is not None
+        some = next(sampler.chunks(division.num_samples, progress=False)) if anew else first
+        return _judged(sampler, guide, _joined(samples), some, tally, search)
+
+    return division.first(judged)
 
 
 def _judged(
@@ -143,7 +150,7 @@ def _judged(
     tally: SiteTally,
     search: SearchResult,
 ) -> Diagnosis:
-    """The diagnosis by all draws, of which ``first`` has some with their values."""
+    """The diagnosis by all draws; ``first`` are draws with their values, of these or others."""
     structure, num_samples = sampler.structure, len(sample.log_weights)
     elbo = estimate_elbo(sample.log_likelihood, sample.log_ratio, sample.log_weights, sample.group_sizes)
     threshold = khat_threshold(num_samples)

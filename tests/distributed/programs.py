@@ -392,7 +392,18 @@ def diagnose_searched(folder: Path) -> dict[str, Any]:
     pyro.set_rng_seed(int(os.environ["RANK"]))
     start = init_to_value(values={"z": torch.tensor(1.0)})
     guide = AutoFlowGuide(two_modes, "diagonal_normal", init_loc_fn=start, init_scale=0.1).setup()
-    return {"diagnosis": diagnose(two_modes, guide, progress=False, distributed=True)}
+    module = sys.modules["pyro_flows.diagnostics.diagnose"]
+    measure_drift, moved = module.measure_drift, []
+
+    def note(sampler: ImportanceSampler, draws: Draws) -> Any:
+        moved.append(len(draws.log_guide))
+        return measure_drift(sampler, draws)
+
+    module.measure_drift = note
+    try:
+        return {"diagnosis": diagnose(two_modes, guide, progress=False, distributed=True), "moved": moved}
+    finally:
+        module.measure_drift = measure_drift
 
 
 def diagnose_subsampled(folder: Path) -> dict[str, Any]:

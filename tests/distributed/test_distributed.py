@@ -269,6 +269,11 @@ def test_a_mode_that_the_first_process_finds_counts_for_the_draws_of_all(both):
     assert abs(found.log_evidence - evidence) < 4 * found.log_evidence_se
 
 
+def test_the_first_process_moves_as_many_draws_as_one_would(both):
+    """Of a share of few draws, the drift could not be measured."""
+    assert [found["moved"] for found in both["diagnose_searched"]] == [[4000], []]
+
+
 def test_all_draw_by_the_buffers_of_the_first_process(both):
     """And have their own ones afterwards."""
     for rank, found in enumerate(both["diagnose_buffers"]):
