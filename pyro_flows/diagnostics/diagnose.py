@@ -26,7 +26,6 @@ from pyro_flows.diagnostics.sites import SiteTally
 from pyro_flows.diagnostics.verdict import judge, khat_is_noise, not_known
 from pyro_flows.importance.psis import khat_threshold
 from pyro_flows.importance.weights import Draws, ImportanceSampler
-from pyro_flows.models.checks import warn_without_data
 from pyro_flows.models.precision import may_be_rounded, rounding_message
 
 __all__ = ["diagnose", "weigh"]
@@ -109,8 +108,7 @@ def diagnose(
     division = Division("diagnose", distributed=distributed, num_samples=num_samples, seed=seed, search=search)
     with one_at_a_time("diagnose"), seeded(division.seed):
         sampler = division.sampler(model, guide, args, kwargs)
-        if division.processes.is_first:
-            warn_without_data("diagnose", sampler.score.model.nodes, sampler.score.model.call)
+        division.warn_without_data(sampler)
         division.check(model, {"the guide": guide}, args, kwargs or {})
         look = partial(search_regions, sampler, model, args, kwargs or {}, enabled=search, progress=progress)
         with division.first_buffers(model, guide):

@@ -11,13 +11,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from pyro_flows._random import forked, seed_of, seeded
+from pyro_flows._random import seed_of, seeded
 from pyro_flows.compiled.parameters import leaves_of, state_of, trial
 from pyro_flows.diagnostics.search import SearchResult
 from pyro_flows.diagnostics.sites import SiteTally
 from pyro_flows.distributed.buffers import first_buffers
 from pyro_flows.distributed.processes import Processes
 from pyro_flows.importance.weights import Draws, ImportanceSampler
+from pyro_flows.models.checks import warn_without_data
 from pyro_flows.models.fingerprint import data_difference, describe_data
 from pyro_flows.models.particles import at_a_draw
 
@@ -132,12 +133,19 @@ class Division:
         """A sampler of the model and a guide; if there is none in one process, an error in all."""
         return self.processes.each(lambda: ImportanceSampler(self.processes.owner, model, guide, args, kwargs))
 
+    def warn_without_data(self, sampler: ImportanceSampler) -> None:
+        """Warn in the first process if the model observes nothing; where warnings are errors, all raise."""
+        processes, model = self.processes, sampler.score.model
+        processes.each(
+            lambda: warn_without_data(processes.owner, model.nodes, model.call) if processes.is_first else None
+        )
+
     def search(self, work: Callable[[], SearchResult], sampler: ImportanceSampler) -> SearchResult:
         """The regions that the first process finds, on the device of a sampler's draws."""
         if self.processes.size == 1:
             return work()
         found = self.first(lambda: work().to("cpu"))
-        return found.to(next(iter(sampler.draw(1).values.values())).device)
+        return self.processes.each(lambda: found.to(next(iter(sampler.draw(1).values.values())).device))
 
     def sample(
         self, sampler: ImportanceSampler, tally: SiteTally, draw: Callable[[Iterator[Draws]], Value], *, progress: bool
@@ -152,7 +160,6 @@ class Division:
         """
         processes = self.processes
         count, rank, size = self.num_samples, processes.rank, processes.size
-        self._called += 1
         first: Draws | None = None
 
         def noted(chunks: Iterator[Draws]) -> Iterator[Draws]:
@@ -164,8 +171,7 @@ class Division:
         if size == 1:
             results = [draw(noted(sampler.chunks(count, progress=progress)))]
         else:
-            assert self.seed is not None
-            with seeded(seed_of(self.seed, self._called, rank)):
+            with seeded(self._next_seed()):
                 share = count * (rank + 1) // size - count * rank // size
                 chunks = noted(sampler.chunks(share, progress=progress and processes.is_first))
                 begin = processes.each(lambda: next(chunks))
@@ -179,13 +185,20 @@ class Division:
         assert first is not None
         return results, first
 
+    def _next_seed(self) -> int:
+        """A seed of this process and of what it does next, where there are several processes."""
+        assert self.seed is not None
+        self._called += 1
+        return seed_of(self.seed, self._called, self.processes.rank)
+
     def first(self, work: Callable[[], Value]) -> Value:
         """What a function returns in the first process, which alone calls it."""
         if self.processes.size == 1:
             return work()
+        seed = self._next_seed()
 
         def alone() -> Value | None:
-            with forked():  # or a guide that is set up later would begin elsewhere in the first process
+            with seeded(seed):  # also lest a guide that is set up later begins elsewhere in the first process
                 return work() if self.processes.is_first else None
 
         return self.processes.broadcast(self.processes.each(alone))  # type: ignore[return-value]

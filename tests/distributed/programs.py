@@ -452,6 +452,9 @@ def diagnose_refused(folder: Path) -> dict[str, Any]:
             raise KeyError("here")
         schools(y)
 
+    def unobserved(y: Tensor) -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
     def refuses(*_: Any, **__: Any) -> Any:
         raise KeyError("there")
 
@@ -468,6 +471,7 @@ def diagnose_refused(folder: Path) -> dict[str, Any]:
         "parameters": lambda: diagnose(schools, guide, (SCHOOLS,), **options),
         "one": lambda: diagnose(fails, AutoFlowGuide(fails), (SCHOOLS, True), **options),
         "first": lambda: diagnose(schools, same, (SCHOOLS,), **options),
+        "warning": lambda: diagnose(unobserved, AutoFlowGuide(unobserved), (SCHOOLS,), **options),
     }
     found: dict[str, Any] = {}
     before = module.search_regions, division.SETTINGS
@@ -475,9 +479,11 @@ def diagnose_refused(folder: Path) -> dict[str, Any]:
         module.search_regions = refuses if name == "first" else before[0]
         division.SETTINGS = replace(before[1], min_draws=51)
         try:
-            call()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", "diagnose: no site")
+                call()
             found[name] = ("nothing", "")
-        except (ValueError, KeyError, RuntimeError) as error:
+        except (ValueError, KeyError, RuntimeError, UserWarning) as error:
             found[name] = (type(error).__name__, str(error))
     module.search_regions, division.SETTINGS = before
     return found

@@ -304,6 +304,7 @@ def test_a_diagnosis_that_does_not_fit_together_is_refused_in_both(both):
         ),
         "one": (("RuntimeError", "process 1 has failed (KeyError: 'here')"), ("KeyError", "'here'")),
         "first": (("KeyError", "'there'"), ("RuntimeError", "process 0 has failed (KeyError: 'there')")),
+        "warning": (("UserWarning", "no site"), ("RuntimeError", "process 0 has failed (UserWarning: diagnose: no")),
     }
     for rank, found in enumerate(both["diagnose_refused"]):
         for name, texts in expected.items():
