@@ -54,13 +54,13 @@ class Processes:
     def of_group(cls, owner: str) -> Processes:
         """The processes of the default group, or this one alone where there is no group.
 
-        Warns where ``torchrun`` has started several processes that are not in a group: each would train alone.
+        Warns where ``torchrun`` has started several processes that are not in a group: each would work alone.
         """
         if dist.is_available() and dist.is_initialized():
             return cls(owner, dist.get_rank(), dist.get_world_size())
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
             warnings.warn(
-                f"{owner}: is one of {os.environ['WORLD_SIZE']} processes of torchrun, but trains alone, since they "
+                f"{owner}: is one of {os.environ['WORLD_SIZE']} processes of torchrun, but works alone, since they "
                 'are no group. Write torch.distributed.init_process_group("gloo") first, or "nccl" on GPUs.',
                 stacklevel=user_level(),
             )
