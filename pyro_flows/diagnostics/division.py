@@ -150,7 +150,7 @@ class Division:
     def sample(
         self, sampler: ImportanceSampler, tally: SiteTally, draw: Callable[[Iterator[Draws]], Value], *, progress: bool
     ) -> tuple[list[Value], Draws]:
-        """Results of a function for the draws of each process, and the first draws of this process.
+        """Results of a function for the draws of each process, in the first one; and the first draws of this process.
 
         Args:
             sampler: Sampler of the model and a guide.
@@ -178,9 +178,9 @@ class Division:
                 origin = processes.each(lambda: tally.origin(begin) if processes.is_first else [])
                 tally.begin(processes.broadcast(origin), begin)
                 own = processes.each(lambda: draw(itertools.chain([begin], chunks)))
-            found = processes.gather((own, tally.state))
+            found = processes.to_first((own, tally.state))
             results = [result for result, _ in found]
-            for _, state in found[1:] if processes.is_first else ():
+            for _, state in found[1:]:
                 tally.merge(state)
         assert first is not None
         return results, first

@@ -107,6 +107,15 @@ class Processes:
             dist.all_gather_object(found, value)
             return found
 
+    def to_first(self, value: Value) -> list[Value]:
+        """As :meth:`gather`, in the first process; none in the others, which receive nothing."""
+        if self.size == 1:
+            return [value]
+        with self._together():
+            found: list[Any] | None = [None] * self.size if self.is_first else None
+            dist.gather_object(value, found, dst=0)
+            return found or []
+
     def broadcast(self, value: Value) -> Value:
         """The first process's value; any object that can be pickled."""
         if self.size == 1:

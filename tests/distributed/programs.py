@@ -34,6 +34,7 @@ from pyro_flows import AutoFlowGuide, CompiledSVI, Diagnosis, compare, diagnose,
 from pyro_flows.compiled.graph import LossGraph
 from pyro_flows.diagnostics import division
 from pyro_flows.distributed import DistributedOptim, broadcast_parameters, disjoint_subsamples
+from pyro_flows.distributed.processes import Processes
 from pyro_flows.importance.weights import Draws, ImportanceSampler
 from pyro_flows.starts import plates
 from pyro_flows.training import EstimateSettings, FitProgress, FitSettings, ScheduleSettings, TrainerSettings
@@ -353,6 +354,10 @@ def fit_killed(folder: Path) -> dict[str, Any]:
     Trainer._step = take
     guide = AutoFlowGuide(schools)
     return end(guide, fit(schools, guide, (SCHOOLS,), checkpoint=folder / "run.pt", **OPTIONS))
+
+
+def sent_to_first(folder: Path) -> dict[str, Any]:
+    return {"found": Processes.of_group("diagnose").to_first({"rank": os.environ["RANK"]})}
 
 
 def diagnosed(distributed: bool = True, **options: Any) -> Diagnosis:

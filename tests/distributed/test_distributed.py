@@ -38,7 +38,7 @@ TOGETHER = (
     "rows_of_a_start",
     *("svi", "svi_broadcast", "compiled_svi", "svi_until_converged", "fit_refused", "fit_alone", "ddp_recipe"),
     *("diagnose_schools", "diagnose_searched", "diagnose_subsampled", "diagnose_refused", "compare_schools"),
-    *("compare_set_up", "diagnose_buffers"),
+    *("compare_set_up", "diagnose_buffers", "sent_to_first"),
 )
 
 
@@ -272,6 +272,10 @@ def test_a_mode_that_the_first_process_finds_counts_for_the_draws_of_all(both):
 def test_the_first_process_moves_as_many_draws_as_one_would(both):
     """Of a share of few draws, the drift could not be measured."""
     assert [found["moved"] for found in both["diagnose_searched"]] == [[4000], []]
+
+
+def test_only_the_first_process_receives_what_is_for_it(both):
+    assert [found["found"] for found in both["sent_to_first"]] == [[{"rank": "0"}, {"rank": "1"}], []]
 
 
 def test_all_draw_by_the_buffers_of_the_first_process(both):
