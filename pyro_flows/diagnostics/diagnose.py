@@ -135,9 +135,13 @@ def weigh(
         # A share may be too small for what is made of these; one process takes its own first draws.
         anew = division.processes.size > 1 and search.regions is not None
         some = next(sampler.chunks(division.num_samples, progress=False)) if anew else first
-        return _judged(sampler, guide, _joined(samples), some, tally, search)
+        found = _judged(sampler, guide, _joined(samples), some, tally, search)
+        return replace(found, lost=tuple(mode.to("cpu") for mode in found.lost))
 
-    return division.first(judged)
+    found = division.first(judged)
+    # Where a guide can start from them: each process may have a GPU of its own.
+    device = next(iter(first.values.values())).device
+    return replace(found, lost=tuple(mode.to(device) for mode in found.lost))
 
 
 def _judged(

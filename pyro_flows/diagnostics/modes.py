@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,12 +39,16 @@ class LostMode:
     Attributes:
         share: Its share of all mass that was found, in [0, 1].
         separate: Whether the log joint dips between the guide and the region, so that it is a separate mode.
-        values: Site name -> value at the center of the region.
+        values: Site name -> value at the center of the region, on the device of the guide's draws.
     """
 
     share: float
     separate: bool
     values: Mapping[str, Tensor]
+
+    def to(self, device: torch.device | str) -> LostMode:
+        """The same on another device."""
+        return replace(self, values={name: value.to(device) for name, value in self.values.items()})
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI
+from pyro.infer.autoguide import init_to_value
 from pyro.optim import Adam
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ from pyro_flows import (
     importance_resample,
     predict,
 )
+from pyro_flows.diagnostics.division import Division
 from pyro_flows.importance.resample import ResampleSettings
 from pyro_flows.posterior.plate import LocalBlock
 from pyro_flows.training.objective import EstimateSettings
@@ -124,6 +126,30 @@ def test_joint_guide(model: Callable[..., None], head: type[nn.Module]) -> None:
     draws = guide.sample_posterior(5, *args)
     all_on_gpu(draws)
     assert guide.log_prob(draws, *args).is_cuda
+
+
+def test_lost_modes_are_sent_from_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Since each process may have a GPU of its own, where a guide can start from them then."""
+
+    def model(y: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros_like(y), 1.0))
+        pyro.sample("y", dist.Normal(z.abs(), 0.1), obs=y)
+
+    sent: list[Any] = []
+    first = Division.first
+
+    def note(self: Division, work: Callable[[], Any]) -> Any:
+        sent.append(first(self, work))
+        return sent[-1]
+
+    monkeypatch.setattr(Division, "first", note)
+    y = on_gpu(torch.tensor(1.0))
+    start = init_to_value(values={"z": y})
+    guide = AutoFlowGuide(model, "diagonal_normal", init_loc_fn=start, init_scale=0.1).setup(y)
+    (lost,) = diagnose(model, guide, (y,), num_samples=500, seed=0, progress=False).lost
+    assert not sent[-1].lost[0].values["z"].is_cuda
+    all_on_gpu(lost.values)
+    AutoFlowGuide(model, init_loc_fn=init_to_value(values=lost.values)).setup(y)
 
 
 @pytest.mark.filterwarnings("ignore:importance_resample")
