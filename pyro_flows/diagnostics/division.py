@@ -12,15 +12,15 @@ from typing import Any, TypeVar
 import torch
 
 from pyro_flows._random import seed_of, seeded
-from pyro_flows.compiled.parameters import leaves_of, state_of, trial
+from pyro_flows.compiled.parameters import state_of
 from pyro_flows.diagnostics.search import SearchResult
 from pyro_flows.diagnostics.sites import SiteTally
 from pyro_flows.distributed.buffers import first_buffers
+from pyro_flows.distributed.parameters import parameters_of
 from pyro_flows.distributed.processes import Processes
 from pyro_flows.importance.weights import Draws, ImportanceSampler
 from pyro_flows.models.checks import warn_without_data
 from pyro_flows.models.fingerprint import data_difference, describe_data
-from pyro_flows.models.particles import at_a_draw
 
 __all__ = ["Division", "DivisionSettings"]
 
@@ -105,9 +105,8 @@ class Division:
         def described() -> dict[str, str]:
             found = describe_data([(args, kwargs)])
             for name, guide in guides.items():
-                with trial(state_of(model, guide)), torch.no_grad():
-                    leaves = [*leaves_of(guide, args, kwargs), *leaves_of(at_a_draw(model, guide), args, kwargs)]
-                named = {f"parameter {i} of the model and {name}": leaf.detach() for i, leaf in enumerate(leaves)}
+                parameters = parameters_of(model, guide, args, kwargs)
+                named = {f"parameter {i} of the model and {name}": p.detach() for i, p in enumerate(parameters)}
                 found |= describe_data([((), named)])
                 for i, buffer in enumerate(state_of(model, guide)):
                     found[f"buffer {i} of the model and {name}"] = f"{buffer.dtype} of shape {tuple(buffer.shape)}"

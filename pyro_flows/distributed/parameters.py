@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from torch import Tensor
 
 from pyro_flows._checks import check_call, checked
 from pyro_flows.compiled.parameters import leaves_of, limits_of, state_of, trial
 from pyro_flows.distributed.processes import Processes
 from pyro_flows.models.particles import at_a_draw
 
-__all__ = ["broadcast_parameters", "share_parameters"]
+__all__ = ["broadcast_parameters", "parameters_of", "share_parameters"]
 
 
 @checked()
@@ -39,6 +41,15 @@ def broadcast_parameters(model: Callable[..., Any], guide: Callable[..., Any], *
     share_parameters(Processes.of_group("broadcast_parameters"), model, guide, args, kwargs)
 
 
+def parameters_of(
+    model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[Tensor]:
+    """Parameters of the guide, then further ones of the model; runs both once, and leaves the random state alone."""
+    with trial(state_of(model, guide)):
+        leaves = [*leaves_of(guide, args, kwargs), *leaves_of(at_a_draw(model, guide), args, kwargs)]
+    return list({id(leaf): leaf for leaf in leaves}.values())
+
+
 def share_parameters(
     processes: Processes,
     model: Callable[..., Any],
@@ -47,9 +58,7 @@ def share_parameters(
     kwargs: dict[str, Any],
 ) -> None:
     """See :func:`broadcast_parameters`."""
-    with trial(state_of(model, guide)):
-        leaves = [*leaves_of(guide, args, kwargs), *leaves_of(at_a_draw(model, guide), args, kwargs)]
-    tensors = [*{id(leaf): leaf for leaf in leaves}.values(), *state_of(model, guide)]
+    tensors = [*parameters_of(model, guide, args, kwargs), *state_of(model, guide)]
     shapes = processes.gather([tuple(tensor.shape) for tensor in tensors])
     for rank, found in enumerate(shapes):
         if found != shapes[0]:

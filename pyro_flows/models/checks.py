@@ -182,16 +182,13 @@ def check_latents(owner: str, nodes: Nodes, drawn: Nodes) -> list[str]:
             f"guide draws {', '.join(map(repr, own)) or 'none'}. Make a guide from this model: AutoFlowGuide(model)."
         )
     auxiliary = {name for name, node in drawn.items() if node["infer"].get("is_auxiliary") or node["is_observed"]}
-    points = {name for name, node in drawn.items() if isinstance(node["fn"], dist.Delta)}
     known = [
-        name
-        for name in drawn.keys() & nodes.keys() - auxiliary
-        if nodes[name]["is_observed"] and not (name in points and nodes[name]["infer"].get("_deterministic"))
+        name for name, node in drawn.items() if name not in auxiliary and name in nodes and _is_known(nodes[name], node)
     ]
     if known:
         raise ValueError(
             f"{owner}: expected the guide to draw what the model does not observe, but it draws "
-            f"{', '.join(map(repr, sorted(known)))}, which the model observes. If the model is conditioned on it, by "
+            f"{', '.join(map(repr, known))}, which the model observes. If the model is conditioned on it, by "
             "poutine.condition or obs=, make a guide from the conditioned model: AutoFlowGuide(model). If the model "
             "computes it, by pyro.deterministic, leave it out of the guide."
         )
@@ -204,6 +201,12 @@ def check_latents(owner: str, nodes: Nodes, drawn: Nodes) -> list[str]:
             "and write them as Delta sites with the log-determinant."
         )
     return [name for name in latents if name not in drawn]
+
+
+def _is_known(node: Mapping[str, Any], drawn: Mapping[str, Any]) -> bool:
+    """Whether a site of the model is observed, or computed where the guide has more than a point."""
+    is_point = node["infer"].get("_deterministic") and isinstance(drawn["fn"], dist.Delta)
+    return bool(node["is_observed"] and not is_point)
 
 
 def check_data(owner: str, trace: Trace) -> None:

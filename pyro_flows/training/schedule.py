@@ -300,9 +300,9 @@ class Schedule:
         """Whether all cycles to come will probably leave too large a gap, which a wider flow may close."""
         if self._gap_to_leave is None:
             return False
-        gain, falls, state = max(gain, 0.0), self._falls(max(gain, 0.0)), self.trainer.state
-        to_come = sum(gain * falls**cycle for cycle in range(1, len(state.lengths) - state.cycle))
-        enough = self._gap_to_leave + to_come
+        gain, cycles = max(gain, 0.0), len(self.trainer.state.lengths) - self.trainer.state.cycle
+        falls = self._falls(gain)
+        enough = self._gap_to_leave + sum(gain * falls**cycle for cycle in range(1, cycles))
         return now.variance / 2 > enough and enough < self.objective.gap() < math.inf  # the former costs no draws
 
     def _gained_before(self) -> bool:
