@@ -120,8 +120,8 @@ class LossGraph:
             self.guard = Guard([*programs, *others], reads)
             try:
                 with trial(self._state), without_collector():
-                    graph, self._captured = tracer.trace_operations(
-                        lambda _, *data: gradient(*data), [parameter.vector, *data], parameter.leaves
+                    graph, self._captured, self._known = tracer.trace_operations(
+                        lambda _, *data: gradient(*data), [parameter.vector], parameter.leaves, data
                     )
             except Exception as error:  # torch reports code that it can't trace in many ways
                 raise RecordingError(blame(error, __file__, tracer.__file__)) from error
@@ -158,8 +158,11 @@ class LossGraph:
         return self.rule is None or self.rule.is_current
 
     def fits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the graph is for arguments of this structure, and the optimizer's options."""
-        return self.is_current and _structure(args, kwargs) == self._structure
+        """Whether the graph is for arguments of this structure, for what Python reads of the data, and for the
+        optimizer's options."""
+        if not self.is_current or _structure(args, kwargs) != self._structure:
+            return False
+        return self._known.hold([self._parameter.vector, *_tensors(args, kwargs), *self._captured])
 
     def matches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the graph is what a recording would give now: it fits, and nothing that it fixed has changed."""
@@ -281,7 +284,7 @@ def _append_step(graph: GraphModule, rule: AdamRule, vector: Tensor) -> None:
     """Append the optimizer's step to a graph: an in-place update of its parameter by the gradient."""
     nodes = graph.graph
     values = [*(torch.zeros_like(vector) for _ in range(4)), rule.rates(1.0, 1.0), torch.zeros_like(vector)]
-    step, _ = tracer.trace_operations(rule.update, values)
+    step = tracer.trace_operations(rule.update, values).graph
     flat = next(iter(nodes.nodes))
     output = next(node for node in nodes.nodes if node.op == "output")
     state: list[Node] = []

@@ -79,7 +79,7 @@ class Replay:
         self._shapes = [value.shape for value in inputs]
         try:
             with trial(()):
-                graph, captured = trace_operations(self._function, inputs)
+                graph, captured, _ = trace_operations(self._function, inputs)
                 run = to_script(graph, [*inputs, *captured])
         except Exception:  # can't be recorded, for any reason: the function is called as it is
             self._gave_up = True

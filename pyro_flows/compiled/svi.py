@@ -63,6 +63,8 @@ class CompiledSVI(SVI):
 
     - Tensors that are arguments, or that change in place (``beta.fill_(0.5)``), are inputs of the graph: new data of
       the same shape use the same graph. Data of other shapes get a graph of their own, after an eager step.
+    - What Python reads of these tensors, such as ``int(group.max()) + 1``, is fixed in the graph: data for which it is
+      another value get a graph of their own.
     - Everything else in Python is fixed in the graph: numbers, flags such as ``training``, attributes, global
       variables, items of lists and dictionaries. Those that the model's and the guide's functions read are compared at
       each step; where one has changed, the step is eager and a new graph is recorded for the new value, after one

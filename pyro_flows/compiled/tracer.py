@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,12 +16,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyro_flows._recording import recording
+from pyro_flows.compiled.known import KNOWN, KnownValues, Read
 
-__all__ = ["OperationTracer", "trace_operations"]
+__all__ = ["OperationTracer", "Recording", "trace_operations"]
 
 aten = torch.ops.aten
-# Marks of nodes: constants, which depend only on numbers in the code, and tensors that the code holds.
-CONSTANT, HELD = "constant", "held"
+
+
+class Recording(NamedTuple):
+    """A function as a graph of its operations.
+
+    Attributes:
+        graph: The graph.
+        captured: Tensors that are its last inputs: those that the function reads from elsewhere.
+        known: Values of data and of captured tensors that Python read, which are fixed in the graph.
+    """
+
+    graph: GraphModule
+    captured: list[Tensor]
+    known: KnownValues
 
 
 class OperationTracer(TorchDispatchMode):
@@ -29,17 +43,23 @@ class OperationTracer(TorchDispatchMode):
     As ``torch.fx.experimental.proxy_tensor.make_fx`` does, but in a sixth of the time, since that keeps a fake of each
     tensor. Views that do not change a tensor's shape, strides, offset or dtype are left out.
 
+    Python may read values that follow from data, from tensors that the code holds, and from numbers in it, such as
+    ``int(group.max())``; a node of such a value is marked as ``KNOWN``.
+
     Args:
         graph: The graph to append to.
 
     Attributes:
         captured: Tensors that the code reads from elsewhere than its inputs; each is a placeholder, after the inputs'.
+        reads: What Python read of known values.
     """
 
     def __init__(self, graph: Graph) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph = graph
         self.captured: list[Tensor] = []
+        self.reads: list[Read] = []
+        self._outside: set[int] = set()  # storages of inputs and of captured tensors
         self._nodes = WeakTensorKeyDictionary()  # a step's tensors may not all fit into memory
         self._last_placeholder: Node | None = None
 
@@ -52,9 +72,11 @@ class OperationTracer(TorchDispatchMode):
                 self._last_placeholder = self.graph.placeholder(name)
         return self._last_placeholder
 
-    def identify(self, tensor: Tensor, node: Node) -> None:
-        """Register a tensor as the value of a node."""
+    def identify(self, tensor: Tensor, node: Node, *, is_known: bool = False) -> None:
+        """Register a tensor from outside as the value of a node, whose values Python may read if they are known."""
         self._nodes[tensor] = node
+        self._outside.add(_storage(tensor))
+        node.meta[KNOWN] = is_known
 
     def node_of(self, value: Any) -> Any:
         """Replace a tensor, or the tensors in lists and tuples, by their nodes; other values are unchanged."""
@@ -62,9 +84,8 @@ class OperationTracer(TorchDispatchMode):
             node = self._nodes.get(value)
             if node is None:
                 node = self.placeholder(f"captured_{len(self.captured)}")
-                node.meta[HELD] = True
                 self.captured.append(value.detach())
-                self._nodes[value] = node
+                self.identify(value, node, is_known=True)
             return node
         if isinstance(value, (list, tuple)):
             return type(value)(map(self.node_of, value))
@@ -74,24 +95,44 @@ class OperationTracer(TorchDispatchMode):
         kwargs = kwargs or {}
         if torch.Tag.data_dependent_output in func.tags:
             self._check_readable((*args, *kwargs.values()))
-            return func(*args, **kwargs)
+            value = func(*args, **kwargs)
+            self.reads.append(Read(func, self.node_of(tuple(args)), value))
+            return value
         found = func(*args, **kwargs)
         if func is aten._linalg_check_errors.default:
             self._refuse_by_nan(args[0])
             return found
         if func is aten.lift_fresh.default:
             node = self.graph.call_function(aten.lift_fresh_copy.default, (self.node_of(args[0]),))
-            node.meta[CONSTANT] = True
+            node.meta[KNOWN] = True
         elif func.is_view and isinstance(found, Tensor) and _is_same_view(found, args[0]):
             node = self.node_of(args[0])
         else:
             options = {name: self.node_of(value) for name, value in kwargs.items()}
             node = self.graph.call_function(func, self.node_of(tuple(args)), options)
             is_random = torch.Tag.nondeterministic_seeded in func.tags
-            is_constant = all(other.meta.get(CONSTANT) for other in node.all_input_nodes)
-            node.meta[CONSTANT] = is_constant and not is_random
+            node.meta[KNOWN] = not is_random and all(other.meta.get(KNOWN) for other in node.all_input_nodes)
+            self._write(list(_written(func, args, kwargs)), node)
         self._identify_all(found, node)
+        if node.meta.get(KNOWN) and _shape_follows_from_values(func, args):
+            self._read_shapes(found)
         return found
+
+    def _write(self, written: Sequence[Tensor], node: Node) -> None:
+        """Where an operation writes into tensors from outside, or what is not known into any, these are not known any
+        more, nor are others that share their memory."""
+        node.meta[KNOWN] &= self._outside.isdisjoint(map(_storage, written))
+        if node.meta[KNOWN] or not any(self._nodes[tensor].meta.get(KNOWN) for tensor in written):
+            return
+        changed = set(map(_storage, written))
+        for tensor, other in self._nodes.items():
+            if other.meta.get(KNOWN) and _storage(tensor) in changed:
+                other.meta[KNOWN] = False
+
+    def _read_shapes(self, found: Any) -> None:
+        """Python knows the shapes of results, which here follow from values."""
+        for tensor in [found] if isinstance(found, Tensor) else found:
+            self.reads.append(Read(_shape, (self._nodes[tensor],), tensor.shape))
 
     def _identify_all(self, found: Any, node: Node) -> None:
         """Register all tensors of an operation's result as values of a node and its items."""
@@ -102,7 +143,7 @@ class OperationTracer(TorchDispatchMode):
             for index, part in enumerate(found):
                 if part is not None:
                     item = self.graph.call_function(operator.getitem, (node, index))
-                    item.meta[CONSTANT] = node.meta[CONSTANT]
+                    item.meta[KNOWN] = node.meta[KNOWN]
                     self._identify_all(part, item)
 
     def _refuse_by_nan(self, info: Tensor) -> None:
@@ -123,11 +164,11 @@ class OperationTracer(TorchDispatchMode):
         """Refuse to let Python read computed values; :mod:`pyro_flows._blame` turns the error into a message.
 
         Raises:
-            RuntimeError: If one of the values is a tensor that a call of the graph would compute.
+            RuntimeError: If one of the values is a tensor that each call of the graph computes anew.
         """
         for value in values:
             node = self._nodes.get(value) if isinstance(value, Tensor) else None
-            if node is not None and not (node.meta.get(CONSTANT) or node.meta.get(HELD)):
+            if node is not None and not node.meta.get(KNOWN):
                 raise RuntimeError(".item() on a Tensor that is being recorded")
 
 
@@ -140,9 +181,38 @@ def _is_same_view(one: Tensor, other: Tensor) -> bool:
     )
 
 
+def _storage(tensor: Tensor) -> int:
+    """Identity of a tensor's memory; 0 where it has none of its own."""
+    with suppress(NotImplementedError):  # a sparse one
+        return tensor.untyped_storage()._cdata
+    return 0
+
+
+def _shape(tensor: Tensor) -> torch.Size:
+    return tensor.shape
+
+
+def _shape_follows_from_values(func: Any, args: Sequence[Any]) -> bool:
+    """Whether an operation's result has a shape that its arguments' shapes do not tell, as those of ``x[x > 0]``."""
+    if func is aten.index.Tensor:
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return torch.Tag.dynamic_output_shape in func.tags
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Tensors among an operation's arguments into which it writes."""
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            yield from (part for part in (value if isinstance(value, (list, tuple)) else [value]) if part is not None)
+
+
 def trace_operations(
-    function: Callable[..., Iterable[Tensor]], inputs: Sequence[Tensor], parts: Sequence[Tensor] = ()
-) -> tuple[GraphModule, list[Tensor]]:
+    function: Callable[..., Iterable[Tensor]],
+    inputs: Sequence[Tensor],
+    parts: Sequence[Tensor] = (),
+    data: Sequence[Tensor] = (),
+) -> Recording:
     """Run a function once, and return its operations as a graph.
 
     Args:
@@ -150,18 +220,16 @@ def trace_operations(
         inputs: Inputs to run it with, which become the graph's placeholders.
         parts: Tensors that the function reads from elsewhere and that the graph takes from its first input, a vector,
             of which they are consecutive parts.
-
-    Returns:
-        The graph, and the tensors that are its further inputs: those that the function reads from elsewhere.
+        data: Further inputs, the values of which Python may read.
 
     Raises:
-        RuntimeError: If Python reads a value that the function computed.
+        RuntimeError: If Python reads a value that the function computed from ``inputs`` or at random.
         Exception: Any exception that the function raises.
     """
     graph = Graph()
     tracer = OperationTracer(graph)
-    for index, value in enumerate(inputs):
-        tracer.identify(value, tracer.placeholder(f"input_{index}"))
+    for index, value in enumerate([*inputs, *data]):
+        tracer.identify(value, tracer.placeholder(f"input_{index}"), is_known=index >= len(inputs))
     if parts:
         first = next(iter(graph.nodes))
         split = graph.call_function(aten.split_with_sizes.default, (first, [part.numel() for part in parts]))
@@ -169,8 +237,9 @@ def trace_operations(
             piece = graph.call_function(operator.getitem, (split, index))
             tracer.identify(part, graph.call_function(aten.view.default, (piece, list(part.shape))))
     with recording(), tracer:
-        found = tuple(function(*inputs))
+        found = tuple(function(*inputs, *data))
+    known = KnownValues(graph, tracer.reads)
     graph.output(tracer.node_of(found))
     graph.eliminate_dead_code()
     graph.lint()
-    return GraphModule(torch.nn.Module(), graph), tracer.captured
+    return Recording(GraphModule(torch.nn.Module(), graph), tracer.captured, known)

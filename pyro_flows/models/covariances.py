@@ -14,9 +14,10 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from pyro_flows._random import seeded
+from pyro_flows.compiled.known import writes
 from pyro_flows.compiled.tracer import trace_operations
 from pyro_flows.models.layout import Layout
 from pyro_flows.models.sites import Site
@@ -205,7 +206,7 @@ def _record(
         return loc, factors[0]
 
     try:
-        graph, captured = trace_operations(single, [points[0]])
+        graph, captured, _ = trace_operations(single, [points[0]])
         _drop_unused(graph)
         if not next(iter(graph.graph.nodes)).users:
             return None
@@ -223,14 +224,9 @@ def _record(
 def _drop_unused(graph: GraphModule) -> None:
     """Drop operations without use, random ones too: draws of other sites, which a graph keeps otherwise."""
     for node in reversed(list(graph.graph.nodes)):
-        if node.op == "call_function" and not node.users and not _writes(node):
+        if node.op == "call_function" and not node.users and not writes(node):
             graph.graph.erase_node(node)
     graph.recompile()
-
-
-def _writes(node: Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
 
 
 def _parents(read: RecordedPrior, layout: Layout, own: Site, points: Tensor) -> Tensor:

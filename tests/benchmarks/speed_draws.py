@@ -47,7 +47,7 @@ def compiled(flow: FlowTransform, noise: torch.Tensor) -> Callable[[torch.Tensor
     def forward(noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return flow.forward_and_ladj(noise)
 
-    graph, captured = trace_operations(forward, [noise])
+    graph, captured, _ = trace_operations(forward, [noise])
     with fresh_inductor_cache():
         run = to_machine_code(graph, [noise, *captured])
     return lambda noise: run(noise, *captured)

@@ -24,7 +24,7 @@ def test_sums_are_taken_out_of_small_products_alone() -> None:
         )
 
     values = torch.randn(16, 8), torch.randn(COMPILER.max_unfused, 8), torch.randn(8, 8)
-    graph = trace_operations(function, values)[0]
+    graph = trace_operations(function, values).graph
     expected = function(*values)
     _unfuse(graph)
     assert all(torch.allclose(*pair) for pair in zip(graph(*values), expected, strict=True))
@@ -39,7 +39,7 @@ def test_small_products_are_sums_on_a_gpu() -> None:
         return a @ b, torch.addmm(b[:1], a, b), c @ c.mT, torch.baddbmm(c[:, :, :1], c, c.mT), d.T @ d
 
     values = torch.randn(4, 5), torch.randn(5, 3), torch.randn(2, 3, 4), torch.randn(COMPILER.max_summed // 4, 8)
-    graph = trace_operations(function, values)[0]
+    graph = trace_operations(function, values).graph
     made = _with_sums(graph)
     for one, other in zip(made(*values), function(*values), strict=True):
         torch.testing.assert_close(one, other)
@@ -57,7 +57,7 @@ def test_kernels_that_cannot_be_combined_are_compiled_apart(monkeypatch: pytest.
 
     monkeypatch.setattr(inductor, "_inductor", compile_apart)
     values = torch.rand(8, 3)
-    graph = trace_operations(lambda x: (x.argsort(0),), [values])[0]
+    graph = trace_operations(lambda x: (x.argsort(0),), [values]).graph
     with pretended_gpu(monkeypatch):
         run = to_machine_code(graph, [values.to("cuda")])
     assert torch.equal(run(values)[0], values.argsort(0))

@@ -156,7 +156,7 @@ def test_runs_a_graph_without_gradients_or_warnings() -> None:
         return (x * y).sum(), torch.where(x > 0, x, y)
 
     inputs = [torch.randn(4), torch.randn(4)]
-    run = to_script(trace_operations(function, inputs)[0], inputs)
+    run = to_script(trace_operations(function, inputs).graph, inputs)
     others = [torch.randn(4, requires_grad=True), torch.randn(4)]
     for one, other in zip(run(*(value.detach() for value in others)), function(*others), strict=True):
         torch.testing.assert_close(one, other.detach())

@@ -41,7 +41,7 @@ def written(x: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
 def operations(function: Callable[..., Sequence[Tensor]]) -> tuple[int, int]:
     """Numbers of operations before and after; checks that results are the same, on other inputs too."""
     inputs = torch.arange(3.0), torch.tensor(0.3)
-    graph, captured = trace_operations(function, inputs)
+    graph, captured, _ = trace_operations(function, inputs)
     count = sum(node.op == "call_function" for node in graph.graph.nodes)
     merge_repeated(graph)
     for given in (inputs, (torch.tensor([0.1, -2.0, 0.7]), torch.tensor(-1.2))):

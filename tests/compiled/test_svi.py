@@ -395,3 +395,21 @@ def test_a_loss_that_is_not_finite_is_noticed_when_it_is_read(interpreted):
     svi.run(3, Y)
     with pytest.warns(UserWarning, match="the loss of a step is not finite"):
         assert not any(map(math.isfinite, svi._steps(3, (Y * math.inf,), {})[1:]))
+
+
+def test_sizes_that_follow_from_data_are_recorded_and_noticed():
+    """``int(group.max()) + 1`` is how users count groups; steps were eager for it, with a warning."""
+
+    def model(group, y):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("groups", 4):
+            offset = pyro.sample("offset", dist.Normal(loc, 1.0))
+        share = torch.ones(int(group.max()) + 1).mean() / (int(group.max()) + 1)  # fixed in a graph
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(offset[group] + share, 1.0), obs=y)
+
+    groups = [torch.tensor([0, 1, 2, 0, 1, 2]), torch.tensor([0, 1, 3, 0, 1, 3]), torch.tensor([2, 0, 1, 1, 0, 2])]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        svi = assert_same(model, AutoNormal, *[(group, torch.arange(6.0)) for group in (*groups, *groups)])
+    assert len(svi._graphs) == 2

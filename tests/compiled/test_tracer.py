@@ -69,7 +69,7 @@ def recomputed(x: Tensor, y: Tensor) -> Tensor:
 @pytest.mark.parametrize("loss", [products, pieces, literals, in_place, mapped, recomputed])
 def test_loss_and_gradients_on_other_inputs(loss: Callable[..., Tensor]) -> None:
     function = gradients(loss)
-    graph, captured = trace_operations(function, [torch.randn(3), torch.randn(3)])
+    graph, captured, _ = trace_operations(function, [torch.randn(3), torch.randn(3)])
     others = [torch.randn(3), torch.randn(3)]
     for one, other in zip(graph(*others, *captured), function(*others), strict=True):
         torch.testing.assert_close(one, other)
@@ -80,7 +80,7 @@ def test_noise_is_drawn_afresh_by_the_same_functions() -> None:
         return [x + torch.randn(3), torch.rand_like(x), torch.empty(3).exponential_(), torch.bernoulli(x.sigmoid())]
 
     x = torch.zeros(3)
-    graph, _ = trace_operations(function, [x])
+    graph = trace_operations(function, [x]).graph
     torch.manual_seed(1)
     expected, again = function(x), function(x)
     torch.manual_seed(1)
@@ -91,7 +91,7 @@ def test_noise_is_drawn_afresh_by_the_same_functions() -> None:
 
 def test_tensors_that_it_holds_are_read_at_each_call_and_changed_in_place() -> None:
     norm = nn.BatchNorm1d(3)
-    graph, captured = trace_operations(lambda x: [norm(x)], [torch.randn(5, 3)])
+    graph, captured, _ = trace_operations(lambda x: [norm(x)], [torch.randn(5, 3)])
     x, before = torch.randn(5, 3), norm.running_mean.clone()  # type: ignore[union-attr]
     with torch.no_grad():
         norm.weight.mul_(3.0)
@@ -103,7 +103,7 @@ def test_tensors_that_it_holds_are_read_at_each_call_and_changed_in_place() -> N
 def test_parts_of_a_vector_are_taken_from_it() -> None:
     vector = torch.randn(6)
     parts = [vector[:2], vector[2:].view(2, 2)]
-    graph, captured = trace_operations(lambda _: [parts[1] @ parts[0]], [vector], parts)
+    graph, captured, _ = trace_operations(lambda _: [parts[1] @ parts[0]], [vector], parts)
     other = torch.randn(6)
     assert not captured
     torch.testing.assert_close(graph(other)[0], other[2:].view(2, 2) @ other[:2])
@@ -134,7 +134,7 @@ def test_code_knows_that_it_is_recorded() -> None:
 
 
 def test_what_changes_nothing_is_left_out() -> None:
-    graph, _ = trace_operations(lambda x: [x.detach().view(3).expand(3) + 1.0], [torch.randn(3)])
+    graph = trace_operations(lambda x: [x.detach().view(3).expand(3) + 1.0], [torch.randn(3)]).graph
     assert sum(node.op == "call_function" for node in graph.graph.nodes) == 1
 
 
@@ -151,7 +151,7 @@ def test_a_matrix_that_is_refused_costs_its_own_draw(scripted: bool) -> None:
         value = loss(leaf)
         return value.detach(), *torch.autograd.grad(value.sum(), leaf)
 
-    graph, captured = trace_operations(function, [torch.ones(4, 3)])
+    graph, captured, _ = trace_operations(function, [torch.ones(4, 3)])
     inputs = [torch.rand(4, 3) + 0.5, *captured]
     run = to_script(graph, inputs) if scripted else graph
     for one, other in zip(run(*inputs), function(inputs[0]), strict=True):
@@ -178,3 +178,51 @@ def test_gradients_are_recorded_in_the_thread_that_records():
     trace_operations(gradients(loss), [torch.ones(3)])
     assert before and seen == [(True, False)]
     assert torch._C._is_multithreading_enabled()
+
+
+def known(values: Tensor) -> list[Tensor]:
+    """What follows from data in each of the ways in which Python reads it."""
+    count = int(values.max()) + 1
+    steps = torch.zeros(3)
+    steps[1:] = values[0]
+    return [torch.full((count,), 2.0), torch.full((len(values[values > 0]),), 1.0), steps * int(steps.sum())]
+
+
+@pytest.mark.parametrize("is_held", [False, True])
+def test_python_may_read_what_follows_from_data(is_held: bool) -> None:
+    values = torch.tensor([1.0, 4.0, 0.0])
+    with pytest.raises(RuntimeError, match="item"):
+        trace_operations(lambda x, y: known(y), [torch.zeros(2), values])  # an input that is no data
+    data = [] if is_held else [values]
+    graph, captured, read = trace_operations(
+        lambda x, *given: [*known(*given or [values]), x + 1.0], [torch.zeros(2)], data=data
+    )
+    assert read.hold([torch.zeros(2), *data, *captured])
+    for found, expected in zip(graph(torch.zeros(2), *data, *captured), known(values), strict=False):
+        assert torch.equal(found, expected)
+    assert not read.hold([torch.zeros(2), torch.tensor([1.0, 5.0, 0.0])])  # another number of groups
+    assert not read.hold([torch.zeros(2), torch.tensor([1.0, 4.0, 1.0])])  # another number of positive values
+    assert read.hold([torch.zeros(2), torch.tensor([1.0, 0.0, 4.0])])
+    values[1] = 2.0
+    assert not read.hold([torch.zeros(2), values])
+
+
+def written_by_what_is_computed(x: Tensor, y: Tensor) -> float:
+    held = torch.zeros(2)
+    held[0] = x.sum()
+    return held.sum().item()
+
+
+def written_into_data(x: Tensor, y: Tensor) -> float:
+    y.add_(1.0)  # a counter of steps, say: to read it again would count again
+    return y[0].item()
+
+
+def at_random(x: Tensor, y: Tensor) -> float:
+    return (torch.rand(3) * y).sum().item()
+
+
+@pytest.mark.parametrize("look", [written_by_what_is_computed, written_into_data, at_random])
+def test_python_must_not_read_what_is_data_no_more(look: Callable[[Tensor, Tensor], float]) -> None:
+    with pytest.raises(RuntimeError, match="item"):
+        trace_operations(lambda x, y: [x * look(x, y)], [torch.randn(3)], data=[torch.randn(3)])

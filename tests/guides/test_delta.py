@@ -30,5 +30,5 @@ def test_a_draws_own_density_takes_no_operation() -> None:
         delta = DensityDelta(point, log_density, event_dim=1, validate_args=False)
         return (delta.log_prob(delta.rsample()),)
 
-    graph, _ = trace_operations(density, (torch.randn(4, 3), torch.randn(4)))
+    graph = trace_operations(density, (torch.randn(4, 3), torch.randn(4))).graph
     assert not [node for node in graph.graph.nodes if node.op == "call_function"]

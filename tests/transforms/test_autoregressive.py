@@ -182,7 +182,7 @@ def test_recorded_score_is_the_same_by_one_pass(kind: str) -> None:
     def score_of(x: Tensor) -> Tensor:
         return transform.forward_with_score(x.requires_grad_(), -x.detach(), None)[2]
 
-    graph, captured = trace_operations(lambda x: [score_of(x)], [x])
+    graph, captured, _ = trace_operations(lambda x: [score_of(x)], [x])
     torch.testing.assert_close(graph(x, *captured)[0], score_of(x), rtol=1e-9, atol=1e-9)
     assert sum(node.target is torch.ops.aten.linalg_solve_triangular.default for node in graph.graph.nodes) == 1
 
