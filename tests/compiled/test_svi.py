@@ -11,6 +11,7 @@ import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroModule, PyroSample
 from pyro.optim import Adam, ClippedAdam, ExponentialLR
 from torch import nn
 from torch._dynamo.utils import counters
@@ -413,3 +414,27 @@ def test_sizes_that_follow_from_data_are_recorded_and_noticed():
         warnings.simplefilter("error")
         svi = assert_same(model, AutoNormal, *[(group, torch.arange(6.0)) for group in (*groups, *groups)])
     assert len(svi._graphs) == 2
+
+
+class Lines(PyroModule):
+    """Priors that are made with the module, while Pyro validates, as in its tutorial of Bayesian networks."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = PyroModule[nn.Linear](2, 1)
+        self.linear.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 2]).to_event(2))
+        self.linear.bias = PyroSample(dist.Normal(0.0, 1.0).expand([1]).to_event(1))
+        self.noise = PyroSample(dist.Gamma(2.0, 2.0))
+
+    def forward(self, x, y):
+        mean = self.linear(x).squeeze(-1)
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(mean, self.noise), obs=y)
+
+
+def test_priors_that_validate_by_themselves_are_recorded():
+    with pyro.validation_enabled(True):
+        model = Lines()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same(model, AutoNormal, *[(torch.randn(6, 2), torch.arange(6.0))] * 3)
