@@ -41,7 +41,7 @@ class OperationTracer(TorchDispatchMode):
     """Appends each torch operation within this context to a graph.
 
     As ``torch.fx.experimental.proxy_tensor.make_fx`` does, but in a sixth of the time, since that keeps a fake of each
-    tensor. Views that do not change a tensor's shape, strides, offset or dtype are left out.
+    tensor. Views that change no shape, stride, offset, dtype or sign are left out.
 
     Python may read values that follow from data, from tensors that the code holds, and from numbers in it, such as
     ``int(group.max())``; a node of such a value is marked as ``KNOWN``.
@@ -181,6 +181,8 @@ def _is_same_view(one: Tensor, other: Tensor) -> bool:
         and one.stride() == other.stride()
         and one.storage_offset() == other.storage_offset()
         and one.dtype == other.dtype
+        and one.is_conj() == other.is_conj()
+        and one.is_neg() == other.is_neg()
     )
 
 

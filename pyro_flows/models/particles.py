@@ -141,7 +141,10 @@ def runs_in_a_plate(guide: Callable[..., Any], call: Call, nesting: int, count: 
                 return True
             except Exception:
                 return False
-        return torch.allclose(torch.as_tensor(found), torch.stack(expected), rtol=PROBES.relative, atol=PROBES.nats)
+        each = torch.stack(expected)
+        kept = each.isfinite()  # rounding may put a draw onto the edge of its support, from which there is no way back
+        found = torch.as_tensor(found).expand_as(each)
+        return torch.allclose(found[kept], each[kept], rtol=PROBES.relative, atol=PROBES.nats)
 
 
 def _in_front(term: Tensor, nesting: int, count: int) -> Tensor:

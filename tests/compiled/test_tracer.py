@@ -57,6 +57,12 @@ def in_place(x: Tensor, y: Tensor) -> Tensor:
     return table.square().sum()
 
 
+def conjugated(x: Tensor, y: Tensor) -> Tensor:
+    """A conjugate shares its memory, shape and strides with its number, and so does a negative imaginary part."""
+    spectrum = torch.fft.rfft(x)
+    return (spectrum * spectrum.conj()).real.sum() + (spectrum.conj().imag * y[:2]).sum() + (spectrum**3).real.sum()
+
+
 def mapped(x: Tensor, y: Tensor) -> Tensor:
     return torch.func.vmap(lambda row: torch.where(row > 0, row.exp() * x, y).sum())(HELD).sum()
 
@@ -66,7 +72,7 @@ def recomputed(x: Tensor, y: Tensor) -> Tensor:
     return value
 
 
-@pytest.mark.parametrize("loss", [products, pieces, literals, in_place, mapped, recomputed])
+@pytest.mark.parametrize("loss", [products, pieces, literals, in_place, conjugated, mapped, recomputed])
 def test_loss_and_gradients_on_other_inputs(loss: Callable[..., Tensor]) -> None:
     function = gradients(loss)
     graph, captured, _ = trace_operations(function, [torch.randn(3), torch.randn(3)])

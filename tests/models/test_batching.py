@@ -68,6 +68,21 @@ def written_in_place(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(mean, 0.5), obs=y)
 
 
+def counted(y: Tensor) -> None:
+    """torch's ``Multinomial`` writes where its logits have no density."""
+    a = pyro.sample("a", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    weights = torch.stack([a[0] + a[1], a[1] + a[2], a[2] + a[0]])  # not for a batch of draws
+    pyro.sample("y", dist.Multinomial(3, logits=weights), obs=torch.tensor([2.0, 0.0, 1.0]))
+
+
+def masked(y: Tensor) -> None:
+    a = pyro.sample("a", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    mean = a[GROUP].clone()
+    mean[mean < 0.0] = 0.0
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(mean, 0.5), obs=y)
+
+
 def steered(y: Tensor) -> None:
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     with pyro.plate("data", len(y)):
@@ -87,6 +102,8 @@ CASES = {
     "factor of a sum": Case(factor_of_a_sum, "_by_vmap", {"a": (3,)}),
     "stacked walk": Case(stacked_walk, "_by_vmap", {f"x_{time}": () for time in range(6)}),
     "in place": Case(written_in_place, "_by_vmap_in_place", {"a": (3,)}),
+    "counted": Case(counted, "_by_vmap_in_place", {"a": (3,)}),
+    "masked": Case(masked, "_by_vmap_in_place", {"a": (3,)}),
     "steered": Case(steered, "_one_by_one", {"mu": ()}),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

@@ -61,6 +61,23 @@ def test_a_guide_that_fails_in_a_plate() -> None:
     assert not runs_in_a_plate(stubborn, Call((torch.zeros(3),), {}), 0)
 
 
+class Rounded(dist.Normal):  # type: ignore[misc]
+    """Has no density at positive values that are scored alone, as a flow whose draw was rounded onto an edge."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        found: Tensor = super().log_prob(value)
+        return torch.where(value > 0.0, -torch.inf, found) if value.dim() == 0 else found
+
+
+def test_draws_without_a_density_are_not_compared() -> None:
+    def guide() -> None:
+        pyro.sample("z", Rounded(torch.tensor(0.0), 1.0))
+
+    pyro.set_rng_seed(0)
+    for _ in range(4):
+        assert runs_in_a_plate(guide, Call((), {}), 0)
+
+
 def test_mini_batches_are_those_of_the_run() -> None:
     """Single runs of the check see the items that the run in a plate saw."""
 
