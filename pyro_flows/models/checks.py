@@ -32,6 +32,7 @@ __all__ = [
     "check_guide",
     "check_latents",
     "first_run",
+    "outside_support",
     "start_elsewhere",
     "warn_without_data",
     "where_not_finite",
@@ -320,6 +321,20 @@ def without_density(model: Callable[..., Any], values: Mapping[str, Any], call: 
             if wrong.numel():
                 found[name] = wrong[0].item()
     return found
+
+
+def outside_support(model: Callable[..., Any], values: Mapping[str, Any], call: Call) -> list[str]:
+    """Latents whose values are outside of the support that they have in a run at a draw, since it follows others."""
+    with pyro.validation_enabled(False):
+        nodes = sample_nodes(run_quietly(model, call, replay_trace({**values, **call.fixed})))
+    return [name for name, node in nodes.items() if name in values and _is_outside(node)]
+
+
+def _is_outside(node: Mapping[str, Any]) -> bool:
+    try:
+        return not bool(node["fn"].support.check(node["value"]).all())
+    except NotImplementedError:  # a distribution that does not say its support
+        return False
 
 
 def where_not_finite(model: Callable[..., Any], guide: Callable[..., Any], call: Call, num_draws: int) -> str:

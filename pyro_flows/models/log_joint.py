@@ -14,8 +14,9 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import Independent
 
+from pyro_flows._random import seeded
 from pyro_flows.models.batching import BatchedModel
-from pyro_flows.models.checks import start_elsewhere, without_density
+from pyro_flows.models.checks import outside_support, start_elsewhere, without_density
 from pyro_flows.models.layout import Layout
 from pyro_flows.models.precision import remedy_at
 from pyro_flows.models.sites import Site
@@ -114,6 +115,17 @@ class LogJoint:
         sites = without_density(self.batched.model, values, self.batched.call)
         if sites:
             return start_elsewhere(OWNER, sites, remedy_at(self.batched.model, values, self.batched.call))
+        with seeded(0):
+            far = start + 3.0 * torch.randn(100, len(start), dtype=start.dtype, device=start.device)
+        for point in far:
+            names = outside_support(self.batched.model, self.table.unpack(point)[0], self.batched.call)
+            if names:
+                name = names[0]
+                return (
+                    f"{OWNER}: expected sites whose support is the same at all draws, but that of '{name}' follows other "
+                    f"latents. Write a site of fixed support, such as `u = pyro.sample('{name}_share', "
+                    f"dist.Uniform(0.0, 1.0))`, and `pyro.deterministic('{name}', low + (high - low) * u)`."
+                )
         return (
             f"{OWNER}: expected a Gaussian with a finite ELBO, but none has one, although the log density is finite at "
             "the start. Look for what overflows around it, or give a smaller init_scale."

@@ -219,3 +219,14 @@ def test_fit_skips_a_mini_batch_that_is_not_finite() -> None:
     result = fit(normal, guide, [(Y,), (Y,), (Y * math.nan,)], progress=False, num_steps=30, seed=0)
     assert (result.skipped, is_finite(guide)) == (10, True)
     assert "Look for data that are not finite" in result.advice
+
+
+def test_a_support_that_follows_other_latents_is_named() -> None:
+    def ordered(y: Tensor) -> None:
+        low = pyro.sample("low", dist.Uniform(0.0, 1.0))
+        high = pyro.sample("high", dist.Uniform(low, 4.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(low + high, 1.0), obs=y)
+
+    with pytest.raises(RuntimeError, match=r"that of 'high' follows other latents.*pyro.sample\('high_share'"):
+        fit(ordered, AutoFlowGuide(ordered), (Y,), num_steps=50, progress=False)
