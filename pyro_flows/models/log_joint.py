@@ -122,7 +122,7 @@ class LogJoint:
             if names:
                 name = names[0]
                 return (
-                    f"{OWNER}: expected sites whose support is the same at all draws, but that of '{name}' follows other "
+                    f"{OWNER}: expected sites of one support at all draws, but that of '{name}' follows other "
                     f"latents. Write a site of fixed support, such as `u = pyro.sample('{name}_share', "
                     f"dist.Uniform(0.0, 1.0))`, and `pyro.deterministic('{name}', low + (high - low) * u)`."
                 )

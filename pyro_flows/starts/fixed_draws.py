@@ -112,7 +112,8 @@ def _minimize(loss_and_gradients: Callable[[], Sequence[Tensor]], parameters: li
         loss, *gradients = loss_and_gradients()
         is_finite = bool(loss.isfinite())
         for p, gradient in zip(parameters, gradients, strict=True):
-            p.grad = gradient.nan_to_num(0.0, 0.0, 0.0).contiguous() if is_finite else torch.zeros_like(p)
+            gradient = gradient.nan_to_num(0.0, 0.0, 0.0) if is_finite else torch.zeros_like(p)
+            p.grad = gradient.contiguous()  # a factor by columns is not
         return loss if is_finite else loss.new_tensor(FIXED_DRAWS.forbidden)
 
     optimizer.step(closure)  # type: ignore[arg-type]
