@@ -114,6 +114,8 @@ class OperationTracer(TorchDispatchMode):
             options = {name: self.node_of(value) for name, value in kwargs.items()}
             node = self.graph.call_function(func, self.node_of(tuple(args)), options)
             is_random = torch.Tag.nondeterministic_seeded in func.tags
+            if is_random and any(isinstance(value, torch.Generator) for value in kwargs.values()):
+                raise RuntimeError("it draws from a generator of its own; pass what it draws as an argument")
             node.meta[KNOWN] = not is_random and all(other.meta.get(KNOWN) for other in node.all_input_nodes)
             self._write(list(_written(func, args, kwargs)), node)
         self._identify_all(found, node)

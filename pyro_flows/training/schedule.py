@@ -258,7 +258,8 @@ class Schedule:
             if target is not None and self._gained_before():  # a gap is left: once more, at a lower rate
                 state.learning_rate /= 2
             else:
-                state.reason = f"converged: the last {length} steps gained {max(gain, 0.0):.3f} nats, below tolerance"
+                found = f"{max(gain, 0.0):.3f} +/- {error:.3f} nats"
+                state.reason = f"converged: the last {length} steps gained {found}, below tolerance"
         elif objective.subsampled or objective.trains_model:
             state.learning_rate /= 2
         state.last_gain = gain if state.cycle else 0.0

@@ -232,3 +232,9 @@ def at_random(x: Tensor, y: Tensor) -> float:
 def test_python_must_not_read_what_is_data_no_more(look: Callable[[Tensor, Tensor], float]) -> None:
     with pytest.raises(RuntimeError, match="item"):
         trace_operations(lambda x, y: [x * look(x, y)], [torch.randn(3)], data=[torch.randn(3)])
+
+
+def test_a_generator_of_the_code_is_refused_in_words() -> None:
+    generator = torch.Generator()
+    with pytest.raises(RuntimeError, match="generator of its own"):
+        trace_operations(lambda x: [x + torch.randn(3, generator=generator)], [torch.zeros(3)])
