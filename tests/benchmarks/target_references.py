@@ -132,7 +132,9 @@ def climb(joint: Joint, start: Tensor) -> tuple[Tensor, Tensor]:
     mode = point.detach()
     precision = -hessian(joint)(mode)
     values, vectors = torch.linalg.eigh((precision + precision.mT) / 2)
-    return mode, torch.linalg.cholesky((vectors / values.clamp(min=1e-2)) @ vectors.mT)
+    root = vectors / values.clamp(min=1e-2).sqrt()
+    factor = torch.linalg.qr(root.mT).R.mT  # of R R^T, whose condition number is the square of R's
+    return mode, factor * factor.diagonal().sign()
 
 
 def log_mean(log_weights: Tensor) -> tuple[float, float]:
