@@ -160,8 +160,16 @@ class LossGraph:
     def fits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the graph is for arguments of this structure, for what Python reads of the data, and for the
         optimizer's options."""
-        if not self.is_current or _structure(args, kwargs) != self._structure:
-            return False
+        return self._is_of(args, kwargs) and self._reads_same(args, kwargs)
+
+    def reads_differ(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether all that keeps the graph from being used for arguments is what Python reads of the data."""
+        return self._is_of(args, kwargs) and self.guard.holds and not self._reads_same(args, kwargs)
+
+    def _is_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return self.is_current and _structure(args, kwargs) == self._structure
+
+    def _reads_same(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         return self._known.hold([self._parameter.vector, *_tensors(args, kwargs), *self._captured])
 
     def matches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -4,16 +4,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node, map_arg
 
-__all__ = ["KNOWN", "KnownValues", "Read", "writes"]
+__all__ = ["KnownValues", "Read", "writes"]
 
-# Mark of a node that follows from data, from tensors that the code holds, and from numbers in the code.
-KNOWN = "known"
+
+@dataclass(frozen=True)
+class KnownSettings:
+    """When values are read again.
+
+    Attributes:
+        max_elements: Number of elements on a CPU up to which they are read again at each call, which takes some ten
+            microseconds; of more, or on a GPU, only where a tensor is another one, or torch has counted a change.
+    """
+
+    max_elements: int = 2**15
+
+
+SETTINGS = KnownSettings()
 
 
 class Read(NamedTuple):
@@ -22,7 +35,7 @@ class Read(NamedTuple):
     Attributes:
         function: What reads it, such as the operation behind ``.item()``.
         args: Its arguments, with nodes for tensors.
-        value: What it was: a number, a truth value or a shape.
+        value: What it was: a number, a truth value, a list of numbers or a shape.
     """
 
     function: Callable[..., Any]
@@ -37,40 +50,39 @@ class KnownValues:
 
     Args:
         graph: The graph as recorded, without an output; it stays as it is.
-        reads: What was read; what does not depend on the graph's inputs is dropped.
+        reads: What was read. It follows from the graph's inputs by operations that write into nothing.
     """
 
     def __init__(self, graph: Graph, reads: Sequence[Read]) -> None:
         own = Graph()
         copies: dict[Node, Node] = {}
-        needed = _needed(graph, reads)
+        needed = _needed(reads)
         for node in graph.nodes:
             if node.op == "placeholder" or node in needed:
                 copies[node] = own.node_copy(node, copies.__getitem__)
+        own.output(tuple(own.call_function(r.function, map_arg(r.args, copies.__getitem__)) for r in reads))
         given = [node for node in graph.nodes if node.op == "placeholder"]
         self._used = [index for index, node in enumerate(given) if node in needed]
-        kept = reads if self._used else ()
-        own.output(tuple(own.call_function(r.function, map_arg(r.args, copies.__getitem__)) for r in kept))
-        self._values = [read.value for read in kept]
+        self._values = [read.value for read in reads]
         self._read = GraphModule(torch.nn.Module(), own)
-        self._seen: list[tuple[Tensor, int]] = []
+        self._seen: list[tuple[Tensor, int, int]] = []
 
     @torch.no_grad()
     def hold(self, inputs: Sequence[Tensor]) -> bool:
-        """Whether the inputs of the graph have these values; they are read again only where a tensor is another one, or
-        was changed in place."""
-        if not self._used:
+        """Whether the inputs of the graph have these values."""
+        if not self._values:
             return True
-        tensors = [inputs[index] for index in self._used]
-        if any(tensor.is_inference() for tensor in tensors):  # which do not count changes
+        used = [inputs[index] for index in self._used]
+        is_small = sum(t.numel() for t in used) <= SETTINGS.max_elements and not any(t.is_cuda for t in used)
+        if is_small or any(tensor.is_inference() for tensor in used):  # which do not count changes
             return self._are(inputs)
-        if len(self._seen) == len(tensors) and all(
-            tensor is seen and tensor._version == version
-            for tensor, (seen, version) in zip(tensors, self._seen, strict=True)
+        now = [(tensor, tensor._version, tensor.data_ptr()) for tensor in used]
+        if len(self._seen) == len(now) and all(
+            one[0] is other[0] and one[1:] == other[1:] for one, other in zip(now, self._seen, strict=True)
         ):
             return True
         holds = self._are(inputs)
-        self._seen = [(tensor, tensor._version) for tensor in tensors] if holds else []
+        self._seen = now if holds else []
         return holds
 
     def _are(self, inputs: Sequence[Tensor]) -> bool:
@@ -78,18 +90,15 @@ class KnownValues:
             found = self._read(*inputs)
         except (RuntimeError, IndexError):  # an index out of range, say
             return False
-        return all(
-            one == other or (one != one and other != other) for one, other in zip(found, self._values, strict=True)
-        )
+        pairs = zip(found, self._values, strict=True)
+        return all(one == other or (one != one and other != other) for one, other in pairs)  # two NaNs are equal
 
 
-def _needed(graph: Graph, reads: Sequence[Read]) -> set[Node]:
-    """Nodes from which reads follow: those of their arguments, what writes into known tensors, and all before them."""
+def _needed(reads: Sequence[Read]) -> set[Node]:
+    """Nodes from which reads follow."""
     waiting: list[Node] = []
     for read in reads:
         map_arg(read.args, waiting.append)
-    if waiting:
-        waiting += [node for node in graph.nodes if node.meta.get(KNOWN) and writes(node)]
     needed: set[Node] = set()
     while waiting:
         node = waiting.pop()

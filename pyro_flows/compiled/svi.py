@@ -37,9 +37,11 @@ class GraphSettings:
 
     Attributes:
         max_graphs: Number of graphs that are kept, one for each structure of arguments; others take eager steps.
+        max_reads: Number of graphs that differ only in what Python reads of the data, after which steps are eager.
     """
 
     max_graphs: int = 4
+    max_reads: int = 2
 
 
 GRAPHS = GraphSettings()
@@ -191,6 +193,11 @@ class CompiledSVI(SVI):
         loss, leaves = self._loss_and_leaves(args, kwargs)
         if not math.isfinite(loss):
             self._warn_of_refused()
+        elif not self._is_eager and sum(g.reads_differ(args, kwargs) for g in self._graphs) >= GRAPHS.max_reads:
+            self._give_up(
+                "what Python reads of the data, by .item(), int(y.max()) or the size of y[y > 0], differs from call "
+                "to call"
+            )
         elif not self._is_eager and not _PYRO_STACK and len(self._graphs) < GRAPHS.max_graphs:
             try:
                 self._record(parameter, args, kwargs)

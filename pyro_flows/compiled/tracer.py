@@ -12,15 +12,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyro_flows._recording import recording
-from pyro_flows.compiled.known import KNOWN, KnownValues, Read
+from pyro_flows.compiled.known import KnownValues, Read
 
 __all__ = ["OperationTracer", "Recording", "trace_operations"]
 
 aten = torch.ops.aten
+# Marks of nodes that Python may read: constants, which depend only on numbers in the code; and what follows from data,
+# from tensors that the code holds, and from constants, by operations that write into nothing.
+CONSTANT, KNOWN = "constant", "known"
 
 
 class Recording(NamedTuple):
@@ -44,7 +48,7 @@ class OperationTracer(TorchDispatchMode):
     tensor. Views that change no shape, stride, offset, dtype or sign are left out.
 
     Python may read values that follow from data, from tensors that the code holds, and from numbers in it, such as
-    ``int(group.max())``; a node of such a value is marked as ``KNOWN``.
+    ``int(group.max())``.
 
     Args:
         graph: The graph to append to.
@@ -59,7 +63,8 @@ class OperationTracer(TorchDispatchMode):
         self.graph = graph
         self.captured: list[Tensor] = []
         self.reads: list[Read] = []
-        self._outside: set[int] = set()  # storages of inputs and of captured tensors
+        self._sharing: dict[int, list[Node]] = {}  # nodes that Python may read, by the address of their memory
+        self._written: set[int] = set()  # addresses of memory in which not all is constant any more
         self._nodes = WeakTensorKeyDictionary()  # a step's tensors may not all fit into memory
         self._last_placeholder: Node | None = None
 
@@ -74,9 +79,13 @@ class OperationTracer(TorchDispatchMode):
 
     def identify(self, tensor: Tensor, node: Node, *, is_known: bool = False) -> None:
         """Register a tensor from outside as the value of a node, whose values Python may read if they are known."""
-        self._nodes[tensor] = node
-        self._outside.add(_storage(tensor))
         node.meta[KNOWN] = is_known
+        self._register(tensor, node)
+
+    def _register(self, tensor: Tensor, node: Node) -> None:
+        self._nodes[tensor] = node
+        if node.meta.get(KNOWN) or node.meta.get(CONSTANT):
+            self._sharing.setdefault(_address(tensor), []).append(node)
 
     def node_of(self, value: Any) -> Any:
         """Replace a tensor, or the tensors in lists and tuples, by their nodes; other values are unchanged."""
@@ -84,8 +93,9 @@ class OperationTracer(TorchDispatchMode):
             node = self._nodes.get(value)
             if node is None:
                 node = self.placeholder(f"captured_{len(self.captured)}")
-                self.captured.append(value.detach())
-                self.identify(value, node, is_known=True)
+                self.captured.append(value)
+                # Another name of memory that was written meanwhile has not the value that it has at the next call.
+                self.identify(value, node, is_known=_address(value) not in self._written)
             return node
         if isinstance(value, (list, tuple)):
             return type(value)(map(self.node_of, value))
@@ -95,11 +105,10 @@ class OperationTracer(TorchDispatchMode):
         kwargs = kwargs or {}
         if torch.Tag.data_dependent_output in func.tags:
             value = func(*args, **kwargs)
-            read = self.node_of(tuple(args))
-            # Distributions that were made while Pyro validated, before this, still check their arguments and values.
-            if not (value is True and getattr(read[0], "target", None) is aten._is_all_true.default):
-                self._check_readable((*args, *kwargs.values()))
-                self.reads.append(Read(func, read, value))
+            # Distributions that were made while Pyro validated check their values even now. They go on if these are
+            # right; where they are not, the density says so.
+            if not (value is True and self._checks(args[0])):
+                self.read(func, args, value)
             return value
         found = func(*args, **kwargs)
         if func is aten._linalg_check_errors.default:
@@ -107,7 +116,7 @@ class OperationTracer(TorchDispatchMode):
             return found
         if func is aten.lift_fresh.default:
             node = self.graph.call_function(aten.lift_fresh_copy.default, (self.node_of(args[0]),))
-            node.meta[KNOWN] = True
+            node.meta[CONSTANT] = node.meta[KNOWN] = True
         elif func.is_view and isinstance(found, Tensor) and _is_same_view(found, args[0]):
             node = self.node_of(args[0])
         else:
@@ -116,39 +125,59 @@ class OperationTracer(TorchDispatchMode):
             is_random = torch.Tag.nondeterministic_seeded in func.tags
             if is_random and any(isinstance(value, torch.Generator) for value in kwargs.values()):
                 raise RuntimeError("it draws from a generator of its own; pass what it draws as an argument")
-            node.meta[KNOWN] = not is_random and all(other.meta.get(KNOWN) for other in node.all_input_nodes)
+            for mark in (CONSTANT, KNOWN):
+                node.meta[mark] = not is_random and all(other.meta.get(mark) for other in node.all_input_nodes)
             self._write(list(_written(func, args, kwargs)), node)
         self._identify_all(found, node)
-        if node.meta.get(KNOWN) and _shape_follows_from_values(func, args):
-            self._read_shapes(found)
+        if _shape_follows_from_values(func, args):
+            for tensor in [found] if isinstance(found, Tensor) else found:
+                self.read(_shape, (tensor,), tensor.shape)
+        elif func is aten._pack_padded_sequence.default:  # reads the lengths behind torch's back
+            self.read(_contents, (args[1],), _contents(args[1]))
         return found
 
-    def _write(self, written: Sequence[Tensor], node: Node) -> None:
-        """Where an operation writes into tensors from outside, or what is not known into any, these are not known any
-        more, nor are others that share their memory."""
-        node.meta[KNOWN] &= self._outside.isdisjoint(map(_storage, written))
-        if node.meta[KNOWN] or not any(self._nodes[tensor].meta.get(KNOWN) for tensor in written):
-            return
-        changed = set(map(_storage, written))
-        for tensor, other in self._nodes.items():
-            if other.meta.get(KNOWN) and _storage(tensor) in changed:
-                other.meta[KNOWN] = False
+    def read(self, function: Callable[..., Any], args: Sequence[Any], value: Any) -> None:
+        """Note that Python has read a value.
 
-    def _read_shapes(self, found: Any) -> None:
-        """Python knows the shapes of results, which here follow from values."""
-        for tensor in [found] if isinstance(found, Tensor) else found:
-            self.reads.append(Read(_shape, (self._nodes[tensor],), tensor.shape))
+        Raises:
+            RuntimeError: If each call of the graph computes it anew; :mod:`pyro_flows._blame` makes a message of it.
+        """
+        nodes = self.node_of(tuple(args))
+        tensors = [node for node in nodes if isinstance(node, Node)]
+        if all(node.meta.get(CONSTANT) for node in tensors):
+            return
+        if not all(node.meta.get(KNOWN) for node in tensors):
+            raise RuntimeError(".item() on a Tensor that is being recorded")
+        self.reads.append(Read(function, nodes, value))
+
+    def _checks(self, value: Any) -> bool:
+        """Whether a value is the outcome of a distribution's validation, which alone asks in this way."""
+        node = self._nodes.get(value) if isinstance(value, Tensor) else None
+        return node is not None and node.target is aten._is_all_true.default
+
+    def _write(self, written: Sequence[Tensor], node: Node) -> None:
+        """Tensors that share memory into which an operation writes are not known any more, nor constant unless all that
+        is written is."""
+        if not written:
+            return
+        node.meta[KNOWN] = False
+        for address in set(map(_address, written)):
+            for other in self._sharing.get(address, ()):
+                other.meta[KNOWN] = False
+                other.meta[CONSTANT] = other.meta.get(CONSTANT, False) and node.meta[CONSTANT]
+            if not node.meta[CONSTANT]:
+                self._written.add(address)
 
     def _identify_all(self, found: Any, node: Node) -> None:
         """Register all tensors of an operation's result as values of a node and its items."""
         if isinstance(found, Tensor):
             node.meta["numel"] = found.numel()
-            self._nodes[found] = node
+            self._register(found, node)
         elif isinstance(found, (list, tuple)):
             for index, part in enumerate(found):
                 if part is not None:
                     item = self.graph.call_function(operator.getitem, (node, index))
-                    item.meta[KNOWN] = node.meta[KNOWN]
+                    item.meta.update({mark: node.meta.get(mark, False) for mark in (CONSTANT, KNOWN)})
                     self._identify_all(part, item)
 
     def _refuse_by_nan(self, info: Tensor) -> None:
@@ -165,16 +194,18 @@ class OperationTracer(TorchDispatchMode):
                 refused = self.graph.call_function(aten.view.default, (has_failed, list(shape)))
                 self._nodes[tensor] = self.graph.call_function(aten.where.ScalarSelf, (refused, math.nan, node))
 
-    def _check_readable(self, values: Iterable[Any]) -> None:
-        """Refuse to let Python read computed values; :mod:`pyro_flows._blame` turns the error into a message.
 
-        Raises:
-            RuntimeError: If one of the values is a tensor that each call of the graph computes anew.
-        """
-        for value in values:
-            node = self._nodes.get(value) if isinstance(value, Tensor) else None
-            if node is not None and not node.meta.get(KNOWN):
-                raise RuntimeError(".item() on a Tensor that is being recorded")
+class _DirectReads(TorchFunctionMode):
+    """Notes reads of a tensor's memory that are no operations."""
+
+    def __init__(self, tracer: OperationTracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.tolist, Tensor.numpy):
+            self._tracer.read(_contents, (args[0].detach(),), _contents(args[0]))
+        return func(*args, **(kwargs or {}))
 
 
 def _is_same_view(one: Tensor, other: Tensor) -> bool:
@@ -188,11 +219,16 @@ def _is_same_view(one: Tensor, other: Tensor) -> bool:
     )
 
 
-def _storage(tensor: Tensor) -> int:
-    """Identity of a tensor's memory; 0 where it has none of its own."""
-    with suppress(NotImplementedError):  # a sparse one
-        return tensor.untyped_storage()._cdata
+def _address(tensor: Tensor) -> int:
+    """Address of a tensor's memory, which is that of a NumPy array that shares it; 0 where it has none."""
+    with suppress(NotImplementedError, RuntimeError):  # a sparse one
+        return tensor.untyped_storage().data_ptr()
     return 0
+
+
+def _contents(tensor: Tensor) -> bytes:
+    with torch.utils._python_dispatch._disable_current_modes():
+        return tensor.detach().resolve_conj().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _shape(tensor: Tensor) -> torch.Size:
@@ -243,10 +279,11 @@ def trace_operations(
         for index, part in enumerate(parts):
             piece = graph.call_function(operator.getitem, (split, index))
             tracer.identify(part, graph.call_function(aten.view.default, (piece, list(part.shape))))
-    with recording(), tracer:
+    with recording(), tracer, _DirectReads(tracer):
         found = tuple(function(*inputs, *data))
     known = KnownValues(graph, tracer.reads)
     graph.output(tracer.node_of(found))
     graph.eliminate_dead_code()
     graph.lint()
-    return Recording(GraphModule(torch.nn.Module(), graph), tracer.captured, known)
+    captured = [value.detach() for value in tracer.captured]  # not within, where it would not share counts of changes
+    return Recording(GraphModule(torch.nn.Module(), graph), captured, known)

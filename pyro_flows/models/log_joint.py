@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ from pyro_flows.models.checks import outside_support, start_elsewhere, without_d
 from pyro_flows.models.layout import Layout
 from pyro_flows.models.precision import remedy_at
 from pyro_flows.models.sites import Site
-from pyro_flows.models.traces import Call, by_draw, run_quietly, sample_nodes
+from pyro_flows.models.traces import NO_DENSITY, Call, by_draw, run_quietly, sample_nodes
 
 __all__ = ["LogJoint", "PulledBack", "Target", "constrain", "joined", "scored_sites"]
 
@@ -118,7 +119,9 @@ class LogJoint:
         with seeded(0):
             far = start + 3.0 * torch.randn(100, len(start), dtype=start.dtype, device=start.device)
         for point in far:
-            names = outside_support(self.batched.model, self.table.unpack(point)[0], self.batched.call)
+            names: list[str] = []
+            with suppress(*NO_DENSITY):
+                names = outside_support(self.batched.model, self.table.unpack(point)[0], self.batched.call)
             if names:
                 name = names[0]
                 return (

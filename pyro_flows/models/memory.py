@@ -32,7 +32,10 @@ class BatchedMemory(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__setitem__ and _is_mask(args[1]) and _is_number(args[2]):
             values, mask, number = args
-            return values.masked_fill_(mask.reshape(*mask.shape, *(1,) * (values.dim() - mask.dim())), number)
+            mask = mask.reshape(*mask.shape, *(1,) * (values.dim() - mask.dim()))
+            if isinstance(number, Tensor):
+                return values.copy_(torch.where(mask, number.to(values.dtype), values))
+            return values.masked_fill_(mask, number)
         found = func(*args, **(kwargs or {}))
         if func in FACTORIES:
             return found + self._zero.to(found.dtype)

@@ -416,6 +416,49 @@ def test_sizes_that_follow_from_data_are_recorded_and_noticed():
     assert len(svi._graphs) == 2
 
 
+class Groups(PyroModule):
+    """Groups in a buffer, as users keep data of fixed size."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("group", torch.tensor([0, 1, 1]))
+
+    def forward(self, y):
+        count = int(self.group.max()) + 1
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(loc + count, 1.0), obs=y)
+
+
+def test_values_of_buffers_are_noticed_when_these_change(interpreted):
+    found = []
+    for cls in (SVI, CompiledSVI):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        model = Groups()
+        svi = cls(model, AutoNormal(model), Adam({"lr": 0.01}), Trace_ELBO())
+        losses = []
+        for group in (1, 1, 5, 5, 1):
+            model.load_state_dict({"group": torch.tensor([0, 1, group])})
+            losses.append(svi.step(torch.arange(3.0)))
+        found.append(torch.tensor(losses))
+    torch.testing.assert_close(*found)
+
+
+def test_batches_of_which_python_reads_other_values_each_time(interpreted):
+    def model(y):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(loc, y.std().item()), obs=y)
+
+    batches = [(torch.randn(5),) for _ in range(6)]
+    with pytest.warns(UserWarning, match=r"what Python reads of the data, by .item\(\).* differs from call") as caught:
+        svi, *found = trained(CompiledSVI, model, AutoNormal, *batches)
+    assert len(caught) == 1 and len(svi._graphs) == 2
+    for one, other in zip(found, trained(SVI, model, AutoNormal, *batches)[1:], strict=True):
+        torch.testing.assert_close(one, other)
+
+
 class Lines(PyroModule):
     """Priors that are made with the module, while Pyro validates, as in its tutorial of Bayesian networks."""
 

@@ -11,9 +11,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pyro_flows._recording import is_recording
+from pyro_flows.compiled import known as known_values
+from pyro_flows.compiled.known import KnownSettings
 from pyro_flows.compiled.script import to_script
 from pyro_flows.compiled.tracer import trace_operations
 
+HELD_VECTOR = torch.zeros(3)
+HELD_VIEW = HELD_VECTOR[0]
 HELD = torch.linspace(-1.0, 1.0, 12).reshape(4, 3)
 SCALE = nn.Parameter(torch.tensor(0.7))
 
@@ -190,8 +194,14 @@ def known(values: Tensor) -> list[Tensor]:
     """What follows from data in each of the ways in which Python reads it."""
     count = int(values.max()) + 1
     steps = torch.zeros(3)
-    steps[1:] = values[0]
-    return [torch.full((count,), 2.0), torch.full((len(values[values > 0]),), 1.0), steps * int(steps.sum())]
+    steps[1:] = 2.0
+    return [
+        torch.full((count,), 2.0),
+        torch.full((len(values[values > 0]),), 1.0),
+        torch.full((2,), sum(values.tolist())),
+        torch.full((2,), float(values.numpy()[0])),
+        steps * int(steps.sum()),
+    ]
 
 
 @pytest.mark.parametrize("is_held", [False, True])
@@ -203,14 +213,30 @@ def test_python_may_read_what_follows_from_data(is_held: bool) -> None:
     graph, captured, read = trace_operations(
         lambda x, *given: [*known(*given or [values]), x + 1.0], [torch.zeros(2)], data=data
     )
-    assert read.hold([torch.zeros(2), *data, *captured])
     for found, expected in zip(graph(torch.zeros(2), *data, *captured), known(values), strict=False):
         assert torch.equal(found, expected)
-    assert not read.hold([torch.zeros(2), torch.tensor([1.0, 5.0, 0.0])])  # another number of groups
-    assert not read.hold([torch.zeros(2), torch.tensor([1.0, 4.0, 1.0])])  # another number of positive values
-    assert read.hold([torch.zeros(2), torch.tensor([1.0, 0.0, 4.0])])
-    values[1] = 2.0
-    assert not read.hold([torch.zeros(2), values])
+
+    def holds(other: Tensor) -> bool:
+        inputs = [torch.zeros(2), *data, *captured]
+        return read.hold([other if each.data_ptr() == values.data_ptr() else each for each in inputs])
+
+    assert holds(values)
+    assert holds(values.clone())
+    assert not holds(torch.tensor([1.0, 5.0, 0.0]))  # another number of groups
+    assert not holds(torch.tensor([1.0, 4.0, 1.0]))  # another number of positive values
+    assert not holds(torch.tensor([1.0, 0.0, 4.0]))  # another order
+
+
+@pytest.mark.parametrize("max_elements", [0, 100])
+def test_changes_in_place_are_seen(max_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(known_values, "SETTINGS", KnownSettings(max_elements))
+    held = torch.tensor([0, 1, 1])
+    _, captured, read = trace_operations(lambda x: [x + int(held.max())], [torch.zeros(2)])
+    for value, holds in ((1, True), (3, False), (1, True)):
+        held.fill_(value)
+        assert [read.hold([torch.zeros(2), *captured]) for _ in range(2)] == [holds, holds]
+    held.data = torch.tensor([0, 1, 2])  # a module that moves its buffers
+    assert not read.hold([torch.zeros(2), held])
 
 
 def written_by_what_is_computed(x: Tensor, y: Tensor) -> float:
@@ -219,16 +245,75 @@ def written_by_what_is_computed(x: Tensor, y: Tensor) -> float:
     return held.sum().item()
 
 
+def written_by_data(x: Tensor, y: Tensor) -> float:
+    held = torch.zeros(2)
+    first = held[0]
+    first.copy_(y[0])
+    return held.sum().item()
+
+
 def written_into_data(x: Tensor, y: Tensor) -> float:
     y.add_(1.0)  # a counter of steps, say: to read it again would count again
     return y[0].item()
+
+
+def written_under_another_name(x: Tensor, y: Tensor) -> float:
+    HELD_VECTOR.copy_(x.detach())
+    return float(HELD_VIEW)
+
+
+def number_of_computed(x: Tensor, y: Tensor) -> float:
+    return float(len(x[x > 0.0]))
+
+
+def list_of_computed(x: Tensor, y: Tensor) -> float:
+    return float((x * 2.0).detach().tolist()[0])
+
+
+def array_of_computed(x: Tensor, y: Tensor) -> float:
+    return float((x * 2.0).detach().numpy()[0])
 
 
 def at_random(x: Tensor, y: Tensor) -> float:
     return (torch.rand(3) * y).sum().item()
 
 
-@pytest.mark.parametrize("look", [written_by_what_is_computed, written_into_data, at_random])
+READS = [
+    written_by_what_is_computed,
+    written_by_data,
+    written_into_data,
+    written_under_another_name,
+    number_of_computed,
+    list_of_computed,
+    array_of_computed,
+    at_random,
+]
+
+
+def test_a_value_is_read_before_it_is_overwritten() -> None:
+    def function(x: Tensor, y: Tensor) -> list[Tensor]:
+        largest = y.max()
+        count = int(largest)
+        largest.zero_()
+        return [x + count]
+
+    *_, read = trace_operations(function, [torch.zeros(2)], data=[torch.tensor([1.0, 4.0])])
+    assert read.hold([torch.zeros(2), torch.tensor([1.0, 4.0])])
+    assert not read.hold([torch.zeros(2), torch.tensor([-1.0, 0.0])])
+
+
+def test_lengths_of_sequences_are_read() -> None:
+    """torch reads them behind its own back."""
+
+    def function(x: Tensor, lengths: Tensor) -> list[Tensor]:
+        return [nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True).data.cumsum(0)]
+
+    *_, read = trace_operations(function, [torch.randn(2, 3, 1)], data=[torch.tensor([3, 1])])
+    assert read.hold([torch.zeros(2), torch.tensor([3, 1])])
+    assert not read.hold([torch.zeros(2), torch.tensor([3, 2])])
+
+
+@pytest.mark.parametrize("look", READS)
 def test_python_must_not_read_what_is_data_no_more(look: Callable[[Tensor, Tensor], float]) -> None:
     with pytest.raises(RuntimeError, match="item"):
         trace_operations(lambda x, y: [x * look(x, y)], [torch.randn(3)], data=[torch.randn(3)])

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pyro_flows import AutoFlowGuide, CompiledSVI, VectorizedTrace_ELBO, diagnose, fit, importance_resample
 from pyro_flows.compiled import inductor
+from pyro_flows.models.log_joint import LogJoint
 from pyro_flows.training.objective import EstimateSettings
 from pyro_flows.training.settings import FitSettings
 
@@ -230,3 +231,18 @@ def test_a_support_that_follows_other_latents_is_named() -> None:
 
     with pytest.raises(RuntimeError, match=r"that of 'high' follows other latents.*pyro.sample\('high_share'"):
         fit(ordered, AutoFlowGuide(ordered), (Y,), num_steps=50, progress=False)
+
+
+def test_a_model_that_raises_far_away_does_so_while_its_start_is_explained() -> None:
+    def model(y: Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        torch.linalg.cholesky((5.0 - loc.square().sum()) * torch.eye(2))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(loc.sum(), 1.0), obs=y)
+
+    guide = AutoFlowGuide(model)
+    guide(Y)
+    joint = guide.posterior.joint
+    assert joint is not None
+    log_joint = LogJoint(model, joint.layout, (Y,), {})
+    assert "finite ELBO" in log_joint.without_density(joint.layout.init_loc)

@@ -79,6 +79,7 @@ def masked(y: Tensor) -> None:
     a = pyro.sample("a", dist.Normal(torch.zeros(3), 1.0).to_event(1))
     mean = a[GROUP].clone()
     mean[mean < 0.0] = 0.0
+    mean[mean > 1.0] = a.sum()
     with pyro.plate("data", len(y)):
         pyro.sample("y", dist.Normal(mean, 0.5), obs=y)
 
