@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node, map_arg
 
-__all__ = ["KnownValues", "Read", "writes"]
+__all__ = ["ADDRESS", "WRITES", "KnownValues", "Read", "writes"]
+
+# Of a node whose value is known: where in memory it is; and whether it writes there, known values into a known tensor.
+ADDRESS, WRITES = "address", "writes"
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,14 @@ class Read(NamedTuple):
     Attributes:
         function: What reads it, such as the operation behind ``.item()``.
         args: Its arguments, with nodes for tensors.
-        value: What it was: a number, a truth value, a list of numbers or a shape.
+        value: What it was: a number, a truth value, a tensor's bytes or a shape.
+        after: The last node before it: later ones may write into its arguments.
     """
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
     value: Any
+    after: Node
 
 
 class KnownValues:
@@ -50,17 +55,21 @@ class KnownValues:
 
     Args:
         graph: The graph as recorded, without an output; it stays as it is.
-        reads: What was read. It follows from the graph's inputs by operations that write into nothing.
+        reads: What was read, in order.
     """
 
     def __init__(self, graph: Graph, reads: Sequence[Read]) -> None:
         own = Graph()
         copies: dict[Node, Node] = {}
-        needed = _needed(reads)
+        needed = _needed(graph, reads)
+        rest, found = list(reversed(reads)), []
         for node in graph.nodes:
             if node.op == "placeholder" or node in needed:
                 copies[node] = own.node_copy(node, copies.__getitem__)
-        own.output(tuple(own.call_function(r.function, map_arg(r.args, copies.__getitem__)) for r in reads))
+            while rest and rest[-1].after is node:
+                read = rest.pop()
+                found.append(own.call_function(read.function, map_arg(read.args, copies.__getitem__)))
+        own.output(tuple(found))
         given = [node for node in graph.nodes if node.op == "placeholder"]
         self._used = [index for index, node in enumerate(given) if node in needed]
         self._values = [read.value for read in reads]
@@ -94,8 +103,12 @@ class KnownValues:
         return all(one == other or (one != one and other != other) for one, other in pairs)  # two NaNs are equal
 
 
-def _needed(reads: Sequence[Read]) -> set[Node]:
-    """Nodes from which reads follow."""
+def _needed(graph: Graph, reads: Sequence[Read]) -> set[Node]:
+    """Nodes from which reads follow, and those that write into their memory."""
+    writers: dict[int, list[Node]] = {}
+    for node in graph.nodes:
+        for address in node.meta[ADDRESS] if node.meta.get(WRITES) else ():
+            writers.setdefault(address, []).append(node)
     waiting: list[Node] = []
     for read in reads:
         map_arg(read.args, waiting.append)
@@ -104,7 +117,11 @@ def _needed(reads: Sequence[Read]) -> set[Node]:
         node = waiting.pop()
         if node not in needed:
             needed.add(node)
+            addresses = node.meta.get(ADDRESS, ())
             waiting += node.all_input_nodes
+            waiting += [
+                w for a in (addresses if isinstance(addresses, set) else {addresses}) for w in writers.get(a, ())
+            ]
     return needed
 
 

@@ -17,13 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyro_flows._recording import recording
-from pyro_flows.compiled.known import KnownValues, Read
+from pyro_flows.compiled.known import ADDRESS, WRITES, KnownValues, Read
 
 __all__ = ["OperationTracer", "Recording", "trace_operations"]
 
 aten = torch.ops.aten
 # Marks of nodes that Python may read: constants, which depend only on numbers in the code; and what follows from data,
-# from tensors that the code holds, and from constants, by operations that write into nothing.
+# from tensors that the code holds, and from constants.
 CONSTANT, KNOWN = "constant", "known"
 
 
@@ -64,7 +64,8 @@ class OperationTracer(TorchDispatchMode):
         self.captured: list[Tensor] = []
         self.reads: list[Read] = []
         self._sharing: dict[int, list[Node]] = {}  # nodes that Python may read, by the address of their memory
-        self._written: set[int] = set()  # addresses of memory in which not all is constant any more
+        self._outside: set[int] = set()  # addresses of the memory of inputs and of captured tensors
+        self._lost: set[int] = set()  # addresses of memory of which not all is known any more
         self._nodes = WeakTensorKeyDictionary()  # a step's tensors may not all fit into memory
         self._last_placeholder: Node | None = None
 
@@ -80,11 +81,13 @@ class OperationTracer(TorchDispatchMode):
     def identify(self, tensor: Tensor, node: Node, *, is_known: bool = False) -> None:
         """Register a tensor from outside as the value of a node, whose values Python may read if they are known."""
         node.meta[KNOWN] = is_known
+        self._outside.add(_address(tensor))
         self._register(tensor, node)
 
     def _register(self, tensor: Tensor, node: Node) -> None:
         self._nodes[tensor] = node
-        if node.meta.get(KNOWN) or node.meta.get(CONSTANT):
+        if node.meta.get(KNOWN):
+            node.meta.setdefault(ADDRESS, set()).add(_address(tensor))
             self._sharing.setdefault(_address(tensor), []).append(node)
 
     def node_of(self, value: Any) -> Any:
@@ -95,7 +98,7 @@ class OperationTracer(TorchDispatchMode):
                 node = self.placeholder(f"captured_{len(self.captured)}")
                 self.captured.append(value)
                 # Another name of memory that was written meanwhile has not the value that it has at the next call.
-                self.identify(value, node, is_known=_address(value) not in self._written)
+                self.identify(value, node, is_known=_address(value) not in self._lost)
             return node
         if isinstance(value, (list, tuple)):
             return type(value)(map(self.node_of, value))
@@ -115,8 +118,10 @@ class OperationTracer(TorchDispatchMode):
             self._refuse_by_nan(args[0])
             return found
         if func is aten.lift_fresh.default:
-            node = self.graph.call_function(aten.lift_fresh_copy.default, (self.node_of(args[0]),))
-            node.meta[CONSTANT] = node.meta[KNOWN] = True
+            literal = self.placeholder(f"captured_{len(self.captured)}")
+            self.captured.append(args[0].clone())  # the code may write into its own
+            node = self.graph.call_function(aten.lift_fresh_copy.default, (literal,))
+            node.meta[CONSTANT] = node.meta[KNOWN] = _address(args[0]) not in self._lost
         elif func.is_view and isinstance(found, Tensor) and _is_same_view(found, args[0]):
             node = self.node_of(args[0])
         else:
@@ -127,7 +132,10 @@ class OperationTracer(TorchDispatchMode):
                 raise RuntimeError("it draws from a generator of its own; pass what it draws as an argument")
             for mark in (CONSTANT, KNOWN):
                 node.meta[mark] = not is_random and all(other.meta.get(mark) for other in node.all_input_nodes)
-            self._write(list(_written(func, args, kwargs)), node)
+            if written := list(_written(func, args, kwargs)):
+                self._write(written, node)
+            elif not func.is_view:
+                self._forget_memory(found, args)
         self._identify_all(found, node)
         if _shape_follows_from_values(func, args):
             for tensor in [found] if isinstance(found, Tensor) else found:
@@ -148,7 +156,7 @@ class OperationTracer(TorchDispatchMode):
             return
         if not all(node.meta.get(KNOWN) for node in tensors):
             raise RuntimeError(".item() on a Tensor that is being recorded")
-        self.reads.append(Read(function, nodes, value))
+        self.reads.append(Read(function, nodes, value, next(reversed(self.graph.nodes))))
 
     def _checks(self, value: Any) -> bool:
         """Whether a value is the outcome of a distribution's validation, which alone asks in this way."""
@@ -156,17 +164,25 @@ class OperationTracer(TorchDispatchMode):
         return node is not None and node.target is aten._is_all_true.default
 
     def _write(self, written: Sequence[Tensor], node: Node) -> None:
-        """Tensors that share memory into which an operation writes are not known any more, nor constant unless all that
-        is written is."""
-        if not written:
-            return
-        node.meta[KNOWN] = False
-        for address in set(map(_address, written)):
+        """Tensors whose memory an operation writes into are known only if what it writes is, and if the memory is not
+        from outside, where the next call of the graph finds what is written now; and constant only if that is."""
+        addresses = set(map(_address, written))
+        node.meta[KNOWN] = node.meta[WRITES] = node.meta[KNOWN] and addresses.isdisjoint(self._outside | self._lost)
+        node.meta[ADDRESS] = addresses
+        if not node.meta[KNOWN]:
+            self._lost |= addresses
+        for address in addresses:
             for other in self._sharing.get(address, ()):
-                other.meta[KNOWN] = False
-                other.meta[CONSTANT] = other.meta.get(CONSTANT, False) and node.meta[CONSTANT]
-            if not node.meta[CONSTANT]:
-                self._written.add(address)
+                for mark in (CONSTANT, KNOWN):
+                    other.meta[mark] = other.meta.get(mark, False) and node.meta[mark]
+
+    def _forget_memory(self, found: Any, args: Sequence[Any]) -> None:
+        """Memory of a result that is not an argument's is new, whatever was at its address before."""
+        tensors = [found] if isinstance(found, Tensor) else found if isinstance(found, (list, tuple)) else []
+        for address in {_address(tensor) for tensor in tensors if isinstance(tensor, Tensor)}:
+            if all(address != _address(value) for value in args if isinstance(value, Tensor)):
+                self._lost.discard(address)
+                self._sharing.pop(address, None)
 
     def _identify_all(self, found: Any, node: Node) -> None:
         """Register all tensors of an operation's result as values of a node and its items."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -195,7 +196,10 @@ def known(values: Tensor) -> list[Tensor]:
     count = int(values.max()) + 1
     steps = torch.zeros(3)
     steps[1:] = 2.0
+    complete = values.clone()
+    complete[values == 4.0] = math.nan
     return [
+        torch.full((int((~complete.isnan()).sum()),), 3.0),
         torch.full((count,), 2.0),
         torch.full((len(values[values > 0]),), 1.0),
         torch.full((2,), sum(values.tolist())),
@@ -245,13 +249,6 @@ def written_by_what_is_computed(x: Tensor, y: Tensor) -> float:
     return held.sum().item()
 
 
-def written_by_data(x: Tensor, y: Tensor) -> float:
-    held = torch.zeros(2)
-    first = held[0]
-    first.copy_(y[0])
-    return held.sum().item()
-
-
 def written_into_data(x: Tensor, y: Tensor) -> float:
     y.add_(1.0)  # a counter of steps, say: to read it again would count again
     return y[0].item()
@@ -260,6 +257,13 @@ def written_into_data(x: Tensor, y: Tensor) -> float:
 def written_under_another_name(x: Tensor, y: Tensor) -> float:
     HELD_VECTOR.copy_(x.detach())
     return float(HELD_VIEW)
+
+
+def written_under_an_array(x: Tensor, y: Tensor) -> float:
+    held = torch.zeros(3)
+    array = held.numpy()
+    held.copy_(x.detach())
+    return float(torch.from_numpy(array)[0])
 
 
 def number_of_computed(x: Tensor, y: Tensor) -> float:
@@ -280,9 +284,9 @@ def at_random(x: Tensor, y: Tensor) -> float:
 
 READS = [
     written_by_what_is_computed,
-    written_by_data,
     written_into_data,
     written_under_another_name,
+    written_under_an_array,
     number_of_computed,
     list_of_computed,
     array_of_computed,
@@ -295,11 +299,35 @@ def test_a_value_is_read_before_it_is_overwritten() -> None:
         largest = y.max()
         count = int(largest)
         largest.zero_()
-        return [x + count]
+        return [x + count + int(largest)]
 
     *_, read = trace_operations(function, [torch.zeros(2)], data=[torch.tensor([1.0, 4.0])])
     assert read.hold([torch.zeros(2), torch.tensor([1.0, 4.0])])
     assert not read.hold([torch.zeros(2), torch.tensor([-1.0, 0.0])])
+
+
+def test_what_is_written_later_does_not_make_a_read_another() -> None:
+    def function(x: Tensor, y: Tensor) -> list[Tensor]:
+        table = torch.zeros(2)
+        first = table[0]
+        first.copy_(y.max())
+        count = int(table[0])
+        table[1] = x.sum()
+        return [table + count]
+
+    *_, read = trace_operations(function, [torch.zeros(2)], data=[torch.tensor([1.0, 4.0])])
+    assert read.hold([torch.zeros(2), torch.tensor([0.0, 4.0])])
+    assert not read.hold([torch.zeros(2), torch.tensor([0.0, 5.0])])
+
+
+def test_literals_are_those_of_the_code_at_each_call() -> None:
+    def function(x: Tensor) -> list[Tensor]:
+        count = torch.tensor([0, 1])
+        count += 1
+        return [x * int(count.sum())]
+
+    graph, captured, _ = trace_operations(function, [torch.ones(2)])
+    assert all(torch.equal(graph(torch.ones(2), *captured)[0], torch.tensor([3.0, 3.0])) for _ in range(2))
 
 
 def test_lengths_of_sequences_are_read() -> None:
