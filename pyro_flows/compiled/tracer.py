@@ -137,7 +137,11 @@ class OperationTracer(TorchDispatchMode):
             elif not func.is_view:
                 self._forget_memory(found, args)
         self._identify_all(found, node)
-        if _shape_follows_from_values(func, args):
+        if func in (aten.index.Tensor, aten.masked_select.default):
+            indices = args[1] if func is aten.index.Tensor else args[1:]
+            for mask in (index for index in indices if index is not None and index.dtype in (torch.bool, torch.uint8)):
+                self.read(_count, (mask,), _count(mask))
+        elif torch.Tag.dynamic_output_shape in func.tags:
             for tensor in [found] if isinstance(found, Tensor) else found:
                 self.read(_shape, (tensor,), tensor.shape)
         elif func is aten._pack_padded_sequence.default:  # reads the lengths behind torch's back
@@ -251,11 +255,9 @@ def _shape(tensor: Tensor) -> torch.Size:
     return tensor.shape
 
 
-def _shape_follows_from_values(func: Any, args: Sequence[Any]) -> bool:
-    """Whether an operation's result has a shape that its arguments' shapes do not tell, as those of ``x[x > 0]``."""
-    if func is aten.index.Tensor:
-        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-    return torch.Tag.dynamic_output_shape in func.tags
+def _count(mask: Tensor) -> int:
+    with torch.utils._python_dispatch._disable_current_modes():
+        return int(mask.count_nonzero())
 
 
 def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:

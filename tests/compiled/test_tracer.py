@@ -306,6 +306,19 @@ def test_a_value_is_read_before_it_is_overwritten() -> None:
     assert not read.hold([torch.zeros(2), torch.tensor([-1.0, 0.0])])
 
 
+@pytest.mark.parametrize("choose", [lambda x, mask: x[mask], lambda x, mask: x.masked_select(mask)])
+def test_masks_of_data_choose_among_what_is_computed(choose: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Of a Cholesky factor's entries, say, or of means where nothing is missing."""
+
+    def function(x: Tensor, y: Tensor) -> list[Tensor]:
+        return [choose(x, y > 0.0)]
+
+    graph, captured, read = trace_operations(function, [torch.ones(3)], data=[torch.tensor([1.0, 0.0, 2.0])])
+    x, y = torch.randn(3), torch.tensor([0.0, 1.0, 1.0])
+    assert read.hold([x, y, *captured]) and torch.equal(graph(x, y, *captured)[0], x[1:])
+    assert not read.hold([x, torch.ones(3), *captured])
+
+
 def test_what_is_written_later_does_not_make_a_read_another() -> None:
     def function(x: Tensor, y: Tensor) -> list[Tensor]:
         table = torch.zeros(2)
