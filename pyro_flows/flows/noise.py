@@ -126,7 +126,7 @@ class DiagonalNormalMixture(dist.TorchDistribution):  # type: ignore[misc]
     Warning:
         If components are far apart, hardly any draw is between them, where the velocity of a weight is large: most
         gradients of weights are almost zero, and rare ones large. Weights must be initialized well, as
-        ``AutoFlowGuide.warm_start`` does.
+        ``AutoFlowGuide.warm_start`` does, and ``fit`` after each cycle.
 
     Shape:
         - event shape: ``(D,)``.
@@ -183,6 +183,10 @@ class DiagonalNormalMixture(dist.TorchDistribution):  # type: ignore[misc]
         """Log density of value and component, ``(..., K)``."""
         return self.logits.log_softmax(-1) + self._standard(value)[1].sum(-1)
 
+    def shares(self, value: Tensor) -> Tensor:
+        """Share of each component in the density, ``(..., K)``."""
+        return self._joint(value).softmax(-1)
+
     def log_prob(self, value: Tensor) -> Tensor:
         """``(...)``."""
         return self._joint(value).logsumexp(-1).expand(torch.broadcast_shapes(value.shape[:-1], self.batch_shape))
@@ -190,7 +194,7 @@ class DiagonalNormalMixture(dist.TorchDistribution):  # type: ignore[misc]
     def score(self, value: Tensor) -> Tensor:
         """Gradient of the log density in the value, ``(..., D)``."""
         standard, _ = self._standard(value)
-        return -(self._joint(value).softmax(-1).unsqueeze(-1) * standard / self.scales).sum(-2)
+        return -(self.shares(value).unsqueeze(-1) * standard / self.scales).sum(-2)
 
     def pick(self, noise: Tensor, which: Tensor) -> Tensor:
         """Draws of given components, ``(..., D)``, from standard normal noise and indices, ``(...)``."""
@@ -206,7 +210,7 @@ class DiagonalNormalMixture(dist.TorchDistribution):  # type: ignore[misc]
         value = fixed.pick(noise, rows.reshape(shape[:-1]))
         if not (torch.is_grad_enabled() and any(p.requires_grad for p in (self.locs, self.scales, self.logits))):
             return value
-        share = fixed._joint(value).softmax(-1)
+        share = fixed.shares(value)
         in_scales = share.unsqueeze(-1) * fixed._standard(value)[0]
         in_logits = fixed._weight_velocity(value)
         # Zeros whose derivative is one: the value is the draw, and its derivatives are the velocities.

@@ -14,6 +14,7 @@ from pyro_flows.guides import AutoFlowGuide
 from pyro_flows.training.checkpoint import Checkpoint
 from pyro_flows.training.cycles import ScheduleSettings
 from pyro_flows.training.interrupts import Interrupts
+from pyro_flows.training.modes import weigh_modes
 from pyro_flows.training.monitor import FitProgress, Monitor
 from pyro_flows.training.objective import Estimate
 from pyro_flows.training.state import TrainingState
@@ -240,6 +241,7 @@ class Schedule:
         self.monitor.begin_cycle(self.earlier_cycles + state.cycle + 1, state.num_steps, total)
         trainer.cycle(length, self._after_step, anneal=anneal)
         self._check_agreement()
+        weigh_modes(objective)
         now = self._estimate()
         gain, error = now.gain_over(self._best())
         is_worse = gain < -2 * error and not objective.trains_model
