@@ -13,6 +13,7 @@ from pyro_flows.flows.noise import DiagonalNormalMixture
 from pyro_flows.guides import AutoFlowGuide
 from pyro_flows.importance.psis import pareto_smooth
 from pyro_flows.models.log_joint import LogJoint
+from pyro_flows.posterior.joint import JointBlock
 from pyro_flows.training.objective import Objective
 
 __all__ = ["weigh_modes"]
@@ -34,7 +35,7 @@ SETTINGS = ModeSettings()
 
 @torch.no_grad()
 def weigh_modes(objective: Objective) -> None:
-    r"""Give the components of a mixture that a warm start has chosen the mass that the posterior has at each of them.
+    r"""Give the components of a guide's mixture the mass that the posterior has at each of them.
 
     Of modes far apart, gradients of the weights are almost always zero and seldom large: training does not find the
     weights, and may lose those that it began with. Importance weights :math:`w_i` of draws :math:`z_i` give them at
@@ -52,10 +53,13 @@ def weigh_modes(objective: Objective) -> None:
     guide = objective.guide
     if objective.subsampled or objective.trains_model or not objective.vectorized:
         return
-    if not isinstance(guide, AutoFlowGuide) or guide.posterior.num_modes == 1 or len(guide.posterior.local):
+    if not isinstance(guide, AutoFlowGuide) or guide.posterior.joint is None or len(guide.posterior.local):
         return
-    logits, processes = _logits(guide), objective.parts.processes
-    found = processes.broadcast(_weights(objective, guide))
+    base = guide.posterior.only_block.flow.base
+    if not isinstance(base, MixtureBase):
+        return
+    logits, processes = base.logits, objective.parts.processes
+    found = processes.broadcast(_weights(objective, guide.posterior.only_block))
     seed = processes.broadcast(int(torch.randint(2**31, ())))
     before, was = logits.clone(), objective.estimate(seed)
     logits.copy_(found.clamp(min=1e-6).log())
@@ -64,15 +68,8 @@ def weigh_modes(objective: Objective) -> None:
         logits.copy_(before)
 
 
-def _logits(guide: AutoFlowGuide) -> Tensor:
-    base = guide.posterior.only_block.flow.base
-    assert isinstance(base, MixtureBase)
-    return base.logits
-
-
-def _weights(objective: Objective, guide: AutoFlowGuide) -> Tensor:
+def _weights(objective: Objective, joint: JointBlock) -> Tensor:
     """Shares of the posterior, ``(K,)``."""
-    joint = guide.posterior.only_block
     mixture = joint.flow.base(joint.layout.init_loc)
     assert isinstance(mixture, DiagonalNormalMixture)
     log_joint = LogJoint(objective.model, joint.layout, *objective.batches.first)
