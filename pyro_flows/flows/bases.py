@@ -53,6 +53,18 @@ class Base(nn.Module):
         """Number of components of a mixture; 1 for other bases."""
         return 1
 
+    @property
+    def weights(self) -> Tensor:
+        """Weights of the components, ``(K,)``."""
+        return torch.ones(1)
+
+    def set_weights(self, weights: Tensor) -> None:
+        """Set the weights of the components, ``(K,)``, > 0; nothing for a single one."""
+
+    def shares(self, noise: Tensor) -> Tensor:
+        """Share of each component in the density at ``(..., D)``, ``(..., K)``."""
+        return torch.ones_like(noise[..., :1])
+
     def forward(self, like: Tensor) -> dist.TorchDistribution:
         """The distribution, of event shape ``(D,)``, with the dtype and device of a tensor."""
         zeros = like.new_zeros(self.input_dim)
@@ -112,7 +124,19 @@ class MixtureBase(Base):
         """Set the components: ``(K, D)``, ``(K, D)`` and ``(K,)``."""
         self.locs.copy_(locs)
         self.log_scales.copy_(scales.log())
+        self.set_weights(weights)
+
+    @property
+    def weights(self) -> Tensor:
+        return self.logits.detach().softmax(-1)
+
+    @torch.no_grad()
+    def set_weights(self, weights: Tensor) -> None:
         self.logits.copy_(weights.log())
+
+    @torch.no_grad()
+    def shares(self, noise: Tensor) -> Tensor:
+        return DiagonalNormalMixture(self.locs, self.log_scales.exp(), self.logits).shares(noise)
 
     def forward(self, like: Tensor) -> dist.TorchDistribution:
         return DiagonalNormalMixture(self.locs, self.log_scales.exp(), self.logits)

@@ -144,7 +144,7 @@ def runs_in_a_plate(guide: Callable[..., Any], call: Call, nesting: int, count: 
         each = torch.stack(expected)
         kept = each.isfinite()  # rounding may put a draw onto the edge of its support, from which there is no way back
         found = torch.as_tensor(found).expand_as(each)
-        return torch.allclose(found[kept], each[kept], rtol=PROBES.relative, atol=PROBES.nats)
+        return bool(kept.any()) and torch.allclose(found[kept], each[kept], rtol=PROBES.relative, atol=PROBES.nats)
 
 
 def _in_front(term: Tensor, nesting: int, count: int) -> Tensor:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_flows.flows.bases import MixtureBase
-from pyro_flows.flows.noise import DiagonalNormalMixture
 from pyro_flows.guides import AutoFlowGuide
 from pyro_flows.importance.psis import pareto_smooth
 from pyro_flows.models.log_joint import LogJoint
@@ -25,9 +23,11 @@ class ModeSettings:
 
     Attributes:
         num_draws: Number of draws, from which a weight is known to a percent or two.
+        min_weight: Smallest weight of a component, > 0.
     """
 
     num_draws: int = 10_000
+    min_weight: float = 1e-6
 
 
 SETTINGS = ModeSettings()
@@ -55,23 +55,23 @@ def weigh_modes(objective: Objective) -> None:
         return
     if not isinstance(guide, AutoFlowGuide) or guide.posterior.joint is None or len(guide.posterior.local):
         return
-    base = guide.posterior.only_block.flow.base
-    if not isinstance(base, MixtureBase):
+    joint, processes = guide.posterior.joint, objective.parts.processes
+    base = joint.flow.base
+    if base.num_components == 1:
         return
-    logits, processes = base.logits, objective.parts.processes
-    found = processes.broadcast(_weights(objective, guide.posterior.only_block))
+    found = processes.broadcast(_weights(objective, joint))
     seed = processes.broadcast(int(torch.randint(2**31, ())))
-    before, was = logits.clone(), objective.estimate(seed)
-    logits.copy_(found.clamp(min=1e-6).log())
+    before, was = base.weights, objective.estimate(seed)
+    base.set_weights(found.clamp(min=SETTINGS.min_weight))
     gain, _ = objective.estimate(seed).gain_over(was)
     if not gain > 0.0:  # or NaN
-        logits.copy_(before)
+        base.set_weights(before)
 
 
 def _weights(objective: Objective, joint: JointBlock) -> Tensor:
     """Shares of the posterior, ``(K,)``."""
-    mixture = joint.flow.base(joint.layout.init_loc)
-    assert isinstance(mixture, DiagonalNormalMixture)
+    base = joint.flow.base
+    mixture = base(joint.layout.init_loc)
     log_joint = LogJoint(objective.model, joint.layout, *objective.batches.first)
     noise = mixture.rsample(torch.Size((SETTINGS.num_draws,)))
     found = []
@@ -79,4 +79,4 @@ def _weights(objective: Objective, joint: JointBlock) -> Tensor:
         z, ladj = joint.flow.transform.forward_and_ladj(part)
         found.append((log_joint(z) + ladj - mixture.log_prob(part)).double().nan_to_num(-torch.inf))
     weights = pareto_smooth(torch.cat(found)).log_weights.exp()
-    return (weights / weights.sum()) @ mixture.shares(noise).double()
+    return (weights / weights.sum()) @ base.shares(noise).double()
