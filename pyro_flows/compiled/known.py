@@ -117,11 +117,9 @@ def _needed(graph: Graph, reads: Sequence[Read]) -> set[Node]:
         node = waiting.pop()
         if node not in needed:
             needed.add(node)
-            addresses = node.meta.get(ADDRESS, ())
             waiting += node.all_input_nodes
-            waiting += [
-                w for a in (addresses if isinstance(addresses, set) else {addresses}) for w in writers.get(a, ())
-            ]
+            for address in node.meta.get(ADDRESS, ()):
+                waiting += writers.get(address, ())
     return needed
 
 

@@ -90,13 +90,18 @@ class OperationTracer(TorchDispatchMode):
             node.meta.setdefault(ADDRESS, set()).add(_address(tensor))
             self._sharing.setdefault(_address(tensor), []).append(node)
 
+    def _capture(self, value: Tensor) -> Node:
+        """Add an input that the code reads from elsewhere."""
+        node = self.placeholder(f"captured_{len(self.captured)}")
+        self.captured.append(value)
+        return node
+
     def node_of(self, value: Any) -> Any:
         """Replace a tensor, or the tensors in lists and tuples, by their nodes; other values are unchanged."""
         if isinstance(value, Tensor):
             node = self._nodes.get(value)
             if node is None:
-                node = self.placeholder(f"captured_{len(self.captured)}")
-                self.captured.append(value)
+                node = self._capture(value)
                 # Another name of memory that was written meanwhile has not the value that it has at the next call.
                 self.identify(value, node, is_known=_address(value) not in self._lost)
             return node
@@ -118,8 +123,7 @@ class OperationTracer(TorchDispatchMode):
             self._refuse_by_nan(args[0])
             return found
         if func is aten.lift_fresh.default:
-            literal = self.placeholder(f"captured_{len(self.captured)}")
-            self.captured.append(args[0].clone())  # the code may write into its own
+            literal = self._capture(args[0].clone())  # the code may write into its own
             node = self.graph.call_function(aten.lift_fresh_copy.default, (literal,))
             node.meta[CONSTANT] = node.meta[KNOWN] = _address(args[0]) not in self._lost
         elif func.is_view and isinstance(found, Tensor) and _is_same_view(found, args[0]):
