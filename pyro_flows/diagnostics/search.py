@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from pyro_flows.importance.weights import ImportanceSampler
 from pyro_flows.models.traces import NO_DENSITY, Call, run_quietly, sample_nodes
-from pyro_flows.starts.gaussian import Gaussian, refined, scored
+from pyro_flows.starts.fixed_draws import scored
+from pyro_flows.starts.gaussian import Gaussian, refined
 from pyro_flows.starts.lbfgs import lbfgs_paths, local_factor
 
 __all__ = ["Regions", "Search", "SearchResult", "SearchSettings", "search_regions"]
@@ -257,7 +258,8 @@ class Search:
         if not found:
             return centers, factors
         target = _OneItem(self._sampler)
-        found = sorted(scored(target, found, self._settings.num_ranking_draws), key=lambda gaussian: -gaussian.elbo)
+        count = self._settings.num_ranking_draws
+        found = sorted(scored(target, found, count, found[0].loc), key=lambda gaussian: -gaussian.elbo)
         better: list[Gaussian] = []
         for gaussian in found:
             if len(better) == self._settings.num_refined or gaussian.elbo < floor:

@@ -186,6 +186,7 @@ class FlowSpec(NamedOptions):
         correlates: Whether layers correlate coordinates, so that the family contains a warm start with correlations.
         knows_priors: Whether the family makes use of the priors of a model's sites.
         chooses_base: Whether a warm start that finds several modes may replace a normal base by a mixture.
+        knows_leaves: Whether the family has :meth:`layers_with_leaves`.
         best_for: When to use the family, in a few words.
         practical_dim: Approximate largest dimension at which parameters and steps are affordable. None means any.
         draw_cost: Cost of a draw with the default hyper-parameters.
@@ -201,6 +202,7 @@ class FlowSpec(NamedOptions):
     correlates: ClassVar[bool] = True
     knows_priors: ClassVar[bool] = False
     chooses_base: ClassVar[bool] = False
+    knows_leaves: ClassVar[bool] = False
     # Its row in the table of docs/choosing_a_flow.rst.
     best_for: ClassVar[str] = ""
     practical_dim: ClassVar[int | None] = None
@@ -216,6 +218,10 @@ class FlowSpec(NamedOptions):
 
     def layers(self, input_dim: int, context_dim: int) -> list[FlowTransform]:
         """The transforms between the noise and the head, base side first."""
+        raise NotImplementedError
+
+    def layers_with_leaves(self, input_dim: int, num_leaves: int) -> list[FlowTransform]:
+        """As :meth:`layers`, for a vector whose last coordinates are independent of each other given the others."""
         raise NotImplementedError
 
     def can_widen_to(self, input_dim: int) -> bool:
@@ -259,6 +265,7 @@ class FlowSpec(NamedOptions):
         *,
         head: ConditionalGaussianHead | None = None,
         preconditioner: Preconditioner | None = None,
+        has_leaves: bool = False,
     ) -> Flow:
         """Make a flow over a model's sites.
 
@@ -267,6 +274,7 @@ class FlowSpec(NamedOptions):
             head: A head that knows the priors of a hierarchy. Families that do not use priors replace it by their own.
             preconditioner: Fixed affine map that a warm start with correlations sets. Families without correlations
                 omit it.
+            has_leaves: Whether the coordinates of the last site are independent of each other given the others.
         """
         dim = sum(block_sizes)
         self._check_input_dim(dim)
@@ -276,7 +284,9 @@ class FlowSpec(NamedOptions):
             chosen = head
         if not (self.correlates or self.head == "full_rank"):
             preconditioner = None
-        flow = Flow(self.with_blocks(block_sizes).layers(dim, 0), chosen, preconditioner, self._make_base(dim))
+        spec = self.with_blocks(block_sizes)
+        layers = spec.layers_with_leaves(dim, block_sizes[-1]) if has_leaves else spec.layers(dim, 0)
+        flow = Flow(layers, chosen, preconditioner, self._make_base(dim))
         flow.chooses_base = self.chooses_base and type(flow.base) is Base
         return flow
 

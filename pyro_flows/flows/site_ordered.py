@@ -19,6 +19,7 @@ from pyro_flows.transforms import (
     DirectedCouplings,
     FlowTransform,
     ItemCouplings,
+    Leading,
     SiteOrderedAffine,
     Spline,
 )
@@ -51,6 +52,8 @@ class SizeSettings:
         directed_dims: Widths of their hidden layers.
         max_item_dim: Largest number of latents of an item with couplings of its own.
         max_shared_dim: Largest number of shared latents that these couplings read.
+        leaf_dims: Widths of the hidden layers of a leaf's first affine map.
+        leaf_rank: Rank of its linear part.
         max_flow_dim: Largest dimension of a flow; above it the guide is a mean-field Gaussian, since some dozens of
             parameters for each latent would cost many times AutoNormal's step.
     """
@@ -70,6 +73,8 @@ class SizeSettings:
     directed_dims: tuple[int, ...] = (256,)
     max_item_dim: int = 8
     max_shared_dim: int = 8
+    leaf_dims: tuple[int, ...] = (32,)
+    leaf_rank: int = 4
     max_flow_dim: int = 20_000
 
 
@@ -161,6 +166,7 @@ class Auto(SiteOrdered):
     """
 
     chooses_base: ClassVar[bool] = True
+    knows_leaves: ClassVar[bool] = True
     best_for: ClassVar[str] = "any model"
     tails: ClassVar[str] = (
         "Gaussian given the sites before; the scale follows a Gaussian prior's without a bound, so funnels fit, and "
@@ -179,14 +185,30 @@ class Auto(SiteOrdered):
             return [self._site_ordered(input_dim, context_dim, SIZES.narrow_dims, SIZES.low_rank)]
         layers = super().layers(input_dim, context_dim)
         if self.num_transforms and input_dim <= SIZES.max_couplings_dim:
-            couplings = AffineCouplings(
-                input_dim,
-                context_dim,
-                num_transforms=self.num_transforms,
-                hidden_dims=self.coupling_dims or ((32, 32) if input_dim > SIZES.max_full_rank_dim else (64, 64)),
-                num_parts=max(2, self.num_transforms),
-            )
-            layers.insert(0, couplings)
+            layers.insert(0, self._couplings(input_dim, context_dim))
+        return layers
+
+    def _couplings(self, input_dim: int, context_dim: int) -> AffineCouplings:
+        return AffineCouplings(
+            input_dim,
+            context_dim,
+            num_transforms=self.num_transforms,
+            hidden_dims=self.coupling_dims or ((32, 32) if input_dim > SIZES.max_full_rank_dim else (64, 64)),
+            num_parts=max(2, self.num_transforms),
+        )
+
+    def layers_with_leaves(self, input_dim: int, num_leaves: int) -> list[FlowTransform]:
+        """As :meth:`layers`, with couplings of the other coordinates only. Each leaf is an affine map given these, on
+        both sides of its spline, so that its shape follows them too."""
+        free = input_dim - num_leaves
+        inner = replace(self, block_sizes=(free, num_leaves))
+        layers: list[FlowTransform] = [
+            inner._site_ordered(input_dim, 0, SIZES.leaf_dims, SIZES.leaf_rank),
+            Spline(input_dim, 0, count_bins=self.count_bins),
+            self._site_ordered(input_dim, 0, self.hidden_dims, SIZES.rank),
+        ]
+        if self.num_transforms and free > 1:
+            layers.insert(0, Leading(input_dim, self._couplings(free, 0)))
         return layers
 
     def can_widen_to(self, input_dim: int) -> bool:

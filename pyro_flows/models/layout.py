@@ -33,6 +33,7 @@ class Layout:
     Args:
         sites: The sites, one or more; all are in the plates.
         plates: Frames of the plates, outermost (leftmost) first.
+        has_leaves: Whether the coordinates of the last site are leaves: independent of each other given all others.
 
     Attributes:
         names: Names of the sites.
@@ -40,9 +41,12 @@ class Layout:
         rank: Number of dimensions of ``lead``.
         sizes: Number of coordinates of the packed vector for each site.
         latent_dim: Length D of the packed vector.
+        num_leaves: Number of its last coordinates that are leaves; 0 for none.
     """
 
-    def __init__(self, sites: Collection[Site], plates: tuple[CondIndepStackFrame, ...] = ()) -> None:
+    def __init__(
+        self, sites: Collection[Site], plates: tuple[CondIndepStackFrame, ...] = (), *, has_leaves: bool = False
+    ) -> None:
         self.sites = tuple(sites)
         self.plates = plates
         self.names = tuple(site.name for site in self.sites)
@@ -53,6 +57,17 @@ class Layout:
             math.prod((*self._packed_dims(site).values(), *site.unconstrained_event_shape)) for site in self.sites
         ]
         self.latent_dim = sum(self.sizes)
+        self.num_leaves = self.sizes[-1] if has_leaves else 0
+
+    @property
+    def num_free(self) -> int:
+        """Number of coordinates that are no leaves."""
+        return self.latent_dim - self.num_leaves
+
+    def with_leaves(self, name: str) -> Layout:
+        """The layout in which this site, whose coordinates are leaves, comes last."""
+        others = [site for site in self.sites if site.name != name]
+        return Layout([*others, self[name]], self.plates, has_leaves=True)
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)

@@ -7,18 +7,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.distributions.transforms import CorrCholeskyTransform
 
-from pyro_flows._random import seed_all, seeded
+from pyro_flows._random import seeded
 from pyro_flows.models.covariances import RECORDING, ReadCovariance, read_covariances
 from pyro_flows.models.layout import Layout
-from pyro_flows.models.log_joint import constrain, scored_sites
+from pyro_flows.models.leaves import are_independent
 from pyro_flows.models.sites import Site
-from pyro_flows.models.traces import Call
 from pyro_flows.models.watch import unwrapped, watch
 from pyro_flows.transforms import Correlated, Covariance
 
@@ -35,7 +33,6 @@ class ReadingSettings:
         no_prior: Log-scale in place of marginals that are unknown.
         max_items: Number of items of a mini-batch that are used; enough to see whether the prior differs between items.
         tolerance: Relative error below which a fit counts as exact; allows for rounding in float32.
-        shift: Standard deviation by which coordinates are moved to test dependence, in unconstrained space.
     """
 
     max_parents: int = 200
@@ -43,7 +40,6 @@ class ReadingSettings:
     no_prior: float = 20.0
     max_items: int = 16
     tolerance: float = 1e-4
-    shift: float = 0.3
 
 
 READING = ReadingSettings()
@@ -182,17 +178,19 @@ def _read_linear(
     """Priors that are Gaussian, and linear in other sites of the joint block."""
     rows: list[tuple[Tensor, Tensor]] = []
     shared: set[tuple[str, str]] = set()
-    if layout.latent_dim > READING.max_parents:
+    # In many dimensions, leaves are nobody's parents.
+    count = layout.latent_dim if layout.latent_dim <= READING.max_parents else layout.num_free
+    if count > READING.max_parents:
         return None
     with seeded(0):
-        for _ in range(layout.latent_dim + READING.num_spare_runs):
+        for _ in range(count + READING.num_spare_runs):
             (packed,), values = _random_parents([layout])
             found = watch(model, args, kwargs, values, layout.names)
             if found is None:
                 return None
             gaussians = [_gaussian(site, found[site.name]) for site in layout]
             y = torch.cat([torch.cat([pair[i].reshape(-1) for pair in gaussians]) for i in range(2)])
-            rows.append((packed.double(), y.double()))
+            rows.append((packed[:count].double(), y.double()))
             pairs = _correlations(layout, found, values)
             shared = pairs if len(rows) == 1 else shared & pairs
             if len(rows) == 2 and not (rows[0][1] != rows[1][1]).logical_and(y.isfinite()).any():
@@ -212,9 +210,7 @@ def _read_linear(
             correlated.append(Correlated(vectors.start, count, size, slices[factor].start))
     if not known.any():
         return None
-    independent = not correlated and _conditionally_independent(
-        model, args, kwargs, layout, known.nonzero().squeeze(-1)
-    )
+    independent = not correlated and are_independent(model, args, kwargs, layout, known.nonzero().squeeze(-1))
     return replace(
         prior,
         known=known,
@@ -229,52 +225,6 @@ def _roots(prior: LinearPrior, known: Tensor, follows: Tensor) -> Tensor | None:
     slope, _ = replace(prior, known=known).dense(len(known))
     by_loc, by_scale = (slope.unflatten(0, (2, -1)) != 0).any(1)
     return prior.known & ~follows & by_loc & ~by_scale if (by_loc & known).any() else None
-
-
-def _conditionally_independent(
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    layout: Layout,
-    coordinates: Tensor,
-) -> bool:
-    """Whether some coordinates are independent of each other given all others and the data.
-
-    Moves one half of them and compares the gradient of the log joint with respect to the other half, for one split into
-    halves per binary digit of a coordinate's number, so that any two coordinates are in different halves at least once.
-    If the model raises there, they count as dependent.
-
-    Args:
-        model: The model.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        layout: Layout of the joint block's sites.
-        coordinates: Indices of the coordinates, ``(P,)``.
-    """
-
-    def gradient(packed: Tensor) -> Tensor:
-        packed = packed.detach().requires_grad_()
-        seed_all(0)
-        values, parts = constrain(layout.split(packed))
-        parts += [node["log_prob"] for node in scored_sites(model, values, Call(args, kwargs))]
-        (found,) = torch.autograd.grad(torch.stack([part.sum() for part in parts]).sum(), packed)
-        return found[coordinates]
-
-    number = torch.arange(len(coordinates), device=coordinates.device)
-    with seeded(0), pyro.validation_enabled(False), torch.enable_grad():
-        init_loc = layout.init_loc
-        center = init_loc + READING.shift * torch.randn_like(init_loc)
-        shift = READING.shift * torch.randn(len(number), device=number.device)
-        try:
-            before = gradient(center)
-            for digit in range((len(number) - 1).bit_length()):
-                moved = (number >> digit) % 2 == 1
-                after = gradient(center.index_add(0, coordinates, moved * shift.to(center)))
-                if not ((after - before).abs() <= READING.tolerance * (1.0 + before.abs()))[~moved].all():
-                    return False
-        except Exception:  # as in `watch`
-            return False
-    return True
 
 
 def _correlations(layout: Layout, found: Mapping[str, Any], values: Mapping[str, Tensor]) -> set[tuple[str, str]]:
@@ -346,7 +296,8 @@ def _fit(x: Tensor, y: Tensor, like: Tensor, sites: Iterable[slice] | None = Non
     solution = y.new_zeros(design.shape[-1], 2 * size)
     for site in sites or [slice(size)]:
         rows = torch.arange(2 * size).reshape(2, size)[:, site].flatten()
-        columns = torch.cat([torch.arange(x.shape[-1] if sites is None else site.start), torch.tensor([x.shape[-1]])])
+        before = x.shape[-1] if sites is None else min(site.start, x.shape[-1])
+        columns = torch.cat([torch.arange(before), torch.tensor([x.shape[-1]])])
         # On the CPU: GPUs have no driver for designs without full rank.
         sides = design[:, columns].cpu(), y[:, rows].nan_to_num(0.0, 0.0, 0.0).cpu()
         found = torch.linalg.lstsq(*sides, driver="gelsd").solution.to(y)  # (G + 1, 2 n)

@@ -23,6 +23,8 @@ from pyro_flows.transforms import (
     FlowTransform,
     FullPrecisionHead,
     FullRankPreconditioner,
+    Leading,
+    LeafPreconditioner,
     LowRankPreconditioner,
     MultilevelHead,
     Preconditioner,
@@ -43,6 +45,8 @@ class JointSettings:
         max_plain_full_rank_dim: The same where it knows none, so that all correlations are the preconditioner's.
         rank: Rank of that preconditioner, and of a start in place of a full covariance that cannot be fitted.
         max_correlated_dim: Dimension above which there is no preconditioner.
+        max_bends: Largest number of weights of a preconditioner's products for leaves.
+        num_principal: Number of directions that each free coordinate is multiplied by in these.
     """
 
     max_precision_dim: int = 64
@@ -50,6 +54,8 @@ class JointSettings:
     max_plain_full_rank_dim: int = 2000
     rank: int = 20
     max_correlated_dim: int = 20_000
+    max_bends: int = 4_000_000
+    num_principal: int = 2
 
 
 JOINT = JointSettings()
@@ -68,13 +74,27 @@ def build_reproducibly(build: Callable[[], Built]) -> Built:
     return built
 
 
-def _preconditioner(dim: int, *, knows_priors: bool) -> Preconditioner | None:
+def _preconditioner(layout: Layout, *, knows_priors: bool) -> Preconditioner | None:
     """The preconditioner, which a warm start sets; its memory is linear in the dimension above some thousand."""
+    dim = layout.latent_dim
+    if layout.num_leaves:
+        count = len(item_pairs(layout)) + min(JOINT.num_principal, layout.num_free) * layout.num_free
+        return LeafPreconditioner(dim, layout.num_leaves, count if count * layout.num_leaves <= JOINT.max_bends else 0)
     if dim > JOINT.max_correlated_dim:
         return None
     if dim > (JOINT.max_full_rank_dim if knows_priors else JOINT.max_plain_full_rank_dim):
         return LowRankPreconditioner(dim, JOINT.rank)
     return FullRankPreconditioner(dim) if dim > 1 else None
+
+
+def item_pairs(layout: Layout) -> Tensor:
+    """Pairs of free coordinates of the same item, each coordinate with itself included, ``(count, 2)``."""
+    free = layout.num_free
+    related = torch.eye(free, dtype=torch.bool)
+    for kind in layout.items():
+        for own in kind[(kind < free).all(-1)]:
+            related[own.unsqueeze(-1), own] = True
+    return related.triu().nonzero()
 
 
 def _conditional_head(prior: LinearPrior, dim: int) -> ConditionalGaussianHead:
@@ -130,6 +150,9 @@ class JointBlock(nn.Module):
         spec: Recipe of the flow; gets the sites' sizes, in order.
         init_scale: Initial standard deviation in unconstrained space, > 0.
         prior: Priors that depend on other sites of the block, for families that make use of them.
+        leaves: Name of the site whose coordinates may be leaves.
+        has_leaves: Whether they are, which the block can change with a state that it loads. The site comes last in
+            ``layout`` then.
     """
 
     def __init__(
@@ -139,21 +162,34 @@ class JointBlock(nn.Module):
         init_scale: float,
         *,
         prior: LinearPrior | None = None,
+        leaves: str | None = None,
+        has_leaves: bool = False,
     ) -> None:
         super().__init__()
+        self._layers: tuple[Layers, ...] = ()  # in a tuple, since they are the flow's
+        self._layouts = (layout, None if leaves is None else layout.with_leaves(leaves))
+        # A recipe that is none of ours may be a function that can't be pickled.
+        self._spec = spec if spec.can_widen_to(layout.latent_dim) or leaves is not None else None
+        self._init_scale = init_scale
+        self._build(spec, self._layouts[has_leaves], prior)
+        self.gradient_filter = GradientFilter(layout.latent_dim).to(layout.init_loc)
+
+    def _build(self, spec: FlowSpec, layout: Layout | None, prior: LinearPrior | None) -> None:
+        """Make the flow over a layout."""
+        assert layout is not None
         self.layout = layout
         init_loc = layout.init_loc
         with init_loc.device:
             head = None if prior is None else _conditional_head(prior, layout.latent_dim)
             sizes = _blocks([size for size in layout.sizes if size], head)
-            preconditioner = _preconditioner(layout.latent_dim, knows_priors=head is not None)
-            flow = build_reproducibly(lambda: spec.build_joint(sizes, head=head, preconditioner=preconditioner))
-        self._layers: tuple[Layers, ...] = ()  # in a tuple, since they are the flow's
-        # A recipe that is none of ours may be a function that can't be pickled.
-        self._spec = spec if spec.can_widen_to(layout.latent_dim) else None
+            preconditioner = _preconditioner(layout, knows_priors=head is not None)
+            flow = build_reproducibly(
+                lambda: spec.build_joint(
+                    sizes, head=head, preconditioner=preconditioner, has_leaves=layout.num_leaves > 0
+                )
+            )
         self.flow = flow.to(dtype=init_loc.dtype, device=init_loc.device)
-        self.flow.head.initialize(init_loc, torch.full_like(init_loc, init_scale))
-        self.gradient_filter = GradientFilter(layout.latent_dim).to(init_loc)
+        self.flow.head.initialize(init_loc, torch.full_like(init_loc, self._init_scale))
 
     @property
     def is_wide(self) -> bool:
@@ -163,20 +199,26 @@ class JointBlock(nn.Module):
     @property
     def can_widen(self) -> bool:
         """Whether :meth:`widen` has layers to insert."""
-        return self._spec is not None and not self.is_wide
+        return self._spec is not None and self._spec.can_widen_to(self.layout.num_free) and not self.is_wide
 
     def widen(self, directions: Tensor | None = None) -> None:
         """Insert further layers into the flow, which leave the distribution as it is.
 
         Args:
-            directions: Unit vectors in noise space to which the layers should respond, ``(count, D)``; None if they are
-                not known, or are in a state that is loaded next.
+            directions: Unit vectors in the noise space of coordinates that are no leaves, to which the layers should
+                respond, ``(count, F)``; None if they are not known, or are in a state that is loaded next.
         """
         assert self._spec is not None
-        spec, dim, like = self._spec, self.layout.latent_dim, self.flow.head.raw.value
+        spec, layout, like = self._spec, self.layout, self.flow.head.raw.value
 
-        items = self.layout.items()
-        layers = build_reproducibly(lambda: Layers(spec.wider_layers(dim, items))).to(like)
+        def build() -> Layers:
+            items = [kind for kind in layout.items() if kind.max() < layout.num_free]
+            wider = spec.wider_layers(layout.num_free, items)
+            if layout.num_leaves:
+                wider = {index: Leading(layout.latent_dim, layer) for index, layer in wider.items()}
+            return Layers(wider)
+
+        layers = build_reproducibly(build).to(like)
         if directions is not None:
             for layer in layers.modules():
                 if isinstance(layer, DirectedCouplings):
@@ -191,6 +233,12 @@ class JointBlock(nn.Module):
         """Take the kind of flow that a state of these names and shapes has: its base (:meth:`Flow.adopt_base`), and
         whether it is wide."""
         own = "flow."
+        if shapes and self._layouts[1] is not None:
+            has_leaves = any(name.endswith(".log_scale_slope") for name in shapes)
+            if has_leaves != (self.layout.num_leaves > 0):
+                assert self._spec is not None
+                self._layers = ()
+                self._build(self._spec, self._layouts[has_leaves], None)
         of_flow = {name.removeprefix(own): shape for name, shape in shapes.items() if name.startswith(own)}
         self.flow.adopt_base(of_flow)
         is_wide = any(name.startswith("transform.inserted.") for name in of_flow)

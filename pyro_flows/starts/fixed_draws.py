@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from pyro_flows.compiled.replay import Replay
 from pyro_flows.models.log_joint import Target
 from pyro_flows.models.traces import mean_of_kept
 
-__all__ = ["FIXED_DRAWS", "antithetic", "elbo_of", "entropy", "fit_on_fixed_draws"]
+__all__ = ["FIXED_DRAWS", "antithetic", "elbo_of", "entropy", "fit_on_fixed_draws", "scored"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,55 @@ class FixedDrawsSettings:
 
 
 FIXED_DRAWS = FixedDrawsSettings()
+
+
+class Candidate(Protocol):
+    """A Gaussian in unconstrained space, a dataclass.
+
+    Attributes:
+        elbo: Estimate of its ELBO.
+        log_weight_variance: Variance of its log weights.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def elbo(self) -> float: ...
+
+    @property
+    def log_weight_variance(self) -> float: ...
+
+    @property
+    def log_det(self) -> Tensor:
+        """Log-determinant of :meth:`push`, in float64."""
+
+    def push(self, noise: Tensor) -> Tensor:
+        """Map standard normal noise, ``(S, D)``, to draws."""
+
+
+AnyCandidate = TypeVar("AnyCandidate", bound=Candidate)
+
+
+def scored(log_joint: Target, found: Sequence[AnyCandidate], count: int, like: Tensor) -> list[AnyCandidate]:
+    """Candidates with their ELBO and variance of log weights, from ``count`` draws of each.
+
+    Args:
+        log_joint: The target.
+        found: One or more candidates.
+        count: Number of draws, even.
+        like: A tensor of shape ``(D,)``, with the dtype and device of the draws.
+    """
+    noise = antithetic(count, like)
+    draws = torch.cat([gaussian.push(noise) for gaussian in found])  # (candidates * count, D)
+    energy = torch.cat([log_joint(part) for part in draws.split(log_joint.chunk)]).double().reshape(len(found), count)
+    elbos = mean_of_kept(energy) + torch.stack([gaussian.log_det for gaussian in found]) + entropy(noise)
+    weights = energy + 0.5 * noise.double().square().sum(-1)
+    variances = mean_of_kept((weights - mean_of_kept(weights).unsqueeze(-1)).square())
+    elbos = torch.where(elbos.isfinite(), elbos, -torch.inf)
+    return [
+        replace(gaussian, elbo=elbo, log_weight_variance=variance)
+        for gaussian, elbo, variance in zip(found, elbos.tolist(), variances.tolist(), strict=True)
+    ]
 
 
 def fit_on_fixed_draws(

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.models.log_joint import LogJoint, Target
-from pyro_flows.models.traces import mean_of_kept
-from pyro_flows.starts.fixed_draws import antithetic, entropy, fit_on_fixed_draws
+from pyro_flows.starts.fixed_draws import antithetic, fit_on_fixed_draws, scored
 from pyro_flows.starts.lbfgs import gradient_and_hessian, lbfgs_paths, local_factor
 
 __all__ = [
@@ -24,8 +23,8 @@ __all__ = [
     "climb",
     "distinct_points",
     "local_gaussians",
+    "mean_field",
     "refined",
-    "scored",
     "triangular",
 ]
 
@@ -125,6 +124,11 @@ class Gaussian:
         return torch.linalg.solve_triangular(self.factor, difference, upper=False).norm().item()
 
     @property
+    def log_det(self) -> Tensor:
+        """``log|det L|``, in float64."""
+        return (self.factor if self.factor.dim() == 1 else self.factor.diagonal()).double().log().sum()
+
+    @property
     def conditional_scale(self) -> Tensor:
         """Standard deviation of each coordinate given the others, the scale of the best mean-field normal."""
         if self.factor.dim() == 1:
@@ -173,7 +177,7 @@ def best_gaussian(
         found += local_gaussians(log_joint, points, correlated=correlated)
     best = _best(log_joint, found)
     if best.factor.dim() == 1 and log_joint.cost_per_draw < GAUSSIAN.expensive:
-        fitted = [_mean_field(log_joint, begin) for begin in (own, best)]
+        fitted = [mean_field(log_joint, begin) for begin in (own, best)]
         found = [best, *(gaussian for gaussian in fitted if gaussian is not None)]
         for gaussian in found[1:]:
             found += local_gaussians(log_joint, gaussian.loc.unsqueeze(0), correlated=correlated)
@@ -208,7 +212,7 @@ def ascents(
     return climb(log_joint, begins[begins.isfinite().all(-1)], patience)
 
 
-def climb(log_joint: LogJoint, begins: Tensor, patience: float = math.inf) -> list[Tensor]:
+def climb(log_joint: Target, begins: Tensor, patience: float = math.inf) -> list[Tensor]:
     """Points on paths of ascent from given points, as in ``ascents``."""
     looks, points = [], begins
     steps = lbfgs_paths(_batched(log_joint), begins.unsqueeze(1), GAUSSIAN.num_steps, GAUSSIAN.tolerance, patience)
@@ -261,24 +265,8 @@ def _best(log_joint: LogJoint, found: list[Gaussian]) -> Gaussian:
         (GAUSSIAN.num_ranking_draws, GAUSSIAN.num_finalists),
         (GAUSSIAN.num_elbo_draws, 1),
     ):
-        found = sorted(scored(log_joint, found, count), key=lambda gaussian: -gaussian.elbo)[:keep]
+        found = sorted(scored(log_joint, found, count, found[0].loc), key=lambda gaussian: -gaussian.elbo)[:keep]
     return found[0]
-
-
-def scored(log_joint: Target, found: list[Gaussian], count: int) -> list[Gaussian]:
-    """Candidates with their ELBO and variance of log weights, from ``count`` draws of each."""
-    noise = antithetic(count, found[0].loc)
-    draws = torch.cat([gaussian.push(noise) for gaussian in found])  # (candidates * count, D)
-    energy = torch.cat([log_joint(part) for part in draws.split(log_joint.chunk)]).double().reshape(len(found), count)
-    diagonals = torch.stack([g.factor if g.factor.dim() == 1 else g.factor.diagonal() for g in found])
-    elbos = mean_of_kept(energy) + diagonals.double().log().sum(-1) + entropy(noise)
-    weights = energy + 0.5 * noise.double().square().sum(-1)
-    variances = mean_of_kept((weights - mean_of_kept(weights).unsqueeze(-1)).square())
-    elbos = torch.where(elbos.isfinite(), elbos, -torch.inf)
-    return [
-        replace(gaussian, elbo=elbo, log_weight_variance=variance)
-        for gaussian, elbo, variance in zip(found, elbos.tolist(), variances.tolist(), strict=True)
-    ]
 
 
 @torch.no_grad()
@@ -300,7 +288,7 @@ def refined(log_joint: Target, begin: Gaussian, moving: Tensor | None = None) ->
         Opper, Archambeau. The variational Gaussian approximation revisited. Neural Computation 2009, eq. (13)-(14).
     """
     factor = begin.factor if begin.factor.dim() == 2 else begin.factor.diag()
-    (best,) = scored(log_joint, [replace(begin, factor=factor)], GAUSSIAN.num_elbo_draws)
+    (best,) = scored(log_joint, [replace(begin, factor=factor)], GAUSSIAN.num_elbo_draws, begin.loc)
     moving = torch.arange(len(begin.loc), device=begin.loc.device) if moving is None else moving
     if not 0 < len(moving) <= _max_newton_dim(log_joint):
         return best
@@ -310,7 +298,7 @@ def refined(log_joint: Target, begin: Gaussian, moving: Tensor | None = None) ->
         count = GAUSSIAN.num_newton_draws + GAUSSIAN.num_newton_rows // len(begin.loc)
     for _ in range(GAUSSIAN.num_newton_steps):
         tried = _newton(log_joint, best, moving, max(2, min(count, log_joint.chunk) // 2 * 2))
-        found = scored(log_joint, [best, *tried], GAUSSIAN.num_elbo_draws)
+        found = scored(log_joint, [best, *tried], GAUSSIAN.num_elbo_draws, begin.loc)
         was, best = found[0].elbo, max(found, key=lambda gaussian: gaussian.elbo)
         if not best.elbo > was + GAUSSIAN.newton_gain:
             break
@@ -369,7 +357,7 @@ def _mean_derivatives(log_joint: Target, draws: Tensor, moving: Tensor) -> tuple
     return (gradient[usable].mean((0, 1)), hessian[usable].mean((0, 1))) if usable.any() else None
 
 
-def _mean_field(log_joint: LogJoint, begin: Gaussian) -> Gaussian | None:
+def mean_field(log_joint: Target, begin: Gaussian) -> Gaussian | None:
     """The mean-field normal that maximizes the ELBO on fixed draws; None if that fails."""
     loc = begin.loc.clone().requires_grad_()
     log_scale = begin.conditional_scale.log().requires_grad_()

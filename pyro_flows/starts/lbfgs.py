@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_flows.compiled.replay import Replay
 
-__all__ = ["gradient_and_hessian", "lbfgs_paths", "local_factor", "value_and_gradient"]
+__all__ = ["gradient_and_hessian", "hessian_rows", "lbfgs_paths", "local_factor", "value_and_gradient"]
 
 
 @dataclass(frozen=True)
@@ -194,6 +194,33 @@ def gradient_and_hessian(target: Target, points: Tensor, sizes: Sequence[int] | 
                 hessian[..., start:end, start:] = rows
                 hessian[..., start:, start:end] = rows.mT
     return torch.cat(gradients, -1).detach().double(), hessian
+
+
+def hessian_rows(target: Target, points: Tensor, num_leaves: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Derivatives of a target whose last P coordinates are leaves, without second derivatives in each other.
+
+    Args:
+        target: Log density, ``(S, d)`` to ``(S,)``; each entry depends on its own vector only.
+        points: Where, ``(S, d)``.
+        num_leaves: P.
+
+    Returns:
+        In float64, the gradient, ``(S, d)``; the Hessian's rows of the F coordinates that are no leaves, ``(S, F, d)``;
+        and the leaves' second derivatives, ``(S, P)``.
+
+    Raises:
+        RuntimeError: If the target has no second derivative.
+    """
+    free = points.shape[-1] - num_leaves
+    pass_rows = max(1, min(SETTINGS.rows_per_pass, SETTINGS.values_per_pass // points.numel()))
+    with torch.enable_grad():
+        parts = [part.detach().requires_grad_() for part in points.split([free, num_leaves], -1)]
+        gradients = torch.autograd.grad(_total(target(torch.cat(parts, -1))), parts, create_graph=True)
+        units = torch.eye(free, dtype=points.dtype, device=points.device)
+        passes = [_backward(gradients[0], parts, some) for some in units.split(pass_rows)]
+        ones = torch.ones(1, num_leaves, dtype=points.dtype, device=points.device)
+        (leaves,) = _backward(gradients[1], parts[1:], ones)
+    return torch.cat(gradients, -1).detach().double(), torch.cat(passes).movedim(0, -2).double(), leaves.double()
 
 
 def _groups(sizes: Sequence[int], most: int) -> Iterator[slice]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_flows.flows.bases import spread_components
 from pyro_flows.flows.noise import DiagonalNormalMixture
 from pyro_flows.models.log_joint import LogJoint
-from pyro_flows.starts.fixed_draws import antithetic
+from pyro_flows.starts.fixed_draws import antithetic, scored
 from pyro_flows.starts.gaussian import (
     GAUSSIAN,
     Gaussian,
@@ -21,7 +21,6 @@ from pyro_flows.starts.gaussian import (
     distinct_points,
     local_gaussians,
     refined,
-    scored,
 )
 
 __all__ = ["MixtureStart", "best_mixture", "modes_at"]
@@ -134,7 +133,7 @@ def modes_at(log_joint: LogJoint, points: Tensor, limit: int = SETTINGS.max_mode
     """The Gaussians of the curvature at end points of ascents, ``(R, D)``, of highest ELBO, one for each mode; none in
     too many dimensions."""
     found = local_gaussians(log_joint, distinct_points(points), correlated=True)
-    return _distinct(scored(log_joint, found, GAUSSIAN.num_elbo_draws), limit) if found else []
+    return _distinct(scored(log_joint, found, GAUSSIAN.num_elbo_draws, points[0]), limit) if found else []
 
 
 def _refined(log_joint: LogJoint, mode: Gaussian) -> Gaussian:

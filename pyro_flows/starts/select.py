@@ -18,6 +18,7 @@ from pyro_flows.posterior.joint import JOINT, JointBlock
 from pyro_flows.starts.base import fit_modes, fit_tails
 from pyro_flows.starts.fixed_draws import FIXED_DRAWS, antithetic, elbo_of, fit_on_fixed_draws
 from pyro_flows.starts.gaussian import GAUSSIAN, Gaussian, ascents, best_gaussian, refined
+from pyro_flows.starts.leaves import warm_start_leaves
 from pyro_flows.starts.likelihood import fit_likelihood
 from pyro_flows.starts.low_rank import LowRankGaussian, best_low_rank
 from pyro_flows.starts.mixture import best_mixture, modes_at
@@ -69,6 +70,9 @@ def warm_start_joint(block: JointBlock, log_joint: LogJoint, init_scale: float) 
     See :func:`best_gaussian`, ``best_low_rank``, :func:`best_mixture`, :func:`fit_modes` and :func:`fit_tails`.
     """
     flow = block.flow
+    if block.layout.num_leaves:
+        warm_start_leaves(block, log_joint, init_scale)
+        return
     flow.adopt_base({})
     if flow.preconditioner is not None:
         flow.preconditioner.reset()

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, replace
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from pyro_flows._checks import Settings
 from pyro_flows._memory import DoesNotFit
@@ -86,14 +87,20 @@ def widened(objective: Objective) -> Objective:
 
 
 def _directions(objective: Objective) -> Tensor | None:
-    """Directions in which the observations see the latents, in noise space; None where draws are run one by one."""
+    """Directions in which the observations see the latents that are no leaves, in noise space; None where draws are run
+    one by one."""
     assert isinstance(objective.guide, AutoFlowGuide)
     joint = objective.guide.posterior.joint
     assert joint is not None
     log_joint = LogJoint(objective.model, joint.layout, *objective.batches.first)
     if not log_joint.is_vectorized:
         return None
-    return observed_directions(PulledBack(log_joint, joint.flow.transform.forward_and_ladj), joint.layout.init_loc)
+    layout, transform = joint.layout, joint.flow.transform
+
+    def push(free: Tensor) -> tuple[Tensor, Tensor]:
+        return transform.forward_and_ladj(F.pad(free, (0, layout.num_leaves)))
+
+    return observed_directions(PulledBack(log_joint, push), layout.init_loc[: layout.num_free])
 
 
 def train_wider(schedule: Schedule, former: Trainer, file: Checkpoint, gap: float) -> tuple[Widening, Estimate]:

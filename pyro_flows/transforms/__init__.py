@@ -28,6 +28,8 @@ from pyro_flows.transforms.heads import (
 from pyro_flows.transforms.householder import Householder
 from pyro_flows.transforms.inverse import Inverse
 from pyro_flows.transforms.item_couplings import ItemCouplings
+from pyro_flows.transforms.leading import Leading
+from pyro_flows.transforms.leaf_preconditioner import LeafPreconditioner
 from pyro_flows.transforms.neural_autoregressive import NeuralAutoregressive
 from pyro_flows.transforms.permutation import Permutation
 from pyro_flows.transforms.planar import Planar
@@ -62,6 +64,8 @@ __all__ = [
     "Householder",
     "Inverse",
     "ItemCouplings",
+    "Leading",
+    "LeafPreconditioner",
     "LinearMixedHead",
     "LowRankAffine",
     "LowRankPreconditioner",

@@ -92,6 +92,24 @@ def low_rank_preconditioner(input_dim: int) -> FlowTransform:
     return transform
 
 
+def leaf_preconditioner(input_dim: int) -> FlowTransform:
+    """With as many products as there are free coordinates."""
+    leaves, free = (input_dim + 1) // 2, input_dim // 2
+    transform = T.LeafPreconditioner(input_dim, leaves, free)
+    factor = 0.3 * torch.randn(free, free).tril(-1) + torch.diag(torch.rand(free) + 0.5)
+    transform.set(torch.randn(input_dim), factor, torch.randn(leaves, free), torch.rand(leaves) + 0.5)
+    transform.bend_leaves(
+        torch.randn(leaves),
+        torch.randn(leaves, free),
+        torch.rand(leaves) + 0.5,
+        0.2 * torch.randn(leaves, free),
+        torch.randn(free, free),
+        torch.randn(free, free),
+        torch.randn(leaves, free),
+    )
+    return transform
+
+
 def item_couplings(input_dim: int, *, num_items: int) -> FlowTransform:
     """Two items of two coordinates each, or one of three, and one that they share, where there are as many; else one
     item."""
@@ -134,6 +152,8 @@ TRANSFORMS |= {
     "Inverse (spline)": lambda d, c: T.Inverse(T.Spline(d, c)),
     "ItemCouplings": lambda d, c: item_couplings(d, num_items=2),
     "ItemCouplings (one item)": lambda d, c: item_couplings(d, num_items=1),
+    "Leading": lambda d, c: T.Leading(d, T.AffineAutoregressive((d + 1) // 2, hidden_dims=(8,))),
+    "LeafPreconditioner": lambda d, c: leaf_preconditioner(d),
     "LowRankAffine": lambda d, c: T.LowRankAffine(d, c, rank=min(d, 2)),
     "LowRankPreconditioner": lambda d, c: low_rank_preconditioner(d),
     "NeuralAutoregressive": lambda d, c: T.NeuralAutoregressive(d, c, hidden_dims=(16,), num_units=4),
@@ -161,6 +181,7 @@ TWO_DIMENSIONS = {
     "FullPrecisionHead",
     "ItemCouplings",
     "ItemCouplings (one item)",
+    "LeafPreconditioner",
     "MultilevelHead",
     "SplineCouplings",
 }
@@ -173,6 +194,8 @@ IGNORE_CONTEXT = {
     "FullRankPreconditioner",
     "ItemCouplings",
     "ItemCouplings (one item)",
+    "Leading",
+    "LeafPreconditioner",
     "LowRankPreconditioner",
     "Permutation",
     "PyroTransform",

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guides with leaves: files, states of guides without them, wider flows and training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_flows import AutoFlowGuide, fit
+from pyro_flows.posterior import posterior
+from tests.common import randomize_parameters
+
+COUNT = 210
+Y = torch.bernoulli(torch.full((COUNT, 5), 0.5), generator=torch.Generator().manual_seed(0))
+
+
+def abilities(y: Tensor) -> None:
+    with pyro.plate("students", COUNT):
+        ability = pyro.sample("ability", dist.Normal(0.0, 1.0))
+    with pyro.plate("items", 5):
+        difficulty = pyro.sample("difficulty", dist.Normal(0.0, 1.0))
+        slope = pyro.sample("slope", dist.LogNormal(0.0, 0.5))
+    logits = slope * (ability.unsqueeze(-1) - difficulty)
+    pyro.sample("y", dist.Bernoulli(logits=logits).to_event(2), obs=y)
+
+
+def made(monkeypatch: pytest.MonkeyPatch, *, has_leaves: bool) -> AutoFlowGuide:
+    with monkeypatch.context() as patch:
+        patch.setattr(posterior, "are_leaves", lambda *args: has_leaves)
+        guide = AutoFlowGuide(abilities).setup(Y)
+    randomize_parameters(guide, 0.1)
+    return guide
+
+
+def num_leaves(guide: AutoFlowGuide) -> int:
+    return guide.posterior.only_block.layout.num_leaves
+
+
+def assert_same(one: AutoFlowGuide, other: AutoFlowGuide) -> None:
+    found = []
+    for guide in (one, other):
+        pyro.set_rng_seed(5)
+        found.append(guide.sample_posterior(4, Y))
+    for name in found[0]:
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=0.0, atol=0.0)
+    torch.testing.assert_close(one.log_prob(found[0], Y), other.log_prob(found[0], Y), rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("has_leaves", [True, False])
+def test_a_file_is_of_the_kind_that_it_was_saved_as(
+    has_leaves: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guides of earlier versions had none; and data that do not show the leaves find none."""
+    pyro.set_rng_seed(0)
+    saved = made(monkeypatch, has_leaves=has_leaves)
+    saved.posterior.widen()
+    randomize_parameters(saved, 0.1)
+    saved.save(tmp_path / "guide.pt")
+    with monkeypatch.context() as patch:
+        patch.setattr(posterior, "are_leaves", lambda *args: not has_leaves)
+        loaded = AutoFlowGuide.load(tmp_path / "guide.pt", abilities, (Y,))
+    assert num_leaves(loaded) == num_leaves(saved) == (COUNT if has_leaves else 0)
+    assert loaded.posterior.only_block.is_wide
+    assert_same(saved, loaded)
+
+
+def test_a_state_dict_brings_its_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    pyro.set_rng_seed(0)
+    one, other = made(monkeypatch, has_leaves=True), made(monkeypatch, has_leaves=False)
+    other.load_state_dict(one.state_dict())
+    assert num_leaves(other) == COUNT
+    assert_same(one, other)
+
+
+def test_a_wider_flow_leaves_the_distribution_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    pyro.set_rng_seed(0)
+    guide = made(monkeypatch, has_leaves=True)
+    values = guide.sample_posterior(4, Y)
+    before = guide.log_prob(values, Y)
+    guide.posterior.widen()
+    torch.testing.assert_close(guide.log_prob(values, Y), before)
+
+
+def test_fit() -> None:
+    """Steps are recorded, and gain what a Gaussian leaves."""
+    pyro.set_rng_seed(0)
+    guide = AutoFlowGuide(abilities)
+    result = fit(abilities, guide, (Y,), num_steps=300, compile=True, seed=0, progress=False)
+    assert num_leaves(guide) == COUNT
+    assert result.elbo > result.start_elbo + 0.3
+    assert result.diagnosis is not None
+    assert result.diagnosis.khat < 0.7
