@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from pyro_flows._random import seeded
 from pyro_flows.flows import FlowDistribution, FlowSpec
 from pyro_flows.flows.gradient_filter import GradientFilter
 from pyro_flows.models.layout import Layout
-from pyro_flows.models.priors import LinearPrior
+from pyro_flows.models.leaves import are_leaves, possible_leaves
+from pyro_flows.models.priors import LinearPrior, read_joint_prior
 from pyro_flows.transforms import (
     ConditionalGaussianHead,
     CovarianceHead,
@@ -30,7 +31,7 @@ from pyro_flows.transforms import (
     Preconditioner,
 )
 
-__all__ = ["JOINT", "JointBlock", "build_reproducibly"]
+__all__ = ["JOINT", "JointBlock", "build_reproducibly", "item_pairs", "make_joint_block"]
 
 Built = TypeVar("Built", bound=nn.Module)
 
@@ -128,6 +129,40 @@ def _blocks(sizes: Sequence[int], head: ConditionalGaussianHead | None) -> list[
             blocks.append(len(site))
         joins = bool(site.all())
     return blocks
+
+
+def make_joint_block(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    layout: Layout,
+    spec: FlowSpec,
+    init_scale: float,
+    *,
+    may_have_leaves: bool,
+) -> JointBlock:
+    """A joint block that makes use of what its family can: priors that are read off the model, and leaves.
+
+    Args:
+        model: The model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        layout: Layout of the sites, in the order of the model.
+        spec: Recipe of the flow.
+        init_scale: Initial standard deviation in unconstrained space, > 0.
+        may_have_leaves: Whether no other block follows this one.
+    """
+    is_plain = spec.knows_leaves and spec.head == "diagonal" and spec.base == "normal"
+    leaves = possible_leaves(layout) if is_plain and may_have_leaves else None
+    has_leaves = leaves is not None and are_leaves(model, args, kwargs, layout, leaves)
+    prior = None
+    if spec.knows_priors:
+        ordered = layout if leaves is None or not has_leaves else layout.with_leaves(leaves)
+        prior = read_joint_prior(model, args, kwargs, ordered)
+        if has_leaves and prior is not None and (prior.covariances or prior.correlated):
+            # Correlations of the others are worth more; and no head has both.
+            has_leaves, prior = False, read_joint_prior(model, args, kwargs, layout)
+    return JointBlock(layout, spec, init_scale, prior=prior, leaves=leaves, has_leaves=has_leaves)
 
 
 class Layers(nn.Module):

@@ -17,11 +17,10 @@ from pyro_flows.flows import DiagonalNormal, FlowSpec
 from pyro_flows.flows.bases import resolve_base
 from pyro_flows.flows.gradient_filter import GradientFilter
 from pyro_flows.models.layout import Layout, check_names, partition
-from pyro_flows.models.leaves import are_leaves, possible_leaves
-from pyro_flows.models.priors import read_joint_prior, read_prior
+from pyro_flows.models.priors import read_prior
 from pyro_flows.models.sites import Site, full_size, read_sites
 from pyro_flows.posterior.encoders import Encoder, probe
-from pyro_flows.posterior.joint import JointBlock
+from pyro_flows.posterior.joint import JointBlock, make_joint_block
 from pyro_flows.posterior.plate import Item, LocalBlock
 from pyro_flows.posterior.step_limit import StepLimit
 
@@ -91,16 +90,9 @@ class Posterior(nn.Module):
             # A single global, while the family needs two dimensions or more: as in `FlowSpec.build_local`.
             small = bool(layouts) and joint.latent_dim < spec.min_dim
             joint_spec = DiagonalNormal(base=spec.base) if small else spec
-            is_plain = joint_spec.knows_leaves and joint_spec.head == "diagonal" and joint_spec.base == "normal"
-            leaves = possible_leaves(joint) if is_plain and not layouts else None
-            has_leaves = leaves is not None and are_leaves(model, args, kwargs, joint, leaves)
-            prior = None
-            if joint_spec.knows_priors:
-                ordered = joint.with_leaves(leaves) if has_leaves and leaves is not None else joint
-                prior = read_joint_prior(model, args, kwargs, ordered)
-                if has_leaves and prior is not None and (prior.covariances or prior.correlated):
-                    has_leaves, prior = False, read_joint_prior(model, args, kwargs, joint)
-            self.joint = JointBlock(joint, joint_spec, init_scale, prior=prior, leaves=leaves, has_leaves=has_leaves)
+            self.joint = make_joint_block(
+                model, args, kwargs, joint, joint_spec, init_scale, may_have_leaves=not layouts
+            )
             self.joint.flow.chooses_base &= not layouts
         self.encoders = nn.ModuleDict({_key((plate,)): Encoder(plate, f) for plate, f in amortize.items()})
         frames = {frame.name: frame for site in sites for frame in site.frames}

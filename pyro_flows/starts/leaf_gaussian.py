@@ -37,9 +37,9 @@ class LeafGaussianSettings:
     num_paths: int = 2
     num_hessian_draws: int = 4
     num_gradient_draws: int = 64
-    num_newton_steps: int = 10
+    num_newton_steps: int = 16
     num_recenterings: int = 3
-    poor_gap: float = 3.0
+    poor_gap: float = 5.0
     newton_gain: float = 0.1
 
 
@@ -169,15 +169,17 @@ def _at(target: Target, point: Tensor, num_leaves: int) -> list[LeafGaussian]:
 def _refined(target: Target, begin: LeafGaussian, like: Tensor) -> tuple[LeafGaussian, bool]:
     """Newton's method for the ELBO of a Gaussian, continued while it increases; and whether it came to an end. Where
     draws are run one by one, that is too expensive."""
-    num_leaves = len(begin.scale)
-    (best,) = scored(target, [begin], GAUSSIAN.num_elbo_draws, like)
+    num_leaves, best, is_done = len(begin.scale), begin, False
     for _ in range(LEAF_GAUSSIAN.num_newton_steps if target.is_vectorized else 0):
         tried = _newton(target, best, antithetic(LEAF_GAUSSIAN.num_hessian_draws, like), num_leaves)
-        found = scored(target, [best, *tried], GAUSSIAN.num_elbo_draws, like)
+        # With common noise, differences are precise by few draws.
+        found = scored(target, [best, *tried], GAUSSIAN.num_ranking_draws, like)
         was, best = found[0].elbo, max(found, key=_elbo)
-        if not best.elbo > was + LEAF_GAUSSIAN.newton_gain:
-            return best, True
-    return best, False
+        is_done = not best.elbo > was + LEAF_GAUSSIAN.newton_gain
+        if is_done:
+            break
+    (best,) = scored(target, [best], GAUSSIAN.num_elbo_draws, like)
+    return best, is_done
 
 
 def _elbo(gaussian: LeafGaussian) -> float:

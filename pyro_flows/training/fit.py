@@ -125,8 +125,8 @@ def fit(
     wider one of that size which begins where the smaller one has ended, with four times the draws where that is
     affordable, and is trained until the gap is small enough, does not fall any more, or memory runs out
     (``FitResult.widening``). It does so early where gains of cycles, if they go on falling, would not add up to the
-    gap. This needs the default family with 2 to 600 latents, none of them in mini-batches. A later call goes on with
-    the wider flow, in cycles as any other.
+    gap. This needs the default family with 2 to 600 latents, besides leaves, and none of
+    them in mini-batches. A later call goes on with the wider flow, in cycles as any other.
 
     Args:
         model: Any Pyro model; its own parameters (a decoder, say) are trained along with the guide.

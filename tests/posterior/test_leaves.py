@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import AutoFlowGuide, fit
-from pyro_flows.posterior import posterior
+from pyro_flows.posterior import joint
 from tests.common import randomize_parameters
 
 COUNT = 210
@@ -31,7 +31,7 @@ def abilities(y: Tensor) -> None:
 
 def made(monkeypatch: pytest.MonkeyPatch, *, has_leaves: bool) -> AutoFlowGuide:
     with monkeypatch.context() as patch:
-        patch.setattr(posterior, "are_leaves", lambda *args: has_leaves)
+        patch.setattr(joint, "are_leaves", lambda *args: has_leaves)
         guide = AutoFlowGuide(abilities).setup(Y)
     randomize_parameters(guide, 0.1)
     return guide
@@ -62,7 +62,7 @@ def test_a_file_is_of_the_kind_that_it_was_saved_as(
     randomize_parameters(saved, 0.1)
     saved.save(tmp_path / "guide.pt")
     with monkeypatch.context() as patch:
-        patch.setattr(posterior, "are_leaves", lambda *args: not has_leaves)
+        patch.setattr(joint, "are_leaves", lambda *args: not has_leaves)
         loaded = AutoFlowGuide.load(tmp_path / "guide.pt", abilities, (Y,))
     assert num_leaves(loaded) == num_leaves(saved) == (COUNT if has_leaves else 0)
     assert loaded.posterior.only_block.is_wide
