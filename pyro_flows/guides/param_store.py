@@ -132,10 +132,10 @@ class StoredGuide(AutoContinuous):
         listed, before = self._trained().listed_parameters(), self._declared
         if listed is before:
             return
-        store, kept = pyro.get_param_store(), {name for name, _ in listed}
+        store, kept = pyro.get_param_store(), dict(listed)
         for name, param in before:
             fullname = f"{self._pyro_name}.posterior.{name}"
-            if name not in kept and store._params.get(fullname) is param:
+            if kept.get(name) is not param and store._params.get(fullname) is param:
                 del store[fullname]
         self._declared = listed
 

@@ -9,6 +9,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.optim import Adam
 from torch import Tensor
 
 from pyro_flows import AutoFlowGuide, fit
@@ -20,7 +22,7 @@ Y = torch.bernoulli(torch.full((COUNT, 5), 0.5), generator=torch.Generator().man
 
 
 def abilities(y: Tensor) -> None:
-    with pyro.plate("students", COUNT):
+    with pyro.plate("students", len(y)):
         ability = pyro.sample("ability", dist.Normal(0.0, 1.0))
     with pyro.plate("items", 5):
         difficulty = pyro.sample("difficulty", dist.Normal(0.0, 1.0))
@@ -29,10 +31,10 @@ def abilities(y: Tensor) -> None:
     pyro.sample("y", dist.Bernoulli(logits=logits).to_event(2), obs=y)
 
 
-def made(monkeypatch: pytest.MonkeyPatch, *, has_leaves: bool) -> AutoFlowGuide:
+def made(monkeypatch: pytest.MonkeyPatch, *, has_leaves: bool, y: Tensor = Y) -> AutoFlowGuide:
     with monkeypatch.context() as patch:
         patch.setattr(joint, "are_leaves", lambda *args: has_leaves)
-        guide = AutoFlowGuide(abilities).setup(Y)
+        guide = AutoFlowGuide(abilities).setup(y)
     randomize_parameters(guide, 0.1)
     return guide
 
@@ -75,6 +77,27 @@ def test_a_state_dict_brings_its_leaves(monkeypatch: pytest.MonkeyPatch) -> None
     other.load_state_dict(one.state_dict())
     assert num_leaves(other) == COUNT
     assert_same(one, other)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_guide_in_use_keeps_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store held the parameters of the kind before, some under the same names, and the guide took another name."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    y = Y.repeat(6, 1)  # a flow without couplings, if there are no leaves
+    one, other = made(monkeypatch, has_leaves=True, y=y), made(monkeypatch, has_leaves=False, y=y)
+    svi = SVI(abilities, other, Adam({"lr": 1e-3}), Trace_ELBO())
+    svi.step(y)
+    names = set(pyro.get_param_store())
+    other.load_state_dict(one.state_dict())
+    svi.step(y)
+    assert {name.split(".")[0] for name in pyro.get_param_store()} == {name.split(".")[0] for name in names}
+    assert all(there is own for there, own in zip(stored(other), other.posterior.parameters(), strict=True))
+
+
+def stored(guide: AutoFlowGuide) -> list[Tensor]:
+    params = pyro.get_param_store()._params
+    return [params[f"{guide._pyro_name}.posterior.{name}"] for name, _ in guide.posterior.named_parameters()]
 
 
 def test_a_wider_flow_leaves_the_distribution_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
