@@ -29,6 +29,7 @@ class ReadingSettings:
 
     Attributes:
         max_parents: Largest unconstrained dimension of a prior's parents; each dimension takes a run of the model.
+        max_dim: Largest dimension of a joint block whose priors are read; a head's slopes take memory as its square.
         num_spare_runs: Number of runs beyond the number of unknowns, which show whether a linear fit fails.
         no_prior: Log-scale in place of marginals that are unknown.
         max_items: Number of items of a mini-batch that are used; enough to see whether the prior differs between items.
@@ -36,6 +37,7 @@ class ReadingSettings:
     """
 
     max_parents: int = 200
+    max_dim: int = 2500
     num_spare_runs: int = 8
     no_prior: float = 20.0
     max_items: int = 16
@@ -180,7 +182,7 @@ def _read_linear(
     shared: set[tuple[str, str]] = set()
     # In many dimensions, leaves are nobody's parents.
     count = layout.latent_dim if layout.latent_dim <= READING.max_parents else layout.num_free
-    if count > READING.max_parents:
+    if count > READING.max_parents or layout.latent_dim > READING.max_dim:
         return None
     with seeded(0):
         for _ in range(count + READING.num_spare_runs):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows import AutoFlowGuide
+from pyro_flows.transforms import MultilevelHead
 
 STUDENTS, ITEMS = 220, 6
 Y = torch.bernoulli(torch.full((STUDENTS, ITEMS), 0.5), generator=torch.Generator().manual_seed(0))
@@ -96,8 +97,24 @@ def test_scales_of_leaves_are_known_in_any_dimension() -> None:
 
     joint = AutoFlowGuide(counted).setup(Y).posterior.joint
     assert joint is not None
-    assert joint.flow.head.is_outermost  # the head that knows priors
+    head = joint.flow.head
+    assert isinstance(head, MultilevelHead)
+    assert head.num_parents == 1  # a draw takes no product with a row for each latent
     assert len(runs) < 60
+
+
+def test_priors_of_thousands_of_leaves_are_left_to_the_flow() -> None:
+    """A head's slopes would take memory as the square of their number."""
+
+    def many(y: Tensor) -> None:
+        sigma = pyro.sample("sigma", dist.HalfNormal(1.0))
+        with pyro.plate("points", 2600):
+            pyro.sample("x", dist.Normal(0.0, sigma))
+
+    joint = AutoFlowGuide(many).setup(Y).posterior.joint
+    assert joint is not None
+    assert joint.layout.num_leaves == 2600
+    assert not joint.flow.head.is_outermost
 
 
 @pytest.mark.parametrize("flow", ["realnvp", "diagonal_normal"])

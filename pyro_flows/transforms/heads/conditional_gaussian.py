@@ -5,7 +5,7 @@ that is pooled with an approximation of the likelihood."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -67,8 +67,18 @@ class ConditionalGaussianHead(Head):
         pooled = order[self.count_free :]
         self.register_buffer("slope", slope.unflatten(0, (2, dim))[:, pooled][..., order].contiguous())
         self.register_buffer("bias", bias.unflatten(0, (2, dim))[:, pooled].contiguous())
+        self._count_parents()
         self.log_share = nn.Parameter(torch.zeros(dim - self.count_free))
         self.origin = FixedParameter(torch.zeros(2, dim))  # locations and log-scales
+
+    def _count_parents(self) -> None:
+        """Find how many coordinates, in order, are parents of others: slopes of the rest, zero, are left out."""
+        used = self.slope.any(0).any(0).nonzero()
+        self.num_parents = int(used.max()) + 1 if len(used) else 0
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._count_parents()
 
     def initialize(self, loc: Tensor, scale: Tensor, max_share: float = INIT_SHARE) -> None:
         """Initialize to a mean-field Gaussian, ``N(loc, diag(scale)^2)``.
@@ -127,8 +137,9 @@ class ConditionalGaussianHead(Head):
 
     def prior(self, parents: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Locations and log-scales of the priors of pooled coordinates, some or all, given those drawn before."""
-        slope, bias = self.slope[:, rows, : parents.shape[-1]], self.bias[:, rows]
-        loc, log_scale = F.linear(parents, slope.flatten(0, 1), bias.flatten()).chunk(2, -1)
+        width = min(parents.shape[-1], self.num_parents)
+        slope, bias = self.slope[:, rows, :width], self.bias[:, rows]
+        loc, log_scale = F.linear(parents[..., :width], slope.flatten(0, 1), bias.flatten()).chunk(2, -1)
         return loc, log_scale
 
     def draw(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pyro_flows.transforms.heads.conditional_gaussian import ConditionalGaussianHead
 from pyro_flows.transforms.heads.pooling import pool
@@ -62,7 +63,9 @@ class MultilevelHead(ConditionalGaussianHead):
             to_loc: Derivatives in :math:`m`, times that of :math:`m` in ``t``.
         """
         rest = 1.0 - weight
-        return torch.cat([pooled_score * rest, rest * to_log_scale + to_loc], -1) @ self.slope.flatten(0, 1)
+        slope = self.slope[..., : self.num_parents].flatten(0, 1)
+        through = torch.cat([pooled_score * rest, rest * to_log_scale + to_loc], -1) @ slope
+        return F.pad(through, (0, self.input_dim - self.num_parents))
 
     def _draw_by_level(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """In order: values, summed log-scale, and intermediate results for the score of the pooled coordinates."""
