@@ -127,13 +127,14 @@ def diagonal(gaussian: Gaussian, num_leaves: int) -> LeafGaussian:
 
 
 @torch.no_grad()
-def best_leaf_gaussian(target: Target, begins: Tensor, own: LeafGaussian) -> LeafGaussian:
+def best_leaf_gaussian(target: Target, begins: Tensor, own: LeafGaussian, *, has_funnel: bool = False) -> LeafGaussian:
     """The best of a given Gaussian and those with the curvature along paths of ascent, refined by Newton's method.
 
     Args:
         target: The target.
         begins: Where ascents begin, ``(R, D)``.
         own: The given Gaussian.
+        has_funnel: Whether ascents may end where a scale of the leaves is zero, and a Gaussian is locally the best.
 
     References:
         Opper, Archambeau. The variational Gaussian approximation revisited. Neural Computation 2009, eq. (13)-(14);
@@ -147,7 +148,7 @@ def best_leaf_gaussian(target: Target, begins: Tensor, own: LeafGaussian) -> Lea
         found += _at(target, point, num_leaves)
     found = scored(target, found, GAUSSIAN.num_ranking_draws, like)
     best, is_done = _refined(target, max(found, key=_elbo), like)
-    if not (is_done and best.log_weight_variance / 2 < LEAF_GAUSSIAN.poor_gap):
+    if has_funnel or not (is_done and best.log_weight_variance / 2 < LEAF_GAUSSIAN.poor_gap):
         # A mean-field normal that is fitted from the outside is not caught in a funnel, unlike ascents.
         begin = Gaussian(own.loc.to(like), torch.cat([own.factor.diagonal(), own.scale]).to(like))
         fitted = mean_field(target, begin)

@@ -30,6 +30,8 @@ class LeafSettings:
     Attributes:
         num_prior: Number of ascents from draws of the prior, beside that from the initial location; inside of a head
             that knows priors only the latter.
+        num_probes: Number of values of the other latents, even, at which the leaves' prior is compared.
+        tolerance: Difference of densities, relative to that of the log joint, which is rounding.
         num_poolings: Largest number of Gaussians inside of a head that knows priors, each of which pools them with the
             conditionals of the one before.
         max_share: Largest share of a conditional's precision that a prior has then.
@@ -44,6 +46,8 @@ class LeafSettings:
     """
 
     num_prior: int = 2
+    num_probes: int = 4
+    tolerance: float = 1e-5
     num_poolings: int = 3
     max_share: float = 0.9
     num_conditionals: float = 2.0
@@ -83,15 +87,25 @@ def warm_start_leaves(block: JointBlock, log_joint: LogJoint, init_scale: float)
         head.initialize(torch.zeros_like(init_loc), torch.ones_like(init_loc))
         begins = torch.stack([init_loc, *(draw.to(init_loc) for draw in log_joint.from_prior(SETTINGS.num_prior))])
         begins = begins[begins.isfinite().all(-1)]
-        best = best_leaf_gaussian(
-            target, begins, diagonal(Gaussian(init_loc, torch.full_like(init_loc, init_scale)), num_leaves)
-        )
+        own = diagonal(Gaussian(init_loc, torch.full_like(init_loc, init_scale)), num_leaves)
+        best = best_leaf_gaussian(target, begins, own, has_funnel=_follows_others(log_joint, init_loc, num_leaves))
     if best.elbo == -math.inf:
         raise RuntimeError(log_joint.without_density(init_loc))
     parts = (part.to(init_loc) for part in (best.loc, best.factor, best.slope, best.scale))
     preconditioner.set(*parts)
     if log_joint.is_vectorized:
         _bend(block, target, preconditioner, best)
+
+
+@torch.no_grad()
+def _follows_others(log_joint: LogJoint, init_loc: Tensor, num_leaves: int) -> bool:
+    """Whether the leaves' prior follows other latents, by its density where these move."""
+    leaves = log_joint.table.names[-1]
+    noise = antithetic(SETTINGS.num_probes, init_loc)
+    noise[:, -num_leaves:] = 0.0
+    found = log_joint(init_loc + noise).double()
+    own = (found - log_joint.without({leaves}, init_loc + noise)).nan_to_num()
+    return bool((own - own[0]).abs().max() > SETTINGS.tolerance * (1.0 + found.nan_to_num().abs().max()))
 
 
 @torch.no_grad()

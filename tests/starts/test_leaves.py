@@ -51,6 +51,15 @@ def funnel(y: Tensor) -> None:
         pyro.sample("y", dist.Binomial(8, logits=ability), obs=y.sum(-1))
 
 
+def thousands(y: Tensor) -> None:
+    """So many that the head does not know their prior."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+    sd = pyro.sample("sd", dist.HalfNormal(1.0))
+    with pyro.plate("groups", len(y)):
+        effect = pyro.sample("effect", dist.Normal(mean, sd))
+        pyro.sample("y", dist.Poisson(effect.exp()), obs=y)
+
+
 class Square(torch.autograd.Function):
     """A function without a second derivative."""
 
@@ -139,6 +148,16 @@ def test_leaves_follow_their_unknown_scale() -> None:
     gap = (evidence - weights.mean()).item()
     assert gap > -5.0 * weights.std() / math.sqrt(4000)
     assert gap < 0.5  # a mean-field normal is 3 nats away
+
+
+def test_a_start_is_not_caught_in_a_funnel() -> None:
+    """Ascents end at a sd of zero, where all effects are their mean, and where a Gaussian is locally the best."""
+    pyro.set_rng_seed(0)
+    y = torch.poisson((0.5 + 0.7 * torch.randn(2600)).exp())
+    guide, _, _ = started(thousands, y)
+    sd = guide.sample_posterior(100, y)["sd"]
+    # The posterior is 0.7 +/- 0.02.
+    assert 0.6 < sd.mean() < 0.8
 
 
 @pytest.mark.parametrize("model", [without_curvature, one_by_one])
