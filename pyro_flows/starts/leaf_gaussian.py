@@ -37,7 +37,7 @@ class LeafGaussianSettings:
     num_paths: int = 2
     num_hessian_draws: int = 4
     num_gradient_draws: int = 64
-    num_newton_steps: int = 16
+    num_newton_steps: int = 60
     num_recenterings: int = 3
     poor_gap: float = 5.0
     newton_gain: float = 0.1
