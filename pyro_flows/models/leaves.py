@@ -25,12 +25,14 @@ class LeafSettings:
 
     Attributes:
         min_dim: Number of latents up to which one flow over all of them finds what depends on what.
+        max_dim: Largest number of latents: a leaf has two hundred parameters, which more could not afford.
         max_free_dim: Largest number of other latents, each of which takes a row of a Hessian.
         tolerance: Relative change of a gradient below which it counts as unchanged; allows for rounding in float32.
         shift: Standard deviation by which coordinates are moved, in unconstrained space.
     """
 
     min_dim: int = 200
+    max_dim: int = 3000
     max_free_dim: int = 300
     tolerance: float = 1e-4
     shift: float = 0.3
@@ -49,7 +51,8 @@ def possible_leaves(layout: Layout) -> str | None:
     """
     largest = max(layout.sizes)
     free = layout.latent_dim - largest
-    if layout.plates or layout.latent_dim <= LEAVES.min_dim or not 0 < free <= LEAVES.max_free_dim:
+    has_size = LEAVES.min_dim < layout.latent_dim <= LEAVES.max_dim and 0 < free <= LEAVES.max_free_dim
+    if layout.plates or not has_size:
         return None
     return layout.names[layout.sizes.index(largest)]
 
