@@ -18,6 +18,9 @@ from pyro_flows.transforms.networks import powerprop
 
 __all__ = ["ConditionalGaussianHead"]
 
+# Dimension up to which slopes are multiplied as a whole, in one operation.
+MAX_WHOLE_DIM = 200
+
 
 class ConditionalGaussianHead(Head):
     r"""Base of heads in which pooled coordinates have a known Gaussian prior :math:`N(a(y), e^{2 t(y)})`, with
@@ -72,9 +75,11 @@ class ConditionalGaussianHead(Head):
         self.origin = FixedParameter(torch.zeros(2, dim))  # locations and log-scales
 
     def _count_parents(self) -> None:
-        """Find how many coordinates, in order, are parents of others: slopes of the rest, zero, are left out."""
+        """Find how many coordinates, in order, are parents of others: slopes of the rest, zero, are left out where that
+        saves more than it costs."""
         used = self.slope.any(0).any(0).nonzero()
-        self.num_parents = int(used.max()) + 1 if len(used) else 0
+        count = int(used.max()) + 1 if len(used) else 0
+        self.num_parents = count if self.input_dim > MAX_WHOLE_DIM else self.input_dim
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

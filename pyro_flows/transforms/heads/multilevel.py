@@ -65,7 +65,8 @@ class MultilevelHead(ConditionalGaussianHead):
         rest = 1.0 - weight
         slope = self.slope[..., : self.num_parents].flatten(0, 1)
         through = torch.cat([pooled_score * rest, rest * to_log_scale + to_loc], -1) @ slope
-        return F.pad(through, (0, self.input_dim - self.num_parents))
+        missing = self.input_dim - self.num_parents
+        return F.pad(through, (0, missing)) if missing else through
 
     def _draw_by_level(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """In order: values, summed log-scale, and intermediate results for the score of the pooled coordinates."""
