@@ -14,7 +14,7 @@ from pyro_flows.transforms import FixedParameter, FlowTransform
 from pyro_flows.transforms.fixed import look_again
 from pyro_flows.transforms.networks import Packed
 
-__all__ = ["assert_no_graph", "jacobian", "randomize_parameters", "schools", "trained"]
+__all__ = ["abilities", "assert_no_graph", "jacobian", "randomize_parameters", "schools", "trained"]
 
 
 def schools(y: Tensor) -> None:
@@ -24,6 +24,18 @@ def schools(y: Tensor) -> None:
     with pyro.plate("schools", len(y)):
         theta = pyro.sample("theta", dist.Normal(mu, tau))
         pyro.sample("y", dist.Normal(theta, 10.0), obs=y)
+
+
+def abilities(y: Tensor) -> None:
+    """Item response: students, who are leaves, before the items that they answer, ``y`` of a row for each student."""
+    students, items = y.shape
+    with pyro.plate("students", students):
+        ability = pyro.sample("ability", dist.Normal(0.0, 1.0))
+    with pyro.plate("items", items):
+        difficulty = pyro.sample("difficulty", dist.Normal(0.0, 1.0))
+        slope = pyro.sample("slope", dist.LogNormal(0.0, 0.5))
+    logits = slope * (ability.unsqueeze(-1) - difficulty)
+    pyro.sample("y", dist.Bernoulli(logits=logits).to_event(2), obs=y)
 
 
 def trained(module: nn.Module) -> list[nn.Parameter]:

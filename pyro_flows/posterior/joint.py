@@ -265,8 +265,8 @@ class JointBlock(nn.Module):
         self._insert(self._layers[0].by_index)
 
     def adopt(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        """Take the kind of flow that a state of these names and shapes has: its base (:meth:`Flow.adopt_base`), and
-        whether it is wide."""
+        """Take the kind of flow that a state of these names and shapes has: whether it has leaves, its base
+        (:meth:`Flow.adopt_base`), and whether it is wide."""
         own = "flow."
         if shapes and self._layouts[1] is not None:
             has_leaves = any(name.endswith(".log_scale_slope") for name in shapes)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_flows._checks import checked, integer
 from pyro_flows.transforms.fixed import FixedParameter
-from pyro_flows.transforms.preconditioner import Preconditioner
+from pyro_flows.transforms.preconditioner import Preconditioner, solve_rows
 
 __all__ = ["LeafPreconditioner"]
 
@@ -152,7 +152,7 @@ class LeafPreconditioner(Preconditioner):
         if self.is_identity:
             return super().inverse_and_ladj(y)
         free, own = (y - self.loc.detach()).split(self.sizes, -1)
-        noise = _solve(free, self._factor().mT, upper=True)
+        noise = solve_rows(free, self._factor().mT, upper=True)
         leaves = self._leaves(noise)
         return torch.cat([noise, (own - leaves.loc) / leaves.scale], -1), -self._ladj(leaves.scale)
 
@@ -170,7 +170,7 @@ class LeafPreconditioner(Preconditioner):
             bent = own @ self.bend
             through = own @ self.slope + (bent * leaves.right) @ self.left + (bent * leaves.left) @ self.right
             through = through + (1.0 + to_own * x[..., self.sizes[0] :]) @ self.log_scale_slope
-            score = torch.cat([_solve(to_noise - through, self._factor(), upper=False), own], -1)
+            score = torch.cat([solve_rows(to_noise - through, self._factor(), upper=False), own], -1)
         return y, ladj, score
 
     def _mix(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,9 +184,3 @@ class LeafPreconditioner(Preconditioner):
         free, own = scale.split(self.sizes, -1)
         leaves = (self.slope.detach() * free).square().sum(-1) + (self.scale.detach() * own).square()
         return torch.cat([(self._factor() * free).square().sum(-1), leaves], -1)
-
-
-def _solve(rows: Tensor, factor: Tensor, *, upper: bool) -> Tensor:
-    """``rows @ factor^-1``."""
-    flat = rows.reshape(-1, rows.shape[-1])
-    return torch.linalg.solve_triangular(factor, flat, upper=upper, left=False).reshape(rows.shape)

@@ -12,7 +12,7 @@ from pyro_flows._checks import checked, integer
 from pyro_flows.transforms.base import FlowTransform
 from pyro_flows.transforms.fixed import FixedParameter, ReadsFixed
 
-__all__ = ["FullRankPreconditioner", "LowRankPreconditioner", "Preconditioner"]
+__all__ = ["FullRankPreconditioner", "LowRankPreconditioner", "Preconditioner", "solve_rows"]
 
 
 # Number of vectors by which a map is recognized as the identity.
@@ -117,24 +117,25 @@ class FullRankPreconditioner(Preconditioner):
         factor = self.factor.detach().tril()
         return factor, factor.diagonal().abs().log().sum()
 
-    def _solve(self, rows: Tensor, factor: Tensor, *, upper: bool) -> Tensor:
-        """``rows @ factor^-1``."""
-        flat = rows.reshape(-1, self.input_dim)
-        return torch.linalg.solve_triangular(factor, flat, upper=upper, left=False).reshape(rows.shape)
-
     def _mix(self, x: Tensor) -> tuple[Tensor, Tensor]:
         factor, ladj = self._tril()
         return x @ factor.mT, ladj
 
     def _unmix(self, y: Tensor) -> tuple[Tensor, Tensor]:
         factor, ladj = self._tril()
-        return self._solve(y, factor.mT, upper=True), ladj
+        return solve_rows(y, factor.mT, upper=True), ladj
 
     def _unmix_score(self, score: Tensor) -> Tensor:
-        return self._solve(score, self._tril()[0], upper=False)
+        return solve_rows(score, self._tril()[0], upper=False)
 
     def _variance(self, scale: Tensor) -> Tensor:
         return (self._tril()[0] * scale).square().sum(-1)
+
+
+def solve_rows(rows: Tensor, factor: Tensor, *, upper: bool) -> Tensor:
+    """``rows @ factor^-1``, for a triangular factor."""
+    flat = rows.reshape(-1, rows.shape[-1])
+    return torch.linalg.solve_triangular(factor, flat, upper=upper, left=False).reshape(rows.shape)
 
 
 class LowRankPreconditioner(Preconditioner):

@@ -14,20 +14,10 @@ from torch import Tensor
 
 from pyro_flows import AutoFlowGuide
 from pyro_flows.transforms import MultilevelHead
+from tests.common import abilities
 
 STUDENTS, ITEMS = 220, 6
 Y = torch.bernoulli(torch.full((STUDENTS, ITEMS), 0.5), generator=torch.Generator().manual_seed(0))
-
-
-def items_after(y: Tensor) -> None:
-    """Abilities before the items that they are seen by."""
-    with pyro.plate("students", STUDENTS):
-        ability = pyro.sample("ability", dist.Normal(0.0, 1.0))
-    with pyro.plate("items", ITEMS):
-        difficulty = pyro.sample("difficulty", dist.Normal(0.0, 1.0))
-        slope = pyro.sample("slope", dist.LogNormal(0.0, 0.5))
-    logits = slope * (ability.unsqueeze(-1) - difficulty)
-    pyro.sample("y", dist.Bernoulli(logits=logits).to_event(2), obs=y)
 
 
 def of_unknown_scale(y: Tensor) -> None:
@@ -65,7 +55,7 @@ def few(y: Tensor) -> None:
 @pytest.mark.parametrize(
     ("model", "order"),
     [
-        (items_after, ("difficulty", "slope", "ability")),
+        (abilities, ("difficulty", "slope", "ability")),
         (of_unknown_scale, ("sigma", "ability")),
         (walk, None),
         (regression, None),
@@ -82,7 +72,7 @@ def test_leaves_come_last(model: Callable[..., Any], order: tuple[str, ...] | No
 
 
 def test_draws_are_in_the_order_of_the_model() -> None:
-    guide = AutoFlowGuide(items_after)
+    guide = AutoFlowGuide(abilities)
     assert list(guide(Y)) == ["ability", "difficulty", "slope"]
     assert guide.sample_posterior(3, Y)["slope"].shape == (3, ITEMS)
 
@@ -119,7 +109,7 @@ def test_priors_of_thousands_of_leaves_are_left_to_the_flow() -> None:
 
 @pytest.mark.parametrize("flow", ["realnvp", "diagonal_normal"])
 def test_other_families_have_sites_in_order(flow: str) -> None:
-    joint = AutoFlowGuide(items_after, flow).setup(Y).posterior.joint
+    joint = AutoFlowGuide(abilities, flow).setup(Y).posterior.joint
     assert joint is not None
     assert joint.layout.names[0] == "ability"
     assert joint.layout.num_leaves == 0

@@ -6,7 +6,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pyro
-import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
@@ -15,20 +14,10 @@ from torch import Tensor
 
 from pyro_flows import AutoFlowGuide, fit
 from pyro_flows.posterior import joint
-from tests.common import randomize_parameters
+from tests.common import abilities, randomize_parameters
 
 COUNT = 210
 Y = torch.bernoulli(torch.full((COUNT, 5), 0.5), generator=torch.Generator().manual_seed(0))
-
-
-def abilities(y: Tensor) -> None:
-    with pyro.plate("students", len(y)):
-        ability = pyro.sample("ability", dist.Normal(0.0, 1.0))
-    with pyro.plate("items", 5):
-        difficulty = pyro.sample("difficulty", dist.Normal(0.0, 1.0))
-        slope = pyro.sample("slope", dist.LogNormal(0.0, 0.5))
-    logits = slope * (ability.unsqueeze(-1) - difficulty)
-    pyro.sample("y", dist.Bernoulli(logits=logits).to_event(2), obs=y)
 
 
 def made(monkeypatch: pytest.MonkeyPatch, *, has_leaves: bool, y: Tensor = Y) -> AutoFlowGuide:

@@ -18,6 +18,7 @@ from pyro_flows import AutoFlowGuide
 from pyro_flows.models.log_joint import LogJoint
 from pyro_flows.starts import leaves as starts
 from pyro_flows.transforms import LeafPreconditioner
+from tests.common import abilities
 
 COUNT = 220
 X = torch.linspace(-1.0, 1.0, COUNT)
@@ -31,16 +32,6 @@ def lines(y: Tensor) -> None:
     with pyro.plate("points", COUNT):
         offset = pyro.sample("offset", dist.Normal(0.0, 1.0))
         pyro.sample("y", dist.Normal(mean + slope * X + offset, 0.5), obs=y)
-
-
-def abilities(y: Tensor) -> None:
-    with pyro.plate("students", COUNT):
-        ability = pyro.sample("ability", dist.Normal(0.0, 1.0))
-    with pyro.plate("items", 8):
-        difficulty = pyro.sample("difficulty", dist.Normal(0.0, 1.0))
-        slope = pyro.sample("slope", dist.LogNormal(0.0, 0.5))
-    logits = slope * (ability.unsqueeze(-1) - difficulty)
-    pyro.sample("y", dist.Bernoulli(logits=logits).to_event(2), obs=y)
 
 
 def funnel(y: Tensor) -> None:
