@@ -77,6 +77,15 @@ class AdamRule:
             self._next_rates[:] = group["lr"] / first, math.sqrt(second)
         return self._next
 
+    def coming_rates(self, count: int) -> Tensor:
+        """Count so many steps; returns the :meth:`next_rates` of each, and zeros, so that rows begin at multiples of
+        16 bytes, as compiled kernels expect, ``(count, 4)``, on the CPU."""
+        rows = torch.zeros((count, 4), dtype=self._next.dtype, device="cpu")
+        for row in rows.numpy():
+            self.next_rates()
+            row[:2] = self._next_rates
+        return rows
+
     def rates(self, rate: float, root: float) -> Tensor:
         """A learning rate and a bias correction in the form of :meth:`next_rates`."""
         return torch.tensor((rate, root), dtype=self._state["exp_avg"].dtype, device="cpu")

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from pyro_flows._blame import blame
 from pyro_flows.compiled import tracer
 from pyro_flows.compiled.adam import AdamRule
+from pyro_flows.compiled.arguments import structure, tensors
 from pyro_flows.compiled.cuda import CudaGraph
 from pyro_flows.compiled.guard import Guard, watch_reads
 from pyro_flows.compiled.inductor import to_machine_code, without_collector
@@ -49,7 +50,20 @@ class AgreementSettings:
         return self.double if dtype == torch.float64 else self.single
 
 
+@dataclass(frozen=True)
+class LaunchSettings:
+    """How a GPU is given its work.
+
+    Attributes:
+        num_steps: Number of compiled steps that are one CUDA graph where more than that are asked for at once. Python
+            takes longer to launch a small step than a GPU to compute it.
+    """
+
+    num_steps: int = 20
+
+
 AGREEMENT = AgreementSettings()
+LAUNCH = LaunchSettings()
 Loss = Callable[..., Tensor]
 
 
@@ -100,9 +114,9 @@ class LossGraph:
         self.rule: AdamRule | None = None
         self.is_fresh = True
         self._calls, self._next_check = 0, AGREEMENT.first_check
-        self._structure = _structure(args, kwargs)
+        self._structure = structure(args, kwargs)
         inputs, spec = pytree.tree_flatten((args, kwargs))
-        data = _tensors(args, kwargs)
+        data = tensors(args, kwargs)
 
         def gradient(*data: Tensor) -> tuple[Tensor, Tensor]:
             rest = iter(data)
@@ -130,6 +144,8 @@ class LossGraph:
         self._others = others
         self._run: Callable[..., Sequence[Tensor]] = graph
         self._graph = graph
+        self._machine_code: Callable[..., Sequence[Tensor]] | None = None  # of which a CUDA graph was made
+        self._many: Callable[..., Sequence[Tensor]] | None = None
         self.num_operations = sum(node.op == "call_function" for node in graph.graph.nodes)
         try:
             with trial(self._state):
@@ -137,6 +153,11 @@ class LossGraph:
         except RuntimeError as error:  # a draw at which the model raises
             raise RecordingError(blame(error, __file__, tracer.__file__)) from error
         self._verify(expected, found)
+
+    @property
+    def may_launch(self) -> bool:
+        """Whether :meth:`launch` can be called, and the loss of none of its steps should be compared."""
+        return self._machine_code is not None and self._calls + LAUNCH.num_steps < self._next_check
 
     def count_call(self) -> bool:
         """Count a call; returns whether its loss should be compared with the eager one."""
@@ -167,10 +188,10 @@ class LossGraph:
         return self._is_of(args, kwargs) and self.guard.holds and not self._reads_same(args, kwargs)
 
     def _is_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        return self.is_current and _structure(args, kwargs) == self._structure
+        return self.is_current and structure(args, kwargs) == self._structure
 
     def _reads_same(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        return self._known.hold([self._parameter.vector, *_tensors(args, kwargs), *self._captured])
+        return self._known.hold([self._parameter.vector, *tensors(args, kwargs), *self._captured])
 
     def matches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the graph is what a recording would give now: it fits, and nothing that it fixed has changed."""
@@ -181,8 +202,53 @@ class LossGraph:
         """Loss, ``()``, and gradient with respect to the flat parameter, ``(N,)``; also takes the optimizer's step if
         :attr:`rule` is not None."""
         state = () if self.rule is None else (*self.rule.moments, self.rule.next_rates(), self._parameter.per_limit)
-        loss, gradient = self._run(self._parameter.vector, *state, *_tensors(args, kwargs), *self._captured)
+        loss, gradient = self._run(self._parameter.vector, *state, *tensors(args, kwargs), *self._captured)
         return loss, gradient
+
+    @torch.no_grad()
+    def launch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """Take ``LAUNCH.num_steps`` steps on a GPU as one CUDA graph: those that as many calls would take.
+
+        Returns:
+            The losses before each of them, ``(num_steps,)``, in memory that the next launch overwrites; None if they
+            can't be captured, and none was taken.
+        """
+        assert self.rule is not None
+        values = (self._parameter.per_limit, *tensors(args, kwargs), *self._captured)
+        if self._many is None:
+            try:
+                self._many = self._capture_many(values)
+            except RuntimeError:  # of memory, say
+                self._machine_code = None
+                return None
+        self._calls += LAUNCH.num_steps
+        rates = self.rule.coming_rates(LAUNCH.num_steps)
+        (losses,) = self._many(self._parameter.vector, *self.rule.moments, rates, *values)
+        return losses
+
+    def _capture_many(self, values: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+        """Capture steps, and check that they do what single ones do."""
+        rule, run = self.rule, self._machine_code
+        assert rule is not None and run is not None
+        vector, *moments = moved = [self._parameter.vector, *rule.moments]
+        rates = vector.new_tensor([[1e-3, 1.0, 0.0, 0.0]], device="cpu").repeat(LAUNCH.num_steps, 1)
+        inputs = [*moved, rates, *values]
+
+        def steps(*inputs: Tensor) -> Sequence[Tensor]:
+            *moved, rates = inputs[:4]
+            return (torch.stack([run(*moved, row[:2], *inputs[4:])[0] for row in rates.unbind()]),)
+
+        def after(take: Callable[[], Tensor]) -> list[Tensor]:
+            with trial([*self._state, *moved]):
+                moments[0].zero_()
+                moments[1].fill_(1.0)  # see `compile`
+                return [take().clone(), vector.clone()]
+
+        with trial([*self._state, *moved]):
+            many = CudaGraph(steps, inputs, self._moving(inputs))
+        expected = after(lambda: torch.stack([self._run(*moved, row[:2], *values)[0].clone() for row in rates]))
+        self._verify(expected, after(lambda: many(*inputs)[0]))
+        return many
 
     @torch.no_grad()
     def script(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -193,7 +259,7 @@ class LossGraph:
             args: Positional arguments of the structure that was recorded.
             kwargs: Keyword arguments of the structure that was recorded.
         """
-        inputs = [self._parameter.vector, *_tensors(args, kwargs), *self._captured]
+        inputs = [self._parameter.vector, *tensors(args, kwargs), *self._captured]
         try:
             with trial(self._state):
                 if self._is_on_gpu:
@@ -227,7 +293,7 @@ class LossGraph:
         assert self.is_fresh
         self.is_fresh = False
         vector = self._parameter.vector
-        inputs = [vector, *_tensors(args, kwargs), *self._captured]
+        inputs = [vector, *tensors(args, kwargs), *self._captured]
         with trial(self._state):
             expected = [value.clone() for value in self._run(*inputs)]
         moved: list[Tensor] = []
@@ -241,9 +307,9 @@ class LossGraph:
 
         def accept(make: Callable[[GraphModule, list[Tensor]], Callable[..., Sequence[Tensor]]]) -> None:
             with trial([*self._state, *moved]):
-                run = make(self._graph, inputs)
+                run = made = make(self._graph, inputs)
                 if self._is_on_gpu:
-                    run = CudaGraph(run, inputs, self._moving(inputs))
+                    run = CudaGraph(made, inputs, self._moving(inputs))
             with trial([*self._state, *moved]):
                 if rule is not None:  # from a second moment that does not vanish where gradients are only rounding
                     moved[1].zero_()
@@ -251,6 +317,7 @@ class LossGraph:
                 found = [*run(*inputs), *(value.clone() for value in moved[:1])]
             self._verify(expected, found)
             self._run = run
+            self._machine_code = made if self._is_on_gpu and rule is not None else None
 
         try:
             accept(to_machine_code)
@@ -307,32 +374,6 @@ def _append_step(graph: GraphModule, rule: AdamRule, vector: Tensor) -> None:
             nodes.call_function(torch.ops.aten.copy_.default, (old, new))
     nodes.lint()
     graph.recompile()
-
-
-def _flat_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Sequence[Any], Any]:
-    """All leaves of the arguments, and their tree structure; a tuple of tensors, the common case, is its own leaves."""
-    if not kwargs and all(torch.is_tensor(value) for value in args):
-        return args, len(args)
-    inputs, spec = pytree.tree_flatten((args, kwargs))
-    return inputs, spec
-
-
-def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    return [value for value in _flat_arguments(args, kwargs)[0] if torch.is_tensor(value)]
-
-
-def _structure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Structure of arguments: calls with equal structures share a graph."""
-    inputs, spec = _flat_arguments(args, kwargs)
-    kinds: list[Any] = []
-    for value in inputs:
-        if torch.is_tensor(value):
-            kinds.append((value.shape, value.stride(), value.dtype, value.device, value.requires_grad))
-        elif isinstance(value, (int, float, str, bool, type(None))):
-            kinds.append((type(value), value))
-        else:
-            kinds.append((type(value), id(value)))
-    return (spec, *kinds)
 
 
 @contextmanager

@@ -8,13 +8,11 @@ import copy
 import gc
 import importlib
 import logging
-import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,16 +22,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from pyro_flows.compiled.combined import combined_late
+
 __all__ = ["to_machine_code", "without_collector"]
 
 aten = torch.ops.aten
 
 # Inductor's options. Noise comes from torch's own generator. On a GPU, kernels that do not need each other's results
-# are combined into one, which halves the time of a small step; they are launched by CudaGraph. On a CPU, kernels are
-# called from C++, since calls from Python would take as long as the kernels; they share one memory pool; and no
-# patterns fuse sums and products again, see below. The rest saves compile time: the instruction set that the processor
-# reports is not tested; calls are compiled apart from the kernels, with less optimization; headers are not precompiled;
-# and the remainder of a loop has no masked code, which is no faster either.
+# are combined into one, which halves the time of a small step; they are launched by CudaGraph. On
+# a CPU, kernels are called from C++, since calls from Python would take as long as the kernels; they share one memory
+# pool; and no patterns fuse sums and products again, see below. The rest saves compile time: the instruction set that
+# the processor reports is not tested; calls are compiled apart from the kernels, with less optimization; headers are
+# not precompiled; and the remainder of a loop has no masked code, which is no faster either.
 GPU_OPTIONS: dict[str, Any] = {"fallback_random": True, "combo_kernels": True}
 CPU_OPTIONS: dict[str, Any] = {
     "fallback_random": True,
@@ -93,7 +93,7 @@ def _inductor(graph: GraphModule, inputs: list[Any], options: dict[str, Any]) ->
     options = {name: value for name, value in options.items() if name in known}
     fake = FakeTensorMode(shape_env=ShapeEnv())
     # A context of tracing, without which inductor does not look into its cache.
-    with tracing(TracingContext(fake)), torch._inductor.config.patch(options):
+    with combined_late(), tracing(TracingContext(fake)), torch._inductor.config.patch(options):
         if not inputs[0].is_cuda:
             # Inductor tests the processor's instruction sets in other processes; the graph is traced meanwhile.
             trial = contextvars.copy_context()
@@ -115,7 +115,7 @@ def _unfuse(graph: GraphModule) -> None:
     products = {aten.addmm.default: aten.mm.default, aten.baddbmm.default: aten.bmm.default}
     for node in list(graph.graph.nodes):
         product = products.get(node.target)
-        if product is not None and not node.kwargs and node.meta["numel"] <= COMPILER.max_unfused:
+        if product is not None and not node.kwargs and node.meta["shape"].numel() <= COMPILER.max_unfused:
             with graph.graph.inserting_before(node):
                 given, *factors = node.args
                 total = graph.graph.call_function(
@@ -130,14 +130,14 @@ def _with_sums(graph: GraphModule) -> GraphModule:
     """A copy of a graph whose small matrix products are sums of products."""
     graph = GraphModule(graph, copy.deepcopy(graph.graph))
     for node in list(graph.graph.nodes):
-        product = PRODUCTS.get(node.target)
-        factors = node.args[-2:]
-        sizes = [part.meta.get("numel", math.inf) for part in (node, *factors)] if product else []
-        # The product of the numbers of elements of both factors and the result, m k n, is its square.
-        if product is None or node.kwargs or math.prod(sizes) > COMPILER.max_summed**2:
+        if node.target not in PRODUCTS or node.kwargs:
+            continue
+        one, other = node.args[-2:]
+        shapes = [part.meta.get("shape") for part in (one, other)]
+        if None in shapes or shapes[0].numel() * shapes[1][-1] > COMPILER.max_summed:
             continue
         with graph.graph.inserting_before(node):
-            total = product(graph.graph.call_function, *factors)
+            total = _sum_of_products(graph.graph.call_function, one, other, len(shapes[0]) - 1)
             if len(node.args) == 3:
                 total = graph.graph.call_function(aten.add.Tensor, (node.args[0], total))
         node.replace_all_uses_with(total)
@@ -146,21 +146,14 @@ def _with_sums(graph: GraphModule) -> GraphModule:
     return graph
 
 
-def _sum_of_products(call: Any, one: Node, other: Node, *, batched: bool) -> Node:
-    """``(..., m, k)`` times ``(..., k, n)``."""
-    first = int(batched)
-    left = call(aten.unsqueeze.default, (one, first + 2))
-    right = call(aten.unsqueeze.default, (other, first))
-    found: Node = call(aten.sum.dim_IntList, (call(aten.mul.Tensor, (left, right)), [first + 1]))
+def _sum_of_products(call: Any, one: Node, other: Node, last: int) -> Node:
+    """``(..., m, k)`` times ``(..., k, n)``; ``last`` is the dimension of ``k``."""
+    left, right = call(aten.unsqueeze.default, (one, -1)), call(aten.unsqueeze.default, (other, -3))
+    found: Node = call(aten.sum.dim_IntList, (call(aten.mul.Tensor, (left, right)), [last]))
     return found
 
 
-PRODUCTS: dict[Any, Callable[..., Node]] = {
-    aten.mm.default: partial(_sum_of_products, batched=False),
-    aten.addmm.default: partial(_sum_of_products, batched=False),
-    aten.bmm.default: partial(_sum_of_products, batched=True),
-    aten.baddbmm.default: partial(_sum_of_products, batched=True),
-}
+PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from pyro_flows._checks import checked, integer, shown
 from pyro_flows._random import forked
 from pyro_flows._threads import one_at_a_time
 from pyro_flows.compiled.adam import AdamRule
-from pyro_flows.compiled.graph import LossGraph
+from pyro_flows.compiled.graph import LAUNCH, LossGraph
 from pyro_flows.compiled.parameters import FlatParameter, RecordingError, limits_of, state_of, trial
 from pyro_flows.compiled.unread import tensor_loss
 
@@ -128,17 +129,31 @@ class CompiledSVI(SVI):
 
     def _steps(self, count: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[float]:
         """Take steps; returns the losses before them, which are read, and a GPU waited for, after the last one."""
-        losses: list[float | Tensor] = []
+        losses: list[float | Tensor] = []  # a tensor may hold those of several steps
+        left = count
         with one_at_a_time("CompiledSVI"):
-            for _ in range(count):
-                loss = self._step(args, kwargs)
+            while left:
+                launched = self._launch(args, kwargs) if left >= LAUNCH.num_steps else None
+                loss = self._step(args, kwargs) if launched is None else launched
                 losses.append(loss.clone() if count > 1 and torch.is_tensor(loss) else loss)
-            unread = [loss for loss in losses if torch.is_tensor(loss)]
-            read = torch.stack(unread).tolist() if len(unread) > 1 else [float(loss) for loss in unread]
+                left -= loss.numel() if torch.is_tensor(loss) else 1
+            unread = [loss.reshape(-1) for loss in losses if torch.is_tensor(loss)]
+            read = (torch.cat(unread) if len(unread) > 1 else unread[0]).tolist() if unread else []
         if not all(map(math.isfinite, read)):
             self._warn_of_refused()
         rest = iter(read)
-        return [next(rest) if torch.is_tensor(loss) else loss for loss in losses]
+        return [
+            value
+            for loss in losses
+            for value in (itertools.islice(rest, loss.numel()) if torch.is_tensor(loss) else [loss])
+        ]
+
+    def _launch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """Take several steps as one CUDA graph; returns the losses before them, or None if that is not possible."""
+        if self._parameter is None or not self._parameter.is_whole:
+            return None
+        graph = self._graph(args, kwargs)
+        return graph.launch(args, kwargs) if graph is not None and graph.may_launch else None
 
     def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | Tensor:
         """Take one step; returns the loss before it: that of a graph as a tensor, which the next step overwrites."""

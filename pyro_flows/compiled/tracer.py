@@ -195,7 +195,7 @@ class OperationTracer(TorchDispatchMode):
     def _identify_all(self, found: Any, node: Node) -> None:
         """Register all tensors of an operation's result as values of a node and its items."""
         if isinstance(found, Tensor):
-            node.meta["numel"] = found.numel()
+            node.meta["shape"] = found.shape
             self._register(found, node)
         elif isinstance(found, (list, tuple)):
             for index, part in enumerate(found):

@@ -50,6 +50,7 @@ from pyro_flows import (
 from pyro_flows.__main__ import model as eight_schools
 from pyro_flows.compiled import graph as loss_graph
 from pyro_flows.compiled.cuda import CudaGraph
+from pyro_flows.distributed.processes import Processes
 from pyro_flows.training import FitSettings, ScheduleSettings, WiderSettings
 from pyro_flows.training.trainer import TrainerSettings
 
@@ -419,23 +420,60 @@ def check_wider(device: str) -> str:
     return str(result.widening)
 
 
-def check_processes(device: str) -> str:
-    """Two processes on one card, by gloo (NCCL takes one process a card): particles, and tables in shares."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
+def check_processes(device: str, backend: str) -> str:
+    """Processes on one card: two by gloo, or one by NCCL, which takes one process a card."""
+    count = 2 if backend == "gloo" else 1
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", __file__]
     done = subprocess.run(
-        [*command, "--device", device, "--process"], capture_output=True, text=True, timeout=200, check=False
+        [*command, "--device", device, "--process", backend], capture_output=True, text=True, timeout=200, check=False
     )
     assert done.returncode == 0, done.stderr[:3000]
     return done.stdout.strip()
 
 
-def one_of_processes(device: str) -> None:
+def one_of_processes(device: str, backend: str) -> None:
     """What each of them does; the first one prints how its results compare with those of a process by itself."""
-    torch.distributed.init_process_group("gloo")
+    torch.distributed.init_process_group(backend)
+    said = [check_messages(device)] if backend == "nccl" else []
+    said += fit_together(device, Several(1) if backend == "nccl" else 2)
+    if torch.distributed.get_rank() == 0:
+        print("; ".join(said))
+    torch.distributed.destroy_process_group()
+
+
+class Several(int):
+    """Number of processes that send each other messages even if there is one."""
+
+    def __eq__(self, other: object) -> bool:
+        return False
+
+    __hash__ = int.__hash__
+
+
+def check_messages(device: str) -> str:
+    """Each kind of message, from tensors on the GPU and on the CPU."""
+    processes = Processes("check_messages", size=Several(1))
+    for where in (device, "cpu"):
+        values = torch.arange(6.0, device=where).reshape(3, 2)
+        sparse = torch.sparse_coo_tensor(torch.tensor([[1, 2]], device=where), values[1:], (5, 2)).coalesce()
+        for found, expected in (
+            (processes.sum(values), values),
+            (processes.sum_sparse(sparse).to_dense(), sparse.to_dense()),
+            (processes.gather(values)[0], values),
+            (processes.to_first(values)[0], values),
+            (processes.broadcast(values), values),
+        ):
+            assert torch.equal(found, expected) and found.device == values.device, (where, found)
+        processes.share([values])
+        assert processes.each(lambda: 1) == processes.first(lambda: 1) == 1
+    return "messages as sent"
+
+
+def fit_together(device: str, count: int) -> list[str]:
+    """How far parameters are from those of a process by itself."""
     effects = Effects(2000, device)
     options: dict[str, Any] = {"num_steps": 30, "seed": 0, "progress": False, "compile": False}
     parts = FitSettings(num_parts=2)
-
     said = []
     for name, model, make, args in (
         ("particles", schools, lambda: AutoFlowGuide(schools), school_data(device)),
@@ -445,16 +483,14 @@ def one_of_processes(device: str) -> None:
         for distributed in (True, False):
             pyro.clear_param_store()
             guide = make()
-            settings = None if distributed else parts
-            result = fit(model, guide, args, distributed=distributed, settings=settings, **options)
+            with patch.object(torch.distributed, "get_world_size", lambda: count):
+                result = fit(model, guide, args, distributed=distributed, settings=parts, **options)
             points.append(torch.cat([p.detach().flatten() for p in guide.parameters()]).cpu())
         together, alone = points
         apart = ((together - alone).norm() / alone.norm()).item()
         assert apart < 1e-3, (name, apart)
         said.append(f"{name}: apart by {apart:.1g}, elbo {result.elbo:.2f}")
-    if torch.distributed.get_rank() == 0:
-        print("; ".join(said))
-    torch.distributed.destroy_process_group()
+    return said
 
 
 def check_memory(device: str) -> str:
@@ -489,7 +525,8 @@ def every_check() -> dict[str, Callable[[str], str]]:
         "encoder": check_encoder,
         "memory": check_memory,
         "wider flow": check_wider,
-        "processes": check_processes,
+        "processes, gloo": partial(check_processes, backend="gloo"),
+        "processes, NCCL": partial(check_processes, backend="nccl"),
     }
     return checks | {f"family {name}": partial(check_family, name) for name in flows.names() if name != "maf"}
 
@@ -543,10 +580,10 @@ def main() -> None:
     made.add_argument("--device", default="cuda")
     made.add_argument("--only", default="", help="checks whose name has one of these in it")
     made.add_argument("--log", type=Path, help="file that results are added to")
-    made.add_argument("--process", action="store_true", help="be one of the processes of a check")
+    made.add_argument("--process", metavar="BACKEND", help="be one of the processes of a check")
     options = made.parse_args()
     if options.process:
-        one_of_processes(options.device)
+        one_of_processes(options.device, options.process)
         return
     explain_failures()
     run_checks(Log(options.log, options.seconds), options.device, options.only)

@@ -26,12 +26,13 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
+from unittest.mock import patch
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take most of the card's memory
 
@@ -62,6 +63,7 @@ from torch._inductor import metrics
 import pyro_flows
 from pyro_flows import AutoFlowGuide, CompiledSVI, fit, flows
 from pyro_flows.compiled import inductor
+from pyro_flows.compiled.combined import combined_late
 from pyro_flows.compiled.cuda import CudaGraph
 
 PARTICLES = (16, 64, 256, 1024, 4096)
@@ -70,12 +72,15 @@ SCHOOLS, LOGISTIC = "eight schools", f"logistic, {ROWS:,} x {COEFFICIENTS}"
 OURS, IAF, EAGER = "CompiledSVI AutoFlowGuide", "CompiledSVI AutoFlowGuide, same IAF", "SVI AutoFlowGuide"
 TOTAL = f"{IAF}, total gradients"  # NumPyro's estimator: no score, so no Jacobian of the flow
 THEIRS = "NumPyro AutoIAFNormal, fori_loop"
-# How a graph may be compiled: products up to so many multiplications are sums, and kernels are combined.
+# Of float32 matrix products: torch's is full by default, JAX's is TF32.
+FULL, TF32 = ", full precision", ", TF32"
+# How a graph may be compiled: products up to so many multiplications are sums, and kernels are combined, late or early.
 VARIANTS = {
-    "products as sums, combined kernels": (2**20, True),
-    "products as sums": (2**20, False),
-    "products by cuBLAS, combined kernels": (0, True),
-    "products by cuBLAS": (0, False),
+    "products as sums, combined late": (2**20, True, combined_late),
+    "products as sums, combined early": (2**20, True, nullcontext),
+    "products as sums": (2**20, False, nullcontext),
+    "products by cuBLAS, combined late": (0, True, combined_late),
+    "products by cuBLAS": (0, False, nullcontext),
 }
 Found = dict[str, Any]
 Measure = Callable[[], Found]
@@ -108,18 +113,21 @@ class Own:
     Args:
         svi: Takes them.
         args: Of the model.
+        precision: Of float32 matrix products.
     """
 
-    def __init__(self, svi: SVI, args: Any) -> None:
-        self._svi, self._args = svi, args
+    def __init__(self, svi: SVI, args: Any, precision: str) -> None:
+        self._svi, self._args, self._precision = svi, args, precision
 
     def __call__(self, count: int) -> None:
         """Take so many."""
+        torch.set_float32_matmul_precision(self._precision)
         if isinstance(self._svi, CompiledSVI):
             self._svi.run(count, *self._args)
         else:
             for _ in range(count):
                 self._svi.step(*self._args)
+        torch.set_float32_matmul_precision("highest")
 
     def inside(self) -> Found:
         """Milliseconds of the captured kernels alone, launched without Python in between."""
@@ -151,10 +159,15 @@ class Own:
         }
 
 
-def own(kind: type[SVI], guide: Callable[..., Any], model: Callable[..., Any], args: Any, count: int) -> Own:
-    """Set up our steps."""
-    elbo = Trace_ELBO(num_particles=count, vectorize_particles=count > 1, max_plate_nesting=1)
-    return Own(kind(model, guide(model), Adam({"lr": 1e-4}), elbo), args)
+def in_full_precision(take: Take) -> Take:
+    """NumPyro's steps without TF32."""
+    import jax
+
+    def taken(count: int) -> None:
+        with jax.default_matmul_precision("highest"):
+            take(count)
+
+    return taken
 
 
 class Timing(NamedTuple):
@@ -185,13 +198,15 @@ class Timing(NamedTuple):
             side = numpyro_side()
             guide = partial(getattr(side.autoguide, name), **options)
             loop: Take = side.train(case.twin, guide, case.args, self.count, 1e-4).loop
-            return loop
+            return in_full_precision(loop) if self.by.endswith(FULL) else loop
         kind = CompiledSVI if self.by.startswith("Compiled") else SVI
         made: Callable[..., Any] = AutoFlowGuide
-        if self.by in (IAF, TOTAL):
+        if self.by.startswith(IAF):
             flow = flows.IAF(num_transforms=2, hidden_dims=(size, size))
-            made = partial(AutoFlowGuide, flow=flow, path_gradient=self.by == IAF)
-        return own(kind, made, model, data(self.device), self.count)
+            made = partial(AutoFlowGuide, flow=flow, path_gradient=not self.by.startswith(TOTAL))
+        elbo = Trace_ELBO(num_particles=self.count, vectorize_particles=self.count > 1, max_plate_nesting=1)
+        svi = kind(model, made(model), Adam({"lr": 1e-4}), elbo)
+        return Own(svi, data(self.device), "high" if self.by.endswith(TF32) else "highest")
 
     @property
     def job(self) -> Job:
@@ -233,11 +248,12 @@ def time_steps(take: Take, device: str) -> Found:
 def set_up_variant(name: str, device: str) -> SetUp:
     """Eight schools with 64 particles, compiled in that way."""
     before = inductor.COMPILER, inductor.GPU_OPTIONS
-    max_summed, combined = VARIANTS[name]
+    max_summed, combined, order = VARIANTS[name]
     inductor.COMPILER = replace(before[0], max_summed=max_summed)
     inductor.GPU_OPTIONS = {**before[1], "combo_kernels": combined}
     try:
-        return Timing(SCHOOLS, OURS, device, 64).set_up()
+        with patch.object(inductor, "combined_late", order):
+            return Timing(SCHOOLS, OURS, device, 64).set_up()
     finally:
         inductor.COMPILER, inductor.GPU_OPTIONS = before
 
@@ -320,6 +336,8 @@ def jobs(part: str, device: str, folder: Path) -> list[Job]:
         *steps(SCHOOLS, IAF, 64),
         *steps(SCHOOLS, TOTAL, 64, 1024, 256, 4096),
         *steps(LOGISTIC, TOTAL, 64, 1024),
+        *steps(LOGISTIC, TOTAL + TF32, 1024),
+        *steps(LOGISTIC, THEIRS + FULL, 1024),
         *steps(SCHOOLS, OURS, 4096, 1024),
         *steps(SCHOOLS, IAF, 4096, 1024),
         *steps(LOGISTIC, OURS, 64, 1024),
@@ -329,7 +347,7 @@ def jobs(part: str, device: str, folder: Path) -> list[Job]:
         *steps(SCHOOLS, EAGER, 64),
         *steps(LOGISTIC, EAGER, 64),
         ({"model": "a million groups", "on": device}, partial(fit_groups, device)),
-        *checks("new data;default device", "mini-batches;encoder", "fit and all;family"),
+        *checks("new data;default device", "mini-batches;encoder", "fit and all;family", "processes"),
         *steps(SCHOOLS, "NumPyro AutoBNAFNormal, fori_loop", 64),
         epoch(SVI, device),
         ({"profile": SCHOOLS}, partial(set_up_profile, device)),
