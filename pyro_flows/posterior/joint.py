@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pyro_flows._random import seeded
 from pyro_flows.flows import FlowDistribution, FlowSpec
 from pyro_flows.flows.gradient_filter import GradientFilter
+from pyro_flows.models.field import field_of
 from pyro_flows.models.layout import Layout
 from pyro_flows.models.leaves import are_leaves, possible_leaves
 from pyro_flows.models.priors import LinearPrior, read_joint_prior
@@ -83,7 +84,8 @@ def _preconditioner(layout: Layout, *, knows_priors: bool) -> Preconditioner | N
         return LeafPreconditioner(dim, layout.num_leaves, count if count * layout.num_leaves <= JOINT.max_bends else 0)
     if dim > JOINT.max_correlated_dim:
         return None
-    if dim > (JOINT.max_full_rank_dim if knows_priors else JOINT.max_plain_full_rank_dim):
+    has_field = not knows_priors and field_of(layout.sizes) is not None
+    if dim > (JOINT.max_full_rank_dim if knows_priors else JOINT.max_plain_full_rank_dim) and not has_field:
         return LowRankPreconditioner(dim, JOINT.rank)
     return FullRankPreconditioner(dim) if dim > 1 else None
 

@@ -15,7 +15,7 @@ from pyro_flows.compiled.replay import Replay
 from pyro_flows.models.log_joint import Target
 from pyro_flows.models.traces import mean_of_kept
 
-__all__ = ["FIXED_DRAWS", "antithetic", "elbo_of", "entropy", "fit_on_fixed_draws", "scored"]
+__all__ = ["FIXED_DRAWS", "antithetic", "elbo_of", "entropy", "fit_on_fixed_draws", "minimize", "scored"]
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def fit_on_fixed_draws(
 
     evaluate = Replay(loss_and_gradients)
     for _ in range(rounds):
-        _minimize(evaluate, parameters, FIXED_DRAWS.num_iterations)
+        minimize(evaluate, parameters, FIXED_DRAWS.num_iterations)
         if not all(parameter.isfinite().all() for parameter in parameters):
             return False
     return True
@@ -152,7 +152,7 @@ def entropy(noise: Tensor) -> float:
     return 0.5 * noise.shape[-1] * math.log(2 * math.pi * math.e)
 
 
-def _minimize(loss_and_gradients: Callable[[], Sequence[Tensor]], parameters: list[Tensor], count: int) -> None:
+def minimize(loss_and_gradients: Callable[[], Sequence[Tensor]], parameters: list[Tensor], count: int) -> None:
     """Run ``count`` iterations of L-BFGS, whose line search backtracks where the model has no density."""
     optimizer = torch.optim.LBFGS(
         parameters, max_iter=count, max_eval=2 * count + 5, history_size=20, line_search_fn="strong_wolfe"

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from pyro_flows.flows import Flow
-from pyro_flows.flows.bases import MixtureBase, StudentTBase
+from pyro_flows.flows.bases import Base, MixtureBase, StudentTBase
+from pyro_flows.models.field import field_of
 from pyro_flows.models.log_joint import LogJoint, PulledBack, Target
 from pyro_flows.posterior.joint import JOINT, JointBlock
 from pyro_flows.starts.base import fit_modes, fit_tails
+from pyro_flows.starts.field_gaussian import field_gaussian
 from pyro_flows.starts.fixed_draws import FIXED_DRAWS, antithetic, elbo_of, fit_on_fixed_draws
 from pyro_flows.starts.gaussian import GAUSSIAN, Gaussian, ascents, best_gaussian, refined
 from pyro_flows.starts.leaves import warm_start_leaves
@@ -45,6 +47,7 @@ class SelectSettings:
         num_rounds: Largest number of fits of the likelihood factor of coordinates with known priors, the first one
             at a point.
         min_gain_of_modes: Gain in nats below which a guide does not take a mixture by itself.
+        poor_gap: Half the variance of log weights, in nats, above which the Gaussian of a field is a poor one.
     """
 
     max_share: float = 0.9
@@ -52,6 +55,7 @@ class SelectSettings:
     no_share: float = 1e-6
     num_rounds: int = 4
     min_gain_of_modes: float = 0.02
+    poor_gap: float = 5.0
 
 
 SETTINGS = SelectSettings()
@@ -76,6 +80,10 @@ def warm_start_joint(block: JointBlock, log_joint: LogJoint, init_scale: float) 
     flow.adopt_base({})
     if flow.preconditioner is not None:
         flow.preconditioner.reset()
+    inside = _of_field(flow, log_joint, block.layout.init_loc)
+    if inside is not None:
+        flow.load_state_dict(inside.state)
+        return
     paths = ascents(log_joint, block.layout.init_loc)
     found = best_gaussian(log_joint, block.layout.init_loc, init_scale, correlated=_is_correlated(flow), paths=paths)
     pooled = _from_priors(block, log_joint, found)
@@ -88,6 +96,19 @@ def warm_start_joint(block: JointBlock, log_joint: LogJoint, init_scale: float) 
             fit_tails(log_joint, flow)
         elif best is mixture and flow.transform.has_score:
             fit_modes(log_joint, flow)
+
+
+def _of_field(flow: Flow, log_joint: LogJoint, begin: Tensor) -> Start | None:
+    """A Gaussian of a field and its hyperparameters, if that is what the block is, and it is a good one."""
+    field = field_of(log_joint.sizes)
+    is_plain = type(flow.base) is Base and not isinstance(flow.head, ConditionalGaussianHead) and _is_correlated(flow)
+    if field is None or not is_plain or not log_joint.is_vectorized or log_joint.cost_per_draw > 1:
+        return None
+    found = field_gaussian(log_joint, begin, field)
+    if found is None or not found.log_weight_variance / 2 < SETTINGS.poor_gap:
+        return None
+    _write(flow, found)
+    return _start(found.elbo, flow)
 
 
 def _start(elbo: float, flow: Flow) -> Start:
