@@ -33,7 +33,8 @@ class FieldGaussianSettings:
         max_ahead: Largest multiple of a round's step of the others by which the next round begins ahead.
         min_curvature: Smallest eigenvalue of the others' precision.
         num_newton_rounds: Number of Newton steps on the ELBO of all coordinates.
-        num_recenterings: Number of steps of the location alone after each.
+        recentering_draws: Number of draws of each step of the location alone that follows them, even: the noise of the
+            last one stays.
         difference: Step of differences of gradients in unconstrained space.
         rows_per_pass: Rows of a Hessian at a time.
     """
@@ -45,8 +46,8 @@ class FieldGaussianSettings:
     num_draws: int = 64
     max_ahead: float = 2.0
     min_curvature: float = 0.5
-    num_newton_rounds: int = 3
-    num_recenterings: int = 4
+    num_newton_rounds: int = 6
+    recentering_draws: tuple[int, ...] = (64, 64, 64, 256)
     difference: float = 1e-2
     rows_per_pass: int = 512
 
@@ -166,8 +167,8 @@ def _refined(target: Target, loc: Tensor, precision: Tensor) -> Gaussian | None:
 
 def _recentered(target: Target, gaussian: Gaussian) -> Gaussian:
     """The Gaussian with its location where the mean gradient is zero, nearly."""
-    for _ in range(FIELD_GAUSSIAN.num_recenterings):
-        noise = antithetic(FIELD_GAUSSIAN.num_draws, gaussian.loc)
+    for count in FIELD_GAUSSIAN.recentering_draws:
+        noise = antithetic(count, gaussian.loc)
         step = gaussian.factor.mT @ value_and_gradient(target, gaussian.push(noise))[1].mean(0)
         step = step * (math.sqrt(len(step)) / step.norm()).clamp_max(1.0)
         gaussian = replace(gaussian, loc=gaussian.loc + gaussian.factor @ step)

@@ -35,7 +35,7 @@ import pyro
 import torch
 from tables import TABLES, as_rst
 from target_models import TARGETS, Target
-from target_references import REFERENCES, Reference, double
+from target_references import AT_ANY_SIZE, REFERENCES, Reference, double
 from torch import Tensor
 
 from pyro_flows import AutoFlowGuide, Diagnosis, FitProgress, diagnose, fit
@@ -181,7 +181,7 @@ def save(file: Path, found: Mapping[str, Any]) -> None:
 
 def find_reference(target: Target) -> Reference | None:
     """Computed anew; None where there is no way, or annealing fails, which its standard error shows."""
-    if target.model not in REFERENCES or target.large:
+    if target.model not in REFERENCES or (target.large and target.model not in AT_ANY_SIZE):
         return None
     pyro.set_rng_seed(0)
     with double():
