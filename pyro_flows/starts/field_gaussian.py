@@ -25,7 +25,8 @@ class FieldGaussianSettings:
     """Settings of the search for a Gaussian.
 
     Attributes:
-        begin_scale: Standard deviation of the field's coordinates at the beginning.
+        begin_scales: Standard deviations of the field's coordinates at the beginning, of which a smaller one is tried
+            where a larger one gives no good Gaussian: draws that wide may have no density.
         num_rounds: Number of rounds, each of which finds the location, and then the field's covariance there.
         num_iterations: Iterations of L-BFGS for the first location.
         num_later_iterations: The same for each of the others.
@@ -39,7 +40,7 @@ class FieldGaussianSettings:
         rows_per_pass: Rows of a Hessian at a time.
     """
 
-    begin_scale: float = 0.7
+    begin_scales: tuple[float, ...] = (0.7, 0.03)
     num_rounds: int = 4
     num_iterations: int = 60
     num_later_iterations: int = 25
@@ -56,7 +57,7 @@ FIELD_GAUSSIAN = FieldGaussianSettings()
 
 
 @torch.no_grad()
-def field_gaussian(target: Target, begin: Tensor, field: slice) -> Gaussian | None:
+def field_gaussian(target: Target, begin: Tensor, field: slice, begin_scale: float) -> Gaussian | None:
     r"""A Gaussian with a full covariance, found from the inside of the field.
 
     The mode of a joint density says little about hyperparameters, and neither does a mean-field Gaussian: given a
@@ -72,6 +73,7 @@ def field_gaussian(target: Target, begin: Tensor, field: slice) -> Gaussian | No
         target: The target.
         begin: Where to begin, ``(D,)``.
         field: The field's coordinates.
+        begin_scale: Their standard deviation at the beginning, > 0.
 
     Returns:
         The Gaussian, with its ELBO; None if a precision is not positive definite.
@@ -83,7 +85,7 @@ def field_gaussian(target: Target, begin: Tensor, field: slice) -> Gaussian | No
     settings = FIELD_GAUSSIAN
     places = torch.arange(len(begin), device=begin.device)
     own, others = places[field], torch.cat([places[: field.start], places[field.stop :]])
-    loc, factor = begin.clone(), settings.begin_scale * torch.eye(len(own)).to(begin)
+    loc, factor = begin.clone(), begin_scale * torch.eye(len(own)).to(begin)
     point, shift = loc[others].requires_grad_(), torch.zeros_like(loc[own]).requires_grad_()
     noise = antithetic(settings.num_draws, shift.detach())
 

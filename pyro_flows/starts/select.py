@@ -17,7 +17,7 @@ from pyro_flows.models.field import field_of
 from pyro_flows.models.log_joint import LogJoint, PulledBack, Target
 from pyro_flows.posterior.joint import JOINT, JointBlock
 from pyro_flows.starts.base import fit_modes, fit_tails
-from pyro_flows.starts.field_gaussian import field_gaussian
+from pyro_flows.starts.field_gaussian import FIELD_GAUSSIAN, field_gaussian
 from pyro_flows.starts.fixed_draws import FIXED_DRAWS, antithetic, elbo_of, fit_on_fixed_draws
 from pyro_flows.starts.gaussian import GAUSSIAN, Gaussian, ascents, best_gaussian, refined
 from pyro_flows.starts.leaves import warm_start_leaves
@@ -104,11 +104,12 @@ def _of_field(flow: Flow, log_joint: LogJoint, begin: Tensor) -> Start | None:
     is_plain = type(flow.base) is Base and not isinstance(flow.head, ConditionalGaussianHead) and _is_correlated(flow)
     if field is None or not is_plain or not log_joint.is_vectorized or log_joint.cost_per_draw > 1:
         return None
-    found = field_gaussian(log_joint, begin, field)
-    if found is None or not found.log_weight_variance / 2 < SETTINGS.poor_gap:
-        return None
-    _write(flow, found)
-    return _start(found.elbo, flow)
+    for begin_scale in FIELD_GAUSSIAN.begin_scales:
+        found = field_gaussian(log_joint, begin, field, begin_scale)
+        if found is not None and found.log_weight_variance / 2 < SETTINGS.poor_gap:
+            _write(flow, found)
+            return _start(found.elbo, flow)
+    return None
 
 
 def _start(elbo: float, flow: Flow) -> Start:

@@ -18,7 +18,7 @@ from pyro_flows import AutoFlowGuide
 from pyro_flows.models.field import field_of
 from pyro_flows.models.log_joint import LogJoint
 from pyro_flows.starts import select
-from pyro_flows.starts.field_gaussian import field_gaussian
+from pyro_flows.starts.field_gaussian import FIELD_GAUSSIAN, field_gaussian
 from pyro_flows.starts.gaussian import Gaussian
 from pyro_flows.transforms import FullRankPreconditioner, LowRankPreconditioner
 
@@ -75,7 +75,7 @@ def found(model: Callable[..., Any], *args: Any) -> Gaussian | None:
     target = LogJoint(model, layout, args, {})
     field = field_of(target.sizes)
     assert field is not None
-    return field_gaussian(target, layout.init_loc, field)
+    return field_gaussian(target, layout.init_loc, field, FIELD_GAUSSIAN.begin_scales[0])
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -101,6 +101,27 @@ def test_a_guide_begins_there(monkeypatch: pytest.MonkeyPatch) -> None:
     draws = guide.sample_posterior(4000, known().y)["log_scale"]
     assert abs(draws.mean().item() - known().mean) < 0.4 * known().sd
     assert 0.6 < draws.std().item() / known().sd < 1.2
+
+
+def test_a_field_whose_prior_overflows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts under the exponential of a trend that wanders: draws of the prior have no density."""
+    level = torch.linspace(0.0, 3.0, DAYS)
+    counts = torch.poisson(level.exp(), generator=torch.Generator().manual_seed(0))
+
+    def model() -> None:
+        scale = pyro.sample("scale", dist.HalfNormal(0.1))
+        first = pyro.sample("first", dist.Normal(0.0, 2.0))
+        shocks = pyro.sample("shocks", dist.Normal(0.0, 1.0).expand([DAYS]).to_event(1))
+        with pyro.plate("days", DAYS):
+            rate = (first + scale * shocks.cumsum(-1).cumsum(-1)).exp()
+            pyro.sample("counts", dist.Poisson(rate, validate_args=False), obs=counts)
+
+    monkeypatch.delattr(select, "ascents")
+    pyro.set_rng_seed(0)
+    guide = AutoFlowGuide(model).warm_start()
+    draws = guide.sample_posterior(1000)
+    trend = draws["first"].unsqueeze(-1) + draws["scale"].unsqueeze(-1) * draws["shocks"].cumsum(-1).cumsum(-1)
+    assert (trend.mean(0) - level).abs().max() < 0.5
 
 
 def test_what_a_field_is() -> None:
