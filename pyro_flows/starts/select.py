@@ -80,9 +80,7 @@ def warm_start_joint(block: JointBlock, log_joint: LogJoint, init_scale: float) 
     flow.adopt_base({})
     if flow.preconditioner is not None:
         flow.preconditioner.reset()
-    inside = _of_field(flow, log_joint, block.layout.init_loc)
-    if inside is not None:
-        flow.load_state_dict(inside.state)
+    if _begins_in_field(flow, log_joint, block.layout.init_loc):
         return
     paths = ascents(log_joint, block.layout.init_loc)
     found = best_gaussian(log_joint, block.layout.init_loc, init_scale, correlated=_is_correlated(flow), paths=paths)
@@ -98,18 +96,18 @@ def warm_start_joint(block: JointBlock, log_joint: LogJoint, init_scale: float) 
             fit_modes(log_joint, flow)
 
 
-def _of_field(flow: Flow, log_joint: LogJoint, begin: Tensor) -> Start | None:
-    """A Gaussian of a field and its hyperparameters, if that is what the block is, and it is a good one."""
+def _begins_in_field(flow: Flow, log_joint: LogJoint, begin: Tensor) -> bool:
+    """Initialize a flow at the Gaussian of a field and its hyperparameters, if it has them, and that is a good one."""
     field = field_of(log_joint.sizes)
     is_plain = type(flow.base) is Base and not isinstance(flow.head, ConditionalGaussianHead) and _is_correlated(flow)
     if field is None or not is_plain or not log_joint.is_vectorized or log_joint.cost_per_draw > 1:
-        return None
+        return False
     for begin_scale in FIELD_GAUSSIAN.begin_scales:
         found = field_gaussian(log_joint, begin, field, begin_scale)
         if found is not None and found.log_weight_variance / 2 < SETTINGS.poor_gap:
             _write(flow, found)
-            return _start(found.elbo, flow)
-    return None
+            return True
+    return False
 
 
 def _start(elbo: float, flow: Flow) -> Start:
