@@ -59,6 +59,7 @@ class Flow(nn.Module):
         preconditioner: Fixed affine map that a warm start may set, outside of the head, or inside of one that knows
             priors.
         base: Distribution of the noise; None means standard normal.
+        outermost: A map without parameters that follows all others; None for none.
 
     Attributes:
         chooses_base: Whether a warm start may replace the base, and a state that is loaded brings its own kind.
@@ -77,10 +78,11 @@ class Flow(nn.Module):
         head: Head,
         preconditioner: Preconditioner | None = None,
         base: Base | None = None,
+        outermost: FlowTransform | None = None,
     ) -> None:
         super().__init__()
         check_type("Flow", "head", head, Head)
-        for part in (*layers, *([] if preconditioner is None else [preconditioner])):
+        for part in (*layers, *(part for part in (preconditioner, outermost) if part is not None)):
             check_type("Flow", "each of layers", part, FlowTransform)
             if part.input_dim != head.input_dim:
                 raise ValueError(
@@ -93,6 +95,8 @@ class Flow(nn.Module):
         outer: list[FlowTransform] = [head] if preconditioner is None else [head, preconditioner]
         if head.is_outermost:
             outer.reverse()
+        if outermost is not None:
+            outer.append(outermost)
         self.transform = Chain([*layers, *outer], head.context_layout)
         # In a tuple, since the chain registers them as modules, and parameters must have one name each.
         self._parts = _Parts(tuple(layers), head, preconditioner)
@@ -266,6 +270,7 @@ class FlowSpec(NamedOptions):
         head: ConditionalGaussianHead | None = None,
         preconditioner: Preconditioner | None = None,
         has_leaves: bool = False,
+        outermost: FlowTransform | None = None,
     ) -> Flow:
         """Make a flow over a model's sites.
 
@@ -275,6 +280,7 @@ class FlowSpec(NamedOptions):
             preconditioner: Fixed affine map that a warm start with correlations sets. Families without correlations
                 omit it.
             has_leaves: Whether the coordinates of the last site are independent of each other given the others.
+            outermost: A map without parameters from the head's coordinates to the sites'.
         """
         dim = sum(block_sizes)
         self._check_input_dim(dim)
@@ -286,7 +292,7 @@ class FlowSpec(NamedOptions):
             preconditioner = None
         spec = self.with_blocks(block_sizes)
         layers = spec.layers_with_leaves(dim, block_sizes[-1]) if has_leaves else spec.layers(dim, 0)
-        flow = Flow(layers, chosen, preconditioner, self._make_base(dim))
+        flow = Flow(layers, chosen, preconditioner, self._make_base(dim), outermost)
         flow.chooses_base = self.chooses_base and type(flow.base) is Base
         return flow
 

@@ -114,7 +114,10 @@ class ImportanceSampler:
         self.score = ModelScorer(owner, model, args, self._call.kwargs, self.structure, probe)
         call = self.score.model.call
         self.draws_at_once = runs_in_a_plate(guide, call, self.structure.nesting, settings.num_probes)
-        self.chunk = max(1, min(settings.max_chunk, settings.max_elements // max(self.structure.elements, 1)))
+        # Matrices of each draw, of a guide that knows correlated priors.
+        modules = guide.modules() if isinstance(guide, torch.nn.Module) else ()
+        elements = self.structure.elements + sum(getattr(module, "factored_entries", 0) for module in modules)
+        self.chunk = max(1, min(settings.max_chunk, settings.max_elements // max(elements, 1)))
 
     def chunks(self, num_samples: int, *, progress: bool) -> Iterator[Draws]:
         """Draws in chunks, smaller ones where memory runs out; with subsampled plates in at least 100, each of which is

@@ -16,6 +16,7 @@ from pyro_flows.flows.gradient_filter import GradientFilter
 from pyro_flows.models.field import field_of
 from pyro_flows.models.layout import Layout
 from pyro_flows.models.leaves import are_leaves, possible_leaves
+from pyro_flows.models.noncentered import CenteredLayout, with_effects
 from pyro_flows.models.priors import LinearPrior, read_joint_prior
 from pyro_flows.transforms import (
     ConditionalGaussianHead,
@@ -29,6 +30,7 @@ from pyro_flows.transforms import (
     LeafPreconditioner,
     LowRankPreconditioner,
     MultilevelHead,
+    NonCentering,
     Preconditioner,
 )
 
@@ -164,7 +166,10 @@ def make_joint_block(
         if has_leaves and prior is not None and (prior.covariances or prior.correlated):
             # Correlations of the others are worth more; and no head has both.
             has_leaves, prior = False, read_joint_prior(model, args, kwargs, layout)
-    return JointBlock(layout, spec, init_scale, prior=prior, leaves=leaves, has_leaves=has_leaves)
+    effects = None
+    if spec.knows_priors and spec.head == "diagonal" and may_have_leaves and not has_leaves:
+        effects = with_effects(model, args, kwargs, layout, prior, JOINT.max_precision_dim)
+    return JointBlock(layout, spec, init_scale, prior=prior, effects=effects, leaves=leaves, has_leaves=has_leaves)
 
 
 class Layers(nn.Module):
@@ -187,9 +192,15 @@ class JointBlock(nn.Module):
         spec: Recipe of the flow; gets the sites' sizes, in order.
         init_scale: Initial standard deviation in unconstrained space, > 0.
         prior: Priors that depend on other sites of the block, for families that make use of them.
+        effects: The same with effects in place of standard normal latents, and the map to these; they are in use unless
+            a state is loaded that knows nothing of them.
         leaves: Name of the site whose coordinates may be leaves.
         has_leaves: Whether they are, which the block can change with a state that it loads. The site comes last in
             ``layout`` then.
+
+    Attributes:
+        layout: Layout of the flow's draws.
+        inner_layout: Layout of the head's coordinates: the same, or with effects in place of standard normal latents.
     """
 
     def __init__(
@@ -199,6 +210,7 @@ class JointBlock(nn.Module):
         init_scale: float,
         *,
         prior: LinearPrior | None = None,
+        effects: tuple[LinearPrior, NonCentering] | None = None,
         leaves: str | None = None,
         has_leaves: bool = False,
     ) -> None:
@@ -206,27 +218,47 @@ class JointBlock(nn.Module):
         self._layers: tuple[Layers, ...] = ()  # in a tuple, since they are the flow's
         self._layouts = (layout, None if leaves is None else layout.with_leaves(leaves))
         # A recipe that is none of ours may be a function that can't be pickled.
-        self._spec = spec if spec.can_widen_to(layout.latent_dim) or leaves is not None else None
+        is_kept = spec.can_widen_to(layout.latent_dim) or leaves is not None or effects is not None
+        self._spec = spec if is_kept else None
         self._init_scale = init_scale
-        self._build(spec, self._layouts[has_leaves], prior)
+        self._prior_without_effects = prior
+        if effects is None:
+            self._build(spec, self._layouts[has_leaves], prior)
+        else:
+            self._build(spec, layout, *effects)
         self.gradient_filter = GradientFilter(layout.latent_dim).to(layout.init_loc)
 
-    def _build(self, spec: FlowSpec, layout: Layout | None, prior: LinearPrior | None) -> None:
+    def _build(
+        self,
+        spec: FlowSpec,
+        layout: Layout | None,
+        prior: LinearPrior | None,
+        noncentering: NonCentering | None = None,
+    ) -> None:
         """Make the flow over a layout."""
         assert layout is not None
         self.layout = layout
-        init_loc = layout.init_loc
+        self.inner_layout = layout if noncentering is None else CenteredLayout(layout, noncentering)
+        init_loc = self.inner_layout.init_loc
         with init_loc.device:
             head = None if prior is None else _conditional_head(prior, layout.latent_dim)
             sizes = _blocks([size for size in layout.sizes if size], head)
             preconditioner = _preconditioner(layout, knows_priors=head is not None)
             flow = build_reproducibly(
                 lambda: spec.build_joint(
-                    sizes, head=head, preconditioner=preconditioner, has_leaves=layout.num_leaves > 0
+                    sizes,
+                    head=head,
+                    preconditioner=preconditioner,
+                    has_leaves=layout.num_leaves > 0,
+                    outermost=noncentering,
                 )
             )
         self.flow = flow.to(dtype=init_loc.dtype, device=init_loc.device)
-        self.flow.head.initialize(init_loc, torch.full_like(init_loc, self._init_scale))
+        scale = torch.full_like(init_loc, self._init_scale)
+        if noncentering is not None:
+            log_scale = noncentering.location_and_log_scale(init_loc)[1]
+            scale[noncentering.rows] *= log_scale.exp()
+        self.flow.head.initialize(init_loc, scale)
 
     @property
     def is_wide(self) -> bool:
@@ -277,12 +309,24 @@ class JointBlock(nn.Module):
                 self._layers = ()
                 self._build(self._spec, self._layouts[has_leaves], None)
         of_flow = {name.removeprefix(own): shape for name, shape in shapes.items() if name.startswith(own)}
+        if self.inner_layout is not self.layout and not self._has_head_of(of_flow):
+            assert self._spec is not None
+            self._layers = ()
+            self._build(self._spec, self.layout, self._prior_without_effects)
         self.flow.adopt_base(of_flow)
         is_wide = any(name.startswith("transform.inserted.") for name in of_flow)
         if is_wide and self.can_widen:
             self.widen()
         elif self.is_wide and not is_wide:
             self._insert({})
+
+    def _has_head_of(self, shapes: Mapping[str, Sequence[int]]) -> bool:
+        """Whether the head knows as many priors as the one of a state of these names and shapes."""
+        own = {name: value.shape for name, value in self.flow.state_dict().items()}
+        shares, others = (
+            {tuple(s) for name, s in each.items() if name.endswith(".log_share")} for each in (own, shapes)
+        )
+        return not shapes or shares == others
 
     def _insert(self, layers: Mapping[int, FlowTransform]) -> None:
         self.flow.transform.insert(layers)

@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_flows.compiled.replay import Replay
 from pyro_flows.models.log_joint import Target
 from pyro_flows.models.traces import mean_of_kept
+from pyro_flows.starts.differences import mean_derivatives
 from pyro_flows.starts.fixed_draws import antithetic, minimize, scored
 from pyro_flows.starts.gaussian import GAUSSIAN, Gaussian
 from pyro_flows.starts.lbfgs import value_and_gradient
@@ -37,7 +38,6 @@ class FieldGaussianSettings:
         recentering_draws: Number of draws of each step of the location alone that follows them, even: the noise of the
             last one stays.
         difference: Step of differences of gradients in unconstrained space.
-        rows_per_pass: Rows of a Hessian at a time.
     """
 
     begin_scales: tuple[float, ...] = (0.7, 0.03)
@@ -50,7 +50,6 @@ class FieldGaussianSettings:
     num_newton_rounds: int = 6
     recentering_draws: tuple[int, ...] = (64, 64, 64, 256)
     difference: float = 1e-2
-    rows_per_pass: int = 512
 
 
 FIELD_GAUSSIAN = FieldGaussianSettings()
@@ -180,15 +179,8 @@ def _recentered(target: Target, gaussian: Gaussian) -> Gaussian:
 def _precision(target: Target, draws: Tensor, rows: Tensor) -> Tensor | None:
     """Rows of minus the Hessian, averaged over two mirrored draws, ``(2, D)``: ``(len(rows), D)``, in float64; None if
     they are not finite."""
-    step = FIELD_GAUSSIAN.difference
-    total = torch.zeros(len(rows), draws.shape[-1], dtype=torch.float64, device=draws.device)
-    # In opposite directions, so that third derivatives cancel.
-    for draw, sign in zip(draws, (1.0, -1.0), strict=True):
-        at = value_and_gradient(target, draw.unsqueeze(0))[1]
-        moves = sign * step * torch.eye(len(draw)).to(draws)[rows]
-        for part, found in zip(moves.split(FIELD_GAUSSIAN.rows_per_pass), total.split(FIELD_GAUSSIAN.rows_per_pass)):
-            found -= (value_and_gradient(target, draw + part)[1] - at).double() / (sign * step)
-    return total / len(draws) if total.isfinite().all() else None
+    found = mean_derivatives(target, draws, rows, FIELD_GAUSSIAN.difference)
+    return None if found is None or not found[1].isfinite().all() else -found[1]
 
 
 def _factor_of(precision: Tensor) -> Tensor | None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.models.log_joint import LogJoint, Target
+from pyro_flows.starts.differences import mean_derivatives
 from pyro_flows.starts.fixed_draws import antithetic, fit_on_fixed_draws, scored
 from pyro_flows.starts.lbfgs import gradient_and_hessian, lbfgs_paths, local_factor
 
@@ -63,6 +64,7 @@ class GaussianSettings:
         newton_shares: Fractions of each step that are tried.
         newton_gain: Gain in nats below which the iteration stops.
         newton_trust: Largest factor by which a step may change a variance.
+        difference: Step of differences of gradients in a head's noise space, where a target is about one wide.
     """
 
     num_near_expensive: int = 1
@@ -93,6 +95,7 @@ class GaussianSettings:
     newton_shares: tuple[float, ...] = (1.0, 0.3)
     newton_gain: float = 0.02
     newton_trust: float = 10.0
+    difference: float = 0.01
 
 
 GAUSSIAN = GaussianSettings()
@@ -343,16 +346,13 @@ def _mean_derivatives(log_joint: Target, draws: Tensor, moving: Tensor) -> tuple
     """Gradient and Hessian with respect to some coordinates, averaged over the draws that have them; None if none does.
 
     Raises:
-        RuntimeError: If the target has no second derivative.
+        RuntimeError: If the target has no second derivative, and all coordinates are asked for.
     """
-
-    def target(part: Tensor) -> Tensor:
-        return log_joint(draws.index_copy(-1, moving, part.squeeze(1))).unsqueeze(1)
-
-    if len(moving) == draws.shape[-1]:
-        gradient, hessian = gradient_and_hessian(_batched(log_joint), draws.unsqueeze(1), log_joint.sizes)
-    else:
-        gradient, hessian = gradient_and_hessian(target, draws[:, moving].unsqueeze(1))
+    if len(moving) < draws.shape[-1]:
+        # Inside of a head, whose second derivatives go through factorizations.
+        found = mean_derivatives(log_joint, draws, moving, GAUSSIAN.difference)
+        return None if found is None else (found[0][moving], found[1][:, moving])
+    gradient, hessian = gradient_and_hessian(_batched(log_joint), draws.unsqueeze(1), log_joint.sizes)
     usable = (gradient.isfinite().all(-1) & hessian.isfinite().flatten(2).all(-1)).squeeze(1)
     return (gradient[usable].mean((0, 1)), hessian[usable].mean((0, 1))) if usable.any() else None
 

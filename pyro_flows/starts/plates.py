@@ -90,7 +90,7 @@ def warm_start(
     if not any(True for _ in posterior.blocks()):
         joint = posterior.only_block
         with undone_by_errors(posterior):
-            warm_start_joint(joint, LogJoint(model, joint.layout, *calls[0]), init_scale)
+            warm_start_joint(joint, LogJoint(model, joint.inner_layout, *calls[0]), init_scale)
         posterior.look_again()
     elif len(calls) > 1 or not shards.covers(posterior.blocks(), SETTINGS.num_global_items):
         LocalStart(model, posterior, calls, make_plates, init_scale, Shards()).run(watch)

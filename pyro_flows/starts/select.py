@@ -71,7 +71,8 @@ class Start(NamedTuple):
 def warm_start_joint(block: JointBlock, log_joint: LogJoint, init_scale: float) -> None:
     """Initialize a block at a good Gaussian for a target; with another base, at a fit of that base.
 
-    See :func:`best_gaussian`, ``best_low_rank``, :func:`best_mixture`, :func:`fit_modes` and :func:`fit_tails`.
+    ``log_joint`` is in the coordinates of ``block.inner_layout``. See :func:`best_gaussian`, ``best_low_rank``,
+    :func:`best_mixture`, :func:`fit_modes` and :func:`fit_tails`.
     """
     flow = block.flow
     if block.layout.num_leaves:
@@ -80,10 +81,11 @@ def warm_start_joint(block: JointBlock, log_joint: LogJoint, init_scale: float) 
     flow.adopt_base({})
     if flow.preconditioner is not None:
         flow.preconditioner.reset()
-    if _begins_in_field(flow, log_joint, block.layout.init_loc):
+    init_loc = block.inner_layout.init_loc
+    if _begins_in_field(flow, log_joint, init_loc):
         return
-    paths = ascents(log_joint, block.layout.init_loc)
-    found = best_gaussian(log_joint, block.layout.init_loc, init_scale, correlated=_is_correlated(flow), paths=paths)
+    paths = ascents(log_joint, init_loc)
+    found = best_gaussian(log_joint, init_loc, init_scale, correlated=_is_correlated(flow), paths=paths)
     pooled = _from_priors(block, log_joint, found)
     gaussian = _from_gaussian(flow, log_joint, found)
     mixture = _from_modes(block, log_joint, paths[-1])
@@ -91,9 +93,15 @@ def warm_start_joint(block: JointBlock, log_joint: LogJoint, init_scale: float) 
     flow.load_state_dict(best.state)
     if log_joint.is_vectorized and log_joint.cost_per_draw < GAUSSIAN.expensive:
         if isinstance(flow.base, StudentTBase):
-            fit_tails(log_joint, flow)
+            fit_tails(_of_latents(block, log_joint), flow)
         elif best is mixture and flow.transform.has_score:
-            fit_modes(log_joint, flow)
+            fit_modes(_of_latents(block, log_joint), flow)
+
+
+def _of_latents(block: JointBlock, log_joint: LogJoint) -> LogJoint:
+    """The log joint in the coordinates of the whole flow's draws, rather than its head's."""
+    batched = log_joint.batched
+    return log_joint if block.inner_layout is block.layout else LogJoint(batched.model, block.layout, *batched.call[:2])
 
 
 def _begins_in_field(flow: Flow, log_joint: LogJoint, begin: Tensor) -> bool:
@@ -149,7 +157,7 @@ def _from_modes(block: JointBlock, log_joint: LogJoint, ends: Tensor) -> Start |
     if not (isinstance(base, MixtureBase) or (flow.chooses_base and len(modes_at(log_joint, ends)) > 1)):
         return None
     count = len(base.locs) if isinstance(base, MixtureBase) else None
-    found = best_mixture(log_joint, block.layout.init_loc, count, correlated=_is_correlated(flow))
+    found = best_mixture(log_joint, block.inner_layout.init_loc, count, correlated=_is_correlated(flow))
     if found is None:
         return None
     _write(flow, Gaussian(found.loc, found.factor))
@@ -216,7 +224,8 @@ def _from_shares(
             return _start(elbo, flow) if elbo > best.elbo else best
         return best
 
-    for loc, scale in ((found.loc, found.conditional_scale), (block.layout.init_loc, torch.ones_like(found.loc))):
+    init_loc = block.inner_layout.init_loc
+    for loc, scale in ((found.loc, found.conditional_scale), (init_loc, torch.ones_like(found.loc))):
         head.initialize(loc, scale, max_share=SETTINGS.max_share)
         best = better(best, 1)
     if best.elbo == -math.inf:

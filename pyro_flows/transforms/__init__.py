@@ -31,6 +31,7 @@ from pyro_flows.transforms.item_couplings import ItemCouplings
 from pyro_flows.transforms.leading import Leading
 from pyro_flows.transforms.leaf_preconditioner import LeafPreconditioner
 from pyro_flows.transforms.neural_autoregressive import NeuralAutoregressive
+from pyro_flows.transforms.noncentering import NonCentering
 from pyro_flows.transforms.permutation import Permutation
 from pyro_flows.transforms.planar import Planar
 from pyro_flows.transforms.preconditioner import FullRankPreconditioner, LowRankPreconditioner, Preconditioner
@@ -71,6 +72,7 @@ __all__ = [
     "LowRankPreconditioner",
     "MultilevelHead",
     "NeuralAutoregressive",
+    "NonCentering",
     "Permutation",
     "Planar",
     "PlateHead",

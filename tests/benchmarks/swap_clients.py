@@ -153,7 +153,7 @@ def poisson_effects() -> Program:
     return Program(model, (x, y))
 
 
-def horseshoe_counts() -> Program:
+def horseshoe_counts(*, centered: bool = True) -> Program:
     """Counts, of which few of 20 covariates tell anything."""
     x, generator = simulate(100, 20, seed=5)
     y = torch.poisson((0.5 + 0.8 * x[:, 0] - 0.6 * x[:, 1]).exp(), generator=generator)
@@ -163,7 +163,10 @@ def horseshoe_counts() -> Program:
         intercept = pyro.sample("intercept", dist.Normal(0.0, 2.0))
         with pyro.plate("features", x.shape[1]):
             local = pyro.sample("local", dist.HalfCauchy(1.0))
-            beta = pyro.sample("beta", dist.Normal(0.0, tau * local))
+            if centered:
+                beta = pyro.sample("beta", dist.Normal(0.0, tau * local))
+            else:
+                beta = tau * local * pyro.sample("z", dist.Normal(0.0, 1.0))
         with pyro.plate("data", len(x)):
             pyro.sample("y", dist.Poisson((intercept + x @ beta).exp()), obs=y)
 
@@ -235,6 +238,19 @@ def eight_schools() -> Program:
     return Program(model, SCHOOLS)
 
 
+def eight_schools_non_centered() -> Program:
+    """As samplers prefer it."""
+
+    def model(y: Tensor, sigma: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+        with pyro.plate("schools", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(mu + tau * z, sigma), obs=y)
+
+    return Program(model, SCHOOLS)
+
+
 def baseball() -> Program:
     """18 players who batted 45 times, partially pooled."""
 
@@ -248,7 +264,7 @@ def baseball() -> Program:
     return Program(model, (HITS,))
 
 
-def random_slopes() -> Program:
+def random_slopes(*, centered: bool = True) -> Program:
     """25 groups of 8 rows, each with a slope."""
     x, generator = simulate(200, seed=8)
     group = torch.arange(200) % 25
@@ -261,7 +277,10 @@ def random_slopes() -> Program:
         tau = pyro.sample("tau", dist.HalfNormal(1.0))
         sigma = pyro.sample("sigma", dist.HalfNormal(1.0))
         with pyro.plate("groups", 25):
-            beta = pyro.sample("beta", dist.Normal(mu, tau))
+            if centered:
+                beta = pyro.sample("beta", dist.Normal(mu, tau))
+            else:
+                beta = mu + tau * pyro.sample("z", dist.Normal(0.0, 1.0))
         with pyro.plate("rows", len(x)):
             pyro.sample("y", dist.Normal(alpha + beta[group] * x, sigma), obs=y)
 
@@ -802,13 +821,21 @@ TABLE = (
     Client("logistic regression, 25-D, Adam 0.05", logistic_regression, adam(0.05), 1000),
     Client("Poisson regression with effects, Adam 0.02", poisson_effects, adam(0.02), 1500),
     Client("counts with a horseshoe, ClippedAdam 0.03", horseshoe_counts, clipped(0.03), 1500),
+    Client(
+        "counts with a horseshoe, non-centered, ClippedAdam 0.03",
+        partial(horseshoe_counts, centered=False),
+        clipped(0.03),
+        1500,
+    ),
     Client("ordinal regression, Adam 0.02", ordinal_regression, adam(0.02), 1500),
     Client("neural network, Adam 0.01", neural_network, adam(0.01), 1000),
     Client("eight schools, Adam 0.05", eight_schools, adam(0.05), 1000),
     Client("eight schools, SGD 0.01", eight_schools, partial(optim.SGD, {"lr": 0.01}), 1000),
+    Client("eight schools, non-centered, Adam 0.05", eight_schools_non_centered, adam(0.05), 1000),
     Client("baseball, Adam 0.02", baseball, adam(0.02), 1000),
     Client("random slopes, Adam 0.02", random_slopes, adam(0.02), 1000),
     Client("random slopes, ExponentialLR from Adam 0.05", random_slopes, exponential(0.05, 0.998), 1000),
+    Client("random slopes, non-centered, Adam 0.02", partial(random_slopes, centered=False), adam(0.02), 1000),
     Client("hierarchy, Gamma(0.001), Adam 0.01", partial(bugs_hierarchy, by_precision), adam(0.01), 1500),
     Client("hierarchy, InverseGamma(0.001), Adam 0.01", partial(bugs_hierarchy, by_variance), adam(0.01), 1500),
     Client("correlated effects, Adam 0.02", correlated_effects, adam(0.02), 1000),

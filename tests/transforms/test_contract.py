@@ -110,6 +110,14 @@ def leaf_preconditioner(input_dim: int) -> FlowTransform:
     return transform
 
 
+def noncentering(input_dim: int) -> FlowTransform:
+    """Of the last coordinates, given the first ones; at least two in all."""
+    rows = torch.arange(input_dim)[(input_dim + 1) // 2 :]
+    slope = torch.randn(2, len(rows), input_dim)
+    slope[..., rows] = 0.0
+    return T.NonCentering(rows, slope.flatten(0, 1))
+
+
 def item_couplings(input_dim: int, *, num_items: int) -> FlowTransform:
     """Two items of two coordinates each, or one of three, and one that they share, where there are as many; else one
     item."""
@@ -156,6 +164,7 @@ TRANSFORMS |= {
     "LeafPreconditioner": lambda d, c: leaf_preconditioner(d),
     "LowRankAffine": lambda d, c: T.LowRankAffine(d, c, rank=min(d, 2)),
     "LowRankPreconditioner": lambda d, c: low_rank_preconditioner(d),
+    "NonCentering": lambda d, c: noncentering(d),
     "NeuralAutoregressive": lambda d, c: T.NeuralAutoregressive(d, c, hidden_dims=(16,), num_units=4),
     "PlateHead": lambda d, c: T.PlateHead(d, parent_dim=c, feature_dim=2),
     "PlateHead (prior)": lambda d, c: T.PlateHead(d, parent_dim=c, feature_dim=2, known=torch.arange(d) % 2 == 0),
@@ -183,6 +192,7 @@ TWO_DIMENSIONS = {
     "ItemCouplings (one item)",
     "LeafPreconditioner",
     "MultilevelHead",
+    "NonCentering",
     "SplineCouplings",
 }
 IGNORE_CONTEXT = {
@@ -197,6 +207,7 @@ IGNORE_CONTEXT = {
     "Leading",
     "LeafPreconditioner",
     "LowRankPreconditioner",
+    "NonCentering",
     "Permutation",
     "PyroTransform",
 }
