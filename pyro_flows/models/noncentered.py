@@ -164,9 +164,10 @@ def _slopes(
     noise = torch.randn(EFFECTS.num_points, layout.latent_dim).to(layout.init_loc)
     points = layout.init_loc + EFFECTS.spread * noise
     try:
-        gradients = torch.stack([_gradient(model, args, kwargs, layout, point) for point in points])
+        gradients = torch.stack([_gradient(model, args, kwargs, layout, point) for point in points]).cpu()
     except Exception:  # models raise in many ways
         return None
+    points = points.cpu()
     of_site = {site.name: where for site, where in zip(layout, layout.slices.values(), strict=True)}
     z = {name: points[:, of_site[name]].double() for name in candidates}
     to_z = {name: gradients[:, of_site[name]] for name in candidates}
@@ -235,6 +236,6 @@ def _exact(columns: Tensor, target: Tensor) -> Tensor | None:
     size = target.abs().max()
     if not size > 0.0:
         return None
-    weights = torch.linalg.lstsq(columns.cpu(), target.cpu().unsqueeze(-1), driver="gelsd").solution.squeeze(-1)
-    error = (columns.cpu() @ weights - target.cpu()).abs().max()
+    weights = torch.linalg.lstsq(columns, target.unsqueeze(-1), driver="gelsd").solution.squeeze(-1)
+    error = (columns @ weights - target).abs().max()
     return weights if error <= EFFECTS.tolerance * size else None
