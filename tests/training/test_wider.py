@@ -57,10 +57,10 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, num_steps: int | None) -> None:
 
 
 def products(y: Tensor) -> None:
-    """Only the product of each weight and its scale is seen."""
+    """Only the product of each weight and its scale is seen; it is no effect that the guide knows the prior of."""
     with pyro.plate("columns", len(y)):
         scales = pyro.sample("scales", dist.HalfCauchy(1.0))
-        weights = pyro.sample("weights", dist.Normal(0.0, 1.0))
+        weights = pyro.sample("weights", dist.Normal(0.1, 1.0))
         pyro.sample("y", dist.Normal(scales * weights, 0.3), obs=y)
 
 
