@@ -361,7 +361,7 @@ def sent_to_first(folder: Path) -> dict[str, Any]:
 
 
 def diagnosed(distributed: bool = True, **options: Any) -> Diagnosis:
-    """Of a guide that is the same in all processes, near the posterior; by this seed its k-hat is far from the limit."""
+    """Of a guide that is the same in all processes, near the posterior; its k-hat is far from the limit."""
     torch.manual_seed(0)
     guide = AutoFlowGuide(schools)
     fit(schools, guide, (SCHOOLS,), distributed=False, num_steps=100, compile=False, seed=2, progress=False)
