@@ -4,17 +4,27 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyro_flows import AutoFlowGuide
 from pyro_flows.transforms import FixedParameter, FlowTransform
 from pyro_flows.transforms.fixed import look_again
 from pyro_flows.transforms.networks import Packed
 
-__all__ = ["abilities", "assert_no_graph", "jacobian", "randomize_parameters", "schools", "trained"]
+__all__ = [
+    "abilities",
+    "assert_no_graph",
+    "assert_same_guides",
+    "jacobian",
+    "randomize_parameters",
+    "schools",
+    "trained",
+]
 
 
 def schools(y: Tensor) -> None:
@@ -51,6 +61,16 @@ def randomize_parameters(module: nn.Module, scale: float = 0.3) -> None:
             fan = tensor.shape[-1] if tensor.ndim > 1 else 1
             tensor.add_(torch.randn_like(tensor) * scale / math.sqrt(fan))
     look_again(module)
+
+
+def assert_same_guides(one: AutoFlowGuide, other: AutoFlowGuide, *args: Any) -> None:
+    """The same draws from the same noise, bit for bit, and the same density of them."""
+    found = []
+    for guide in (one, other):
+        pyro.set_rng_seed(5)
+        found.append(guide.sample_posterior(4, *args))
+    torch.testing.assert_close(found[0], found[1], rtol=0.0, atol=0.0)
+    torch.testing.assert_close(one.log_prob(found[0], *args), other.log_prob(found[0], *args), rtol=0.0, atol=0.0)
 
 
 def jacobian(transform: FlowTransform, x: Tensor, context: Tensor | None = None) -> Tensor:

@@ -138,8 +138,7 @@ def _standard_scales(
     seen: list[dict[str, Any]] = []
     for _ in range(2):
         packed = layout.init_loc + torch.randn_like(layout.init_loc)
-        values = {site.name: site.to_support(part) for site, part in layout.split(packed)}
-        found = watch(model, args, kwargs, values, layout.names)
+        found = watch(model, args, kwargs, layout.unpack(packed)[0], layout.names)
         if found is None:
             return {}
         seen.append(found)
@@ -167,12 +166,11 @@ def _slopes(
         gradients = torch.stack([_gradient(model, args, kwargs, layout, point) for point in points]).cpu()
     except Exception:  # models raise in many ways
         return None
-    points = points.cpu()
-    of_site = {site.name: where for site, where in zip(layout, layout.slices.values(), strict=True)}
-    z = {name: points[:, of_site[name]].double() for name in candidates}
-    to_z = {name: gradients[:, of_site[name]] for name in candidates}
     if not gradients.isfinite().all():
         return None
+    points, slices = points.cpu(), layout.slices
+    z = {name: points[:, slices[name]].double() for name in candidates}
+    to_z = {name: gradients[:, slices[name]] for name in candidates}
     log_scale = {name: torch.zeros_like(value) for name, value in z.items()}
     slopes = {name: torch.zeros(2, value.shape[-1], layout.latent_dim) for name, value in z.items()}
     scaled: set[str] = set()
@@ -184,7 +182,7 @@ def _slopes(
                 maps = {name: found for name, found in maps.items() if name in scaled}
             if (index == 0 and parent.name in scaled) or not maps:
                 continue
-            where = of_site[parent.name]
+            where = slices[parent.name]
             columns = []
             for name, elements in maps.items():
                 each = to_z[name] * (z[name] if index else (-log_scale[name]).exp())

@@ -47,9 +47,13 @@ class NonCentering(FlowTransform):
         loc, log_scale = F.linear(y, self.slope).chunk(2, -1)
         return loc, log_scale
 
-    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _standardized(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The standardized coordinates, and their log-scales, both ``(..., P)``."""
         loc, log_scale = self.location_and_log_scale(x)
-        standard = (x.index_select(-1, self.rows) - loc) * (-log_scale).exp()
+        return (x.index_select(-1, self.rows) - loc) * (-log_scale).exp(), log_scale
+
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        standard, log_scale = self._standardized(x)
         return x.index_copy(-1, self.rows, standard), -log_scale.sum(-1)
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -60,13 +64,12 @@ class NonCentering(FlowTransform):
     def forward_with_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, ladj = self.forward_and_ladj(x)
+        standard, log_scale = self._standardized(x)
         with torch.no_grad():
-            _, log_scale = self.location_and_log_scale(x)
             to_effect = score.index_select(-1, self.rows)
             to_standard = to_effect * log_scale.exp()
             # The inverse's log-determinant adds one to each log-scale's derivative.
-            to_log_scale = to_standard * y.index_select(-1, self.rows) + 1.0
+            to_log_scale = to_standard * standard + 1.0
             through = torch.cat([to_effect, to_log_scale], -1) @ self.slope
             score = (score + through).index_copy(-1, self.rows, to_standard)
-        return y, ladj, score
+        return x.index_copy(-1, self.rows, standard), -log_scale.sum(-1), score

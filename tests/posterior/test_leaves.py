@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_flows import AutoFlowGuide, fit
 from pyro_flows.posterior import joint
-from tests.common import abilities, randomize_parameters
+from tests.common import abilities, assert_same_guides, randomize_parameters
 
 COUNT = 210
 Y = torch.bernoulli(torch.full((COUNT, 5), 0.5), generator=torch.Generator().manual_seed(0))
@@ -32,16 +32,6 @@ def num_leaves(guide: AutoFlowGuide) -> int:
     return guide.posterior.only_block.layout.num_leaves
 
 
-def assert_same(one: AutoFlowGuide, other: AutoFlowGuide) -> None:
-    found = []
-    for guide in (one, other):
-        pyro.set_rng_seed(5)
-        found.append(guide.sample_posterior(4, Y))
-    for name in found[0]:
-        torch.testing.assert_close(found[0][name], found[1][name], rtol=0.0, atol=0.0)
-    torch.testing.assert_close(one.log_prob(found[0], Y), other.log_prob(found[0], Y), rtol=0.0, atol=0.0)
-
-
 @pytest.mark.parametrize("has_leaves", [True, False])
 def test_a_file_is_of_the_kind_that_it_was_saved_as(
     has_leaves: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -57,7 +47,7 @@ def test_a_file_is_of_the_kind_that_it_was_saved_as(
         loaded = AutoFlowGuide.load(tmp_path / "guide.pt", abilities, (Y,))
     assert num_leaves(loaded) == num_leaves(saved) == (COUNT if has_leaves else 0)
     assert loaded.posterior.only_block.is_wide
-    assert_same(saved, loaded)
+    assert_same_guides(saved, loaded, Y)
 
 
 def test_a_state_dict_brings_its_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +55,7 @@ def test_a_state_dict_brings_its_leaves(monkeypatch: pytest.MonkeyPatch) -> None
     one, other = made(monkeypatch, has_leaves=True), made(monkeypatch, has_leaves=False)
     other.load_state_dict(one.state_dict())
     assert num_leaves(other) == COUNT
-    assert_same(one, other)
+    assert_same_guides(one, other, Y)
 
 
 @pytest.mark.filterwarnings("error")
