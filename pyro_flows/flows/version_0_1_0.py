@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from pyro_flows.transforms import PlateHead, SiteOrderedAffine
+from pyro_flows.transforms import FullPrecisionHead, PlateHead, SiteOrderedAffine
 from pyro_flows.transforms.coupling import Couplings
-from pyro_flows.transforms.heads.base import Head, encode_gaussian
+from pyro_flows.transforms.heads.base import Head, decode_gaussian, encode_gaussian
 from pyro_flows.transforms.networks import Packed
 
 __all__ = ["from_0_1_0", "is_from_0_1_0", "names_in_0_1_0"]
@@ -103,6 +103,8 @@ def _renamed(part: nn.Module) -> dict[str, list[str]]:
             names += _networks((len(steering) - 4) // 2)
         return {"log_scale_bound": [], "packed.flat": names}
     new: dict[str, list[str]] = {"unit": [], "log_scale_bound": []} if isinstance(part, PlateHead) else {}
+    if isinstance(part, FullPrecisionHead):
+        new = {"origin": ["origin"]}
     return {**new, "raw.value": ["raw.value"]}
 
 
@@ -123,6 +125,9 @@ def _converted(part: nn.Module, before: Mapping[str, Tensor], prefix: str) -> di
         if isinstance(part, PlateHead):
             # Items' locations were stored in units of the scales of the Gaussian that they share.
             after |= {"unit": scale.to(value), "log_scale_bound": value.new_tensor(LOG_SCALE_BOUND)}
+        if isinstance(part, FullPrecisionHead):
+            # They were those of the coordinates, and are now of the likelihood's directions: they become the origin.
+            after = _as_origin(part, after["raw.value"], before["origin"])
         return after
     assert isinstance(part, (Couplings, SiteOrderedAffine))
     num_layers = sum(name.startswith("weights") for name in before)
@@ -136,6 +141,16 @@ def _converted(part: nn.Module, before: Mapping[str, Tensor], prefix: str) -> di
         tensors += [before.get("project", log_scale.new_zeros(part.packed.shapes[5])), *inner]
     bound = log_scale.new_tensor(LOG_SCALE_BOUND)
     return {"log_scale_bound": bound, "packed.flat": _packed(part.packed, tensors, prefix)}
+
+
+def _as_origin(head: FullPrecisionHead, raw: Tensor, origin: Tensor) -> dict[str, Tensor]:
+    """The same head, with locations and scales of pooled coordinates in its origin."""
+    pooled = head.order[head.count_free :]
+    loc, _, log_scale = decode_gaussian(raw[:, pooled])
+    before, log_unit = origin[:, pooled]
+    after = torch.stack([torch.addcmul(before, log_unit.exp(), loc), log_scale + log_unit])
+    standard = encode_gaussian(torch.zeros_like(loc), torch.ones_like(loc))
+    return {"raw.value": raw.index_copy(-1, pooled, standard), "origin": origin.index_copy(-1, pooled, after)}
 
 
 def _packed(packed: Packed, tensors: list[Tensor], prefix: str) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions.transforms import CorrCholeskyTransform
 
 from pyro_flows.transforms.fixed import FixedParameter
-from pyro_flows.transforms.heads.base import encode_gaussian
+from pyro_flows.transforms.heads.base import decode_gaussian, encode_gaussian
 from pyro_flows.transforms.heads.correlated import Correlated
 from pyro_flows.transforms.heads.linear_mixed import LinearMixedHead
 from pyro_flows.transforms.heads.pooling import MIN_SHARE
@@ -100,11 +100,14 @@ class FullPrecisionHead(LinearMixedHead):
     for log-scales :math:`t`, factors :math:`L` of correlations, and :math:`C = (I - T)^{-1}` where priors depend on
     each other, as along a random walk: :math:`y_p = a_0(y_f) + T y_p + e^t L \epsilon`, with a constant, strictly lower
     triangular :math:`T`, so that :math:`a = C a_0`. The likelihood factor has a precision
-    :math:`K = e^{-2 u^\top (y_f - f_0)} K_0` and a location :math:`b = b_0 + G (y_f - f_0)`. This is the exact
-    conditional posterior of a linear mixed model: crossed effects, slopes with correlated covariates, a latent noise
-    scale. As long as :math:`K_0` is diagonal and :math:`G, u` are zero, as at initialization, it is
-    :class:`MultilevelHead`; they are set by :meth:`set_likelihood` and not trained, while scales of :math:`K`,
-    :math:`b_0` and the shares of priors are.
+    :math:`K = e^{-2 u^\top (y_f - f_0)} W_0 D W_0^\top` and a location
+    :math:`b = b_0 + W_0^{-\top} \beta + G (y_f - f_0)`. This is the exact conditional posterior of a linear mixed model:
+    crossed effects, slopes with correlated covariates, a latent noise scale. As long as :math:`W_0` is diagonal and
+    :math:`G, u` are zero, as at initialization, it is :class:`MultilevelHead`. They and :math:`b_0` are set by
+    :meth:`set_likelihood` and not trained, while the diagonal :math:`D`, :math:`\beta` and the shares of priors are:
+    each changes one of the independent directions of the likelihood. Scales and locations of the coordinates
+    themselves would turn a precise direction towards vague ones, and a step of an optimizer move a draw by many of its
+    standard deviations.
 
     Computed in double precision and in coordinates in which the prior is standard normal, where :math:`P` is
     well-conditioned however narrow the prior. Costs a Cholesky factor of P per draw, O(D^3).
@@ -159,9 +162,8 @@ class FullPrecisionHead(LinearMixedHead):
     def _rotate(self) -> None:
         """Rotate the noise so that pooled coordinates are a lower triangular function of it, at average free ones."""
         assert self.rotation is not None
-        loc, _, log_scale = self._site_approximations()
-        count = self.count_free
-        prior = self._conditional(loc[:count], loc[count:], log_scale[count:])
+        loc, *_ = self._site_approximations()
+        prior = self._conditional(loc[: self.count_free])
         _, inverse, *_ = _solved(prior.root, prior.root.dtype)
         factors = [factor.double() for factor in prior.factors]
         away = prior.scale.double().unsqueeze(-1) * self._correlate(inverse.mT, factors, transpose=False)
@@ -251,23 +253,26 @@ class FullPrecisionHead(LinearMixedHead):
             total = total + num * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return total
 
-    def _conditional(self, free: Tensor, loc: Tensor, log_scale: Tensor) -> _Prior:
+    def _conditional(self, free: Tensor) -> _Prior:
         """The conditional of the pooled coordinates given the free ones."""
         own_loc, prior_log_scale, factors = self._priors(free)
         chain = self._chain()
         prior_loc = own_loc @ chain.to(own_loc).mT if self.is_chained else own_loc
         prior_log_scale = prior_log_scale - 0.5 * powerprop(self.log_share)
+        shift, _, log_scale = decode_gaussian(self._ordered(self.raw.value)[:, self.count_free :])
+        site_loc, log_unit = self._ordered(self.origin.detach())[:, self.count_free :]
+        fixed = (-log_unit).exp().unsqueeze(-1) * self.own_factor.detach()  # W_0
+        shrink = (-log_scale).exp()
         away = self._away(free)
-        weight = (-log_scale).exp().unsqueeze(-1) * self.own_factor.detach()  # W_0 with K_0 = W_0 W_0^T
         root_precision = (away @ -self.own_tilt.detach()).exp()
         scale = prior_log_scale.exp()
-        mixed = chain.mT @ weight.double() if self.is_chained else weight.double()
-        root = (scale * root_precision.unsqueeze(-1)).double().unsqueeze(-1) * mixed
+        mixed = chain.mT @ fixed.double() if self.is_chained else fixed.double()
+        root = (scale * root_precision.unsqueeze(-1)).double().unsqueeze(-1) * (mixed * shrink)
         root = self._correlate(root, [factor.double() for factor in factors], transpose=True)
-        offset = loc + away @ self.own_slope.detach().mT - prior_loc
-        pull = root_precision[..., None, None] * (weight.mT @ offset.unsqueeze(-1))
+        offset = site_loc + away @ self.own_slope.detach().mT - prior_loc
+        pull = root_precision.unsqueeze(-1) * (shrink * (offset @ fixed + shift))
         ladj = prior_log_scale.sum(-1) + self._log_det_correlations(factors)
-        return _Prior(prior_loc, scale, factors, chain.to(scale), root, pull, ladj)
+        return _Prior(prior_loc, scale, factors, chain.to(scale), root, pull.unsqueeze(-1), ladj)
 
     def draw(self, x: Tensor) -> tuple[Tensor, Tensor]:
         pooled, free, total, ladj, *_ = self._draw(x)
@@ -275,12 +280,10 @@ class FullPrecisionHead(LinearMixedHead):
 
     def _draw(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, _Prior, Tensor]:
         """Pooled and free coordinates, the free ones' summed log-scale, the pooled ones' log-determinant, and C."""
-        (loc, site_loc), (scale, _), (log_scale, site_log_scale) = (
-            part.split(self.sizes, -1) for part in self._site_approximations()
-        )
+        loc, scale, log_scale = (part[: self.count_free] for part in self._site_approximations())
         noise, rest = x.split(self.sizes, -1)
         free = torch.addcmul(loc, scale, noise)
-        prior = self._conditional(free, site_loc, site_log_scale)
+        prior = self._conditional(free)
         rest, rotation_ladj = self._rotated(rest)
         z, ladj, factor = _Conditional.apply(prior.root, prior.pull, rest.unsqueeze(-1))  # type: ignore[no-untyped-call]
         away = prior.scale * self._correlate(z, prior.factors, transpose=False).squeeze(-1)
@@ -291,7 +294,7 @@ class FullPrecisionHead(LinearMixedHead):
         loc, scale, log_scale = self._site_approximations()
         count = self.count_free
         free = y[..., :count]
-        prior = self._conditional(free, loc[count:], log_scale[count:])
+        prior = self._conditional(free)
         away = y[..., count:] - prior.loc
         away = away @ self._steps().to(away).mT if self.is_chained else away
         z = (away / prior.scale).unsqueeze(-1)
