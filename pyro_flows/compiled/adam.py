@@ -9,8 +9,11 @@ from typing import Any
 import pyro.optim.clipped_adam
 import torch
 from torch import Tensor
+from torch.fx import GraphModule, Node
 
-__all__ = ["AdamRule", "limited_step"]
+from pyro_flows.compiled import tracer
+
+__all__ = ["AdamRule", "append_step", "limited_step"]
 
 
 class AdamRule:
@@ -123,3 +126,24 @@ def limited_step(step: Tensor, per_limit: Tensor) -> Tensor:
     """
     excess = (step.abs() * per_limit).amax().clamp_min(1.0)
     return torch.where(per_limit > 0.0, step / excess, step)
+
+
+def append_step(graph: GraphModule, rule: AdamRule, vector: Tensor) -> None:
+    """Append the optimizer's step to a graph: an in-place update of its parameter by the gradient."""
+    nodes = graph.graph
+    values = [*(torch.zeros_like(vector) for _ in range(4)), rule.rates(1.0, 1.0), torch.zeros_like(vector)]
+    step = tracer.trace_operations(rule.update, values).graph
+    flat = next(iter(nodes.nodes))
+    output = next(node for node in nodes.nodes if node.op == "output")
+    state: list[Node] = []
+    for name in ("per_limit", "rates", "second_moment", "first_moment"):
+        with nodes.inserting_after(flat):
+            state.insert(0, nodes.placeholder(name))
+    given = [flat, output.args[0][1], *state]
+    places = [node for node in step.graph.nodes if node.op == "placeholder"]
+    with nodes.inserting_before(output):
+        moved: Any = nodes.graph_copy(step.graph, dict(zip(places, given, strict=True)))
+        for old, new in zip([flat, *state[:2]], moved, strict=True):
+            nodes.call_function(torch.ops.aten.copy_.default, (old, new))
+    nodes.lint()
+    graph.recompile()

@@ -7,19 +7,21 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pyro
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from pyro_flows._blame import blame
 from pyro_flows.compiled import tracer
-from pyro_flows.compiled.adam import AdamRule
+from pyro_flows.compiled.adam import AdamRule, append_step
 from pyro_flows.compiled.arguments import structure, tensors
 from pyro_flows.compiled.cuda import CudaGraph
+from pyro_flows.compiled.fused import LargePart, large_part, to_fused
 from pyro_flows.compiled.guard import Guard, watch_reads
 from pyro_flows.compiled.inductor import to_machine_code, without_collector
 from pyro_flows.compiled.parameters import FlatParameter, RecordingError, trial
@@ -250,7 +252,11 @@ class LossGraph:
         self._verify(expected, after(lambda: many(*inputs)[0]))
         return many
 
-    @torch.no_grad()
+    @cached_property
+    def part(self) -> LargePart | None:
+        """The part of the graph that :meth:`fuse` compiles; None if that would not be worth it."""
+        return None if self._is_on_gpu else large_part(self._graph)
+
     def script(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Have TorchScript run the graph, in half the time, or a GPU as one CUDA graph; takes a second or two. On
         failure the graph is unchanged.
@@ -259,20 +265,45 @@ class LossGraph:
             args: Positional arguments of the structure that was recorded.
             kwargs: Keyword arguments of the structure that was recorded.
         """
+        if self._is_on_gpu:
+            self._try(lambda graph, inputs: CudaGraph(graph, inputs, self._moving(inputs)), args, kwargs)
+        else:
+            self._try(to_script, args, kwargs)
+
+    def fuse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Compile :attr:`part` with torch's compiler, and have TorchScript run the rest; takes some five seconds.
+
+        Args:
+            args: Positional arguments of the structure that was recorded.
+            kwargs: Keyword arguments of the structure that was recorded.
+
+        Returns:
+            Whether that worked; otherwise the graph is unchanged.
+        """
+        part = self.part
+        assert part is not None
+        return self._try(lambda graph, inputs: to_fused(graph, part, inputs), args, kwargs)
+
+    @torch.no_grad()
+    def _try(
+        self,
+        make: Callable[[GraphModule, list[Tensor]], Callable[..., Sequence[Tensor]]],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> bool:
+        """Run the graph by what is made of it, if that works and agrees with it."""
         inputs = [self._parameter.vector, *tensors(args, kwargs), *self._captured]
         try:
             with trial(self._state):
-                if self._is_on_gpu:
-                    run: Callable[..., Sequence[Tensor]] = CudaGraph(self._graph, inputs, self._moving(inputs))
-                else:
-                    run = to_script(self._graph, inputs)
+                run = make(self._graph, inputs)
             with trial(self._state):
                 expected = self._graph(*inputs)
             with trial(self._state):
                 self._verify(expected, run(*inputs))
-        except Exception:  # torch reports a graph that it can't script in many ways
-            return
+        except Exception:  # torch reports in many ways that it can't
+            return False
         self._run = run
+        return True
 
     @torch.no_grad()
     def compile(self, args: tuple[Any, ...], kwargs: dict[str, Any], rule: AdamRule | None = None) -> None:
@@ -298,7 +329,7 @@ class LossGraph:
             expected = [value.clone() for value in self._run(*inputs)]
         moved: list[Tensor] = []
         if rule is not None:
-            _append_step(self._graph, rule, vector)
+            append_step(self._graph, rule, vector)
             self.rule = rule
             moved = [vector, *rule.moments]
             inputs[1:1] = [*rule.moments, rule.rates(1.0, 1.0), self._parameter.per_limit]
@@ -353,27 +384,6 @@ class LossGraph:
                     f"its {name} is not repeated by the recorded operations from the same noise: random numbers that "
                     "are not torch's, or state that changes from call to call"
                 )
-
-
-def _append_step(graph: GraphModule, rule: AdamRule, vector: Tensor) -> None:
-    """Append the optimizer's step to a graph: an in-place update of its parameter by the gradient."""
-    nodes = graph.graph
-    values = [*(torch.zeros_like(vector) for _ in range(4)), rule.rates(1.0, 1.0), torch.zeros_like(vector)]
-    step = tracer.trace_operations(rule.update, values).graph
-    flat = next(iter(nodes.nodes))
-    output = next(node for node in nodes.nodes if node.op == "output")
-    state: list[Node] = []
-    for name in ("per_limit", "rates", "second_moment", "first_moment"):
-        with nodes.inserting_after(flat):
-            state.insert(0, nodes.placeholder(name))
-    given = [flat, output.args[0][1], *state]
-    places = [node for node in step.graph.nodes if node.op == "placeholder"]
-    with nodes.inserting_before(output):
-        moved: Any = nodes.graph_copy(step.graph, dict(zip(places, given, strict=True)))
-        for old, new in zip([flat, *state[:2]], moved, strict=True):
-            nodes.call_function(torch.ops.aten.copy_.default, (old, new))
-    nodes.lint()
-    graph.recompile()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-__all__ = ["merge_repeated"]
+__all__ = ["is_random", "merge_repeated", "written_groups"]
 
 
 def merge_repeated(graph: GraphModule) -> None:
@@ -21,10 +21,10 @@ def merge_repeated(graph: GraphModule) -> None:
     Args:
         graph: A graph of operations of ``torch.ops``, as :func:`~pyro_flows.compiled.tracer.trace_operations` makes it.
     """
-    written = _written(graph)
+    written = set[Node]().union(*written_groups(graph))
     first: dict[tuple[Any, ...], Node] = {}
     for node in list(graph.graph.nodes):
-        if node.op != "call_function" or node in written or _is_random(node):
+        if node.op != "call_function" or node in written or is_random(node):
             continue
         if any(source in written for source in node.all_input_nodes):
             continue
@@ -36,27 +36,33 @@ def merge_repeated(graph: GraphModule) -> None:
     graph.recompile()
 
 
-def _is_random(node: Node) -> bool:
+def is_random(node: Node) -> bool:
+    """Whether a node draws random numbers."""
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
-def _written(graph: GraphModule) -> set[Node]:
-    """Nodes whose memory an operation of the graph writes to."""
-    views: dict[Node, set[Node]] = {}  # nodes that share memory, by a representative's neighbors
-    pending: list[Node] = []
+def written_groups(graph: GraphModule) -> list[set[Node]]:
+    """Nodes that share memory which an operation of the graph writes to, a set for each such memory."""
+    near: dict[Node, set[Node]] = {}
+    written: list[Node] = []
     for node in graph.graph.nodes:
         for source, writes in _aliases(node):
-            views.setdefault(node, set()).add(source)
-            views.setdefault(source, set()).add(node)
+            near.setdefault(node, set()).add(source)
+            near.setdefault(source, set()).add(node)
             if writes:
-                pending.append(source)
-    written: set[Node] = set()
-    while pending:
-        node = pending.pop()
-        if node not in written:
-            written.add(node)
-            pending += views.get(node, ())
-    return written
+                written.append(source)
+    groups: list[set[Node]] = []
+    for first in written:
+        if any(first in group for group in groups):
+            continue
+        group, pending = set[Node](), [first]
+        while pending:
+            node = pending.pop()
+            if node not in group:
+                group.add(node)
+                pending += near.get(node, ())
+        groups.append(group)
+    return groups
 
 
 def _aliases(node: Node) -> Iterator[tuple[Node, bool]]:

@@ -261,6 +261,12 @@ class Objective:
         with forked():
             self.graph.compile(*self.batches.first)
 
+    def fuse(self) -> bool:
+        """Compile the largest part of the recorded step; returns whether that worked."""
+        assert self.graph is not None
+        with forked():
+            return self.graph.fuse(*self.batches.first)
+
     @property
     def recorded_leaves(self) -> list[Tensor]:
         """Leaves that make up the single parameter of a recorded step, in order."""

@@ -60,7 +60,8 @@ class TrainingState:
         window_spread: Standard deviation of a loss in that window.
         window_point: Parameters after that window, or at the cycle's begin; None between two cycles.
         cost: Cost of an eager step; None before it is counted.
-        step_kind: Whether steps are ``"eager"``, ``"recorded"`` or ``"compiled"``.
+        step_kind: Whether steps are ``"eager"``, ``"recorded"``, ``"fused"`` (recorded, with a compiled part) or
+            ``"compiled"``.
         is_step_kind_final: Whether this is decided for good.
         reason: Why training stopped; empty while it is in progress.
         kept: ``"flow"`` or ``"start"``, see ``FitResult``; empty while this is not decided.

@@ -5,24 +5,22 @@ from __future__ import annotations
 
 import math
 import statistics
-import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from pyro_flows._blame import user_level
-from pyro_flows._checks import Settings
 from pyro_flows._memory import DoesNotFit, first_line, is_out_of_memory
-from pyro_flows.compiled.cost import OperationCounter, StepCost
-from pyro_flows.compiled.parameters import RecordingError
+from pyro_flows.compiled.cost import OperationCounter
 from pyro_flows.models.traces import NO_DENSITY
 from pyro_flows.training.objective import Objective
 from pyro_flows.training.optimizers import MakeOptimizer, Optimizers, adam
 from pyro_flows.training.random_state import capture_random_state, restore_random_state
+from pyro_flows.training.recording import Recorder, RecordingSettings
 from pyro_flows.training.state import Point, TrainingState, set_leaves
 from pyro_flows.training.step import step_gradient
 
@@ -30,7 +28,7 @@ __all__ = ["Trainer", "TrainerSettings"]
 
 
 @dataclass(frozen=True)
-class TrainerSettings(Settings):
+class TrainerSettings(RecordingSettings):
     """Adam, its clipping and its learning-rate schedule within a cycle; when steps are recorded and compiled.
 
     Values without a source are heuristics; ``tests/benchmarks/`` measures their joint effect.
@@ -55,16 +53,6 @@ class TrainerSettings(Settings):
         initial_temperature: Temperature at which annealing begins, >= 1; it falls geometrically to 1 in half of the
             cycle. Rezende, Mohamed. Variational inference with normalizing flows. ICML 2015. arXiv:1505.05770,
             eq. (20), for annealing.
-        eager_operation: Seconds that an operation of an eager step takes, Pyro's share included. These times are
-            estimates, for a core of 2023: measured ones would differ from run to run, and with them what is recorded
-            and how it is rounded, so that neither a seed nor a checkpoint would reproduce a run.
-        element: Seconds that an element of its result, or a product in a matrix product, takes in addition.
-        min_steps_to_record: Smallest number of remaining steps for which a step is recorded: recording takes as long as
-            a hundred eager steps, and halves the time of those that follow.
-        min_seconds_to_record: Smallest time in seconds that the remaining eager steps would take.
-        saved_operation: Seconds that compilation saves per operation of a recorded step.
-        saved_element: Seconds that it saves per element of its result, in addition; none in matrix products.
-        compile_seconds: Seconds that the compiler takes per operation, on one core: as long as some 15,000 small steps.
     """
 
     clip: float = 2.0
@@ -78,13 +66,6 @@ class TrainerSettings(Settings):
     table_eps: float = 0.1
     max_failures: int = 10
     initial_temperature: float = 30.0
-    eager_operation: float = 6e-6
-    element: float = 3e-10
-    min_steps_to_record: int = 200
-    min_seconds_to_record: float = 2.0
-    saved_operation: float = 1e-6
-    saved_element: float = 1.5e-10
-    compile_seconds: float = 0.015
 
     def rate(self, progress: float) -> float:
         """Ratio of the learning rate to its peak, after a fraction of the cycle in [0, 1]: rises linearly, then falls
@@ -93,14 +74,6 @@ class TrainerSettings(Settings):
             return (progress + 1e-3) / (self.warmup + 1e-3)
         down = (progress - self.warmup) / (1.0 - self.warmup)
         return self.final_rate + (1.0 - self.final_rate) * 0.5 * (1.0 + math.cos(math.pi * down))
-
-    def seconds(self, cost: StepCost) -> float:
-        """Approximate time of an eager step."""
-        return cost.operations * self.eager_operation + (cost.elements + cost.products) * self.element
-
-    def saved_seconds(self, cost: StepCost) -> float:
-        """Approximate time that compilation saves in a recorded step."""
-        return cost.operations * self.saved_operation + cost.elements * self.saved_element
 
     def inverse_temperature(self, progress: float) -> float:
         """Factor of the log joint, in (0, 1], after a fraction of an annealed cycle in [0, 1]."""
@@ -148,7 +121,7 @@ class Trainer:
         self._elbo = objective.elbo(num_particles if objective.subsampled else -(-num_particles // parts.count))
         self._norms: deque[float] = deque(maxlen=self.settings.norm_memory)
         self._tables = tables
-        self._compile = compile
+        self._recorder = Recorder(objective, self._elbo, compile, bool(tables), self.settings)
         self._make = adam(self.settings.betas) if make is None else make
         self._optimizers: Optimizers | None = None  # between two cycles
 
@@ -177,7 +150,8 @@ class Trainer:
         self.state = state
         self._norms.extend(state.norms)
         if state.step_kind != "eager":
-            self._record_again()
+            points = (state.point, state.best_point, state.initial_point)
+            self._recorder.resume(state, (partial(self.restore, point) for point in points))
         if state.step:
             self._optimizers = self._fresh_optimizers()
             self._optimizers.load(state.moments, self.objective.parts.shards.own)
@@ -185,89 +159,17 @@ class Trainer:
             self.objective.batches.seek(state.position)
         self.restore_all()
 
-    def _record_again(self) -> None:
-        state = self.state
-        failure: RecordingError | None = None
-        for point in (state.point, state.best_point, state.initial_point):  # any of them, where the loss is finite
-            self.restore(point)
-            try:
-                graph = self.objective.record(self._elbo)
-                break
-            except RecordingError as error:
-                failure = error
-        else:
-            state.step_kind, state.is_step_kind_final = "eager", True
-            warnings.warn(
-                f"fit: goes on with eager steps where the run had recorded ones, since {failure}. Results differ from "
-                "those of the uninterrupted run by rounding.",
-                stacklevel=user_level(),
-            )
-            return
-        if state.step_kind == "compiled":
-            try:
-                self.objective.compile()
-                return
-            except RuntimeError as error:
-                warnings.warn(f"fit: goes on without compilation, since {error}.", stacklevel=user_level())
-        graph.script(*self.objective.batches.first)
-
     def _fresh_optimizers(self) -> Optimizers:
         # A part's mini-batch is scaled as all of them together are, before their mean is taken.
         eps = self.settings.table_eps * self.objective.scale / self.objective.parts.count
         return Optimizers(self.objective.parameters, self._tables, self._make, self.settings.betas, eps)
 
     def _choose_step_kind(self, steps_left: int) -> None:
-        """Record the step, or compile the recorded one, if that saves time."""
-        settings, state = self.settings, self.state
-        asked = self._compile is True
-        if self._compile is False or state.is_step_kind_final or not (asked or state.cost):
-            return
-        is_new = state.step_kind == "eager"
-        if is_new:
-            seconds = 0.0 if state.cost is None else steps_left * settings.seconds(state.cost)
-            is_short = steps_left < settings.min_steps_to_record or seconds < settings.min_seconds_to_record
-            if is_short and not asked:
-                return
-            failure = self._record()
-            if failure:
-                state.is_step_kind_final = True
-                if asked:
-                    warnings.warn(f"fit: takes eager steps, since {failure}.", stacklevel=user_level())
-                return
-            state.step_kind = "recorded"
+        """Record or compile the step, if that saves time."""
+        if self._recorder.choose(self.state, steps_left):
             before, self._optimizers = self._optimizers, self._fresh_optimizers()
             if before is not None:
                 self._optimizers.join(self.objective.recorded_leaves, before)
-        graph = self.objective.graph
-        assert graph is not None
-        saved = 0.0 if state.cost is None else steps_left * settings.saved_seconds(state.cost)
-        if asked or saved > graph.num_operations * settings.compile_seconds:
-            state.is_step_kind_final = True
-            try:
-                self.objective.compile()
-                state.step_kind = "compiled"
-                return
-            except RuntimeError as error:
-                if asked:
-                    warnings.warn(
-                        f"fit: runs its recorded step without compilation, since {error}.", stacklevel=user_level()
-                    )
-        if is_new:
-            graph.script(*self.objective.batches.first)
-
-    def _record(self) -> str:
-        """Record the step; returns why not, where that is not possible in one of the processes."""
-        failure: RecordingError | None = None
-        try:
-            if self._tables:
-                raise RecordingError("items have parameters of their own, of which a step moves a few rows")
-            self.objective.record(self._elbo)
-        except RecordingError as error:
-            failure = error
-        reason = self.objective.parts.first_failure(failure)
-        if reason and failure is None:
-            self.objective.release()
-        return reason
 
     def snapshot(self) -> Point:
         """A copy of all parameters."""
@@ -347,7 +249,7 @@ class Trainer:
         state, settings = self.state, self.settings
         for parameter in self.objective.parameters:
             parameter.grad = None
-        counts = state.cost is None and self._compile is not False and state.step_kind == "eager"
+        counts = self._recorder.counts(state)
         counter = OperationCounter()
         try:
             with counter if counts else nullcontext():

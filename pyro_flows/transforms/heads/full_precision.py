@@ -101,12 +101,12 @@ class FullPrecisionHead(LinearMixedHead):
     each other, as along a random walk: :math:`y_p = a_0(y_f) + T y_p + e^t L \epsilon`, with a constant, strictly lower
     triangular :math:`T`, so that :math:`a = C a_0`. The likelihood factor has a precision
     :math:`K = e^{-2 u^\top (y_f - f_0)} W_0 D W_0^\top` and a location
-    :math:`b = b_0 + W_0^{-\top} \beta + G (y_f - f_0)`. This is the exact conditional posterior of a linear mixed model:
-    crossed effects, slopes with correlated covariates, a latent noise scale. As long as :math:`W_0` is diagonal and
-    :math:`G, u` are zero, as at initialization, it is :class:`MultilevelHead`. They and :math:`b_0` are set by
+    :math:`b = b_0 + W_0^{-\top} \beta + G (y_f - f_0)`. This is the exact conditional posterior of a linear mixed
+    model: crossed effects, slopes with correlated covariates, a latent noise scale. As long as :math:`W_0` is diagonal
+    and :math:`G, u` are zero, as at initialization, it is :class:`MultilevelHead`. They and :math:`b_0` are set by
     :meth:`set_likelihood` and not trained, while the diagonal :math:`D`, :math:`\beta` and the shares of priors are:
     each changes one of the independent directions of the likelihood. Scales and locations of the coordinates
-    themselves would turn a precise direction towards vague ones, and a step of an optimizer move a draw by many of its
+    themselves would turn a precise direction towards vague ones, and an optimizer's step move a draw by many of its
     standard deviations.
 
     Computed in double precision and in coordinates in which the prior is standard normal, where :math:`P` is

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -69,6 +70,25 @@ def test_the_exact_conditional_of_a_linear_mixed_model() -> None:
         mean = torch.linalg.solve(exact, (mu + x.mT @ y) * (-2 * log_tau).exp())
         away = torch.stack(theta) - mean
         torch.testing.assert_close(away @ exact @ away, eps.square().sum())
+
+
+def test_a_step_moves_draws_by_as_many_standard_deviations() -> None:
+    """However differently precise the likelihood's directions are: a change of a coordinate's own scale would turn the
+    precise one, a thousandth as wide as the others."""
+    matrix = head()
+    direction = torch.tensor([[1.0, -2.0, 3.0]], dtype=torch.double) / math.sqrt(14.0)
+    precision = 1e6 * direction.mT @ direction + torch.eye(3, dtype=torch.double)
+    zeros = torch.zeros(2, dtype=torch.double)
+    matrix.set_likelihood((zeros, zeros + 1.0), torch.randn(3).double(), precision, torch.zeros(3, 2).double(), zeros)
+    before = copy.deepcopy(matrix)
+    noise = torch.randn(1000, 5, dtype=torch.double)
+    for row in range(2):
+        for column in range(2, 5):
+            matrix.load_state_dict(before.state_dict())
+            with torch.no_grad():
+                matrix.raw.value[row, column] += 1e-3
+            moved = before.inverse_and_ladj(matrix.forward_and_ladj(noise)[0])[0] - noise
+            assert moved.square().mean(0).sum().sqrt() < 2e-3
 
 
 def test_correlated_priors() -> None:
