@@ -348,6 +348,10 @@ class _OneItem:
         return self.sampler.structure.layout.sizes
 
     @property
+    def max_draws(self) -> int:
+        return self.sampler.chunk
+
+    @property
     def chunk(self) -> int:
         return self.sampler.chunk
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from pyro_flows.models.scoring import ModelScorer, Score, concatenate
 from pyro_flows.models.structure import Structure, read_structure
 from pyro_flows.models.traces import DRAWS, Call, mini_batches, run_quietly, sample_nodes
 
-__all__ = ["Draws", "ImportanceSampler", "SamplerSettings", "log_weights"]
+__all__ = ["Draws", "ImportanceSampler", "SamplerSettings", "gap_of", "log_weights"]
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,15 @@ class ImportanceSampler:
 def _or_none(log_density: Tensor) -> Tensor:
     """Log density with NaN, of refused draws, replaced by minus infinity."""
     return torch.where(log_density.isnan(), -torch.inf, log_density)
+
+
+def gap_of(log_weights: Tensor) -> tuple[float, float]:
+    """How far the mean of log weights, ``(S,)``, is below the log of their mean, in nats, and its standard error by the
+    delta method; infinite if draws have no weights."""
+    log_mean = log_weights.logsumexp(0) - math.log(len(log_weights))
+    gap = (log_mean - log_weights.mean()).item()
+    error = ((log_weights - log_mean).exp() - log_weights).std().item() / math.sqrt(len(log_weights))
+    return (gap, error) if math.isfinite(gap) else (math.inf, 0.0)
 
 
 @checked(num_samples=integer(1))

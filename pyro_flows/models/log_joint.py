@@ -35,12 +35,15 @@ class EvaluationSettings:
     Attributes:
         num_probes: Number of draws at which ways of running a model are compared.
         distance: Standard deviation of these about the initial location, in unconstrained space.
-        max_rows: Largest number of draws times items of a model in one evaluation; bounds memory.
+        max_rows: Largest number of draws times items of a model that an average is taken over; bounds time.
+        max_elements: Largest number of draws times values of a model's sites in one evaluation: more would need more
+            memory, and take longer, since nothing is left in a processor's caches.
     """
 
     num_probes: int = 3
     distance: float = 0.1
     max_rows: int = 2**18
+    max_elements: int = 2**19
 
 
 EVALUATION = EvaluationSettings()
@@ -86,9 +89,15 @@ class LogJoint:
         return self.table.sizes
 
     @property
+    def max_draws(self) -> int:
+        """Number of draws that an average may be taken over."""
+        return max(1, EVALUATION.max_rows // self.cost_per_draw)
+
+    @property
     def chunk(self) -> int:
         """Number of draws that may be evaluated at once."""
-        return max(1, EVALUATION.max_rows // self.cost_per_draw)
+        elements = sum(node["value"].numel() for node in self.batched.nodes.values())
+        return max(1, min(self.max_draws, EVALUATION.max_elements // max(elements, 1)))
 
     @property
     def is_vectorized(self) -> bool:
@@ -186,6 +195,11 @@ class PulledBack:
         return (sum(self.log_joint.sizes),)
 
     @property
+    def max_draws(self) -> int:
+        """Number of draws that an average may be taken over."""
+        return self.log_joint.max_draws
+
+    @property
     def chunk(self) -> int:
         """Number of draws that may be evaluated at once."""
         return self.log_joint.chunk
@@ -212,6 +226,10 @@ class Target(Protocol):
     @property
     def sizes(self) -> Sequence[int]:
         """Lengths of the parts of a draw, those first on which the densities of others depend."""
+
+    @property
+    def max_draws(self) -> int:
+        """Number of draws that an average may be taken over."""
 
     @property
     def chunk(self) -> int:

@@ -300,7 +300,7 @@ def refined(log_joint: Target, begin: Gaussian, moving: Tensor | None = None) ->
     else:
         count = GAUSSIAN.num_newton_draws + GAUSSIAN.num_newton_rows // len(begin.loc)
     for _ in range(GAUSSIAN.num_newton_steps):
-        tried = _newton(log_joint, best, moving, max(2, min(count, log_joint.chunk) // 2 * 2))
+        tried = _newton(log_joint, best, moving, max(2, min(count, log_joint.max_draws) // 2 * 2))
         found = scored(log_joint, [best, *tried], GAUSSIAN.num_elbo_draws, begin.loc)
         was, best = found[0].elbo, max(found, key=lambda gaussian: gaussian.elbo)
         if not best.elbo > was + GAUSSIAN.newton_gain:

@@ -196,13 +196,16 @@ def gradient_and_hessian(target: Target, points: Tensor, sizes: Sequence[int] | 
     return torch.cat(gradients, -1).detach().double(), hessian
 
 
-def hessian_rows(target: Target, points: Tensor, num_leaves: int) -> tuple[Tensor, Tensor, Tensor]:
+def hessian_rows(
+    target: Target, points: Tensor, num_leaves: int, most: int = SETTINGS.rows_per_pass
+) -> tuple[Tensor, Tensor, Tensor]:
     """Derivatives of a target whose last P coordinates are leaves, without second derivatives in each other.
 
     Args:
         target: Log density, ``(S, d)`` to ``(S,)``; each entry depends on its own vector only.
         points: Where, ``(S, d)``.
         num_leaves: P.
+        most: Number of evaluations that may be made at once.
 
     Returns:
         In float64, the gradient, ``(S, d)``; the Hessian's rows of the F coordinates that are no leaves, ``(S, F, d)``;
@@ -212,7 +215,7 @@ def hessian_rows(target: Target, points: Tensor, num_leaves: int) -> tuple[Tenso
         RuntimeError: If the target has no second derivative.
     """
     free = points.shape[-1] - num_leaves
-    pass_rows = max(1, min(SETTINGS.rows_per_pass, SETTINGS.values_per_pass // points.numel()))
+    pass_rows = max(1, min(SETTINGS.rows_per_pass, most // len(points), SETTINGS.values_per_pass // points.numel()))
     with torch.enable_grad():
         parts = [part.detach().requires_grad_() for part in points.split([free, num_leaves], -1)]
         gradients = torch.autograd.grad(_total(target(torch.cat(parts, -1))), parts, create_graph=True)

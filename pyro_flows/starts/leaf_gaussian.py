@@ -239,7 +239,7 @@ def _derivatives(log_joint: Target, draws: Tensor, num_leaves: int) -> tuple[Ten
     found = []
     for draw in draws.split(1):  # a batch would take more memory, and no less time
         try:
-            found.append(hessian_rows(log_joint, draw, num_leaves))
+            found.append(hessian_rows(log_joint, draw, num_leaves, log_joint.chunk))
         except RuntimeError:
             return None
     gradient, rows, leaves = (torch.cat(parts) for parts in zip(*found, strict=True))

@@ -39,7 +39,6 @@ class LeafSettings:
             by a regression's number of unknowns.
         max_conditionals: Largest number of these.
         min_conditionals: Number of these, by the number of unknowns, below which there are no products.
-        rows_per_run: Divisor of the number of draws in a run of the model, whose second derivatives take more memory.
         nodes: Nodes of Gauss-Hermite quadrature with two points, in standard deviations.
         max_ratio: Largest factor between a leaf's conditional precisions.
         ridge: Weight of the penalty of a regression's weights, by the variance of their regressor.
@@ -53,7 +52,6 @@ class LeafSettings:
     num_conditionals: float = 2.0
     max_conditionals: int = 2048
     min_conditionals: float = 1.5
-    rows_per_run: int = 64
     nodes: tuple[float, ...] = (-1.0, 1.0)
     max_ratio: float = 4.0
     ridge: float = 1e-2
@@ -151,9 +149,8 @@ def _bend(block: JointBlock, log_joint: Target, preconditioner: LeafPrecondition
     if num_draws < SETTINGS.min_conditionals * count:
         left, right = left[:0], right[:0]
     noise = antithetic(num_draws, like)[:, :free]
-    most = max(1, log_joint.chunk // SETTINGS.rows_per_run)
     try:
-        found = [_conditionals(log_joint, start, some) for some in noise.split(most)]
+        found = [_conditionals(log_joint, start, some) for some in noise.split(log_joint.chunk)]
     except RuntimeError:
         return
     shift, log_ratio = (torch.cat(parts) for parts in zip(*found, strict=True))

@@ -7,6 +7,7 @@ from pyro_flows.training.elbo import VectorizedTrace_ELBO
 from pyro_flows.training.fit import fit
 from pyro_flows.training.monitor import FitProgress
 from pyro_flows.training.objective import EstimateSettings
+from pyro_flows.training.recording import RecordingSettings
 from pyro_flows.training.result import FitResult, WeightedResult, Widening
 from pyro_flows.training.settings import FitSettings
 from pyro_flows.training.trainer import TrainerSettings
@@ -21,6 +22,7 @@ __all__ = [
     "FitProgress",
     "FitResult",
     "FitSettings",
+    "RecordingSettings",
     "ScheduleSettings",
     "TrainerSettings",
     "VectorizedTrace_ELBO",

@@ -24,7 +24,7 @@ from pyro_flows.compiled.graph import LossGraph, used_leaves
 from pyro_flows.compiled.parameters import FlatParameter, RecordingError, leaves_of, state_of, trial
 from pyro_flows.compiled.unread import tensor_loss
 from pyro_flows.importance.psis import nearly_constant, pareto_smooth
-from pyro_flows.importance.weights import log_weights
+from pyro_flows.importance.weights import gap_of, log_weights
 from pyro_flows.models.batching import BatchedModel
 from pyro_flows.models.checks import start_elsewhere, where_not_finite, without_density
 from pyro_flows.models.particles import at_a_draw, check_shapes, look_at
@@ -64,6 +64,8 @@ class EstimateSettings(Settings):
             in float32.
         num_tail_draws: Number of draws from which the tail of importance weights is estimated, at which k-hat has a
             standard error of about 0.1.
+        num_gap_draws: Number of draws by which a gap is compared first.
+        gap_errors: Number of standard errors by which it has to be larger then.
         max_khat: k-hat below which the tail is light: one such standard error below 0.7, the bound of Vehtari, Simpson,
             Gelman, Yao, Gabry. Pareto smoothed importance sampling. JMLR 25(72), 2024.
     """
@@ -76,6 +78,8 @@ class EstimateSettings(Settings):
     max_batches: int = 200
     max_elements: int = 2**25
     num_tail_draws: int = 10_000
+    num_gap_draws: int = 1000
+    gap_errors: float = 3.0
     max_khat: float = 0.6
 
 
@@ -261,12 +265,6 @@ class Objective:
         with forked():
             self.graph.compile(*self.batches.first)
 
-    def fuse(self) -> bool:
-        """Compile the largest part of the recorded step; returns whether that worked."""
-        assert self.graph is not None
-        with forked():
-            return self.graph.fuse(*self.batches.first)
-
     @property
     def recorded_leaves(self) -> list[Tensor]:
         """Leaves that make up the single parameter of a recorded step, in order."""
@@ -299,25 +297,29 @@ class Objective:
     def has_light_tails(self) -> bool:
         """Whether the importance weights of the guide's draws have a k-hat below ``max_khat``."""
         num_draws = self.settings.num_tail_draws
-        smoothed = pareto_smooth(self._log_weights())
+        smoothed = pareto_smooth(self._log_weights(num_draws))
         ess = (-(2.0 * smoothed.log_weights).logsumexp(0)).exp().item()
         largest = (smoothed.log_weights.max() + math.log(num_draws)).item()
         return smoothed.khat < self.settings.max_khat or nearly_constant(largest, ess, num_draws)
 
-    def gap(self) -> float:
+    def gap(self, enough: float = math.inf) -> float:
         """How far the ELBO is below the evidence that importance weights of the guide's draws give, in nats, >= 0; too
-        small where the guide misses a part of the posterior, infinite where draws have no weights. The same in all
-        processes."""
+        small where the guide misses a part of the posterior, infinite without weights. The same in all processes. Fewer
+        draws suffice where they tell that it is larger than ``enough``."""
+        few, all_draws = self.settings.num_gap_draws, self.settings.num_tail_draws
         try:
-            weights = self._log_weights()
+            weights = self._log_weights(min(few, all_draws))
+            gap, error = gap_of(weights)
+            is_larger = self.parts.processes.broadcast(gap - self.settings.gap_errors * error > enough)
+            if few < all_draws and not is_larger:
+                gap, _ = gap_of(torch.cat([weights, self._log_weights(all_draws - few)]))
         except NotImplementedError:  # a guide of some of the latents, the others of which have no density
             return math.inf
-        found = weights.logsumexp(0).item() - math.log(len(weights)) - weights.mean().item()
-        return self.parts.processes.broadcast(found if math.isfinite(found) else math.inf)
+        return self.parts.processes.broadcast(gap)
 
-    def _log_weights(self) -> Tensor:
+    def _log_weights(self, num_draws: int) -> Tensor:
         args, kwargs = self.batches.first
-        return log_weights(self.model, self.guide, self.settings.num_tail_draws, args, kwargs)[0]
+        return log_weights(self.model, self.guide, num_draws, args, kwargs)[0]
 
     def without_density(self) -> str:
         """Error message if no loss is finite; names the sites of the model without density at a draw of the guide.

@@ -11,7 +11,9 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 
 from pyro_flows._blame import user_level
 from pyro_flows._checks import Settings
+from pyro_flows._random import forked
 from pyro_flows.compiled.cost import StepCost
+from pyro_flows.compiled.graph import LossGraph
 from pyro_flows.compiled.parameters import RecordingError
 from pyro_flows.training.objective import Objective
 from pyro_flows.training.state import TrainingState
@@ -45,7 +47,7 @@ class RecordingSettings(Settings):
     saved_operation: float = 1e-6
     saved_element: float = 1.5e-10
     compile_seconds: float = 0.015
-    fused_element: float = 3e-10
+    fused_element: float = 4e-10
     fuse_seconds: float = 4.0
 
     def seconds(self, cost: StepCost) -> float:
@@ -133,7 +135,7 @@ class Recorder:
                         f"fit: runs its recorded step without compilation, since {error}.", stacklevel=user_level()
                     )
         elif part > 0.0:
-            if objective.fuse():
+            if self._fuse(graph):
                 state.step_kind = "fused"
                 return is_new
             state.is_step_kind_final = True
@@ -172,7 +174,7 @@ class Recorder:
             except RuntimeError as error:
                 warnings.warn(f"fit: goes on without compilation, since {error}.", stacklevel=user_level())
         elif state.step_kind == "fused":
-            if graph.part is not None and objective.fuse():
+            if graph.part is not None and self._fuse(graph):
                 return
             warnings.warn(
                 "fit: goes on without compilation, which fails here. Results differ from those of the uninterrupted "
@@ -180,6 +182,11 @@ class Recorder:
                 stacklevel=user_level(),
             )
         graph.script(*objective.batches.first)
+
+    def _fuse(self, graph: LossGraph) -> bool:
+        """Compile the large operations; returns whether that worked."""
+        with forked():
+            return graph.fuse(*self._objective.batches.first)
 
     def _record(self) -> str:
         """Record the step; returns why not, where that is not possible in one of the processes."""

@@ -248,7 +248,7 @@ class Schedule:
         if objective.trains_model or objective.prefers(now, self._best()) or anneal:
             self._keep(now)
         target = self.settings.target_gap
-        if target is not None and self.objective.gap() < target:
+        if target is not None and self.objective.gap(target) < target:
             state.reason = f"the gap is below {target:g} nats"
         elif judged and self._has_converged(now):
             state.reason = f"converged: log weights have a standard deviation of {math.sqrt(now.variance):.3f} nats"
@@ -306,7 +306,13 @@ class Schedule:
         gain, cycles = max(gain, 0.0), len(self.trainer.state.lengths) - self.trainer.state.cycle
         falls = self._falls(gain)
         enough = self._gap_to_leave + sum(gain * falls**cycle for cycle in range(1, cycles))
-        return now.variance / 2 > enough and enough < self.objective.gap() < math.inf  # the former costs no draws
+        if not now.variance / 2 > enough:  # this costs no draws
+            return False
+        gap = self.objective.gap()
+        if not enough < gap < math.inf:
+            return False
+        self.trainer.state.gap = gap
+        return True
 
     def _gained_before(self) -> bool:
         """Whether the cycle before this one gained more than the tolerance, or is the first, which tells nothing."""

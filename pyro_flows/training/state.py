@@ -63,6 +63,7 @@ class TrainingState:
         step_kind: Whether steps are ``"eager"``, ``"recorded"``, ``"fused"`` (recorded, with a compiled part) or
             ``"compiled"``.
         is_step_kind_final: Whether this is decided for good.
+        gap: Gap in nats for which training stopped, to go on with a wider flow; None if it did not.
         reason: Why training stopped; empty while it is in progress.
         kept: ``"flow"`` or ``"start"``, see ``FitResult``; empty while this is not decided.
         final_estimate: ELBO estimate of the parameters that were kept.
@@ -99,6 +100,7 @@ class TrainingState:
     cost: StepCost | None = None
     step_kind: str = "eager"
     is_step_kind_final: bool = False
+    gap: float | None = None
     reason: str = ""
     kept: str = ""
     final_estimate: Estimate | None = None

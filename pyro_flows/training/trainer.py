@@ -29,7 +29,7 @@ __all__ = ["Trainer", "TrainerSettings"]
 
 @dataclass(frozen=True)
 class TrainerSettings(RecordingSettings):
-    """Adam, its clipping and its learning-rate schedule within a cycle; when steps are recorded and compiled.
+    """Adam, its clipping and its learning-rate schedule within a cycle; with those of :class:`RecordingSettings`.
 
     Values without a source are heuristics; ``tests/benchmarks/`` measures their joint effect.
 

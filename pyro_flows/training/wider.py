@@ -71,7 +71,9 @@ def gap_to_close(schedule: Schedule, file: Checkpoint) -> float | None:
     target_gap = math.inf if file.run.options.target_gap is None else file.run.options.target_gap
     if (is_over or target_gap == math.inf) and not is_wide:
         return None
-    gap = objective.gap()  # infinite where draws have no density, which no flow mends
+    gap = schedule.trainer.state.gap
+    if gap is None:
+        gap = objective.gap()  # infinite where draws have no density, which no flow mends
     return gap if is_wide or target_gap < gap < math.inf else None
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -17,9 +18,9 @@ from torch.fx import GraphModule
 from pyro_flows import AutoFlowGuide, fit
 from pyro_flows.compiled import fused
 from pyro_flows.compiled.fused import FusionSettings, large_part, to_fused
+from pyro_flows.compiled.graph import LossGraph
 from pyro_flows.compiled.tracer import trace_operations
-from pyro_flows.training import FitSettings, TrainerSettings
-from pyro_flows.training.objective import Objective
+from pyro_flows.training import EstimateSettings, FitSettings, TrainerSettings
 from pyro_flows.training.trainer import Trainer
 from tests.common import schools
 from tests.compiled.test_script import from_seed, graph_of
@@ -192,10 +193,13 @@ def kinds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def run(trainer: TrainerSettings, model: Callable[..., None] = large_regression) -> Any:
-    guide, settings = AutoFlowGuide(model, "diagonal_normal"), FitSettings(trainer=trainer)
-    options: dict[str, Any] = {"num_steps": 20, "num_particles": 4, "seed": 0, "progress": False}
-    return fit(model, guide, (torch.zeros(6),), settings=settings, **options)
+def run(trainer: TrainerSettings, **options: Any) -> Any:
+    pyro.clear_param_store()
+    guide = AutoFlowGuide(large_regression, "diagonal_normal")
+    few = EstimateSettings(num_runs=2, num_particles=4, num_tail_draws=40)
+    settings = FitSettings(trainer=trainer, checkpoint_interval=0.0, estimates=few)
+    default = {"num_steps": 20, "num_particles": 4, "seed": 0, "progress": False, "settings": settings}
+    return fit(large_regression, guide, (torch.zeros(6),), **{**default, **options})
 
 
 def test_fit_fuses_where_that_saves_time(kinds: list[str]) -> None:
@@ -207,6 +211,31 @@ def test_fit_fuses_where_that_saves_time(kinds: list[str]) -> None:
 
 
 def test_fit_goes_on_without_a_compiler(kinds: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Objective, "fuse", lambda self: False)
+    monkeypatch.setattr(LossGraph, "fuse", lambda *_: False)
     run(RATES)
     assert kinds == ["eager"] + 19 * ["recorded"]
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run(RATES).losses
+    path, step = tmp_path / "run.pt", Trainer._step
+
+    def killed(self: Trainer, rate: float) -> None:
+        if self.state.num_steps == 12:
+            raise SystemExit
+        step(self, rate)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(Trainer, "_step", killed)
+        run(RATES, checkpoint=path)
+    assert torch.load(path, weights_only=True)["state"]["step_kind"] == "fused"
+    assert run(RATES, checkpoint=path).losses == expected
+
+
+def test_a_run_that_is_resumed_without_a_compiler_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.pt"
+    expected = run(RATES, checkpoint=path, num_steps=10).losses
+    monkeypatch.setattr(LossGraph, "fuse", lambda *_: False)
+    with pytest.warns(UserWarning, match="goes on without compilation"):
+        found = run(RATES, checkpoint=path, num_steps=20).losses
+    assert found[:10] == expected and len(found) == 20

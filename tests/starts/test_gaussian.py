@@ -173,7 +173,7 @@ class Poisson:
     """Of a rate exp(z) with a flat prior; as much of a target as a refinement looks at."""
 
     sizes: Sequence[int] = (1, 2)
-    chunk, is_vectorized = 1000, True
+    max_draws, chunk, is_vectorized = 1000, 1000, True
 
     def __call__(self, draws: Tensor | Sequence[Tensor]) -> Tensor:
         draws = joined(draws)

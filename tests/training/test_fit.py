@@ -458,6 +458,32 @@ def test_tails_of_weights_are_looked_at_before_it_is_called_arrived(df: float, l
     assert Objective(model, guide, Batches((), {})).has_light_tails() is light
 
 
+@pytest.mark.parametrize("enough, num_draws", [(0.05, [1000]), (0.14, [1000, 9000]), (math.inf, [1000, 9000])])
+def test_a_gap_takes_the_draws_that_a_comparison_needs(
+    enough: float, num_draws: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten thousand took as long as hundreds of steps, where a thousand tell that the gap is too large."""
+
+    def model() -> None:
+        pyro.sample("z", dist.Normal(0.5, 1.0))
+
+    at_zero = init_to_value(values={"z": torch.tensor(0.0)})
+    guide = AutoFlowGuide(model, flow="diagonal_normal", init_scale=1.0, init_loc_fn=at_zero)
+    guide()
+    objective, counts, weigh = Objective(model, guide, Batches((), {})), [], Objective._log_weights
+
+    def counted(self: Objective, count: int) -> Tensor:
+        counts.append(count)
+        return weigh(self, count)
+
+    monkeypatch.setattr(Objective, "_log_weights", counted)
+    pyro.set_rng_seed(0)
+    gap, exact = objective.gap(enough), 0.5**2 / 2  # KL(N(0, 1) || N(0.5, 1))
+    assert counts == num_draws
+    # The variance of a weight is exp(0.5^2) - 1, and covers that of its logarithm, which it is correlated with.
+    assert abs(gap - exact) < 4 * math.sqrt((math.exp(0.25) - 1) / sum(num_draws))
+
+
 @pytest.mark.parametrize("last_gain, gain, worth", [(0.0, 0.03, True), (0.06, 0.05, True), (0.06, 0.03, False)])
 def test_a_cycle_that_promises_little_is_not_begun(last_gain: float, gain: float, worth: bool) -> None:
     """Gains of .066, .051, .020 were followed by 2000 steps for .009, half of the whole time."""
