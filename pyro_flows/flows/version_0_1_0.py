@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyro_flows.transforms import FullPrecisionHead, PlateHead, SiteOrderedAffine
 from pyro_flows.transforms.coupling import Couplings
-from pyro_flows.transforms.heads.base import Head, decode_gaussian, encode_gaussian
+from pyro_flows.transforms.heads.base import Head, encode_gaussian
 from pyro_flows.transforms.networks import Packed
 
 __all__ = ["from_0_1_0", "is_from_0_1_0", "names_in_0_1_0"]
@@ -146,9 +146,8 @@ def _converted(part: nn.Module, before: Mapping[str, Tensor], prefix: str) -> di
 def _as_origin(head: FullPrecisionHead, raw: Tensor, origin: Tensor) -> dict[str, Tensor]:
     """The same head, with locations and scales of pooled coordinates in its origin."""
     pooled = head.order[head.count_free :]
-    loc, _, log_scale = decode_gaussian(raw[:, pooled])
-    before, log_unit = origin[:, pooled]
-    after = torch.stack([torch.addcmul(before, log_unit.exp(), loc), log_scale + log_unit])
+    loc, _, log_scale = head.decode(raw[:, pooled], origin[:, pooled])
+    after = torch.stack([loc, log_scale])
     standard = encode_gaussian(torch.zeros_like(loc), torch.ones_like(loc))
     return {"raw.value": raw.index_copy(-1, pooled, standard), "origin": origin.index_copy(-1, pooled, after)}
 

@@ -116,7 +116,7 @@ class ConditionalGaussianHead(Head):
         super().initialize(torch.zeros_like(loc), torch.ones_like(loc))
 
     def gaussian(self) -> tuple[Tensor, Tensor]:
-        loc, scale, _ = self._decode(self.raw.value, self.origin.detach())
+        loc, scale, _ = self.decode(self.raw.value, self.origin.detach())
         return loc, scale
 
     def gaussian_parameters(self) -> Iterator[nn.Parameter]:
@@ -124,8 +124,8 @@ class ConditionalGaussianHead(Head):
         yield self.log_share
 
     @staticmethod
-    def _decode(raw: Tensor, origin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Locations, scales and log-scales of site approximations."""
+    def decode(raw: Tensor, origin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Locations, scales and log-scales of site approximations, ``(P,)``, from rows of both, ``(2, P)``."""
         loc, scale, log_scale = decode_gaussian(raw)
         unit = origin[1].exp()
         return torch.addcmul(origin[0], unit, loc), scale * unit, log_scale + origin[1]
@@ -138,7 +138,7 @@ class ConditionalGaussianHead(Head):
 
     def _site_approximations(self) -> tuple[Tensor, Tensor, Tensor]:
         """Locations, scales and log-scales of the coordinates' site approximations, in order."""
-        return self._decode(self._ordered(self.raw.value), self._ordered(self.origin.detach()))
+        return self.decode(self._ordered(self.raw.value), self._ordered(self.origin.detach()))
 
     def prior(self, parents: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Locations and log-scales of the priors of pooled coordinates, some or all, given those drawn before."""
