@@ -347,9 +347,8 @@ class _OneItem:
     def sizes(self) -> Sequence[int]:
         return self.sampler.structure.layout.sizes
 
-    @property
-    def max_draws(self) -> int:
-        return self.sampler.chunk
+    def affordable(self, count: int, _: int) -> int:
+        return max(2, min(count, self.sampler.chunk) // 2 * 2)
 
     @property
     def chunk(self) -> int:

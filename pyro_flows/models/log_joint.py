@@ -38,12 +38,17 @@ class EvaluationSettings:
         max_rows: Largest number of draws times items of a model that an average is taken over; bounds time.
         max_elements: Largest number of draws times values of a model's sites in one evaluation: more would need more
             memory, and take longer, since nothing is left in a processor's caches.
+        max_values: Largest number of draws times their gradients times values of a model's sites in one step of an
+            algorithm; a gradient takes 20 nanoseconds a value.
+        min_draws: Number of draws that an average is taken over even if they have more.
     """
 
     num_probes: int = 3
     distance: float = 0.1
     max_rows: int = 2**18
     max_elements: int = 2**19
+    max_values: int = 2**27
+    min_draws: int = 16
 
 
 EVALUATION = EvaluationSettings()
@@ -89,15 +94,20 @@ class LogJoint:
         return self.table.sizes
 
     @property
-    def max_draws(self) -> int:
-        """Number of draws that an average may be taken over."""
-        return max(1, EVALUATION.max_rows // self.cost_per_draw)
+    def values_per_draw(self) -> int:
+        """Number of values of the model's sites."""
+        return max(1, sum(node["value"].numel() for node in self.batched.nodes.values()))
+
+    def affordable(self, count: int, gradients: int) -> int:
+        """Up to ``count`` draws, an even number, that an average is worth if each takes some gradients."""
+        by_values = max(EVALUATION.min_draws, EVALUATION.max_values // (gradients * self.values_per_draw))
+        return max(2, min(count, EVALUATION.max_rows // self.cost_per_draw, by_values) // 2 * 2)
 
     @property
     def chunk(self) -> int:
         """Number of draws that may be evaluated at once."""
-        elements = sum(node["value"].numel() for node in self.batched.nodes.values())
-        return max(1, min(self.max_draws, EVALUATION.max_elements // max(elements, 1)))
+        rows, elements = EVALUATION.max_rows // self.cost_per_draw, EVALUATION.max_elements // self.values_per_draw
+        return max(1, min(rows, elements))
 
     @property
     def is_vectorized(self) -> bool:
@@ -194,10 +204,9 @@ class PulledBack:
         """A single part, since the map mixes them."""
         return (sum(self.log_joint.sizes),)
 
-    @property
-    def max_draws(self) -> int:
-        """Number of draws that an average may be taken over."""
-        return self.log_joint.max_draws
+    def affordable(self, count: int, gradients: int) -> int:
+        """As :meth:`LogJoint.affordable`."""
+        return self.log_joint.affordable(count, gradients)
 
     @property
     def chunk(self) -> int:
@@ -227,9 +236,8 @@ class Target(Protocol):
     def sizes(self) -> Sequence[int]:
         """Lengths of the parts of a draw, those first on which the densities of others depend."""
 
-    @property
-    def max_draws(self) -> int:
-        """Number of draws that an average may be taken over."""
+    def affordable(self, count: int, gradients: int, /) -> int:
+        """Up to ``count`` draws that an average is worth if each takes some gradients."""
 
     @property
     def chunk(self) -> int:

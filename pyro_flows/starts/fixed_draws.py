@@ -24,12 +24,14 @@ class FixedDrawsSettings:
 
     Attributes:
         num_draws: Number of antithetic draws.
+        min_draws: Number of draws that a fit has, however expensive they are.
         num_iterations: Iterations of a run of L-BFGS.
         num_rounds: Number of runs, each of which starts with an empty curvature history.
         forbidden: Loss in nats that the line search receives where the model has no density.
     """
 
     num_draws: int = 64
+    min_draws: int = 32
     num_iterations: int = 150
     num_rounds: int = 2
     forbidden: float = 1e15
@@ -102,13 +104,15 @@ def fit_on_fixed_draws(
         push: Noise, ``(S, D)``, to draws and the log-determinant of each.
         parameters: The map's parameters, leaf tensors.
         like: A tensor of shape ``(D,)``, with the dtype and device of the draws.
-        count: Number of draws, even; a more flexible map needs more draws in order not to overfit them.
+        count: Number of draws, even; a more flexible map needs more draws in order not to overfit them. Fewer
+            are taken where they are expensive.
         rounds: Number of runs of L-BFGS, each of which starts with an empty curvature history.
 
     Returns:
         Whether all parameters are finite.
     """
-    noise = antithetic(count, like)
+    affordable = log_joint.affordable(count, FIXED_DRAWS.num_iterations)
+    noise = antithetic(max(min(count, FIXED_DRAWS.min_draws), affordable), like)
 
     @torch.enable_grad()
     def loss_and_gradients() -> list[Tensor]:
@@ -124,7 +128,6 @@ def fit_on_fixed_draws(
     return True
 
 
-@torch.no_grad()
 def elbo_of(log_joint: Target, push: Callable[[Tensor], tuple[Tensor, Tensor]], noise: Tensor) -> float:
     """ELBO of a transport map of standard normal noise, ``(S, D)``; minus infinity where the model has no density."""
     draws, ladj = push(noise)

@@ -4,25 +4,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_flows.models.log_joint import LogJoint, Target
+from pyro_flows.starts.ascents import ascents, batched, distinct_points
 from pyro_flows.starts.differences import mean_derivatives
-from pyro_flows.starts.fixed_draws import antithetic, fit_on_fixed_draws, scored
-from pyro_flows.starts.lbfgs import gradient_and_hessian, lbfgs_paths, local_factor
+from pyro_flows.starts.fixed_draws import FIXED_DRAWS, antithetic, fit_on_fixed_draws, scored
+from pyro_flows.starts.lbfgs import LBFGS, gradient_and_hessian, local_factor
 
 __all__ = [
     "GAUSSIAN",
     "Gaussian",
-    "ascents",
     "best_gaussian",
-    "climb",
-    "distinct_points",
     "local_gaussians",
     "mean_field",
     "refined",
@@ -35,22 +31,13 @@ class GaussianSettings:
     """Settings of the search for a warm start's Gaussian.
 
     Attributes:
-        num_near_expensive: Number of ascents from around the initial location, if a draw is expensive.
-        num_prior_expensive: Number of ascents from draws of the prior, if a draw is expensive.
-        num_near: Number of ascents from around the initial location, otherwise.
-        num_prior: Number of ascents from draws of the prior, otherwise.
-        spread: Standard deviation of initial points about the initial location, in unconstrained space.
-        num_steps: Steps of an ascent.
-        tolerance: Gain in nats below which an ascent has converged.
-        candidate_steps: Numbers of steps after which the point of an ascent is a candidate.
-        patience: Once the highest ascent has converged, the others get this many times its steps.
         isotropic_scales: Standard deviations of isotropic candidates.
-        same_point: End points of ascents closer to each other than this in each coordinate are considered equal.
         max_hessian_dim: Largest dimension at which Hessians at many points are worth their cost.
         max_newton_dim: Largest dimension at which those of a Newton iteration are.
         num_ranking_draws: Draws by which the better candidates are ranked; a first ranking of all takes a quarter.
         num_elbo_draws: Draws by which the ELBOs of the finalists are compared.
         num_finalists: Number of finalists.
+        max_z_score: Standard errors of its ELBO below the best one after which a candidate is dropped.
         expensive: Number of a model's items above which a draw is too expensive for deterministic fits.
         small_gap: Half the variance of log weights, which approximates the gap, in nats, below which there is no
             refinement.
@@ -60,6 +47,7 @@ class GaussianSettings:
         num_newton_steps: Largest number of Newton steps on an ELBO.
         num_newton_draws: Draws over which gradient and Hessian are averaged.
         num_newton_draws_large: The same above ``max_hessian_dim``.
+        gradients_per_row: Number of gradients that take as long as a row of a Hessian.
         num_newton_rows: Divided by the dimension, number of further draws where a Hessian is cheap.
         newton_shares: Fractions of each step that are tried.
         newton_gain: Gain in nats below which the iteration stops.
@@ -67,22 +55,13 @@ class GaussianSettings:
         difference: Step of differences of gradients in a head's noise space, where a target is about one wide.
     """
 
-    num_near_expensive: int = 1
-    num_prior_expensive: int = 1
-    num_near: int = 3
-    num_prior: int = 12
-    spread: float = 0.7
-    num_steps: int = 150
-    tolerance: float = 1e-4
-    candidate_steps: tuple[int, ...] = (2, 5, 12, 35, 150)
-    patience: float = 1.5
     isotropic_scales: tuple[float, ...] = (0.1, 0.5)
-    same_point: float = 1e-3
     max_hessian_dim: int = 200
     max_newton_dim: int = 2000
     num_ranking_draws: int = 32
     num_elbo_draws: int = 128
     num_finalists: int = 12
+    max_z_score: float = 4.0
     expensive: int = 2000
     small_gap: float = 0.05
     good_gap: float = 0.5
@@ -91,6 +70,7 @@ class GaussianSettings:
     num_newton_steps: int = 8
     num_newton_draws: int = 64
     num_newton_draws_large: int = 16
+    gradients_per_row: int = 8
     num_newton_rows: int = 2048
     newton_shares: tuple[float, ...] = (1.0, 0.3)
     newton_gain: float = 0.02
@@ -125,6 +105,10 @@ class Gaussian:
         """Distance between the two locations, in standard deviations of this one, whose factor is a matrix."""
         difference = (other.loc - self.loc).unsqueeze(-1)
         return torch.linalg.solve_triangular(self.factor, difference, upper=False).norm().item()
+
+    def standard_error(self, count: int) -> float:
+        """That of its ELBO from ``count`` draws, in nats; an upper bound for antithetic ones."""
+        return math.sqrt(self.log_weight_variance / count)
 
     @property
     def log_det(self) -> Tensor:
@@ -172,13 +156,12 @@ def best_gaussian(
         Giordano, Ingram, Broderick. Black Box Variational Inference with a Deterministic Objective. JMLR 2024.
         arXiv:2304.05527, for mean-field fits on fixed draws.
     """
-    ones = torch.ones_like(init_loc)
-    own = Gaussian(init_loc, init_scale * ones)
-    found = [own]
-    for points in map(distinct_points, ascents(log_joint, init_loc) if paths is None else paths):
-        found += [Gaussian(loc, scale * ones) for loc in points for scale in GAUSSIAN.isotropic_scales]
-        found += local_gaussians(log_joint, points, correlated=correlated)
-    best = _best(log_joint, found)
+    own = Gaussian(init_loc, torch.full_like(init_loc, init_scale))
+    *looks, ends = map(distinct_points, ascents(log_joint, init_loc) if paths is None else paths)
+    best = _best(log_joint, [own, *_around(log_joint, ends, correlated=correlated)])
+    for points in looks:
+        promising = points[_may_reach(best.elbo, log_joint, points)]
+        best = _best(log_joint, [best, *_around(log_joint, promising, correlated=correlated)])
     if best.factor.dim() == 1 and log_joint.cost_per_draw < GAUSSIAN.expensive:
         fitted = [mean_field(log_joint, begin) for begin in (own, best)]
         found = [best, *(gaussian for gaussian in fitted if gaussian is not None)]
@@ -200,50 +183,27 @@ def best_gaussian(
     return best
 
 
-def ascents(
-    log_joint: LogJoint, init_loc: Tensor, prior: int = GAUSSIAN.num_prior, patience: float = GAUSSIAN.patience
-) -> list[Tensor]:
-    """Points on paths of ascent, a list of ``(number of ascents, D)``; the last entry has the end points.
+def _around(log_joint: Target, points: Tensor, *, correlated: bool) -> list[Gaussian]:
+    """Isotropic Gaussians at each of the points, ``(R, D)``, and those with the local curvature."""
+    scales = [scale * torch.ones_like(point) for point in points[:1] for scale in GAUSSIAN.isotropic_scales]
+    isotropic = [Gaussian(point, scale) for point in points for scale in scales]
+    return isotropic + local_gaussians(log_joint, points, correlated=correlated)
 
-    If the model is cheap, ``prior`` of the ascents begin at draws of the prior. Once the highest ascent has converged,
-    the others get ``patience`` times its steps.
+
+def _may_reach(elbo: float, log_joint: Target, points: Tensor) -> Tensor:
+    """At which points, ``(R, D)``, a Gaussian with the local curvature may have such an ELBO, ``(R,)``.
+
+    With curvatures as in :func:`local_factor`, its entropy is bounded, and for a quadratic its mean energy is at most
+    half a nat per dimension above the one at the point: most points on the way up are far too low.
     """
-    many = log_joint.is_vectorized and log_joint.cost_per_draw == 1
-    near, prior = (GAUSSIAN.num_near, prior) if many else (GAUSSIAN.num_near_expensive, GAUSSIAN.num_prior_expensive)
-    around = init_loc + GAUSSIAN.spread * torch.randn(near, len(init_loc), dtype=init_loc.dtype, device=init_loc.device)
-    begins = torch.stack([init_loc, *around, *(draw.to(init_loc) for draw in log_joint.from_prior(prior))])
-    return climb(log_joint, begins[begins.isfinite().all(-1)], patience)
-
-
-def climb(log_joint: Target, begins: Tensor, patience: float = math.inf) -> list[Tensor]:
-    """Points on paths of ascent from given points, as in ``ascents``."""
-    looks, points = [], begins
-    steps = lbfgs_paths(_batched(log_joint), begins.unsqueeze(1), GAUSSIAN.num_steps, GAUSSIAN.tolerance, patience)
-    for number, ascended in enumerate(steps, 1):
-        points = ascended.squeeze(1)
-        if number in GAUSSIAN.candidate_steps:
-            looks.append(points)
-    return looks if looks and looks[-1] is points else [*looks, points]
-
-
-def distinct_points(points: Tensor) -> Tensor:
-    """Points of ``(R, D)`` without duplicates, since ascents meet at a mode."""
-    near = torch.cdist(points, points, p=torch.inf) < GAUSSIAN.same_point
-    return points[~near.tril(-1).any(-1)]
-
-
-def _batched(log_joint: Target) -> Callable[[Any], Tensor]:
-    """The target with the signature that :func:`lbfgs_paths` takes: ``(R, 1, D)``, or its parts, to ``(R, 1)``."""
-
-    def target(z: Tensor | Sequence[Tensor]) -> Tensor:
-        return log_joint(z.squeeze(1) if isinstance(z, Tensor) else [part.squeeze(1) for part in z]).unsqueeze(1)
-
-    return target
+    value = torch.cat([log_joint(part) for part in points.split(log_joint.chunk)])
+    entropy = 0.5 * math.log(2 * math.pi * math.e / LBFGS.min_curvature)
+    return value + points.shape[-1] * (entropy + 0.5) >= elbo
 
 
 def local_gaussians(log_joint: Target, points: Tensor, *, correlated: bool) -> list[Gaussian]:
     """Gaussians with the local curvature at each of the points, ``(R, D)``."""
-    if points.shape[-1] > GAUSSIAN.max_hessian_dim:
+    if len(points) == 0 or points.shape[-1] > GAUSSIAN.max_hessian_dim:
         return []
     gaussians = _with_curvature(log_joint, points)
     return gaussians if correlated else [replace(g, factor=g.conditional_scale) for g in gaussians]
@@ -256,7 +216,9 @@ def _max_newton_dim(log_joint: Target) -> int:
 
 def _with_curvature(log_joint: Target, points: Tensor) -> list[Gaussian]:
     """Gaussians with the local curvature at each of the points, in any dimension."""
-    factors = local_factor(_batched(log_joint), points.unsqueeze(1), log_joint.sizes).squeeze(1)
+    parts = points.unsqueeze(1).split(log_joint.chunk)
+    target, sizes, most = batched(log_joint), log_joint.sizes, log_joint.chunk
+    factors = torch.cat([local_factor(target, part, sizes, most) for part in parts]).squeeze(1)
     usable = factors.isfinite().flatten(1).all(-1)
     return [Gaussian(*pair) for pair in zip(points[usable], factors[usable].to(points), strict=True)]
 
@@ -269,6 +231,7 @@ def _best(log_joint: LogJoint, found: list[Gaussian]) -> Gaussian:
         (GAUSSIAN.num_elbo_draws, 1),
     ):
         found = sorted(scored(log_joint, found, count, found[0].loc), key=lambda gaussian: -gaussian.elbo)[:keep]
+        found = [g for g in found if not g.elbo < found[0].elbo - GAUSSIAN.max_z_score * g.standard_error(count)]
     return found[0]
 
 
@@ -299,8 +262,9 @@ def refined(log_joint: Target, begin: Gaussian, moving: Tensor | None = None) ->
         count = GAUSSIAN.num_newton_draws_large
     else:
         count = GAUSSIAN.num_newton_draws + GAUSSIAN.num_newton_rows // len(begin.loc)
+    count = log_joint.affordable(count, GAUSSIAN.gradients_per_row * len(moving))
     for _ in range(GAUSSIAN.num_newton_steps):
-        tried = _newton(log_joint, best, moving, max(2, min(count, log_joint.max_draws) // 2 * 2))
+        tried = _newton(log_joint, best, moving, count)
         found = scored(log_joint, [best, *tried], GAUSSIAN.num_elbo_draws, begin.loc)
         was, best = found[0].elbo, max(found, key=lambda gaussian: gaussian.elbo)
         if not best.elbo > was + GAUSSIAN.newton_gain:
@@ -313,7 +277,7 @@ def _newton(log_joint: Target, begin: Gaussian, moving: Tensor, count: int) -> l
     draws = begin.push(antithetic(count, begin.loc))
 
     # One by one where they are large: a batch would take more memory, and no less time.
-    parts = draws.split(1 if len(moving) > GAUSSIAN.max_hessian_dim else len(draws))
+    parts = draws.split(1 if len(moving) > GAUSSIAN.max_hessian_dim else log_joint.chunk)
     try:
         found = [mean for part in parts if (mean := _mean_derivatives(log_joint, part, moving)) is not None]
     except RuntimeError:
@@ -352,7 +316,7 @@ def _mean_derivatives(log_joint: Target, draws: Tensor, moving: Tensor) -> tuple
         # Inside of a head, whose second derivatives go through factorizations.
         found = mean_derivatives(log_joint, draws, moving, GAUSSIAN.difference)
         return None if found is None else (found[0][moving], found[1][:, moving])
-    gradient, hessian = gradient_and_hessian(_batched(log_joint), draws.unsqueeze(1), log_joint.sizes)
+    gradient, hessian = gradient_and_hessian(batched(log_joint), draws.unsqueeze(1), log_joint.sizes, log_joint.chunk)
     usable = (gradient.isfinite().all(-1) & hessian.isfinite().flatten(2).all(-1)).squeeze(1)
     return (gradient[usable].mean((0, 1)), hessian[usable].mean((0, 1))) if usable.any() else None
 
@@ -372,7 +336,9 @@ def mean_field(log_joint: Target, begin: Gaussian) -> Gaussian | None:
 def _full_rank(log_joint: LogJoint, begin: Gaussian) -> Gaussian | None:
     """The full-rank normal that maximizes the ELBO on fixed draws, fitted in the coordinates of ``begin``."""
     factor = begin.factor if begin.factor.dim() == 2 else begin.factor.diag()
-    dim = len(begin.loc)
+    count = GAUSSIAN.num_draws_per_row * len(begin.loc)
+    if log_joint.affordable(count, FIXED_DRAWS.num_iterations) < count:
+        return None  # of fewer draws, it would be a fit to their noise
     shift = torch.zeros_like(begin.loc, requires_grad=True)
     log_scale = torch.zeros_like(begin.loc, requires_grad=True)
     below = torch.zeros_like(factor, requires_grad=True)
@@ -383,6 +349,6 @@ def _full_rank(log_joint: LogJoint, begin: Gaussian) -> Gaussian | None:
     def push(noise: Tensor) -> tuple[Tensor, Tensor]:
         return begin.loc + (shift + noise @ inner().mT) @ factor.mT, log_scale.sum() + factor.diagonal().log().sum()
 
-    if not fit_on_fixed_draws(log_joint, push, [shift, log_scale, below], begin.loc, GAUSSIAN.num_draws_per_row * dim):
+    if not fit_on_fixed_draws(log_joint, push, [shift, log_scale, below], begin.loc, count):
         return None
     return Gaussian(begin.loc + factor @ shift.detach(), factor @ inner().detach())

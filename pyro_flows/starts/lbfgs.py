@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_flows.compiled.replay import Replay
 
-__all__ = ["gradient_and_hessian", "hessian_rows", "lbfgs_paths", "local_factor", "value_and_gradient"]
+__all__ = ["LBFGS", "gradient_and_hessian", "hessian_rows", "lbfgs_paths", "local_factor", "value_and_gradient"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class LbfgsSettings:
     difference: float = 3e-3
 
 
-SETTINGS = LbfgsSettings()
+LBFGS = LbfgsSettings()
 
 Target = Callable[[Any], Tensor]
 
@@ -80,25 +80,23 @@ def lbfgs_paths(
     cuts = torch.zeros_like(value)
     leader_went = 0
     for number in range(num_steps):
-        goes_on = (slope > tolerance) & (cuts < SETTINGS.max_cuts)
+        goes_on = (slope > tolerance) & (cuts < LBFGS.max_cuts)
         arrived = torch.where(goes_on, -torch.inf, value)
-        if (arrived.amax(0) < value.amax(0) - SETTINGS.as_high).any():
+        if (arrived.amax(0) < value.amax(0) - LBFGS.as_high).any():
             leader_went = number
         if not goes_on.any() or number > patience * (leader_went + 1):
             return
         trial = z + step * direction
         trial_value, trial_gradient = evaluate(trial)
         # From a point without density, any point with a density is an improvement.
-        better = (trial_value >= value + SETTINGS.sufficient * step.squeeze(-1) * slope) & (
-            trial_value.abs() < torch.inf
-        )
+        better = (trial_value >= value + LBFGS.sufficient * step.squeeze(-1) * slope) & (trial_value.abs() < torch.inf)
         better &= trial_gradient.isfinite().all(-1)
         moved = better.unsqueeze(-1)
         steps = _remember(steps, trial - z, moved)
         gradient_differences = _remember(gradient_differences, gradient - trial_gradient, moved)
         z, gradient = torch.where(moved, trial, z), torch.where(moved, trial_gradient, gradient)
         value, cuts = torch.where(better, trial_value, value), torch.where(better, 0.0, cuts + 1.0)
-        forget = cuts == SETTINGS.num_cuts_to_forget
+        forget = cuts == LBFGS.num_cuts_to_forget
         steps, gradient_differences = (
             torch.where(forget.unsqueeze(-1), 0.0, memory) for memory in (steps, gradient_differences)
         )
@@ -106,7 +104,7 @@ def lbfgs_paths(
         renewed = better | forget
         direction = torch.where(renewed.unsqueeze(-1), ahead, direction)
         slope = torch.where(renewed, promised, slope)
-        step = torch.where(renewed.unsqueeze(-1), first, SETTINGS.cut * step)
+        step = torch.where(renewed.unsqueeze(-1), first, LBFGS.cut * step)
         yield z
 
 
@@ -115,51 +113,55 @@ def _next_step(gradient: Tensor, steps: Tensor, gradient_differences: Tensor) ->
     direction = _two_loops(gradient, steps, gradient_differences)
     direction = torch.where((direction * gradient).sum(-1, keepdim=True) > 0, direction, gradient)
     has_moved = (steps != 0).any(-1, keepdim=True).any(0)
-    longest = torch.where(has_moved, SETTINGS.max_step, 1.0)
+    longest = torch.where(has_moved, LBFGS.max_step, 1.0)
     step = (longest / direction.norm(dim=-1, keepdim=True).clamp_min(1e-12)).clamp_max(1.0)
     return direction, (direction * gradient).sum(-1), step
 
 
 def _remember(memory: Tensor, new: Tensor, moved: Tensor) -> Tensor:
     """Append a vector to the history, ``(history, R, N, d)``, of the ascents that moved; newest last."""
-    if len(memory) < SETTINGS.history:
+    if len(memory) < LBFGS.history:
         memory = torch.cat([torch.zeros_like(new).unsqueeze(0), memory])
     return torch.where(moved, torch.cat([memory[1:], new.unsqueeze(0)]), memory)
 
 
-def local_factor(target: Target, points: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+def local_factor(
+    target: Target, points: Tensor, sizes: Sequence[int] | None = None, most: int = LBFGS.values_per_pass
+) -> Tensor:
     """Cholesky factors of minus the inverse Hessian, made positive definite.
 
     Args:
         target: Log density, ``(R, N, d)`` to ``(R, N)``; each entry depends on its own vector only. With ``sizes``, it
             takes both the vectors and a list of their parts.
         points: Where, ``(R, N, d)``.
-        sizes: See :func:`gradient_and_hessian`.
+        sizes, most: See :func:`gradient_and_hessian`.
 
     Returns:
         ``(R, N, d, d)`` in float64, lower triangular; NaN where the Hessian is not finite.
     """
-    hessian = _hessian(target, points, sizes)
+    hessian = _hessian(target, points, sizes, most)
     finite = hessian.isfinite().flatten(2).all(-1)[..., None, None]
     if not finite.all():  # second derivatives of log-sum-exp and the like underflow, first ones do not
         hessian = torch.where(finite, hessian, _difference_hessian(target, points))
         finite = hessian.isfinite().flatten(2).all(-1)[..., None, None]
     safe = torch.where(finite, 0.5 * (hessian + hessian.mT), torch.eye(hessian.shape[-1]).to(hessian))
     curvature, vectors = torch.linalg.eigh(safe)
-    covariance = (vectors / curvature.abs().clamp_min(SETTINGS.min_curvature).unsqueeze(-2)) @ vectors.mT
+    covariance = (vectors / curvature.abs().clamp_min(LBFGS.min_curvature).unsqueeze(-2)) @ vectors.mT
     factor, info = torch.linalg.cholesky_ex(0.5 * (covariance + covariance.mT))
     return torch.where(finite & (info == 0)[..., None, None], factor, torch.nan)
 
 
-def _hessian(target: Target, points: Tensor, sizes: Sequence[int] | None) -> Tensor:
+def _hessian(target: Target, points: Tensor, sizes: Sequence[int] | None, most: int) -> Tensor:
     """``(R, N, d, d)``; NaN if the target has no second derivative."""
     try:
-        return gradient_and_hessian(target, points, sizes)[1]
+        return gradient_and_hessian(target, points, sizes, most)[1]
     except RuntimeError:
         return torch.full((*points.shape, points.shape[-1]), torch.nan, dtype=torch.double, device=points.device)
 
 
-def gradient_and_hessian(target: Target, points: Tensor, sizes: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+def gradient_and_hessian(
+    target: Target, points: Tensor, sizes: Sequence[int] | None = None, most: int = LBFGS.values_per_pass
+) -> tuple[Tensor, Tensor]:
     """Derivatives of the target in float64, ``(R, N, d)`` and ``(R, N, d, d)``, in few backward passes.
 
     The Hessian is symmetric, so that those of a part are with respect to itself and the parts after it only: given its
@@ -170,11 +172,13 @@ def gradient_and_hessian(target: Target, points: Tensor, sizes: Sequence[int] | 
             takes a list of the parts of the vectors.
         points: Where, ``(R, N, d)``.
         sizes: Lengths of the parts, those first on which the densities of others depend; None for the whole vectors.
+        most: Number of evaluations of the target, R N each time, that may be made at once.
 
     Raises:
         RuntimeError: If the target has no second derivative.
     """
-    pass_rows = max(1, min(SETTINGS.rows_per_pass, SETTINGS.values_per_pass // points.numel()))
+    at_once = most // points[..., 0].numel()
+    pass_rows = max(1, min(LBFGS.rows_per_pass, at_once, LBFGS.values_per_pass // points.numel()))
     with torch.enable_grad():
         parts = [part.detach().requires_grad_() for part in points.split([*(sizes or (points.shape[-1],))], -1)]
         value = _total(target(parts if sizes else parts[0]))
@@ -197,7 +201,7 @@ def gradient_and_hessian(target: Target, points: Tensor, sizes: Sequence[int] | 
 
 
 def hessian_rows(
-    target: Target, points: Tensor, num_leaves: int, most: int = SETTINGS.rows_per_pass
+    target: Target, points: Tensor, num_leaves: int, most: int = LBFGS.rows_per_pass
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Derivatives of a target whose last P coordinates are leaves, without second derivatives in each other.
 
@@ -215,7 +219,7 @@ def hessian_rows(
         RuntimeError: If the target has no second derivative.
     """
     free = points.shape[-1] - num_leaves
-    pass_rows = max(1, min(SETTINGS.rows_per_pass, most // len(points), SETTINGS.values_per_pass // points.numel()))
+    pass_rows = max(1, min(LBFGS.rows_per_pass, most // len(points), LBFGS.values_per_pass // points.numel()))
     with torch.enable_grad():
         parts = [part.detach().requires_grad_() for part in points.split([free, num_leaves], -1)]
         gradients = torch.autograd.grad(_total(target(torch.cat(parts, -1))), parts, create_graph=True)
@@ -258,9 +262,9 @@ def _backward(gradient: Tensor, parts: Sequence[Tensor], directions: Tensor) -> 
 def _difference_hessian(target: Target, points: Tensor) -> Tensor:
     """Hessian by central differences of gradients, ``(R, N, d, d)``."""
     rows = []
-    for step in SETTINGS.difference * torch.eye(points.shape[-1], dtype=points.dtype, device=points.device):
+    for step in LBFGS.difference * torch.eye(points.shape[-1], dtype=points.dtype, device=points.device):
         above, below = (value_and_gradient(target, points + sign * step)[1] for sign in (1.0, -1.0))
-        rows.append((above - below) / (2.0 * SETTINGS.difference))
+        rows.append((above - below) / (2.0 * LBFGS.difference))
     return torch.stack(rows, -1).double()
 
 

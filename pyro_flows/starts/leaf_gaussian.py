@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from pyro_flows.models.log_joint import Target
+from pyro_flows.starts.ascents import ASCENTS, climb, distinct_points
 from pyro_flows.starts.fixed_draws import antithetic, scored
-from pyro_flows.starts.gaussian import GAUSSIAN, Gaussian, climb, distinct_points, mean_field, triangular
-from pyro_flows.starts.lbfgs import SETTINGS as LBFGS
-from pyro_flows.starts.lbfgs import hessian_rows, value_and_gradient
+from pyro_flows.starts.gaussian import GAUSSIAN, Gaussian, mean_field, triangular
+from pyro_flows.starts.lbfgs import LBFGS, hessian_rows, value_and_gradient
 
 __all__ = ["LEAF_GAUSSIAN", "LeafGaussian", "best_leaf_gaussian", "diagonal"]
 
@@ -141,7 +141,7 @@ def best_leaf_gaussian(target: Target, begins: Tensor, own: LeafGaussian, *, has
         Khan, Rue. The Bayesian learning rule. JMLR 2023. arXiv:2107.04562, for steps in natural parameters.
     """
     like, num_leaves = begins[0], len(own.scale)
-    paths = climb(target, begins, GAUSSIAN.patience)
+    paths = climb(target, begins, ASCENTS.patience)
     highest = target(paths[-1]).nan_to_num(-math.inf).argsort(descending=True)[: LEAF_GAUSSIAN.num_paths]
     found = [own]
     for point in distinct_points(torch.cat([points[highest] for points in paths])):

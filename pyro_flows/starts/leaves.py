@@ -16,7 +16,7 @@ from pyro_flows.models.log_joint import LogJoint, PulledBack, Target
 from pyro_flows.posterior.joint import JOINT, JointBlock, item_pairs
 from pyro_flows.starts.fixed_draws import antithetic, elbo_of
 from pyro_flows.starts.gaussian import GAUSSIAN, Gaussian
-from pyro_flows.starts.lbfgs import SETTINGS as LBFGS
+from pyro_flows.starts.lbfgs import LBFGS
 from pyro_flows.starts.leaf_gaussian import LEAF_GAUSSIAN, LeafGaussian, best_leaf_gaussian, diagonal
 from pyro_flows.transforms import ConditionalGaussianHead, LeafPreconditioner
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_flows.models.log_joint import LogJoint
 from pyro_flows.starts.fixed_draws import antithetic
+from pyro_flows.starts.gaussian import GAUSSIAN
 from pyro_flows.starts.lbfgs import gradient_and_hessian
 from pyro_flows.transforms import LinearMixedHead
 
@@ -60,7 +61,8 @@ def fit_likelihood(
     step = SETTINGS.precision_step * scale[free]
     shifts = torch.zeros(2 * len(free), len(center), dtype=center.dtype, device=center.device)
     shifts[:, free] = torch.cat([step.diag(), -step.diag()])
-    around = _draws_given(head, center, free) if by_draws else center.unsqueeze(0)
+    affordable = log_joint.affordable(SETTINGS.num_draws, GAUSSIAN.gradients_per_row * len(center))
+    around = _draws_given(head, center, free, affordable) if by_draws else center.unsqueeze(0)
     count = len(around)
     points = torch.cat([around, center + shifts])
 
@@ -72,9 +74,13 @@ def fit_likelihood(
         return (log_joint.without(left_out, z).double() - head.log_prior(z)).unsqueeze(1)
 
     try:
-        gradients, hessians = (part.squeeze(1) for part in gradient_and_hessian(likelihood, points.unsqueeze(1)))
+        parts = [
+            gradient_and_hessian(likelihood, part.unsqueeze(1), most=log_joint.chunk)
+            for part in points.split(log_joint.chunk)
+        ]
     except RuntimeError:
         return False
+    gradients, hessians = (torch.cat(part).squeeze(1) for part in zip(*parts, strict=True))
     if not (gradients.isfinite().all() and hessians.isfinite().all()):
         return False
     gradient, hessian = gradients[:count].mean(0), hessians[:count].mean(0)
@@ -102,10 +108,10 @@ def fit_likelihood(
     return True
 
 
-def _draws_given(head: LinearMixedHead, center: Tensor, free: Tensor) -> Tensor:
-    """Draws of the head, ``(N, D)``, with the other coordinates at a point."""
+def _draws_given(head: LinearMixedHead, center: Tensor, free: Tensor, count: int) -> Tensor:
+    """Draws of the head, ``(count, D)``, with the other coordinates at a point."""
     loc, scale = head.gaussian()
-    noise = antithetic(SETTINGS.num_draws, center)
+    noise = antithetic(count, center)
     noise[:, free] = ((center - loc) / scale)[free]
     drawn, _ = head.forward_and_ladj(noise)
     return drawn

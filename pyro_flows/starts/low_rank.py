@@ -153,7 +153,8 @@ def _stretch(log_joint: Target, gaussian: LowRankGaussian, rank: int) -> LowRank
 
 def _scaled_precision(log_joint: Target, gaussian: LowRankGaussian) -> Callable[[Tensor], Tensor] | None:
     """Products of ``-d H d`` with the columns of a block, ``(D, B)``, by double backward; None if there is no ``H``."""
-    draws, _ = gaussian.push(antithetic(max(2, min(SETTINGS.num_draws, log_joint.max_draws) // 2 * 2), gaussian.loc))
+    products = GAUSSIAN.gradients_per_row * SETTINGS.num_blocks * SETTINGS.block_size
+    draws, _ = gaussian.push(antithetic(log_joint.affordable(SETTINGS.num_draws, products), gaussian.loc))
     draws = draws[log_joint(draws).isfinite()]
     if len(draws) == 0:
         return None

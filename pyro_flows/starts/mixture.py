@@ -12,18 +12,12 @@ from torch import Tensor
 from pyro_flows.flows.bases import spread_components
 from pyro_flows.flows.noise import DiagonalNormalMixture
 from pyro_flows.models.log_joint import LogJoint
+from pyro_flows.starts.ascents import ASCENTS, ascents, distinct_points
 from pyro_flows.starts.fixed_draws import antithetic, scored
-from pyro_flows.starts.gaussian import (
-    GAUSSIAN,
-    Gaussian,
-    ascents,
-    climb,
-    distinct_points,
-    local_gaussians,
-    refined,
-)
+from pyro_flows.starts.gaussian import GAUSSIAN, Gaussian, local_gaussians, refined
+from pyro_flows.starts.lbfgs import lbfgs_paths
 
-__all__ = ["MixtureStart", "best_mixture", "modes_at"]
+__all__ = ["MixtureStart", "best_mixture", "modes_above"]
 
 
 @dataclass(frozen=True)
@@ -98,9 +92,7 @@ def best_mixture(
         correlated: Whether the guide can represent a correlated ``L``.
     """
     limit = count or SETTINGS.max_modes
-    modes = modes_at(log_joint, ascents(log_joint, init_loc, SETTINGS.num_prior, math.inf)[-1], limit)
-    if len(modes) > 1:  # some ascents may have come to a stop on the way
-        modes = modes_at(log_joint, climb(log_joint, torch.stack([mode.loc for mode in modes]))[-1], limit)
+    modes = modes_above(log_joint, ascents(log_joint, init_loc, SETTINGS.num_prior, math.inf)[-1], limit)
     if len(modes) > 1:
         modes = _distinct([_refined(log_joint, mode) for mode in modes], limit)
     if len(modes) < 2:
@@ -129,9 +121,33 @@ def best_mixture(
     return MixtureStart(*(part.to(init_loc.dtype) for part in parts))
 
 
-def modes_at(log_joint: LogJoint, points: Tensor, limit: int = SETTINGS.max_modes) -> list[Gaussian]:
+def modes_above(log_joint: LogJoint, points: Tensor, limit: int = SETTINGS.max_modes) -> list[Gaussian]:
     """The Gaussians of the curvature at end points of ascents, ``(R, D)``, of highest ELBO, one for each mode; none in
-    too many dimensions."""
+    too many dimensions. Some ascents may have come to a stop on the way: where there are several, they go on."""
+    modes = _modes_at(log_joint, points, limit)
+    if len(modes) > 1:
+        modes = _modes_at(log_joint, _ascended(log_joint, modes), limit)
+    return modes
+
+
+def _ascended(log_joint: LogJoint, modes: list[Gaussian]) -> Tensor:
+    """Where ascents from several Gaussians end, ``(R, D)``, in coordinates in which each is standard normal: ridges, on
+    which the others came to a stop, are as wide there as they are long."""
+    locs, factors = torch.stack([mode.loc for mode in modes]), torch.stack([mode.factor for mode in modes])
+
+    def points(x: Tensor) -> Tensor:
+        return locs + (factors @ x.squeeze(1).unsqueeze(-1)).squeeze(-1)
+
+    begins = torch.zeros_like(locs).unsqueeze(1)
+    *_, ends = (
+        begins,
+        *lbfgs_paths(lambda x: log_joint(points(x)).unsqueeze(1), begins, ASCENTS.num_steps, ASCENTS.tolerance),
+    )
+    return points(ends)
+
+
+def _modes_at(log_joint: LogJoint, points: Tensor, limit: int) -> list[Gaussian]:
+    """The Gaussians of the curvature at some points, ``(R, D)``, of highest ELBO, one for each mode."""
     found = local_gaussians(log_joint, distinct_points(points), correlated=True)
     return _distinct(scored(log_joint, found, GAUSSIAN.num_elbo_draws, points[0]), limit) if found else []
 

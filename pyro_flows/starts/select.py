@@ -16,14 +16,15 @@ from pyro_flows.flows.bases import Base, MixtureBase, StudentTBase
 from pyro_flows.models.field import field_of
 from pyro_flows.models.log_joint import LogJoint, PulledBack, Target
 from pyro_flows.posterior.joint import JOINT, JointBlock
+from pyro_flows.starts.ascents import ascents
 from pyro_flows.starts.base import fit_modes, fit_tails
 from pyro_flows.starts.field_gaussian import FIELD_GAUSSIAN, field_gaussian
 from pyro_flows.starts.fixed_draws import FIXED_DRAWS, antithetic, elbo_of, fit_on_fixed_draws
-from pyro_flows.starts.gaussian import GAUSSIAN, Gaussian, ascents, best_gaussian, refined
+from pyro_flows.starts.gaussian import GAUSSIAN, Gaussian, best_gaussian, refined
 from pyro_flows.starts.leaves import warm_start_leaves
 from pyro_flows.starts.likelihood import fit_likelihood
 from pyro_flows.starts.low_rank import LowRankGaussian, best_low_rank
-from pyro_flows.starts.mixture import best_mixture, modes_at
+from pyro_flows.starts.mixture import best_mixture, modes_above
 from pyro_flows.transforms import (
     ConditionalGaussianHead,
     FullRankPreconditioner,
@@ -154,7 +155,7 @@ def _from_modes(block: JointBlock, log_joint: LogJoint, ends: Tensor) -> Start |
     """A mixture with a component on each mode, if there are several; without a mixture base only if the end points of
     the Gaussian's ascents, ``(R, D)``, have seen several."""
     flow, base = block.flow, block.flow.base
-    if not (isinstance(base, MixtureBase) or (flow.chooses_base and len(modes_at(log_joint, ends)) > 1)):
+    if not (isinstance(base, MixtureBase) or (flow.chooses_base and len(modes_above(log_joint, ends)) > 1)):
         return None
     count = len(base.locs) if isinstance(base, MixtureBase) else None
     found = best_mixture(log_joint, block.inner_layout.init_loc, count, correlated=_is_correlated(flow))

@@ -173,7 +173,10 @@ class Poisson:
     """Of a rate exp(z) with a flat prior; as much of a target as a refinement looks at."""
 
     sizes: Sequence[int] = (1, 2)
-    max_draws, chunk, is_vectorized = 1000, 1000, True
+    chunk, is_vectorized = 1000, True
+
+    def affordable(self, count: int, gradients: int) -> int:
+        return count
 
     def __call__(self, draws: Tensor | Sequence[Tensor]) -> Tensor:
         draws = joined(draws)
