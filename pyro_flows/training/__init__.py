@@ -4,9 +4,9 @@
 from pyro_flows.training.convergence import Convergence, ConvergenceSettings, until_converged
 from pyro_flows.training.cycles import ScheduleSettings
 from pyro_flows.training.elbo import VectorizedTrace_ELBO
+from pyro_flows.training.estimates import EstimateSettings
 from pyro_flows.training.fit import fit
 from pyro_flows.training.monitor import FitProgress
-from pyro_flows.training.objective import EstimateSettings
 from pyro_flows.training.recording import RecordingSettings
 from pyro_flows.training.result import FitResult, WeightedResult, Widening
 from pyro_flows.training.settings import FitSettings

@@ -7,9 +7,8 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import torch
@@ -17,7 +16,6 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor
 
-from pyro_flows._checks import Settings
 from pyro_flows._memory import is_out_of_memory
 from pyro_flows._random import forked, seeded
 from pyro_flows.compiled.graph import LossGraph, used_leaves
@@ -28,7 +26,7 @@ from pyro_flows.importance.weights import gap_of, log_weights
 from pyro_flows.models.batching import BatchedModel
 from pyro_flows.models.checks import start_elsewhere, where_not_finite, without_density
 from pyro_flows.models.particles import at_a_draw, check_shapes, look_at
-from pyro_flows.models.precision import remedy_at, rounding_message
+from pyro_flows.models.precision import remedy_at, rounding_message, rounding_variance
 from pyro_flows.models.traces import (
     NO_DENSITY,
     REFUSALS,
@@ -40,68 +38,11 @@ from pyro_flows.models.traces import (
 )
 from pyro_flows.training.batches import Arguments, Batches, by_shape
 from pyro_flows.training.elbo import VectorizedTrace_ELBO
+from pyro_flows.training.estimates import Estimate, EstimateSettings
 from pyro_flows.training.parts import Parts
 from pyro_flows.training.variance import VarianceReduction
 
-__all__ = ["Estimate", "EstimateSettings", "Objective"]
-
-
-@dataclass(frozen=True)
-class EstimateSettings(Settings):
-    """Number of draws of ELBO estimates.
-
-    Attributes:
-        num_runs: Number of runs of an estimate, >= 2; its standard error is that of their mean. With mini-batches, one
-            run for each mini-batch of a pass if these are more.
-        num_particles: Number of draws per run, >= 2. With ``num_runs`` this makes 10,000 draws, for a standard error of
-            0.005 nats where log weights have a standard deviation of half a nat.
-        min_runs: Smallest number of runs where each is the mean over several processes, so that their standard error is
-            known, >= 2; or ``num_runs``, if that is smaller.
-        max_values: Largest number of runs times particles times the size of the largest latent site; bounds memory.
-        num_sequential_runs: Number of runs, of a single draw each, of a model that can't be run at many draws at once.
-        max_batches: Largest number of mini-batches of a pass that estimates go through.
-        max_elements: Largest number of elements of the tensors of these mini-batches, which are kept in memory; 128 MiB
-            in float32.
-        num_tail_draws: Number of draws from which the tail of importance weights is estimated, at which k-hat has a
-            standard error of about 0.1.
-        num_gap_draws: Number of draws by which a gap is compared first.
-        gap_errors: Number of standard errors by which it has to be larger then.
-        max_khat: k-hat below which the tail is light: one such standard error below 0.7, the bound of Vehtari, Simpson,
-            Gelman, Yao, Gabry. Pareto smoothed importance sampling. JMLR 25(72), 2024.
-    """
-
-    num_runs: int = 20
-    num_particles: int = 500
-    min_runs: int = 10
-    max_values: int = 2**18
-    num_sequential_runs: int = 200
-    max_batches: int = 200
-    max_elements: int = 2**25
-    num_tail_draws: int = 10_000
-    num_gap_draws: int = 1000
-    gap_errors: float = 3.0
-    max_khat: float = 0.6
-
-
-class Estimate(NamedTuple):
-    """A Monte Carlo estimate of an ELBO: mean, its standard error, the variance of one draw, and the values of runs.
-
-    A run at whose draws the model raises is NaN, and left out of the mean.
-    """
-
-    mean: float
-    error: float
-    variance: float
-    values: Tensor
-
-    def gain_over(self, other: Estimate) -> tuple[float, float]:
-        """Difference of the means and its standard error, with paired runs, which may share noise or mini-batches."""
-        difference = self.values - other.values
-        difference = difference[difference.isfinite()]
-        if not (math.isfinite(self.mean) and math.isfinite(other.mean) and len(difference)):
-            return self.mean - other.mean, math.inf
-        error = (difference.var() / len(difference)).sqrt().item()
-        return difference.mean().item(), error if math.isfinite(error) else math.inf
+__all__ = ["Objective"]
 
 
 class Objective:
@@ -290,13 +231,12 @@ class Objective:
             if not self.vectorized:
                 return self._estimate(self.parts.num_runs(settings.num_sequential_runs, settings.min_runs), 1, seed)
             runs = self.parts.num_runs(max(settings.num_runs, len(self.calls)), settings.min_runs)
-            affordable = settings.max_values // (runs * self.parts.per_run * self.num_items)
-            particles = max(2, min(settings.num_particles, affordable))
-            return self._estimate(*self.parts.processes.broadcast((runs, particles)), seed)
+            shape = settings.shape(runs, self.parts.per_run, self.num_items, self.num_values)
+            return self._estimate(*self.parts.processes.broadcast(shape), seed)
 
     def has_light_tails(self) -> bool:
         """Whether the importance weights of the guide's draws have a k-hat below ``max_khat``."""
-        num_draws = self.settings.num_tail_draws
+        num_draws = self.settings.affordable_draws(self.num_values)
         smoothed = pareto_smooth(self._log_weights(num_draws))
         ess = (-(2.0 * smoothed.log_weights).logsumexp(0)).exp().item()
         largest = (smoothed.log_weights.max() + math.log(num_draws)).item()
@@ -305,8 +245,9 @@ class Objective:
     def gap(self, enough: float = math.inf) -> float:
         """How far the ELBO is below the evidence that importance weights of the guide's draws give, in nats, >= 0; too
         small where the guide misses a part of the posterior, infinite without weights. The same in all processes. Fewer
-        draws suffice where they tell that it is larger than ``enough``."""
-        few, all_draws = self.settings.num_gap_draws, self.settings.num_tail_draws
+        draws suffice where they tell that it is larger than ``enough``. Half the variance of rounding errors, by which that
+        evidence is too high, is subtracted where it is known."""
+        few, all_draws = self.settings.num_gap_draws, self.settings.affordable_draws(self.num_values)
         try:
             weights = self._log_weights(min(few, all_draws))
             gap, error = gap_of(weights)
@@ -315,6 +256,8 @@ class Objective:
                 gap, _ = gap_of(torch.cat([weights, self._log_weights(all_draws - few)]))
         except NotImplementedError:  # a guide of some of the latents, the others of which have no density
             return math.inf
+        if gap > self.settings.max_rounded_gap:
+            gap = max(0.0, gap - rounding_variance(self.model, self.guide, Call(*self.batches.first)) / 2)
         return self.parts.processes.broadcast(gap)
 
     def _log_weights(self, num_draws: int) -> Tensor:

@@ -18,8 +18,9 @@ from pyro_flows.models.traces import Call, run_quietly, sample_nodes
 from pyro_flows.posterior.mini_batches import MiniBatch
 from pyro_flows.training.batches import Arguments, Batches
 from pyro_flows.training.checkpoint import Checkpoint, flow_guides
+from pyro_flows.training.estimates import EstimateSettings
 from pyro_flows.training.monitor import Monitor
-from pyro_flows.training.objective import EstimateSettings, Objective
+from pyro_flows.training.objective import Objective
 from pyro_flows.training.parts import Parts
 from pyro_flows.training.random_state import restore_random_state
 from pyro_flows.training.state import TrainingState, set_leaves

@@ -13,10 +13,10 @@ import torch
 from pyro_flows.guides import AutoFlowGuide
 from pyro_flows.training.checkpoint import Checkpoint
 from pyro_flows.training.cycles import ScheduleSettings
+from pyro_flows.training.estimates import Estimate
 from pyro_flows.training.interrupts import Interrupts
 from pyro_flows.training.modes import weigh_modes
 from pyro_flows.training.monitor import FitProgress, Monitor
-from pyro_flows.training.objective import Estimate
 from pyro_flows.training.state import TrainingState
 from pyro_flows.training.trainer import Trainer
 

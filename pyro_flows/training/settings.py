@@ -10,7 +10,8 @@ from typing import Any
 from pyro_flows._checks import Settings, constant, integer, optional
 from pyro_flows.guides import AutoFlowGuide
 from pyro_flows.training.cycles import ScheduleSettings
-from pyro_flows.training.objective import EstimateSettings, Objective
+from pyro_flows.training.estimates import EstimateSettings
+from pyro_flows.training.objective import Objective
 from pyro_flows.training.trainer import TrainerSettings
 from pyro_flows.training.verdict import VerdictSettings
 from pyro_flows.training.weighted_objective import WeightedSettings

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.compiled.cost import StepCost
-from pyro_flows.training.objective import Estimate
+from pyro_flows.training.estimates import Estimate
 
 __all__ = ["Point", "TrainingState", "set_leaves"]
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pyro_flows.training.checkpoint import Checkpoint
-from pyro_flows.training.objective import Estimate
+from pyro_flows.training.estimates import Estimate
 from pyro_flows.training.result import WeightedResult
 from pyro_flows.training.schedule import Schedule
 from pyro_flows.training.trainer import Trainer

@@ -14,7 +14,8 @@ from pyro_flows._checks import Settings, constant, integer
 from pyro_flows._random import forked
 from pyro_flows.models.traces import Call, run_quietly, sample_nodes
 from pyro_flows.training.batches import Batches
-from pyro_flows.training.objective import Estimate, EstimateSettings, Objective
+from pyro_flows.training.estimates import Estimate, EstimateSettings
+from pyro_flows.training.objective import Objective
 from pyro_flows.training.weighted import FORWARD_KL, IMPORTANCE_WEIGHTED, WeightedLoss
 
 __all__ = ["ELBO", "OBJECTIVES", "WeightedObjective", "WeightedSettings", "check_weighted"]

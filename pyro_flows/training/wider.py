@@ -16,7 +16,8 @@ from pyro_flows.guides import AutoFlowGuide
 from pyro_flows.models.log_joint import LogJoint, PulledBack
 from pyro_flows.starts.directions import observed_directions
 from pyro_flows.training.checkpoint import Checkpoint
-from pyro_flows.training.objective import Estimate, Objective
+from pyro_flows.training.estimates import Estimate
+from pyro_flows.training.objective import Objective
 from pyro_flows.training.result import Widening
 from pyro_flows.training.schedule import Schedule
 from pyro_flows.training.trainer import Trainer

@@ -29,7 +29,7 @@ from pyro_flows import (
 from pyro_flows.diagnostics.division import Division
 from pyro_flows.importance.resample import ResampleSettings
 from pyro_flows.posterior.plate import LocalBlock
-from pyro_flows.training.objective import EstimateSettings
+from pyro_flows.training.estimates import EstimateSettings
 from pyro_flows.training.settings import FitSettings
 from pyro_flows.transforms import DiagonalPrecisionHead, FullPrecisionHead
 from pyro_flows.transforms.heads.affine import AffineHead

@@ -20,7 +20,7 @@ from torch import Tensor
 from pyro_flows import AutoFlowGuide, CompiledSVI, VectorizedTrace_ELBO, diagnose, fit, importance_resample
 from pyro_flows.compiled import inductor
 from pyro_flows.models.log_joint import LogJoint
-from pyro_flows.training.objective import EstimateSettings
+from pyro_flows.training.estimates import EstimateSettings
 from pyro_flows.training.settings import FitSettings
 
 Y = torch.tensor([3.0, 1.0, 2.0, 2.5])

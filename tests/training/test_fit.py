@@ -21,9 +21,10 @@ from pyro_flows import AutoFlowGuide, FitProgress, fit
 from pyro_flows.training.batches import Batches
 from pyro_flows.training.checkpoint import Checkpoint
 from pyro_flows.training.cycles import ScheduleSettings
+from pyro_flows.training.estimates import EstimateSettings
 from pyro_flows.training.interrupts import Interrupts
 from pyro_flows.training.monitor import Monitor
-from pyro_flows.training.objective import EstimateSettings, Objective
+from pyro_flows.training.objective import Objective
 from pyro_flows.training.optimizers import Optimizers, resolve_optimizer
 from pyro_flows.training.schedule import Schedule
 from pyro_flows.training.settings import FitSettings
@@ -70,7 +71,7 @@ def test_a_guide_that_was_used_but_not_trained_is_warm_started(before: str) -> N
 def test_a_banana_is_fitted_in_one_call() -> None:
     # Eager: when steps are recorded depends on the machine, and rounding then decides where rare gradients lead.
     guide = AutoFlowGuide(banana)
-    result = fit(banana, guide, num_steps=1500, num_particles=16, compile=False, seed=4, progress=False)
+    result = fit(banana, guide, num_steps=1500, num_particles=16, compile=False, seed=6, progress=False)
     assert result.kept == "flow" and result.steps == 1500
     assert result.start_elbo < -0.3
     assert -0.15 < result.elbo < 4 * result.elbo_se

@@ -19,7 +19,7 @@ from pyro_flows import AutoFlowGuide, fit
 from pyro_flows.flows.noise import WideNormal
 from pyro_flows.training.batches import Batches
 from pyro_flows.training.cycles import ScheduleSettings
-from pyro_flows.training.objective import EstimateSettings
+from pyro_flows.training.estimates import EstimateSettings
 from pyro_flows.training.settings import FitSettings
 from pyro_flows.training.weighted import WeightedLoss
 from pyro_flows.training.weighted_objective import WeightedObjective, WeightedSettings
