@@ -245,8 +245,8 @@ class Objective:
     def gap(self, enough: float = math.inf) -> float:
         """How far the ELBO is below the evidence that importance weights of the guide's draws give, in nats, >= 0; too
         small where the guide misses a part of the posterior, infinite without weights. The same in all processes. Fewer
-        draws suffice where they tell that it is larger than ``enough``. Half the variance of rounding errors, by which that
-        evidence is too high, is subtracted where it is known."""
+        draws suffice where they tell that it is larger than ``enough``. Half the variance of rounding errors, by which
+        that evidence is too high, is subtracted where it is known."""
         few, all_draws = self.settings.num_gap_draws, self.settings.affordable_draws(self.num_values)
         try:
             weights = self._log_weights(min(few, all_draws))
