@@ -29,12 +29,14 @@ class MixtureSettings:
             of the mass is missed in 3 % of the cases.
         mode_distance: Two points belong to the same mode if each is within this many standard deviations of the other's
             Gaussian.
+        num_rounds: Number of times that ascents which ended in several modes go on.
         min_weight: Share of the mass below which a mode is omitted.
         max_modes: Largest number of modes with a component each.
     """
 
     num_prior: int = 32
     mode_distance: float = 3.0
+    num_rounds: int = 4
     min_weight: float = 1e-3
     max_modes: int = 24
 
@@ -125,9 +127,17 @@ def modes_above(log_joint: LogJoint, points: Tensor, limit: int = SETTINGS.max_m
     """The Gaussians of the curvature at end points of ascents, ``(R, D)``, of highest ELBO, one for each mode; none in
     too many dimensions. Some ascents may have come to a stop on the way: where there are several, they go on."""
     modes = _modes_at(log_joint, points, limit)
-    if len(modes) > 1:
-        modes = _modes_at(log_joint, _ascended(log_joint, modes), limit)
+    for _ in range(SETTINGS.num_rounds):
+        if len(modes) < 2:
+            break
+        was, modes = modes, _modes_at(log_joint, _ascended(log_joint, modes), limit)
+        if len(modes) == len(was) and all(map(_is_at, modes, was)):
+            break
     return modes
+
+
+def _is_at(one: Gaussian, other: Gaussian) -> bool:
+    return bool(((one.loc - other.loc).abs() < ASCENTS.same_point).all())
 
 
 def _ascended(log_joint: LogJoint, modes: list[Gaussian]) -> Tensor:

@@ -320,10 +320,10 @@ def test_ends_of_climbs_on_a_ridge_are_no_modes() -> None:
     way, further from each other than three standard deviations, and a mixture was fitted to them."""
 
     def target(z: Tensor) -> Tensor:
-        ridge = (z[:, 1] - 0.5 * z[:, 0].square()) / 0.02
-        return -4.7e4 - 0.5 * z[:, 0].square() - 0.5 * ridge.square()
+        ridge = (z[:, 1] - 0.5 * z[:, 0].square()) / 0.005
+        return -3e5 - 0.5 * z[:, 0].square() - 0.5 * ridge.square()
 
-    ends = torch.tensor([[-2.0, 2.0], [0.1, 0.005], [2.0, 2.0]])
+    ends = torch.tensor([[-3.0, 4.5], [0.1, 0.005], [3.0, 4.5]])
     found = mixture.modes_above(Ridge(target), ends)
     assert len(found) == 1 and found[0].loc.abs().max() < 0.1
 
