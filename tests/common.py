@@ -8,19 +8,23 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 from torch import Tensor, nn
 
 from pyro_flows import AutoFlowGuide
+from pyro_flows.training.trainer import Trainer
 from pyro_flows.transforms import FixedParameter, FlowTransform
 from pyro_flows.transforms.fixed import look_again
 from pyro_flows.transforms.networks import Packed
 
 __all__ = [
+    "Killed",
     "abilities",
     "assert_no_graph",
     "assert_same_guides",
     "jacobian",
+    "kill_after",
     "randomize_parameters",
     "schools",
     "trained",
@@ -51,6 +55,24 @@ def abilities(y: Tensor) -> None:
 def trained(module: nn.Module) -> list[nn.Parameter]:
     """All parameters but those that a warm start sets and training leaves as they are."""
     return [parameter for parameter in module.parameters() if not isinstance(parameter, FixedParameter)]
+
+
+class Killed(BaseException):
+    """Ends a run as the end of its process does."""
+
+
+def kill_after(monkeypatch: pytest.MonkeyPatch, num_steps: int | None, error: type[BaseException] = Killed) -> None:
+    """Raise after so many steps of ``fit``; None never does."""
+    step, taken = Trainer._step, 0
+
+    def counted(self: Trainer, rate: float) -> None:
+        nonlocal taken
+        step(self, rate)
+        taken += 1
+        if taken == num_steps:
+            raise error
+
+    monkeypatch.setattr(Trainer, "_step", counted)
 
 
 @torch.no_grad()

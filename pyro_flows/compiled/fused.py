@@ -5,7 +5,7 @@ what the compiler saves, in a fraction of its time."""
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from pyro_flows.compiled.cost import PRODUCTS
 from pyro_flows.compiled.inductor import to_machine_code
 from pyro_flows.compiled.script import to_script
-from pyro_flows.compiled.simplify import is_random, written_groups
+from pyro_flows.compiled.simplify import connected, is_random, written_groups
 
 __all__ = ["LargePart", "large_part", "to_fused"]
 
@@ -79,7 +79,8 @@ def large_part(graph: GraphModule) -> LargePart | None:
     for share in FUSION.shares:
         least = max(FUSION.min_elements, share * largest)
         large = {node for node in fusible if max(map(_size, (node, *node.all_input_nodes))) >= least}
-        found.update(_with_between(nodes, connected) for connected in _connected(large))
+        near = {node: large.intersection((*node.all_input_nodes, *node.users)) for node in nodes if node in large}
+        found.update(_with_between(nodes, some) for some in connected(near, near))
     parts = [part for part in map(LargePart, found) if part.worth > 0]
     usable = (part for part in parts if _keeps_order(graph, part.nodes))
     return max(usable, key=lambda part: part.worth, default=None)
@@ -127,20 +128,6 @@ def _size(node: Node) -> int:
 
 def _is_view(node: Node) -> bool:
     return bool(getattr(node.target, "is_view", node.target is operator.getitem))
-
-
-def _connected(nodes: set[Node]) -> Iterator[set[Node]]:
-    """Sets of nodes that are connected by their arguments."""
-    left = set(nodes)
-    while left:
-        found, pending = set[Node](), [left.pop()]
-        while pending:
-            node = pending.pop()
-            found.add(node)
-            near = left.intersection((*node.all_input_nodes, *node.users))
-            left -= near
-            pending += near
-        yield found
 
 
 def _with_between(nodes: Sequence[Node], some: Collection[Node]) -> frozenset[Node]:

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-__all__ = ["is_random", "merge_repeated", "written_groups"]
+__all__ = ["connected", "is_random", "merge_repeated", "written_groups"]
 
 
 def merge_repeated(graph: GraphModule) -> None:
@@ -51,18 +51,23 @@ def written_groups(graph: GraphModule) -> list[set[Node]]:
             near.setdefault(source, set()).add(node)
             if writes:
                 written.append(source)
-    groups: list[set[Node]] = []
-    for first in written:
-        if any(first in group for group in groups):
+    return connected(written, near)
+
+
+def connected(starts: Iterable[Node], near: Mapping[Node, Iterable[Node]]) -> list[set[Node]]:
+    """Sets of nodes, of which each has all those near any of it; one for each start that is in none before."""
+    found: list[set[Node]] = []
+    for first in starts:
+        if any(first in some for some in found):
             continue
-        group, pending = set[Node](), [first]
+        some, pending = set[Node](), [first]
         while pending:
             node = pending.pop()
-            if node not in group:
-                group.add(node)
+            if node not in some:
+                some.add(node)
                 pending += near.get(node, ())
-        groups.append(group)
-    return groups
+        found.append(some)
+    return found
 
 
 def _aliases(node: Node) -> Iterator[tuple[Node, bool]]:

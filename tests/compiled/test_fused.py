@@ -22,7 +22,7 @@ from pyro_flows.compiled.graph import LossGraph
 from pyro_flows.compiled.tracer import trace_operations
 from pyro_flows.training import EstimateSettings, FitSettings, TrainerSettings
 from pyro_flows.training.trainer import Trainer
-from tests.common import schools
+from tests.common import Killed, kill_after, schools
 from tests.compiled.test_script import from_seed, graph_of
 
 ROWS = 20_000
@@ -218,15 +218,9 @@ def test_fit_goes_on_without_a_compiler(kinds: list[str], monkeypatch: pytest.Mo
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run(RATES).losses
-    path, step = tmp_path / "run.pt", Trainer._step
-
-    def killed(self: Trainer, rate: float) -> None:
-        if self.state.num_steps == 12:
-            raise SystemExit
-        step(self, rate)
-
-    with monkeypatch.context() as patched, pytest.raises(SystemExit):
-        patched.setattr(Trainer, "_step", killed)
+    path = tmp_path / "run.pt"
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        kill_after(patched, 12)
         run(RATES, checkpoint=path)
     assert torch.load(path, weights_only=True)["state"]["step_kind"] == "fused"
     assert run(RATES, checkpoint=path).losses == expected

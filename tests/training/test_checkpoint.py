@@ -31,7 +31,7 @@ from pyro_flows.training.schedule import Schedule
 from pyro_flows.training.state import TrainingState
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.transforms.fixed import look_again
-from tests.common import schools
+from tests.common import Killed, kill_after, schools
 from tests.data.version_0_1_0.guides import DATA, densities, eight_schools, small
 
 OLD = Path(__file__).parents[1] / "data" / "version_0_1_0"
@@ -39,10 +39,6 @@ Y = torch.tensor([28.0, 8.0, -3.0, 7.0])
 ESTIMATES = EstimateSettings(num_runs=4, num_particles=50)
 RECORDED = TrainerSettings(min_steps_to_record=0, min_seconds_to_record=0.0, compile_seconds=1e9)
 SETTINGS = FitSettings(checkpoint_interval=0.0, estimates=ESTIMATES)
-
-
-class Killed(BaseException):
-    """Ends a run as the end of its process does."""
 
 
 def train(
@@ -57,20 +53,6 @@ def train(
 
 def parameters(guide: Any) -> Tensor:
     return torch.cat([p.detach().reshape(-1) for p in guide.parameters()])
-
-
-def kill_after(monkeypatch: pytest.MonkeyPatch, num_steps: int, error: type[BaseException] = Killed) -> None:
-    """Raise after so many steps."""
-    step, taken = Trainer._step, 0
-
-    def counted(self: Trainer, rate: float) -> None:
-        nonlocal taken
-        step(self, rate)
-        taken += 1
-        if taken == num_steps:
-            raise error
-
-    monkeypatch.setattr(Trainer, "_step", counted)
 
 
 # Runs that are cut off
@@ -92,10 +74,10 @@ def run_cycles(path: Path | None) -> tuple[Any, FitResult]:
     settings = FitSettings(
         checkpoint_interval=0.0,
         estimates=ESTIMATES,
-        trainer=TrainerSettings(window=4, divergence=1e-9),
+        trainer=TrainerSettings(window=2, divergence=1e-9),
         schedule=ScheduleSettings(first_cycle=15, max_steps=30, min_gain=1e-9, patience=1000, max_gap_of_start=1e-12),
     )
-    return train(path, num_steps=None, seed=None, settings=settings)
+    return train(path, num_steps=None, seed=None, num_particles=1, learning_rate=0.3, settings=settings)
 
 
 def run_annealed(path: Path | None) -> tuple[Any, FitResult]:

@@ -30,9 +30,8 @@ from pyro_flows.training import (
 from pyro_flows.training.batches import Batches
 from pyro_flows.training.objective import Objective
 from pyro_flows.training.schedule import Schedule
-from pyro_flows.training.trainer import Trainer
 from pyro_flows.training.wider import widened
-from tests.common import schools
+from tests.common import Killed, kill_after, schools
 
 Y = torch.tensor([28.0, 8.0, -3.0, 7.0])
 SHORT = FitSettings(
@@ -41,19 +40,6 @@ SHORT = FitSettings(
     wider=WiderSettings(first_cycle=5, max_steps=10),
 )
 OPTIONS: dict[str, Any] = {"seed": 0, "progress": False, "compile": False, "settings": SHORT}
-
-
-def kill_after(monkeypatch: pytest.MonkeyPatch, num_steps: int | None) -> None:
-    """End the process after so many steps."""
-    step, taken = Trainer._step, []
-
-    def killed(self: Trainer, rate: float) -> None:
-        step(self, rate)
-        taken.append(rate)
-        if len(taken) == num_steps:
-            raise SystemExit
-
-    monkeypatch.setattr(Trainer, "_step", killed)
 
 
 def products(y: Tensor) -> None:
@@ -279,7 +265,7 @@ def test_runs_of_releases_without_wider_flows(killed: int | None, tmp_path: Path
         return fit(schools, AutoFlowGuide(schools), (Y,), checkpoint=path, **options)
 
     path = tmp_path / "run.pt"
-    with pytest.MonkeyPatch.context() as monkeypatch, nullcontext() if killed is None else pytest.raises(SystemExit):
+    with pytest.MonkeyPatch.context() as monkeypatch, nullcontext() if killed is None else pytest.raises(Killed):
         kill_after(monkeypatch, killed)
         run(target_gap=math.inf)
     values = _files.read(path)
@@ -312,7 +298,7 @@ def test_more_steps_of_a_wider_flow_can_be_interrupted(tmp_path: Path) -> None:
     shutil.copy(whole, part)
     expected = run(whole, num_steps=50)
     assert expected.steps == len(expected.losses) == 50
-    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(SystemExit):
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(Killed):
         kill_after(monkeypatch, 12)
         run(part, num_steps=50)
     result = run(part, num_steps=50)
