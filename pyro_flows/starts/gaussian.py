@@ -277,7 +277,8 @@ def _newton(log_joint: Target, begin: Gaussian, moving: Tensor, count: int) -> l
     draws = begin.push(antithetic(count, begin.loc))
 
     # One by one where they are large: a batch would take more memory, and no less time.
-    parts = draws.split(1 if len(moving) > GAUSSIAN.max_hessian_dim else log_joint.chunk)
+    at_once = 1 if len(moving) > GAUSSIAN.max_hessian_dim else log_joint.chunk
+    parts = draws.tensor_split(-(-len(draws) // at_once))  # equally large, since their means have equal weights
     try:
         found = [mean for part in parts if (mean := _mean_derivatives(log_joint, part, moving)) is not None]
     except RuntimeError:
