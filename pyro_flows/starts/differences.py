@@ -30,7 +30,11 @@ SETTINGS = DifferenceSettings()
 
 
 def mean_derivatives(
-    target: Callable[[Tensor], Tensor], draws: Tensor, rows: Tensor, step: float
+    target: Callable[[Tensor], Tensor],
+    draws: Tensor,
+    rows: Tensor,
+    step: float,
+    most: int = SETTINGS.values_per_pass,
 ) -> tuple[Tensor, Tensor] | None:
     """Gradient, ``(D,)``, and some rows of the Hessian, ``(len(rows), D)``, averaged over draws, in float64.
 
@@ -41,6 +45,7 @@ def mean_derivatives(
         draws: ``(S, D)``, of which the second half mirrors the first one.
         rows: Indices of the rows, ``(R,)``.
         step: Step of the differences, > 0.
+        most: Number of evaluations of the target that may be made at once.
 
     Returns:
         None if no draw has derivatives; those that have none are left out.
@@ -50,7 +55,7 @@ def mean_derivatives(
     usable = value.isfinite()
     sign = torch.where(torch.arange(count, device=draws.device) < count // 2, 1.0, -1.0).to(draws)
     total = torch.zeros(len(rows), count, dim, dtype=torch.float64, device=draws.device)
-    many = max(1, SETTINGS.values_per_pass // draws.numel())
+    many = max(1, min(SETTINGS.values_per_pass // draws.numel(), most // count))
     for some, found in zip(rows.split(many), total.split(many), strict=True):
         moves = step * torch.eye(dim, dtype=draws.dtype, device=draws.device)[some].unsqueeze(1) * sign.unsqueeze(-1)
         values, gradients = value_and_gradient(target, (draws + moves).flatten(0, 1))

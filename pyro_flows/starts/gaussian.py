@@ -276,18 +276,22 @@ def _newton(log_joint: Target, begin: Gaussian, moving: Tensor, count: int) -> l
     """Gaussians after fractions of a Newton step; none if the target has no derivatives there."""
     draws = begin.push(antithetic(count, begin.loc))
 
-    # One by one where they are large: a batch would take more memory, and no less time.
-    at_once = 1 if len(moving) > GAUSSIAN.max_hessian_dim else log_joint.chunk
-    parts = draws.tensor_split(-(-len(draws) // at_once))  # equally large, since their means have equal weights
+    # Draws with their mirror images. Few where they are large: a batch would take more memory, and no less time.
+    at_once = 2 if len(moving) > GAUSSIAN.max_hessian_dim else max(2, log_joint.chunk)
+    pairs = draws.unflatten(0, (2, -1))
+    parts = [part.flatten(0, 1) for part in pairs.tensor_split(-(-len(draws) // at_once), 1)]
     try:
-        found = [mean for part in parts if (mean := _mean_derivatives(log_joint, part, moving)) is not None]
+        means = [(len(part), _mean_derivatives(log_joint, part, moving)) for part in parts]
     except RuntimeError:
         return []
+    found = [(count, *mean) for count, mean in means if mean is not None]
     if not found:
         return []
+    usable = sum(count for count, _, _ in found)
+    gradient, hessian = (sum(count * each[k] for count, *each in found) / usable for k in (0, 1))
     factor = begin.factor[moving][:, moving].double()
-    slope = factor.mT @ sum(gradient for gradient, _ in found) / len(found)
-    curvature, vectors = torch.linalg.eigh(-factor.mT @ (sum(hessian for _, hessian in found) / len(found)) @ factor)
+    slope = factor.mT @ gradient
+    curvature, vectors = torch.linalg.eigh(-factor.mT @ hessian @ factor)
     curvature = curvature.clamp(1.0 / GAUSSIAN.newton_trust, GAUSSIAN.newton_trust)
     tried = []
     for share in GAUSSIAN.newton_shares:
@@ -315,7 +319,7 @@ def _mean_derivatives(log_joint: Target, draws: Tensor, moving: Tensor) -> tuple
     """
     if len(moving) < draws.shape[-1]:
         # Inside of a head, whose second derivatives go through factorizations.
-        found = mean_derivatives(log_joint, draws, moving, GAUSSIAN.difference)
+        found = mean_derivatives(log_joint, draws, moving, GAUSSIAN.difference, log_joint.chunk)
         return None if found is None else (found[0][moving], found[1][:, moving])
     gradient, hessian = gradient_and_hessian(batched(log_joint), draws.unsqueeze(1), log_joint.sizes, log_joint.chunk)
     usable = (gradient.isfinite().all(-1) & hessian.isfinite().flatten(2).all(-1)).squeeze(1)

@@ -197,6 +197,22 @@ def test_newton_steps_find_the_best_normal() -> None:
     assert ((found.loc - expected) * COUNTS.sqrt()).abs().max() < 0.1
 
 
+@pytest.mark.parametrize("moving", [None, torch.tensor([0, 2])])
+def test_newton_steps_by_a_few_draws_at_a_time_are_the_same(moving: Tensor | None) -> None:
+    """Each draw goes with its mirror image, whose differences are in the other direction."""
+
+    class Few(Poisson):
+        chunk = 7
+
+    found = []
+    for target in (Poisson(), Few()):
+        torch.manual_seed(0)
+        begin = Gaussian(COUNTS.log(), torch.ones(3).double())
+        found.append(refined(target, begin, moving))
+    torch.testing.assert_close(found[0].loc, found[1].loc)
+    torch.testing.assert_close(found[0].factor, found[1].factor)
+
+
 def test_newton_steps_end_where_there_are_no_second_derivatives() -> None:
     begin = Gaussian(torch.zeros(2).double(), torch.ones(2).double())
 
