@@ -108,6 +108,9 @@ def lost_mass(
         settings: When a mode counts as lost.
     """
     count = len(log_weights)
+    # What could not be significant is no measurement: where float32 rounds a density to nonsense, far out in a tail, a
+    # single draw may have more mass than all others, and their weights would vanish beside it.
+    log_mass = torch.where(settings.min_z_score * error < 1.0, log_mass, -torch.inf)
     top = torch.maximum(log_weights.max(0).values, log_mass.max(0).values)
     weights = (log_weights - top).exp()
     inside = where == torch.arange(len(log_mass), device=where.device)[:, None, None]  # (K, S, N)

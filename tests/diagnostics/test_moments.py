@@ -54,6 +54,16 @@ def test_an_unknown_error_is_infinite_and_that_of_a_constant_zero() -> None:
     assert all(error == 0.0 for error in zero.errors())
 
 
+def test_constants_have_an_sd() -> None:
+    """Zeros and ones of a Cholesky factor made every fit with correlations warn of tails that are too heavy."""
+    moments = Moments()
+    moments.add(torch.stack([torch.zeros(4000), torch.ones(4000), torch.rand(4000)], -1), torch.zeros(4000, 1))
+    assert moments.has_sd(0.05).all()
+    heavy = Moments()
+    heavy.add(dist.Cauchy(0.0, 1.0).sample((4000, 1)), torch.zeros(4000, 1))
+    assert not heavy.has_sd(0.05).any()
+
+
 @pytest.mark.parametrize("df", [1.0, 1.5])
 def test_without_moments_a_guide_is_judged_by_its_bulk(df: float) -> None:
     """A shift was trusted, as no mean was compared."""

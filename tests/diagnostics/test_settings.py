@@ -48,6 +48,15 @@ def test_search() -> None:
     assert (reduced.num_starts, reduced.num_ranking_draws, reduced.num_mass_draws) == (3, 8, 200)
 
 
+def test_a_region_that_could_not_be_measured_is_no_mass() -> None:
+    """In float32 a negative binomial likelihood of an immense size is nonsense, with a thousand nats too many at single
+    draws: the evidence was minus infinity."""
+    log_weights = torch.zeros(1000, 1, dtype=torch.double)
+    nonsense = (torch.tensor([[1e4]]).double(), torch.ones(1, 1).double())
+    found = lost_mass(*nonsense, torch.ones(1000, 1).long(), log_weights, torch.ones(1, 1).double())
+    assert found.share.item() == 0.0 and found.log_evidence.item() == 0.0 and found.error.item() == 0.0
+
+
 def test_lost_mass() -> None:
     """A region with as much mass as the guide has, in which it never draws."""
     region = torch.zeros(1, 1, dtype=torch.double), torch.full((1, 1), 0.01, dtype=torch.double)
