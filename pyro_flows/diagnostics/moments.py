@@ -115,8 +115,8 @@ class Moments:
         return self._mean_and_sd(1)
 
     def has_sd(self, max_log_sd_se: float) -> Tensor:
-        """Where the standard deviation is determined, by the draws or by the weighted draws, up to a relative error; that
-        of equal draws is, such as of the zeros in a Cholesky factor."""
+        """Where the standard deviation is determined, by the draws or by the weighted draws, up to a relative error, or
+        is zero, as of the zeros in a Cholesky factor."""
         constant = (self.plain[1] == 0.0) & (self.weighted[1] == 0.0)
         errors = [self._covariance(x, k, x, k) / self._count for k in (0, 1) for x in self._influences(k)[1:]]
         return constant | (torch.stack(errors).amin(0).clamp_min(0.0).sqrt() < max_log_sd_se)

@@ -14,7 +14,7 @@ from pyro_flows.starts.gaussian import GAUSSIAN
 from pyro_flows.starts.lbfgs import gradient_and_hessian
 from pyro_flows.transforms import LinearMixedHead
 
-__all__ = ["fit_likelihood"]
+__all__ = ["LIKELIHOOD", "affordable_draws", "fit_likelihood"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class LikelihoodSettings:
     min_share: float = 1e-4
 
 
-SETTINGS = LikelihoodSettings()
+LIKELIHOOD = LikelihoodSettings()
 
 
 @torch.no_grad()
@@ -58,11 +58,10 @@ def fit_likelihood(
         Whether the factor was set: the target must have finite second derivatives at the point.
     """
     free, pooled = head.order.tensor_split([head.count_free])
-    step = SETTINGS.precision_step * scale[free]
+    step = LIKELIHOOD.precision_step * scale[free]
     shifts = torch.zeros(2 * len(free), len(center), dtype=center.dtype, device=center.device)
     shifts[:, free] = torch.cat([step.diag(), -step.diag()])
-    affordable = log_joint.affordable(SETTINGS.num_draws, GAUSSIAN.gradients_per_row * len(center))
-    around = _draws_given(head, center, free, affordable) if by_draws else center.unsqueeze(0)
+    around = _draws_given(head, center, free, affordable_draws(log_joint, center)) if by_draws else center.unsqueeze(0)
     count = len(around)
     points = torch.cat([around, center + shifts])
 
@@ -88,10 +87,10 @@ def fit_likelihood(
     unit = log_scale.double().exp()
     own = -hessian[pooled][:, pooled] * unit.unsqueeze(-1) * unit
     curvature, vectors = torch.linalg.eigh(0.5 * (own + own.mT))
-    scaled = (vectors * curvature.clamp_min(SETTINGS.min_share)) @ vectors.mT
+    scaled = (vectors * curvature.clamp_min(LIKELIHOOD.min_share)) @ vectors.mT
     precision = scaled / unit.unsqueeze(-1) / unit
     curvatures = -hessians[count:].diagonal(dim1=-2, dim2=-1)[:, pooled] * unit.square()
-    above, below = curvatures.sum(-1).clamp_min(SETTINGS.min_share * len(pooled)).log().chunk(2)
+    above, below = curvatures.sum(-1).clamp_min(LIKELIHOOD.min_share * len(pooled)).log().chunk(2)
     factor = torch.linalg.cholesky(precision)
     away = torch.cholesky_solve(gradient[pooled].unsqueeze(-1), factor).squeeze(-1)
     log_precision_slope = (below - above) / (4.0 * step.double())
@@ -106,6 +105,11 @@ def fit_likelihood(
         log_precision_slope.to(like),
     )
     return True
+
+
+def affordable_draws(log_joint: LogJoint, center: Tensor) -> int:
+    """Number of draws over which derivatives are averaged, of ``num_draws``, by what Hessians cost."""
+    return log_joint.affordable(LIKELIHOOD.num_draws, GAUSSIAN.gradients_per_row * len(center))
 
 
 def _draws_given(head: LinearMixedHead, center: Tensor, free: Tensor, count: int) -> Tensor:

@@ -22,7 +22,7 @@ from pyro_flows.starts.field_gaussian import FIELD_GAUSSIAN, field_gaussian
 from pyro_flows.starts.fixed_draws import FIXED_DRAWS, antithetic, elbo_of, fit_on_fixed_draws
 from pyro_flows.starts.gaussian import GAUSSIAN, Gaussian, best_gaussian, refined
 from pyro_flows.starts.leaves import warm_start_leaves
-from pyro_flows.starts.likelihood import fit_likelihood
+from pyro_flows.starts.likelihood import LIKELIHOOD, affordable_draws, fit_likelihood
 from pyro_flows.starts.low_rank import LowRankGaussian, best_low_rank
 from pyro_flows.starts.mixture import best_mixture, modes_above
 from pyro_flows.transforms import (
@@ -47,6 +47,8 @@ class SelectSettings:
         no_share: The priors' share if they are not used.
         num_rounds: Largest number of fits of the likelihood factor of coordinates with known priors, the first one
             at a point.
+        num_rounds_expensive: The same where observations are so many that these are fits to fewer draws: steps of
+            training gain what is left sooner.
         min_gain_of_modes: Gain in nats below which a guide does not take a mixture by itself.
         poor_gap: Half the variance of log weights, in nats, above which the Gaussian of a field is a poor one.
     """
@@ -55,6 +57,7 @@ class SelectSettings:
     num_fixed_draws: int = 128
     no_share: float = 1e-6
     num_rounds: int = 4
+    num_rounds_expensive: int = 2
     min_gain_of_modes: float = 0.02
     poor_gap: float = 5.0
 
@@ -188,7 +191,8 @@ def _from_likelihood(flow: Flow, log_joint: LogJoint, head: LinearMixedHead, fou
     free = head.order[: head.count_free]
     center, scale = found.loc, found.conditional_scale
     best: Start | None = None
-    for index in range(SETTINGS.num_rounds):
+    is_expensive = affordable_draws(log_joint, center) < LIKELIHOOD.num_draws
+    for index in range(SETTINGS.num_rounds_expensive if is_expensive else SETTINGS.num_rounds):
         if not fit_likelihood(log_joint, head, center, scale, by_draws=index > 0):
             break
         gaussian = refined(pulled, begin, free)

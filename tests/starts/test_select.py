@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -13,6 +14,9 @@ import torch
 
 from pyro_flows import AutoFlowGuide
 from pyro_flows.starts import select
+from pyro_flows.starts.gaussian import Gaussian, refined
+from pyro_flows.starts.likelihood import fit_likelihood
+from tests.common import schools
 from tests.starts.test_gaussian import correlated
 
 STARTERS = ("_from_gaussian", "_from_priors", "_from_modes")
@@ -44,3 +48,25 @@ def test_the_best_is_taken(model: Callable[..., Any], expected: str, monkeypatch
     found = {name: start for name, start in found.items() if start is not None}
     assert max(found, key=lambda name: found[name].elbo) == expected
     torch.testing.assert_close(guide.posterior.joint.flow.state_dict(), found[expected].state, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize(("affordable", "most"), [(32, 4), (16, 2)])
+def test_expensive_likelihood_factors_are_fitted_less_often(
+    affordable: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 50,000 observations, each fit and the Newton steps after it took half a minute."""
+    rounds = []
+
+    def counted(*args: Any, **options: Any) -> bool:
+        rounds.append(options)
+        return fit_likelihood(*args, **options)
+
+    def better(*args: Any) -> Gaussian:
+        """As if each round gained a nat."""
+        return replace(refined(*args), elbo=-100.0 + len(rounds))
+
+    monkeypatch.setattr(select, "affordable_draws", lambda *_: affordable)
+    monkeypatch.setattr(select, "fit_likelihood", counted)
+    monkeypatch.setattr(select, "refined", better)
+    AutoFlowGuide(schools).warm_start(torch.tensor([28.0, 8.0, -3.0, 7.0]))
+    assert len(rounds) == most
