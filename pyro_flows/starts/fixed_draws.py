@@ -128,6 +128,7 @@ def fit_on_fixed_draws(
     return True
 
 
+@torch.no_grad()
 def elbo_of(log_joint: Target, push: Callable[[Tensor], tuple[Tensor, Tensor]], noise: Tensor) -> float:
     """ELBO of a transport map of standard normal noise, ``(S, D)``; minus infinity where the model has no density."""
     draws, ladj = push(noise)

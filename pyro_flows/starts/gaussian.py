@@ -107,8 +107,9 @@ class Gaussian:
         return torch.linalg.solve_triangular(self.factor, difference, upper=False).norm().item()
 
     def standard_error(self, count: int) -> float:
-        """That of its ELBO from ``count`` draws, in nats; an upper bound for antithetic ones."""
-        return math.sqrt(self.log_weight_variance / count)
+        """That of its ELBO from ``count`` draws, in nats; an upper bound for antithetic ones. Half the dimension is the
+        variance of the energy of a normal, whose log weights have none."""
+        return math.sqrt((self.log_weight_variance + len(self.loc) / 2) / count)
 
     @property
     def log_det(self) -> Tensor:
