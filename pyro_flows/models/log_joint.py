@@ -23,7 +23,7 @@ from pyro_flows.models.precision import remedy_at
 from pyro_flows.models.sites import Site
 from pyro_flows.models.traces import NO_DENSITY, Call, by_draw, run_quietly, sample_nodes
 
-__all__ = ["LogJoint", "PulledBack", "Target", "constrain", "joined", "scored_sites"]
+__all__ = ["LogJoint", "PulledBack", "Target", "constrain", "in_parts", "joined", "scored_sites"]
 
 OWNER = "AutoFlowGuide.warm_start"
 
@@ -261,6 +261,11 @@ def _by_element(node: Mapping[str, Any]) -> Tensor:
     scale, mask = (each[(..., *[None] * event_dim)] if isinstance(each, Tensor) else each for each in of_batch)
     found: Tensor = scale_and_mask(fn.log_prob(node["value"]), scale, mask)
     return found
+
+
+def in_parts(log_joint: Target, draws: Tensor) -> Tensor:
+    """Evaluate at ``(S, D)`` draws, as many at once as ``chunk`` says, to ``(S,)``."""
+    return torch.cat([log_joint(part) for part in draws.split(log_joint.chunk)])
 
 
 def joined(draws: Tensor | Sequence[Tensor]) -> Tensor:

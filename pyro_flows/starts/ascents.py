@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_flows.models.log_joint import LogJoint, Target
+from pyro_flows.models.log_joint import LogJoint
 from pyro_flows.starts.lbfgs import lbfgs_paths
 
 __all__ = ["ASCENTS", "ascents", "batched", "climb", "distinct_points"]
@@ -64,7 +64,7 @@ def ascents(
     return climb(log_joint, begins[begins.isfinite().all(-1)], patience)
 
 
-def climb(log_joint: Target, begins: Tensor, patience: float = math.inf) -> list[Tensor]:
+def climb(log_joint: Callable[[Any], Tensor], begins: Tensor, patience: float = math.inf) -> list[Tensor]:
     """Points on paths of ascent from given points, as in ``ascents``."""
     looks, points = [], begins
     steps = lbfgs_paths(batched(log_joint), begins.unsqueeze(1), ASCENTS.num_steps, ASCENTS.tolerance, patience)
@@ -81,7 +81,7 @@ def distinct_points(points: Tensor) -> Tensor:
     return points[~near.tril(-1).any(-1)]
 
 
-def batched(log_joint: Target) -> Callable[[Any], Tensor]:
+def batched(log_joint: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
     """The target with the signature that :func:`lbfgs_paths` takes: ``(R, 1, D)``, or its parts, to ``(R, 1)``."""
 
     def target(z: Tensor | Sequence[Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyro_flows.flows import Flow
 from pyro_flows.flows.bases import MixtureBase
 from pyro_flows.flows.noise import base_score
-from pyro_flows.models.log_joint import LogJoint
+from pyro_flows.models.log_joint import LogJoint, in_parts
 
 __all__ = ["fit_modes", "fit_tails"]
 
@@ -123,6 +123,6 @@ def _elbo(log_joint: LogJoint, flow: Flow) -> tuple[float, float]:
     """Mean and variance of log weights."""
     distribution = flow()
     draws = distribution.rsample(torch.Size([SETTINGS.num_elbo_draws]))
-    energy = torch.cat([log_joint(part) for part in draws.split(log_joint.chunk)])
+    energy = in_parts(log_joint, draws)
     weights = (energy - distribution.log_prob(draws)).double()
     return weights.mean().item(), weights.var().item()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.compiled.replay import Replay
-from pyro_flows.models.log_joint import Target
+from pyro_flows.models.log_joint import Target, in_parts
 from pyro_flows.models.traces import mean_of_kept
 
 __all__ = ["FIXED_DRAWS", "antithetic", "elbo_of", "entropy", "fit_on_fixed_draws", "minimize", "scored"]
@@ -78,7 +78,7 @@ def scored(log_joint: Target, found: Sequence[AnyCandidate], count: int, like: T
     """
     noise = antithetic(count, like)
     draws = torch.cat([gaussian.push(noise) for gaussian in found])  # (candidates * count, D)
-    energy = torch.cat([log_joint(part) for part in draws.split(log_joint.chunk)]).double().reshape(len(found), count)
+    energy = in_parts(log_joint, draws).double().reshape(len(found), count)
     elbos = mean_of_kept(energy) + torch.stack([gaussian.log_det for gaussian in found]) + entropy(noise)
     weights = energy + 0.5 * noise.double().square().sum(-1)
     variances = mean_of_kept((weights - mean_of_kept(weights).unsqueeze(-1)).square())

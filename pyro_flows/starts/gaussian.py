@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pyro_flows.models.log_joint import LogJoint, Target
+from pyro_flows.models.log_joint import LogJoint, Target, in_parts
 from pyro_flows.starts.ascents import ascents, batched, distinct_points
 from pyro_flows.starts.differences import mean_derivatives
 from pyro_flows.starts.fixed_draws import FIXED_DRAWS, antithetic, fit_on_fixed_draws, scored
@@ -197,7 +197,7 @@ def _may_reach(elbo: float, log_joint: Target, points: Tensor) -> Tensor:
     With curvatures as in :func:`local_factor`, its entropy is bounded, and for a quadratic its mean energy is at most
     half a nat per dimension above the one at the point: most points on the way up are far too low.
     """
-    value = torch.cat([log_joint(part) for part in points.split(log_joint.chunk)])
+    value = in_parts(log_joint, points)
     entropy = 0.5 * math.log(2 * math.pi * math.e / LBFGS.min_curvature)
     return value + points.shape[-1] * (entropy + 0.5) >= elbo
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pyro_flows.models.log_joint import Target
+from pyro_flows.models.log_joint import Target, in_parts
 from pyro_flows.starts.fixed_draws import antithetic, elbo_of, fit_on_fixed_draws
 from pyro_flows.starts.gaussian import GAUSSIAN, Gaussian, triangular
 
@@ -130,7 +130,7 @@ def best_low_rank(log_joint: Target, begin: Gaussian, rank: int) -> LowRankGauss
 def _log_weights(log_joint: Target, gaussian: LowRankGaussian, noise: Tensor) -> Tensor:
     """Log weights up to a constant that is the same for all Gaussians, ``(S,)``."""
     draws, ladj = gaussian.push(noise)
-    return torch.cat([log_joint(part) for part in draws.split(log_joint.chunk)]).double() + ladj.double()
+    return in_parts(log_joint, draws).double() + ladj.double()
 
 
 def _stretch(log_joint: Target, gaussian: LowRankGaussian, rank: int) -> LowRankGaussian | None:

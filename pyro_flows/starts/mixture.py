@@ -11,11 +11,10 @@ from torch import Tensor
 
 from pyro_flows.flows.bases import spread_components
 from pyro_flows.flows.noise import DiagonalNormalMixture
-from pyro_flows.models.log_joint import LogJoint
-from pyro_flows.starts.ascents import ASCENTS, ascents, distinct_points
+from pyro_flows.models.log_joint import LogJoint, in_parts
+from pyro_flows.starts.ascents import ASCENTS, ascents, climb, distinct_points
 from pyro_flows.starts.fixed_draws import antithetic, scored
 from pyro_flows.starts.gaussian import GAUSSIAN, Gaussian, local_gaussians, refined
-from pyro_flows.starts.lbfgs import lbfgs_paths
 
 __all__ = ["MixtureStart", "best_mixture", "modes_above"]
 
@@ -68,7 +67,7 @@ class MixtureStart:
         noise = antithetic(GAUSSIAN.num_elbo_draws, self.loc)
         eps = self.locs.unsqueeze(1) + self.scales.unsqueeze(1) * noise  # (K, draws, D)
         draws = Gaussian(self.loc, self.factor).push(eps.flatten(0, 1))
-        energy = torch.cat([log_joint(part) for part in draws.split(log_joint.chunk)]).reshape(eps.shape[:-1])
+        energy = in_parts(log_joint, draws).reshape(eps.shape[:-1])
         diagonal = self.factor if self.factor.dim() == 1 else self.factor.diagonal()
         log_q = DiagonalNormalMixture(self.locs, self.scales, self.weights.log()).log_prob(eps)
         value = (energy - log_q).double().mean(-1) @ self.weights.double() + diagonal.double().log().sum()
@@ -146,14 +145,9 @@ def _ascended(log_joint: LogJoint, modes: list[Gaussian]) -> Tensor:
     locs, factors = torch.stack([mode.loc for mode in modes]), torch.stack([mode.factor for mode in modes])
 
     def points(x: Tensor) -> Tensor:
-        return locs + (factors @ x.squeeze(1).unsqueeze(-1)).squeeze(-1)
+        return locs + (factors @ x.unsqueeze(-1)).squeeze(-1)
 
-    begins = torch.zeros_like(locs).unsqueeze(1)
-    *_, ends = (
-        begins,
-        *lbfgs_paths(lambda x: log_joint(points(x)).unsqueeze(1), begins, ASCENTS.num_steps, ASCENTS.tolerance),
-    )
-    return points(ends)
+    return points(climb(lambda x: log_joint(points(x)), torch.zeros_like(locs))[-1])
 
 
 def _modes_at(log_joint: LogJoint, points: Tensor, limit: int) -> list[Gaussian]:

@@ -76,6 +76,15 @@ def item_response() -> Problem:
 PROBLEMS: tuple[Callable[[], Problem], ...] = (regression, groups, item_response)
 
 
+def set_up(build: Callable[[], Problem]) -> tuple[Callable[..., Any], tuple[Any, ...], AutoFlowGuide]:
+    """A model, its arguments, and a guide that has been called."""
+    model, args = build()
+    pyro.set_rng_seed(0)
+    guide = AutoFlowGuide(model)
+    guide(*args)
+    return model, args, guide
+
+
 def name_of(build: Callable[[], Problem]) -> str:
     """A row's name."""
     return (build.__doc__ or "").rstrip(".")
@@ -95,10 +104,7 @@ def steps(repeats: int) -> tuple[list[str], Rows]:
     """Milliseconds of a loss and its gradient, 16 particles: eager, recorded, with large operations compiled."""
     rows = []
     for build in PROBLEMS:
-        model, args = build()
-        pyro.set_rng_seed(0)
-        guide = AutoFlowGuide(model)
-        guide(*args)
+        model, args, guide = set_up(build)
         objective = Objective(model, guide, Batches(args, {}))
         elbo = objective.elbo(PARTICLES)
 
@@ -127,10 +133,7 @@ def chunks(repeats: int) -> tuple[list[str], Rows]:
     """Milliseconds a draw of the log joint and its gradient: 500 draws at once, and in the chunks of a warm start."""
     rows = []
     for build in PROBLEMS:
-        model, args = build()
-        pyro.set_rng_seed(0)
-        guide = AutoFlowGuide(model)
-        guide(*args)
+        model, args, guide = set_up(build)
         layout = guide.posterior.joint.layout
         log_joint = LogJoint(model, layout, args, {})
         draws = layout.init_loc + 0.1 * torch.randn(500, len(layout.init_loc))
