@@ -181,6 +181,22 @@ class LogJoint:
         terms = (by_draw(node["log_prob"]).to(log_det) for name, node in nodes if name not in sites)
         return torch.stack([log_det, *terms]).sum(0)
 
+    def partners(self, sites: Collection[str], point: Tensor) -> set[str]:
+        """Latent sites with which some sites share a term of the density at a point, ``(D,)``, apart from the densities
+        of those sites themselves."""
+        with torch.enable_grad():
+            parts = [part.detach().requires_grad_() for part in point.unsqueeze(0).split([*self.sizes], -1)]
+            values, _ = self.table.unpack(parts)
+            nodes = sample_nodes(self.batched(values)).items()
+            terms = [node["log_prob"].sum() for name, node in nodes if name not in sites]
+        partners: set[str] = set()
+        for term in terms:
+            if term.requires_grad:
+                found = torch.autograd.grad(term, parts, retain_graph=True, allow_unused=True)
+                seen = {name for name, part in zip(self.table.names, found, strict=True) if part is not None}
+                partners |= seen if not seen.isdisjoint(sites) else set()
+        return partners
+
 
 @dataclass(frozen=True, eq=False)
 class PulledBack:

@@ -58,9 +58,10 @@ def fit_likelihood(
         Whether the factor was set: the target must have finite second derivatives at the point.
     """
     free, pooled = head.order.tensor_split([head.count_free])
-    step = LIKELIHOOD.precision_step * scale[free]
-    shifts = torch.zeros(2 * len(free), len(center), dtype=center.dtype, device=center.device)
-    shifts[:, free] = torch.cat([step.diag(), -step.diag()])
+    seen = _seen(log_joint, center, free, pooled)
+    moved, step = free[seen], LIKELIHOOD.precision_step * scale[free[seen]]
+    shifts = torch.zeros(2 * len(moved), len(center), dtype=center.dtype, device=center.device)
+    shifts[:, moved] = torch.cat([step.diag(), -step.diag()])
     around = _draws_given(head, center, free, affordable_draws(log_joint, center)) if by_draws else center.unsqueeze(0)
     count = len(around)
     points = torch.cat([around, center + shifts])
@@ -93,7 +94,8 @@ def fit_likelihood(
     above, below = curvatures.sum(-1).clamp_min(LIKELIHOOD.min_share * len(pooled)).log().chunk(2)
     factor = torch.linalg.cholesky(precision)
     away = torch.cholesky_solve(gradient[pooled].unsqueeze(-1), factor).squeeze(-1)
-    log_precision_slope = (below - above) / (4.0 * step.double())
+    log_precision_slope = hessian.new_zeros(len(free))
+    log_precision_slope[seen] = (below - above) / (4.0 * step.double())
     # The gradient is K (b - z): it changes with the other coordinates by b, and by K where b is not z.
     slope = torch.cholesky_solve(hessian[pooled][:, free], factor) + 2.0 * torch.outer(away, log_precision_slope)
     like = center
@@ -110,6 +112,18 @@ def fit_likelihood(
 def affordable_draws(log_joint: LogJoint, center: Tensor) -> int:
     """Number of draws over which derivatives are averaged, of ``num_draws``, by what Hessians cost."""
     return log_joint.affordable(LIKELIHOOD.num_draws, GAUSSIAN.gradients_per_row * len(center))
+
+
+def _seen(log_joint: LogJoint, center: Tensor, free: Tensor, pooled: Tensor) -> Tensor:
+    """Which of the free coordinates the likelihood of the pooled ones may depend on, ``(len(free),)``."""
+    slices = log_joint.table.slices.items()
+    index = torch.arange(len(center), device=center.device)
+    sites = {name for name, where in slices if torch.isin(index[where], pooled).all()}
+    if sum(len(index[where]) for name, where in slices if name in sites) < len(pooled):
+        return torch.ones_like(free, dtype=torch.bool)  # the density of a site is not its pooled coordinates' alone
+    partners = log_joint.partners(sites, center)
+    seen = [index[where] for name, where in slices if name in partners]
+    return torch.isin(free, torch.cat(seen)) if seen else torch.zeros_like(free, dtype=torch.bool)
 
 
 def _draws_given(head: LinearMixedHead, center: Tensor, free: Tensor, count: int) -> Tensor:
