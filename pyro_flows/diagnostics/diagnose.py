@@ -17,7 +17,7 @@ from pyro_flows._threads import one_at_a_time
 from pyro_flows.diagnostics.division import Division
 from pyro_flows.diagnostics.elbo import estimate_elbo
 from pyro_flows.diagnostics.evidence import Evidence, estimate_evidence, lost_mass
-from pyro_flows.diagnostics.modes import LostMode, lost_modes
+from pyro_flows.diagnostics.modes import LostMode, Modes, lost_modes
 from pyro_flows.diagnostics.moves import measure_drift
 from pyro_flows.diagnostics.reference import sample_reference
 from pyro_flows.diagnostics.report import TRUST, Diagnosis, Items
@@ -159,8 +159,9 @@ def _judged(
     evidence, lost = _evidence(sampler, sample, first, search.regions)
     reference, drift = None, None
     if search.regions is not None and sampler.score.is_vectorized:
-        reference = sample_reference(sampler, first, search.regions, like=tally)
-        drift = measure_drift(sampler, first)
+        modes = Modes(sampler, search.regions, structure.pack(first.values))
+        reference = sample_reference(sampler, first, search.regions, like=tally, modes=modes)
+        drift = measure_drift(sampler, first, modes)
     if reference is None:
         sites, by_reference = tally.summaries(), False
     else:

@@ -11,6 +11,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_flows.diagnostics.modes import Modes
 from pyro_flows.diagnostics.shape import robust_shape
 from pyro_flows.importance.weights import Draws, ImportanceSampler
 from pyro_flows.starts.lbfgs import value_and_gradient
@@ -35,6 +36,7 @@ class MoveSettings:
         tail: Share of the draws in each tail of a coordinate, in which as many should come as go.
         min_in_tail: Smallest number of draws there.
         false_alarms: Probability that a guide which is the posterior is said to drift.
+        min_acceptance: Share of the moves that has to be accepted; if fewer are, there is no test.
     """
 
     num_draws: int = 4000
@@ -46,6 +48,7 @@ class MoveSettings:
     tail: float = 0.01
     min_in_tail: int = 20
     false_alarms: float = 1e-3
+    min_acceptance: float = 0.05
 
 
 class Drift(NamedTuple):
@@ -65,12 +68,23 @@ class Drift(NamedTuple):
         return self.z_score > self.critical
 
 
-def measure_drift(sampler: ImportanceSampler, draws: Draws, settings: MoveSettings = MoveSettings()) -> Drift | None:
+def measure_drift(
+    sampler: ImportanceSampler, draws: Draws, modes: Modes | None = None, settings: MoveSettings = MoveSettings()
+) -> Drift | None:
     """Move draws of the guide by Hamiltonian Monte Carlo, once, and measure whether they drift.
 
     Importance weights are blind to what lies beyond the guide's support. The moves are not: they cross the border, and
     where draws are the posterior's, as many go as come. Changes are averaged over acceptance and rejection (Rao and
-    Blackwell), and weighted, so that errors that weights correct do not count. None if there are too few draws.
+    Blackwell), and weighted, so that errors that weights correct do not count.
+
+    Args:
+        sampler: Sampler of the model and the guide.
+        draws: S draws of the guide.
+        modes: The posterior's modes, so that steps are as wide as one is, and changes those within one; None for one.
+        settings: Settings of the moves.
+
+    Returns:
+        None if there are too few draws, or moves are hardly ever accepted.
     """
     affordable = max(settings.max_elements // max(sampler.structure.elements, 1), settings.min_draws)
     packed = sampler.structure.pack(draws.values)[: min(settings.num_draws, affordable)]
@@ -78,7 +92,9 @@ def measure_drift(sampler: ImportanceSampler, draws: Draws, settings: MoveSettin
         return None
     weights = draws.log_weights[: len(packed)].log_softmax(0).exp().to(packed.device) * len(packed)
     start = packed.double()
-    middle, scale, factor = robust_shape(start)
+    within = (lambda z: z) if modes is None else modes.within
+    inner = within(start)
+    middle, scale, factor = robust_shape(inner)
     num_steps = math.ceil(settings.path_length / (settings.step_size * packed.shape[-1] ** -0.25))
     shortened = settings.shortest + (1.0 - settings.shortest) * torch.rand(len(packed), 1, 1)
     step = (settings.path_length / num_steps * shortened).to(start)
@@ -94,7 +110,9 @@ def measure_drift(sampler: ImportanceSampler, draws: Draws, settings: MoveSettin
             value, force = _value_and_force(sampler, position, factor, packed.dtype)
             momentum = momentum + 0.5 * step * force
     accepted = (energy - 0.5 * momentum.square().sum(-1) + value).clamp_max(0.0).exp().nan_to_num(0.0)
-    before, after = ((x - middle) / scale for x in (start, position))
+    if accepted.mean() < settings.min_acceptance:
+        return None
+    before, after = ((x - middle) / scale for x in (inner, within(position)))
     share = max(settings.tail, settings.min_in_tail / len(start))
     low, high = before.quantile(torch.tensor([share, 1.0 - share]).to(start), 0)
     functions = (lambda x: x, torch.abs, lambda x: (x < low).to(x), lambda x: (x > high).to(x))
@@ -103,7 +121,6 @@ def measure_drift(sampler: ImportanceSampler, draws: Draws, settings: MoveSettin
     z_scores = changes.mean(0) / changes.std(0) * math.sqrt(len(changes))
     quantile = torch.tensor(0.5 * settings.false_alarms / z_scores.numel(), dtype=torch.double)
     critical = -torch.distributions.Normal(0.0, 1.0).icdf(quantile).item()
-    # Where hardly any move is accepted, changes underflow, and say nothing.
     return Drift(z_scores.abs().nan_to_num(0.0, posinf=0.0).max().item(), critical)
 
 

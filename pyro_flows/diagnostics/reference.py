@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.diagnostics.evidence import Evidence, estimate_evidence
+from pyro_flows.diagnostics.modes import Modes
 from pyro_flows.diagnostics.search import Regions
 from pyro_flows.diagnostics.shape import robust_shape
 from pyro_flows.diagnostics.sites import SiteSummary, SiteTally
@@ -26,7 +27,11 @@ class ReferenceSettings:
     """Settings of the reference.
 
     Attributes:
-        num_draws: Number of draws of the reference.
+        num_draws: Number of draws of the reference, and again until they are enough.
+        enough_ess: Effective number of draws that are enough: a standard error of a mean of 0.03 standard deviations,
+            well below those that matter.
+        max_draws: Largest number of draws.
+        max_values: Largest number of draws times values of a run of the model, if there are more than ``num_draws``.
         num_kernels: Number of draws of the guide that kernels are put around, of all items together; so the mixture has
             the guide's shape.
         shares: Shares of the kernels, the wide component, and the regions.
@@ -40,6 +45,9 @@ class ReferenceSettings:
     """
 
     num_draws: int = 2000
+    enough_ess: float = 1000.0
+    max_draws: int = 20_000
+    max_values: int = 2**26
     num_kernels: int = 200
     shares: tuple[float, float, float] = (0.4, 0.4, 0.2)
     widening: float = 1.5
@@ -109,6 +117,7 @@ def sample_reference(
     regions: Regions,
     settings: ReferenceSettings = ReferenceSettings(),
     like: SiteTally | None = None,
+    modes: Modes | None = None,
 ) -> Reference | None:
     """Draw from a mixture of Student t distributions: kernels around draws of the guide, a wide one around all of them,
     and one at each region; None if there are too many dimensions.
@@ -122,21 +131,28 @@ def sample_reference(
         regions: Regions with posterior mass.
         settings: Settings of the reference.
         like: Moments of the guide's draws, which those of the reference are compared with.
+        modes: The posterior's modes, so that kernels are as wide as one is; None for one.
     """
     structure = sampler.structure
     dim, num_items = structure.item_dim, structure.num_items
     if dim > settings.max_dim or dim * num_items > settings.max_coordinates:
         return None
     packed = structure.pack(drawn.values)
-    mixture = _Mixture(packed.double(), regions, settings)
-    draws = mixture.draw(settings.num_draws).to(packed)
-    log_joint = torch.cat([sampler.log_joint(part) for part in draws.split(sampler.chunk)])
-    log_weights = (log_joint - mixture.log_prob(draws.double())).cpu()
-    values, _ = structure.unpack(draws)
+    mixture = _Mixture(packed.double(), regions, settings, modes)
     tally = SiteTally(structure, like)
-    tally.add(Draws(values, log_weights, {}, torch.zeros_like(log_weights)), log_weights)
-    evidence = estimate_evidence(log_weights)
-    reliable = (evidence.khat <= khat_threshold(settings.num_draws)) & (evidence.ess >= settings.min_ess)
+    count = max(settings.num_draws, min(settings.max_draws, settings.max_values // max(structure.elements, 1)))
+    log_weights = torch.empty(0, num_items, dtype=torch.double)
+    while True:
+        draws = mixture.draw(settings.num_draws).to(packed)
+        log_joint = torch.cat([sampler.log_joint(part) for part in draws.split(sampler.chunk)])
+        weights = (log_joint - mixture.log_prob(draws.double())).cpu()
+        values, _ = structure.unpack(draws)
+        tally.add(Draws(values, weights, {}, torch.zeros_like(weights)), weights)
+        log_weights = torch.cat([log_weights, weights])
+        evidence = estimate_evidence(log_weights)
+        if len(log_weights) + len(weights) > count or (evidence.ess >= settings.enough_ess).all():
+            break
+    reliable = (evidence.khat <= khat_threshold(len(log_weights))) & (evidence.ess >= settings.min_ess)
     return Reference(evidence, reliable, tally, settings)
 
 
@@ -161,17 +177,19 @@ class _Mixture:
         packed: Draws of the guide, ``(S, N, d)``.
         regions: Regions with posterior mass.
         settings: Shape of the mixture.
+        modes: The posterior's modes; None for one.
     """
 
-    def __init__(self, packed: Tensor, regions: Regions, settings: ReferenceSettings) -> None:
+    def __init__(self, packed: Tensor, regions: Regions, settings: ReferenceSettings, modes: Modes | None) -> None:
         self._df = settings.df
         dim = packed.shape[-1]
         middle, _, factor = robust_shape(packed)
+        _, _, within = robust_shape(packed if modes is None else modes.within(packed))
         num_kernels = max(settings.num_kernels // packed.shape[1], 1)
         bandwidth = num_kernels ** (-1.0 / (dim + 4))  # Silverman's rule
         kernels, wide, rest = settings.shares
         self._groups = [
-            _Group(packed[:num_kernels], bandwidth * factor, kernels),
+            _Group(packed[:num_kernels], bandwidth * within, kernels),
             _Group(middle.unsqueeze(0), settings.widening * factor, wide),
         ]
         for center, own in zip(regions.centers, regions.factors, strict=True):

@@ -213,6 +213,4 @@ def test_moves_that_are_never_accepted_say_nothing() -> None:
 
     pyro.set_rng_seed(0)
     sampler = ImportanceSampler("test", model, guide, (), None)
-    drift = measure_drift(sampler, sampler.draw(1000))
-    assert drift is not None
-    assert not drift.is_significant
+    assert measure_drift(sampler, sampler.draw(1000)) is None

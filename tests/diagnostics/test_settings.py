@@ -93,9 +93,9 @@ def test_reference() -> None:
 def test_moves() -> None:
     few = sampler().draw(300)
     assert measure_drift(sampler(), few) is None
-    drift = measure_drift(sampler(), few, MoveSettings(min_draws=200))
+    drift = measure_drift(sampler(), few, settings=MoveSettings(min_draws=200))
     assert drift is not None and drift.z_score < drift.critical < 4.5
-    rare = measure_drift(sampler(), few, MoveSettings(min_draws=200, false_alarms=1e-9))
+    rare = measure_drift(sampler(), few, settings=MoveSettings(min_draws=200, false_alarms=1e-9))
     assert rare is not None and rare.critical > 6.0
 
 

@@ -400,9 +400,9 @@ def diagnose_searched(folder: Path) -> dict[str, Any]:
     module = sys.modules["pyro_flows.diagnostics.diagnose"]
     measure_drift, moved = module.measure_drift, []
 
-    def note(sampler: ImportanceSampler, draws: Draws) -> Any:
+    def note(sampler: ImportanceSampler, draws: Draws, modes: Any) -> Any:
         moved.append(len(draws.log_guide))
-        return measure_drift(sampler, draws)
+        return measure_drift(sampler, draws, modes)
 
     module.measure_drift = note
     try:
