@@ -27,7 +27,7 @@ from pyro_flows.models.enumeration import (
     packed_terms,
     sum_out,
 )
-from pyro_flows.models.memory import BatchedMemory
+from pyro_flows.models.memory import BatchedMemory, Place, WrittenTo
 from pyro_flows.models.solves import SharedSolves, has_solves
 from pyro_flows.models.traces import (
     DRAWS,
@@ -97,6 +97,7 @@ class BatchedModel:
         self.call = call
         self._owner = owner
         self._max_draws = math.inf  # that fit into memory in one run
+        self._written: set[Place] = set()
         self.enumerated: tuple[str, ...] = ()
         rows = ({name: value[row] for name, value in probe.items()} for row in range(_count(probe)))
         trace = first_run(owner, model, call, rows, check=partial(check_data, owner))
@@ -282,13 +283,17 @@ class BatchedModel:
         def one(row: dict[str, Tensor]) -> dict[str, Tensor]:
             with ExitStack() as stack:
                 if in_place:
-                    stack.enter_context(BatchedMemory(next(iter(row.values()))))
+                    stack.enter_context(BatchedMemory(next(iter(row.values())), self._written))
                 if self._has_solves:
                     stack.enter_context(SharedSolves())
                 return dict(task.pick(self._trace(row, task)))
 
-        found: dict[str, Tensor] = torch.vmap(one, randomness="different")(dict(values))
-        return found
+        while True:
+            try:
+                found: dict[str, Tensor] = torch.vmap(one, randomness="different")(dict(values))
+                return found
+            except WrittenTo:  # a place is known now that was not
+                continue
 
     def _by_vmap_in_place(self, values: Values, task: _Task) -> dict[str, Tensor]:
         """Run by ``torch.vmap``, for models that create tensors and write values to them that differ between draws."""

@@ -84,6 +84,35 @@ def masked(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(mean, 0.5), obs=y)
 
 
+def with_missing(y: Tensor) -> Tensor:
+    """Three of the values are missing."""
+    return torch.where(torch.arange(len(y)) % 2 == 0, torch.nan, y)
+
+
+def imputed(y: Tensor) -> None:
+    """Missing data, filled in as users do: in a copy, where a mask of the data says."""
+    y = with_missing(y)
+    missing = y.isnan()
+    a = pyro.sample("a", dist.Normal(torch.zeros(int(missing.sum())), 1.0).mask(False).to_event(1))
+    filled = y.clone()
+    filled[missing] = a
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(0.0, 0.5), obs=filled)
+
+
+def imputed_where_missing(y: Tensor) -> None:
+    """The same in a matrix, of which the mask is that of the copy."""
+    y = torch.stack([with_missing(y), torch.ones(len(y))], -1)
+    a = pyro.sample("a", dist.Normal(torch.zeros(3), 1.0).mask(False).to_event(1))
+    filled = y.nan_to_num(-9.0)
+    filled[filled == -9.0] = a
+    rows = y.clone()
+    rows[rows[:, 0].isnan()] = torch.stack([a, 2.0 * a], -1)
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(0.0, 0.5).expand([2]).to_event(1), obs=filled)
+        pyro.sample("rows", dist.Normal(0.0, 0.5).expand([2]).to_event(1), obs=rows)
+
+
 def steered(y: Tensor) -> None:
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     with pyro.plate("data", len(y)):
@@ -105,6 +134,8 @@ CASES = {
     "in place": Case(written_in_place, "_by_vmap_in_place", {"a": (3,)}),
     "counted": Case(counted, "_by_vmap_in_place", {"a": (3,)}),
     "masked": Case(masked, "_by_vmap_in_place", {"a": (3,)}),
+    "imputed": Case(imputed, "_by_vmap_in_place", {"a": (3,)}),
+    "imputed where missing": Case(imputed_where_missing, "_by_vmap_in_place", {"a": (3,)}),
     "steered": Case(steered, "_one_by_one", {"mu": ()}),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -437,3 +468,23 @@ def test_values_that_no_density_depends_on() -> None:
     batched.verify(values, lambda trace: {"total": trace.nodes["total"]["value"]}, {"total": ()})
     assert batched.is_mapped and batched.is_vectorized
     torch.testing.assert_close(read(), values["part"].sum(-1))
+
+
+def test_only_what_is_written_to_is_copied_for_each_draw() -> None:
+    """Python may read the number of missing values off a copy that is not written to."""
+
+    def model(y: Tensor) -> None:
+        data = with_missing(y).clone()
+        filled = data * 1.0
+        a = pyro.sample("a", dist.Normal(torch.zeros(int(data.isnan().sum())), 1.0).mask(False).to_event(1))
+        for place, value in zip(data.isnan().nonzero()[:, 0].tolist(), a, strict=True):
+            filled[place] += torch.nan_to_num(-data[place]) + value  # adds to what is not a number: stays so
+            filled[place] = value
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(0.0, 0.5), obs=filled)
+
+    batched = BatchedModel("test", model, Call((Y,), {}), draws_of({"a": (3,)}, 3))
+    assert batched._run == batched._by_vmap_in_place
+    values = draws_of({"a": (3,)})
+    expected = [run_at(model, {"a": row}, Y)["y"]["log_prob"].sum() for row in values["a"]]
+    torch.testing.assert_close(batched(values).nodes["y"]["log_prob"].sum(-1), torch.stack(expected))
