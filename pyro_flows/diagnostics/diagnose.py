@@ -165,8 +165,8 @@ def _judged(
     if reference is None:
         sites, by_reference = tally.summaries(), False
     else:
-        evidence = reference.correct(evidence, threshold)
         is_noise = khat_is_noise(sample.log_weights, evidence, drift)
+        evidence = reference.correct(evidence, threshold, is_noise=is_noise)
         sites, by_reference = reference.summaries(tally, evidence, is_noise=is_noise), reference.is_reliable
     log_evidence = evidence.log_evidence.sum().item()
     items = None

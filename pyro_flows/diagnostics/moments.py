@@ -115,11 +115,12 @@ class Moments:
         return self._mean_and_sd(1)
 
     def has_sd(self, max_log_sd_se: float) -> Tensor:
-        """Where the standard deviation is determined, by the draws or by the weighted draws, up to a relative error, or
-        is zero, as of the zeros in a Cholesky factor."""
+        """Where the draws determine the standard deviation up to a relative error, or it is zero, as of the zeros in a
+        Cholesky factor."""
         constant = (self.plain[1] == 0.0) & (self.weighted[1] == 0.0)
-        errors = [self._covariance(x, k, x, k) / self._count for k in (0, 1) for x in self._influences(k)[1:]]
-        return constant | (torch.stack(errors).amin(0).clamp_min(0.0).sqrt() < max_log_sd_se)
+        _, of_sd = self._influences(0)
+        variance = self._covariance(of_sd, 0, of_sd, 0) / self._count
+        return constant | (variance.clamp_min(0.0).sqrt() < max_log_sd_se)
 
     def errors(self) -> MomentErrors:
         r"""Errors of the plain moments, estimated by the weighted ones.

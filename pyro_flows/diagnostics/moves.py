@@ -36,7 +36,9 @@ class MoveSettings:
         tail: Share of the draws in each tail of a coordinate, in which as many should come as go.
         min_in_tail: Smallest number of draws there.
         false_alarms: Probability that a guide which is the posterior is said to drift.
-        min_acceptance: Share of the moves that has to be accepted; if fewer are, there is no test.
+        good_acceptance: Share of accepted moves below which they are made anew with half the step.
+        num_halvings: Largest number of times.
+        min_acceptance: Share of the moves that has to be accepted in the end; if fewer are, there is no test.
     """
 
     num_draws: int = 4000
@@ -48,6 +50,8 @@ class MoveSettings:
     tail: float = 0.01
     min_in_tail: int = 20
     false_alarms: float = 1e-3
+    good_acceptance: float = 0.3
+    num_halvings: int = 4
     min_acceptance: float = 0.05
 
 
@@ -95,21 +99,12 @@ def measure_drift(
     within = (lambda z: z) if modes is None else modes.within
     inner = within(start)
     middle, scale, factor = robust_shape(inner)
-    num_steps = math.ceil(settings.path_length / (settings.step_size * packed.shape[-1] ** -0.25))
-    shortened = settings.shortest + (1.0 - settings.shortest) * torch.rand(len(packed), 1, 1)
-    step = (settings.path_length / num_steps * shortened).to(start)
-    momentum = torch.randn(start.shape).to(start)
-    kinetic = 0.5 * momentum.square().sum(-1)
-    position = start
-    with pyro.validation_enabled(False):
-        value, force = _value_and_force(sampler, position, factor, packed.dtype)
-        energy = kinetic - value
-        for _ in range(num_steps):
-            momentum = momentum + 0.5 * step * force
-            position = position + step * (factor @ momentum.unsqueeze(-1)).squeeze(-1)
-            value, force = _value_and_force(sampler, position, factor, packed.dtype)
-            momentum = momentum + 0.5 * step * force
-    accepted = (energy - 0.5 * momentum.square().sum(-1) + value).clamp_max(0.0).exp().nan_to_num(0.0)
+    step_size = settings.step_size * packed.shape[-1] ** -0.25
+    for _ in range(settings.num_halvings + 1):
+        position, accepted = _moved(sampler, start, factor, step_size, packed.dtype, settings)
+        if accepted.mean() >= settings.good_acceptance:
+            break
+        step_size *= 0.5
     if accepted.mean() < settings.min_acceptance:
         return None
     before, after = ((x - middle) / scale for x in (inner, within(position)))
@@ -122,6 +117,32 @@ def measure_drift(
     quantile = torch.tensor(0.5 * settings.false_alarms / z_scores.numel(), dtype=torch.double)
     critical = -torch.distributions.Normal(0.0, 1.0).icdf(quantile).item()
     return Drift(z_scores.abs().nan_to_num(0.0, posinf=0.0).max().item(), critical)
+
+
+def _moved(
+    sampler: ImportanceSampler,
+    start: Tensor,
+    factor: Tensor,
+    step_size: float,
+    dtype: torch.dtype,
+    settings: MoveSettings,
+) -> tuple[Tensor, Tensor]:
+    """Ends of paths, ``(S, N, d)``, and with what probabilities they are accepted, ``(S, N)``."""
+    num_steps = math.ceil(settings.path_length / step_size)
+    shortened = settings.shortest + (1.0 - settings.shortest) * torch.rand(len(start), 1, 1)
+    step = (settings.path_length / num_steps * shortened).to(start)
+    momentum = torch.randn(start.shape).to(start)
+    kinetic = 0.5 * momentum.square().sum(-1)
+    position = start
+    with pyro.validation_enabled(False):
+        value, force = _value_and_force(sampler, position, factor, dtype)
+        energy = kinetic - value
+        for _ in range(num_steps):
+            momentum = momentum + 0.5 * step * force
+            position = position + step * (factor @ momentum.unsqueeze(-1)).squeeze(-1)
+            value, force = _value_and_force(sampler, position, factor, dtype)
+            momentum = momentum + 0.5 * step * force
+    return position, (energy - 0.5 * momentum.square().sum(-1) + value).clamp_max(0.0).exp().nan_to_num(0.0)
 
 
 def _value_and_force(

@@ -79,17 +79,18 @@ class Reference(NamedTuple):
         """Whether all items are."""
         return bool(self.reliable.all())
 
-    def correct(self, own: Evidence, max_khat: float) -> Evidence:
+    def correct(self, own: Evidence, max_khat: float, *, is_noise: bool) -> Evidence:
         """Take the reference's evidence of items where the guide's weights have a heavy tail or miss mass.
 
         Args:
             own: Estimates by the guide's weights.
             max_khat: Largest k-hat at which these are reliable.
+            is_noise: Whether their k-hat is that of noise, so that they are reliable whatever it is.
         """
         missed = self.evidence.log_evidence - own.log_evidence
         noise = self.settings.min_z_score * torch.hypot(self.evidence.error, own.error)
         misses = self.reliable & (missed > noise)
-        taken = misses | (self.reliable & (own.khat > max_khat))
+        taken = misses | (self.reliable & (own.khat > max_khat) & (not is_noise))
         return own._replace(
             log_evidence=torch.where(taken, self.evidence.log_evidence, own.log_evidence),
             error=torch.where(taken, self.evidence.error, own.error),

@@ -28,7 +28,7 @@ class SiteSettings:
     Attributes:
         z_score: Standard errors between an estimated error and its upper limit: of guides with one error at the limit,
             one in 40 is accepted.
-        max_log_sd_se: Largest standard error of a log standard deviation, plain or weighted, at which the moments of a
+        max_log_sd_se: Largest standard error of the log standard deviation of draws at which the moments of a
             coordinate are compared: beyond, its tails are so heavy that a standard deviation is no summary of it, and
             those of its bulk take its place.
     """

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -153,7 +154,14 @@ def _ascended(log_joint: LogJoint, modes: list[Gaussian]) -> Tensor:
 def _modes_at(log_joint: LogJoint, points: Tensor, limit: int) -> list[Gaussian]:
     """The Gaussians of the curvature at some points, ``(R, D)``, of highest ELBO, one for each mode."""
     found = local_gaussians(log_joint, distinct_points(points), correlated=True)
-    return _distinct(scored(log_joint, found, GAUSSIAN.num_elbo_draws, points[0]), limit) if found else []
+    if not found:
+        return []
+    # Laplace's approximation of the mass: on a curved ridge, ELBOs of such Gaussians are far below it, and noise.
+    heights = in_parts(log_joint, torch.stack([gaussian.loc for gaussian in found]))
+    masses = torch.stack([gaussian.log_det for gaussian in found]) + heights
+    heavy = masses >= masses.max() + math.log(SETTINGS.min_weight)
+    found = scored(log_joint, found, GAUSSIAN.num_elbo_draws, points[0])
+    return _distinct(found, limit, [gaussian for gaussian, keep in zip(found, heavy, strict=True) if keep])
 
 
 def _refined(log_joint: LogJoint, mode: Gaussian) -> Gaussian:
@@ -161,14 +169,14 @@ def _refined(log_joint: LogJoint, mode: Gaussian) -> Gaussian:
     return mode if mode.log_weight_variance / 2 < GAUSSIAN.small_gap else refined(log_joint, mode)
 
 
-def _distinct(found: list[Gaussian], count: int) -> list[Gaussian]:
-    """The Gaussians of highest ELBO, one for each mode."""
+def _distinct(found: list[Gaussian], count: int, heavy: Collection[Gaussian] = ()) -> list[Gaussian]:
+    """The Gaussians of highest ELBO, one for each mode; those that are heavy are modes whatever theirs is."""
     modes: list[Gaussian] = []
     for gaussian in sorted(found, key=lambda gaussian: -gaussian.elbo):
         if len(modes) == count or not gaussian.elbo > -math.inf:
             break
-        if modes and gaussian.elbo < modes[0].elbo + math.log(SETTINGS.min_weight):
-            break
+        if modes and gaussian.elbo < modes[0].elbo + math.log(SETTINGS.min_weight) and gaussian not in heavy:
+            continue
         if all(max(gaussian.distance(mode), mode.distance(gaussian)) > SETTINGS.mode_distance for mode in modes):
             modes.append(gaussian)
     return modes

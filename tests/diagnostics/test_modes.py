@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_flows import diagnose
 from pyro_flows.diagnostics.modes import Modes
-from pyro_flows.diagnostics.moves import measure_drift
+from pyro_flows.diagnostics.moves import MoveSettings, measure_drift
 from pyro_flows.diagnostics.reference import sample_reference
 from pyro_flows.diagnostics.search import search_regions
 from pyro_flows.importance.weights import ImportanceSampler
@@ -58,9 +58,9 @@ def outer_halves() -> None:
     pyro.sample("z", Halves())
 
 
-def ridge() -> None:
+def ridge(width: float = 0.3) -> None:
     x = pyro.sample("x", dist.Normal(0.0, 2.0))
-    pyro.sample("y", dist.Normal(x.square() / 4, 0.3))
+    pyro.sample("y", dist.Normal(x.square() / 4, width))
 
 
 def searched(model: Any, guide: Any, seed: int = 0) -> tuple[ImportanceSampler, Any, Any, Modes]:
@@ -100,6 +100,19 @@ def test_moves_are_as_wide_as_a_mode(seed: int) -> None:
     drift = measure_drift(sampler, draws, modes)
     assert drift is not None and drift.is_significant
     assert measure_drift(sampler, draws) is None  # nothing is accepted, which says nothing
+
+
+def test_steps_are_as_short_as_a_ridge_is_narrow() -> None:
+    """With steps by the width of all draws none was accepted, and nothing was said."""
+
+    def narrow() -> None:
+        ridge(0.1)
+
+    torch.manual_seed(0)
+    sampler = ImportanceSampler("test", narrow, narrow, (), None)
+    drift = measure_drift(sampler, sampler.draw(4000))
+    assert drift is not None and not drift.is_significant
+    assert measure_drift(sampler, sampler.draw(4000), settings=MoveSettings(num_halvings=0)) is None
 
 
 @pytest.mark.parametrize("seed", range(5))

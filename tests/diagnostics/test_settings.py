@@ -83,11 +83,12 @@ def test_reference() -> None:
         assert sample_reference(sampler(), drawn, regions, settings) is None
     # Of a guide of one mode all weights are as large as they should be, but for the mass of the other mode.
     own = estimate_evidence(sampler(LOST_A_MODE).draw(4000).log_weights)
-    assert found.correct(own, 0.7).missing.item() == pytest.approx(0.3, abs=0.05)
+    assert found.correct(own, 0.7, is_noise=False).missing.item() == pytest.approx(0.3, abs=0.05)
     lax = found._replace(settings=ReferenceSettings(min_z_score=1e3))
-    assert lax.correct(own, 0.7).missing.item() == 0
-    taken = lax.correct(own, -10.0)  # a k-hat that is too large for its limit
+    assert lax.correct(own, 0.7, is_noise=False).missing.item() == 0
+    taken = lax.correct(own, -10.0, is_noise=False)  # a k-hat that is too large for its limit
     assert taken.log_evidence == found.evidence.log_evidence
+    assert lax.correct(own, -10.0, is_noise=True).log_evidence == own.log_evidence
 
 
 def test_moves() -> None:

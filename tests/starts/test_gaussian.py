@@ -344,6 +344,19 @@ def test_ends_of_climbs_on_a_ridge_are_no_modes() -> None:
     assert len(found) == 1 and found[0].loc.abs().max() < 0.1
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_modes_on_curved_ridges_are_not_lost_by_the_noise_of_their_elbos(seed: int) -> None:
+    """Two factors of a product, both positive or both negative: ELBOs of Gaussians there are hundreds of nats too low,
+    and apart, so that the lower one was none; the fit had one of the signs."""
+
+    def target(z: Tensor) -> Tensor:
+        return -0.5 * ((z.prod(-1) - 2.0) / 0.05).square() - 0.5 * (z / 3.0).square().sum(-1)
+
+    torch.manual_seed(seed)
+    found = mixture.modes_above(Ridge(target), torch.tensor([[2.5, 0.8], [-1.4, -1.4]]))
+    assert sorted(gaussian.loc.sum().sign().item() for gaussian in found) == [-1.0, 1.0]
+
+
 class Ridge(Poisson):
     """A function of two coordinates as a target."""
 
