@@ -26,6 +26,7 @@ from pyro_flows.diagnostics.sites import SiteTally
 from pyro_flows.diagnostics.verdict import judge, khat_is_noise, not_known
 from pyro_flows.importance.psis import khat_threshold
 from pyro_flows.importance.weights import Draws, ImportanceSampler
+from pyro_flows.models.draws import GuideSampler
 from pyro_flows.models.precision import may_be_rounded, rounding_message
 
 __all__ = ["diagnose", "weigh"]
@@ -157,6 +158,8 @@ def _judged(
     elbo = estimate_elbo(sample.log_likelihood, sample.log_ratio, sample.log_weights, sample.group_sizes)
     threshold = khat_threshold(num_samples)
     evidence, lost = _evidence(sampler, sample, first, search.regions)
+    if sampler.draws_at_once and not structure.subsampled:
+        tally.add_more(GuideSampler(guide, sampler.score.model.call), sampler.chunk)
     reference, drift = None, None
     if search.regions is not None and sampler.score.is_vectorized:
         modes = Modes(sampler, search.regions, structure.pack(first.values))

@@ -114,12 +114,12 @@ class Moments:
         """Mean and standard deviation by self-normalized importance sampling."""
         return self._mean_and_sd(1)
 
-    def has_sd(self, max_log_sd_se: float) -> Tensor:
-        """Where the draws determine the standard deviation up to a relative error, or it is zero, as of the zeros in a
-        Cholesky factor."""
+    def has_sd(self, max_log_sd_se: float, *, weighted: bool = False) -> Tensor:
+        """Where draws, plain or weighted, determine the standard deviation up to a relative error, or it is zero, as of
+        the zeros in a Cholesky factor."""
         constant = (self.plain[1] == 0.0) & (self.weighted[1] == 0.0)
-        _, of_sd = self._influences(0)
-        variance = self._covariance(of_sd, 0, of_sd, 0) / self._count
+        _, of_sd = self._influences(int(weighted))
+        variance = self._covariance(of_sd, int(weighted), of_sd, int(weighted)) / self._count
         return constant | (variance.clamp_min(0.0).sqrt() < max_log_sd_se)
 
     def errors(self) -> MomentErrors:

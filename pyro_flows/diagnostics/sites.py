@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_flows.diagnostics.moments import Moments, MomentState
+from pyro_flows.diagnostics.moments import MomentErrors, Moments, MomentState
 from pyro_flows.diagnostics.shape import robust_shape
 from pyro_flows.importance.weights import Draws
+from pyro_flows.models.draws import GuideSampler
 from pyro_flows.models.sites import Site
 from pyro_flows.models.structure import Structure
 
@@ -31,10 +32,15 @@ class SiteSettings:
         max_log_sd_se: Largest standard error of the log standard deviation of draws at which the moments of a
             coordinate are compared: beyond, its tails are so heavy that a standard deviation is no summary of it, and
             those of its bulk take its place.
+        num_more: Number of further draws of the guide, without densities, where its tails are too heavy for that by the
+            first draws, but the posterior's are not: one far draw may decide.
+        max_more_values: Largest number of values of these, if that is less.
     """
 
     z_score: float = 2.0
     max_log_sd_se: float = 0.05
+    num_more: int = 100_000
+    max_more_values: int = 2**26
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +142,7 @@ class _SiteSums:
         self.values = Moments()
         self.unconstrained = Moments()
         self.of_bulk = Moments()
+        self.more: Moments | None = None
 
     @property
     def all_moments(self) -> tuple[Moments, Moments, Moments]:
@@ -161,6 +168,16 @@ class _SiteSums:
         self._add(self.unconstrained, self.latent.to_support.inv(values), log_weights)
         self._add(self.of_bulk, self.bulk(values), log_weights)
 
+    def heavier(self, settings: SiteSettings) -> Tensor:
+        """Where the draws determine no standard deviation, but the weighted draws do."""
+        limit = settings.max_log_sd_se
+        return ~self.values.has_sd(limit) & self.values.has_sd(limit, weighted=True)
+
+    def add_more(self, values: Tensor) -> None:
+        """Add further draws of the guide, without densities."""
+        self.more = self.more or Moments()
+        self.more.add(values, torch.zeros(len(values), *(1,) * (values.dim() - 1), dtype=torch.double))
+
     def _add(self, moments: Moments, values: Tensor, log_weights: Tensor) -> None:
         shape = [len(values)] + [1] * (values.dim() - 1)  # a matrix may be a vector in unconstrained space
         if self.item_axis is not None:
@@ -178,6 +195,11 @@ class _SiteSums:
                 (self.of_bulk, None if reference is None else reference.of_bulk),
             )
         )
+        if self.more is not None:
+            heavier = self.heavier(settings)
+            posterior = reference.values if reference is not None and by_reference else self.values
+            of_values = torch.where(heavier, _limits(self.more.errors_against(posterior), settings), of_values)
+            has_sd = has_sd | (heavier & self.more.has_sd(settings.max_log_sd_se))
         max_shift, max_sd_error = torch.where(has_sd, of_values, of_bulk).reshape(2, -1).amax(1).tolist()
         own = self.unconstrained.errors()
         log_ratio = own.log_sd.flatten()
@@ -201,10 +223,17 @@ def _upper_limits(draws: Moments, reference: Moments | None, settings: SiteSetti
     found = [] if by_reference else [draws.errors()]
     if reference is not None:
         found.append(draws.errors_against(reference))
-    shifts = [e.shift.abs() + settings.z_score * e.shift_se for e in found]
-    sds = [e.log_sd.expm1().abs() + settings.z_score * e.log_sd_se for e in found]
     # Of two limits that hold, the lower one counts.
-    return torch.stack([torch.stack(shifts).amin(0), torch.stack(sds).amin(0)])
+    return torch.stack([_limits(errors, settings) for errors in found]).amin(0)
+
+
+def _limits(errors: MomentErrors, settings: SiteSettings) -> Tensor:
+    return torch.stack(
+        [
+            errors.shift.abs() + settings.z_score * errors.shift_se,
+            errors.log_sd.expm1().abs() + settings.z_score * errors.log_sd_se,
+        ]
+    )
 
 
 class SiteState(NamedTuple):
@@ -254,6 +283,21 @@ class SiteTally:
         """Begin with the result of :meth:`origin`, before the first draws are added, of which these are some."""
         for site, each in zip(self._sites, origin, strict=True):
             site.begin(each, draws.values[site.latent.name].device)
+
+    def add_more(self, sampler: GuideSampler, chunk: int, settings: SiteSettings = SiteSettings()) -> None:
+        """Add further draws of a guide, without densities, where its tails are heavier than the posterior's.
+
+        Args:
+            sampler: Draws from the guide.
+            chunk: Largest number of draws that are taken at once.
+            settings: How many, and where.
+        """
+        heavier = [site for site in self._sites if site.heavier(settings).any()]
+        count = min(settings.num_more, settings.max_more_values // max(sampler.elements, 1))
+        for number in [chunk] * (count // chunk) if heavier else ():
+            values = sampler(number)
+            for site in heavier:
+                site.add_more(values[site.latent.name])
 
     @property
     def state(self) -> list[SiteState]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from itertools import islice
 from traceback import walk_stack
 from types import CodeType
@@ -19,10 +20,23 @@ __all__ = ["BatchedMemory", "Place", "WrittenTo"]
 
 # Calls in code that lead to each other, the innermost first.
 Place = tuple[tuple[CodeType, int], ...]
-DEPTH = 4
 # Operators that change a tensor, beside the functions whose names end in an underscore.
 OPERATORS = "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"
 WRITERS = {"__setitem__", *(f"__i{name}__" for name in OPERATORS)}
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """How places are told apart.
+
+    Attributes:
+        depth: Number of calls that make a place: those of a function of the model's own or torch's, and its callers.
+    """
+
+    depth: int = 4
+
+
+SETTINGS = MemorySettings()
 
 
 class WrittenTo(Exception):
@@ -74,7 +88,7 @@ class BatchedMemory(TorchFunctionMode):
         address = _address(found)
         if not address or self._place_of(address) is not None:
             return found
-        frames = islice(walk_stack(sys._getframe(2)), DEPTH)
+        frames = islice(walk_stack(sys._getframe(2)), SETTINGS.depth)
         place = tuple((frame.f_code, frame.f_lasti) for frame, _ in frames)
         if place in self._written:
             return found + self._zero.to(found.dtype)

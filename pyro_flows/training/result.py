@@ -75,7 +75,7 @@ class Widening:
     kept: bool
 
     def __str__(self) -> str:
-        gained = f"{self.gain:+.3f} +/- {self.gain_se:.3f} nats" if self.kept else "no gain"
+        gained = f"{max(self.gain, 0.0):+.3f} +/- {self.gain_se:.3f} nats" if self.kept else "no gain"
         kept = "" if self.kept else "; the first flow was kept"
         return (
             f"A wider flow, since {self.gap:.3f} nats were left: {gained} in {self.steps} of these steps, with "

@@ -259,6 +259,8 @@ class Schedule:
         elif self.num_steps is None and done >= self.settings.patience and not self._is_worth_more(gain, error):
             if target is not None and self._gained_before():  # a gap is left: once more, at a lower rate
                 state.learning_rate /= 2
+            elif error == math.inf:
+                state.reason = f"the ELBO has no estimate after {length} steps: some draws have no finite log density"
             else:
                 found = f"{max(gain, 0.0):.3f} +/- {error:.3f} nats"
                 state.reason = f"converged: the last {length} steps gained {found}, below tolerance"

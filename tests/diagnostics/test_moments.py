@@ -12,6 +12,10 @@ import torch
 
 from pyro_flows import diagnose
 from pyro_flows.diagnostics.moments import Moments
+from pyro_flows.diagnostics.sites import SiteTally
+from pyro_flows.importance.weights import ImportanceSampler
+from pyro_flows.models.draws import GuideSampler
+from pyro_flows.models.traces import Call
 
 
 def test_a_draw_that_overflows_without_density_is_left_out() -> None:
@@ -67,12 +71,27 @@ def test_constants_have_an_sd() -> None:
 def test_an_sd_that_only_weights_determine_is_none() -> None:
     """One draw far out, of which the weights say that it does not count: the sd of the draws is a matter of luck, and
     guides with quantiles as they should be were said to be '54 % off' by every second seed."""
-    moments = Moments()
-    draws, log_weights = torch.randn(4000, 1).double(), torch.zeros(4000, 1).double()
-    draws[0], log_weights[0] = 100.0, -50.0
-    moments.add(draws, log_weights)
-    assert moments.plain[1] > 1.5 and abs(moments.weighted[1] - 1.0) < 0.05
-    assert not moments.has_sd(0.05).any()
+
+    def model() -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    torch.manual_seed(0)
+    sampler = ImportanceSampler("test", model, model, (), None)
+    draws = sampler.draw(4000)
+    draws.values["z"][0] = 100.0
+    log_weights = torch.zeros(4000, 1, dtype=torch.double)
+    log_weights[0] = -50.0
+    tally = SiteTally(sampler.structure)
+    tally.add(draws, log_weights)
+    found = tally.summaries()["z"]
+    assert found.sd > 1.5 and abs(found.weighted_sd - 1.0) < 0.05
+    assert not found.has_sd
+    tally.add_more(GuideSampler(model, Call((), {})), 4000)  # the far draw was one in a million
+    found = tally.summaries()["z"]
+    assert found.has_sd and found.max_sd_error < 0.15
+    # Of a guide whose sd is another, they tell that.
+    tally.add_more(GuideSampler(lambda: pyro.sample("z", dist.Normal(0.0, 2.0)), Call((), {})), 4000)
+    assert tally.summaries()["z"].max_sd_error > 0.15
 
 
 @pytest.mark.parametrize("df", [1.0, 1.5])
