@@ -67,8 +67,8 @@ def diagnose(
         num_samples: Number of draws S, >= 100.
         search: Whether to look beyond the guide's draws, in models of up to 200 dimensions. It costs up to 90 runs of
             the model and its gradient, vectorized over 25 to 73 initial points, a backward pass for each dimension at
-            the end, Newton steps for up to three Gaussians where the guide does not draw, 2000 draws of the mixture,
-            and a few gradients at some of the guide's draws.
+            the end, Newton steps for up to three Gaussians where the guide does not draw, 2000 to 20,000 draws of the
+            mixture, and some gradients at some of the guide's draws.
         progress: Whether to show a progress bar, if it takes more than a second.
         seed: Makes the result reproducible; torch's global random state is not changed. None uses the global state.
         distributed: Whether the processes of ``torch.distributed``'s default group share the draws, which all of them
