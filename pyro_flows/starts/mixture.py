@@ -159,7 +159,7 @@ def _modes_at(log_joint: LogJoint, points: Tensor, limit: int) -> list[Gaussian]
     # Laplace's approximation of the mass: on a curved ridge, ELBOs of such Gaussians are far below it, and noise.
     heights = in_parts(log_joint, torch.stack([gaussian.loc for gaussian in found]))
     masses = torch.stack([gaussian.log_det for gaussian in found]) + heights
-    heavy = masses >= masses.max() + math.log(SETTINGS.min_weight)
+    heavy = masses >= masses.nan_to_num(-torch.inf).max() + math.log(SETTINGS.min_weight)
     found = scored(log_joint, found, GAUSSIAN.num_elbo_draws, points[0])
     return _distinct(found, limit, [gaussian for gaussian, keep in zip(found, heavy, strict=True) if keep])
 
