@@ -126,7 +126,7 @@ def best_mixture(
 def modes_above(log_joint: LogJoint, points: Tensor, limit: int = SETTINGS.max_modes) -> list[Gaussian]:
     """The Gaussians of the curvature at end points of ascents, ``(R, D)``, of highest ELBO, one for each mode; none in
     too many dimensions. Some ascents may have come to a stop on the way: where there are several, they go on."""
-    modes = _modes_at(log_joint, points, limit)
+    modes = _modes_at(log_joint, points, limit, arrived=False)
     for _ in range(SETTINGS.num_rounds):
         if len(modes) < 2:
             break
@@ -151,16 +151,20 @@ def _ascended(log_joint: LogJoint, modes: list[Gaussian]) -> Tensor:
     return points(climb(lambda x: log_joint(points(x)), torch.zeros_like(locs))[-1])
 
 
-def _modes_at(log_joint: LogJoint, points: Tensor, limit: int) -> list[Gaussian]:
-    """The Gaussians of the curvature at some points, ``(R, D)``, of highest ELBO, one for each mode."""
+def _modes_at(log_joint: LogJoint, points: Tensor, limit: int, *, arrived: bool = True) -> list[Gaussian]:
+    """The Gaussians of the curvature at some points, ``(R, D)``, of highest ELBO, one for each mode; while the points
+    have not arrived, or where ELBOs are noise, those of a large mass too."""
     found = local_gaussians(log_joint, distinct_points(points), correlated=True)
     if not found:
         return []
-    # Laplace's approximation of the mass: on a curved ridge, ELBOs of such Gaussians are far below it, and noise.
+    found = scored(log_joint, found, GAUSSIAN.num_elbo_draws, points[0])
+    best = max(found, key=lambda gaussian: gaussian.elbo)
+    if arrived and best.log_weight_variance <= math.log(SETTINGS.min_weight) ** 2:
+        return _distinct(found, limit)
+    # On curved ridges, ELBOs are far below the mass, and noise; Laplace's approximation of it is not.
     heights = in_parts(log_joint, torch.stack([gaussian.loc for gaussian in found]))
     masses = torch.stack([gaussian.log_det for gaussian in found]) + heights
     heavy = masses >= masses.nan_to_num(-torch.inf).max() + math.log(SETTINGS.min_weight)
-    found = scored(log_joint, found, GAUSSIAN.num_elbo_draws, points[0])
     return _distinct(found, limit, [gaussian for gaussian, keep in zip(found, heavy, strict=True) if keep])
 
 
