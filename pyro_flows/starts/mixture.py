@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +76,7 @@ class MixtureStart:
 
 @torch.no_grad()
 def best_mixture(
-    log_joint: LogJoint, init_loc: Tensor, count: int | None = None, *, correlated: bool
+    log_joint: LogJoint, init_loc: Tensor, count: int | None = None, *, correlated: bool, elbo: float = -math.inf
 ) -> MixtureStart | None:
     r"""A mixture with a component on each mode that ascents of the log joint find, weighted by mass; None if there is
     only one mode, or too many dimensions for Hessians.
@@ -92,11 +91,13 @@ def best_mixture(
         init_loc: The guide's initial location, ``(D,)``.
         count: Number of components K, >= 2; None takes one for each mode.
         correlated: Whether the guide can represent a correlated ``L``.
+        elbo: ELBO of the best Gaussian that is known, which the evidence is above.
     """
     limit = count or SETTINGS.max_modes
-    modes = modes_above(log_joint, ascents(log_joint, init_loc, SETTINGS.num_prior, math.inf)[-1], limit)
+    modes = modes_above(log_joint, ascents(log_joint, init_loc, SETTINGS.num_prior, math.inf)[-1], elbo, limit)
     if len(modes) > 1:
         modes = _distinct([_refined(log_joint, mode) for mode in modes], limit)
+        modes = [mode for mode in modes if mode.elbo >= modes[0].elbo + math.log(SETTINGS.min_weight)]
     if len(modes) < 2:
         return None
     weights = torch.tensor([mode.elbo for mode in modes], dtype=torch.float64, device=init_loc.device).softmax(0)
@@ -104,7 +105,9 @@ def best_mixture(
     factors = torch.stack([mode.factor for mode in modes]).double()
     precisions = torch.cholesky_inverse(factors)
     if correlated:
-        factor = torch.linalg.cholesky(torch.einsum("k,kij->ij", weights, factors @ factors.mT))
+        factor, info = torch.linalg.cholesky_ex(torch.einsum("k,kij->ij", weights, factors @ factors.mT))
+        if info:
+            return None
     else:
         factor = (weights @ precisions.diagonal(dim1=-2, dim2=-1).reciprocal()).sqrt().diag()
     loc = weights @ locs
@@ -123,14 +126,17 @@ def best_mixture(
     return MixtureStart(*(part.to(init_loc.dtype) for part in parts))
 
 
-def modes_above(log_joint: LogJoint, points: Tensor, limit: int = SETTINGS.max_modes) -> list[Gaussian]:
+def modes_above(
+    log_joint: LogJoint, points: Tensor, elbo: float = -math.inf, limit: int = SETTINGS.max_modes
+) -> list[Gaussian]:
     """The Gaussians of the curvature at end points of ascents, ``(R, D)``, of highest ELBO, one for each mode; none in
-    too many dimensions. Some ascents may have come to a stop on the way: where there are several, they go on."""
-    modes = _modes_at(log_joint, points, limit, arrived=False)
+    too many dimensions. Some ascents may have come to a stop on the way: where there are several, they go on, before
+    those of too little mass are dropped, given an ELBO that is known already."""
+    modes = _modes_at(log_joint, points, elbo, limit, arrived=False)
     for _ in range(SETTINGS.num_rounds):
         if len(modes) < 2:
             break
-        was, modes = modes, _modes_at(log_joint, _ascended(log_joint, modes), limit)
+        was, modes = modes, _modes_at(log_joint, _ascended(log_joint, modes), elbo, limit)
         if len(modes) == len(was) and all(map(_is_at, modes, was)):
             break
     return modes
@@ -151,21 +157,25 @@ def _ascended(log_joint: LogJoint, modes: list[Gaussian]) -> Tensor:
     return points(climb(lambda x: log_joint(points(x)), torch.zeros_like(locs))[-1])
 
 
-def _modes_at(log_joint: LogJoint, points: Tensor, limit: int, *, arrived: bool = True) -> list[Gaussian]:
-    """The Gaussians of the curvature at some points, ``(R, D)``, of highest ELBO, one for each mode; while the points
-    have not arrived, or where ELBOs are noise, those of a large mass too."""
+def _modes_at(log_joint: LogJoint, points: Tensor, elbo: float, limit: int, *, arrived: bool = True) -> list[Gaussian]:
+    """The Gaussians of the curvature at some points, ``(R, D)``, of highest ELBO, one for each mode; of whatever mass
+    while the points have not arrived."""
     found = local_gaussians(log_joint, distinct_points(points), correlated=True)
     if not found:
         return []
     found = scored(log_joint, found, GAUSSIAN.num_elbo_draws, points[0])
-    best = max(found, key=lambda gaussian: gaussian.elbo)
-    if arrived and best.log_weight_variance <= math.log(SETTINGS.min_weight) ** 2:
-        return _distinct(found, limit)
-    # On curved ridges, ELBOs are far below the mass, and noise; Laplace's approximation of it is not.
-    heights = in_parts(log_joint, torch.stack([gaussian.loc for gaussian in found]))
-    masses = torch.stack([gaussian.log_det for gaussian in found]) + heights
-    heavy = masses >= masses.nan_to_num(-torch.inf).max() + math.log(SETTINGS.min_weight)
-    return _distinct(found, limit, [gaussian for gaussian, keep in zip(found, heavy, strict=True) if keep])
+    if arrived:
+        # Laplace's approximation too: on curved ridges, ELBOs are hundreds of nats below the mass, and noise.
+        heights = in_parts(log_joint, torch.stack([gaussian.loc for gaussian in found])).double()
+        masses = heights + torch.stack([g.log_det for g in found]) + 0.5 * len(points[0]) * math.log(2 * math.pi)
+        least = max(elbo, *(gaussian.elbo for gaussian in found)) + math.log(SETTINGS.min_weight)
+        found = [g for g, mass in zip(found, masses.tolist(), strict=True) if max(mass, _mass(g)) >= least]
+    return _distinct(found, limit)
+
+
+def _mass(gaussian: Gaussian) -> float:
+    """Logarithm of the mass near a Gaussian, by its ELBO, and by half the variance of log weights, if that is small."""
+    return gaussian.elbo + min(gaussian.log_weight_variance / 2, -math.log(SETTINGS.min_weight))
 
 
 def _refined(log_joint: LogJoint, mode: Gaussian) -> Gaussian:
@@ -173,14 +183,12 @@ def _refined(log_joint: LogJoint, mode: Gaussian) -> Gaussian:
     return mode if mode.log_weight_variance / 2 < GAUSSIAN.small_gap else refined(log_joint, mode)
 
 
-def _distinct(found: list[Gaussian], count: int, heavy: Collection[Gaussian] = ()) -> list[Gaussian]:
-    """The Gaussians of highest ELBO, one for each mode; those that are heavy are modes whatever theirs is."""
+def _distinct(found: list[Gaussian], count: int) -> list[Gaussian]:
+    """The Gaussians of highest ELBO, one for each mode."""
     modes: list[Gaussian] = []
     for gaussian in sorted(found, key=lambda gaussian: -gaussian.elbo):
         if len(modes) == count or not gaussian.elbo > -math.inf:
             break
-        if modes and gaussian.elbo < modes[0].elbo + math.log(SETTINGS.min_weight) and gaussian not in heavy:
-            continue
         if all(max(gaussian.distance(mode), mode.distance(gaussian)) > SETTINGS.mode_distance for mode in modes):
             modes.append(gaussian)
     return modes

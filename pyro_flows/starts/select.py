@@ -92,7 +92,7 @@ def warm_start_joint(block: JointBlock, log_joint: LogJoint, init_scale: float) 
     found = best_gaussian(log_joint, init_loc, init_scale, correlated=_is_correlated(flow), paths=paths)
     pooled = _from_priors(block, log_joint, found)
     gaussian = _from_gaussian(flow, log_joint, found)
-    mixture = _from_modes(block, log_joint, paths[-1])
+    mixture = _from_modes(block, log_joint, paths[-1], found)
     best = max((start for start in (gaussian, pooled, mixture) if start is not None), key=lambda start: start.elbo)
     flow.load_state_dict(best.state)
     if log_joint.is_vectorized and log_joint.cost_per_draw < GAUSSIAN.expensive:
@@ -154,14 +154,15 @@ def _from_gaussian(flow: Flow, log_joint: LogJoint, found: Gaussian) -> Start:
     return _start(best.elbo, flow)
 
 
-def _from_modes(block: JointBlock, log_joint: LogJoint, ends: Tensor) -> Start | None:
+def _from_modes(block: JointBlock, log_joint: LogJoint, ends: Tensor, best: Gaussian) -> Start | None:
     """A mixture with a component on each mode, if there are several; without a mixture base only if the end points of
     the Gaussian's ascents, ``(R, D)``, have seen several."""
     flow, base = block.flow, block.flow.base
-    if not (isinstance(base, MixtureBase) or (flow.chooses_base and len(modes_above(log_joint, ends)) > 1)):
+    if not (isinstance(base, MixtureBase) or (flow.chooses_base and len(modes_above(log_joint, ends, best.elbo)) > 1)):
         return None
     count = len(base.locs) if isinstance(base, MixtureBase) else None
-    found = best_mixture(log_joint, block.inner_layout.init_loc, count, correlated=_is_correlated(flow))
+    init_loc, correlated = block.inner_layout.init_loc, _is_correlated(flow)
+    found = best_mixture(log_joint, init_loc, count, correlated=correlated, elbo=best.elbo)
     if found is None:
         return None
     _write(flow, Gaussian(found.loc, found.factor))
