@@ -132,7 +132,9 @@ def modes_above(
     """The Gaussians of the curvature at end points of ascents, ``(R, D)``, of highest ELBO, one for each mode; none in
     too many dimensions. Some ascents may have come to a stop on the way: where there are several, they go on, before
     those of too little mass are dropped, given an ELBO that is known already."""
-    modes = _modes_at(log_joint, points, elbo, limit, arrived=False)
+    # Of many observations, a climb from each point takes too long.
+    is_cheap = log_joint.affordable(GAUSSIAN.num_elbo_draws, ASCENTS.num_steps) == GAUSSIAN.num_elbo_draws
+    modes = _modes_at(log_joint, points, elbo, limit, arrived=not is_cheap)
     for _ in range(SETTINGS.num_rounds):
         if len(modes) < 2:
             break
