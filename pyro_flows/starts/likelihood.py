@@ -12,9 +12,9 @@ from pyro_flows.models.log_joint import LogJoint
 from pyro_flows.starts.fixed_draws import antithetic
 from pyro_flows.starts.gaussian import GAUSSIAN
 from pyro_flows.starts.lbfgs import gradient_and_hessian
-from pyro_flows.transforms import LinearMixedHead
+from pyro_flows.transforms import FullPrecisionHead, LinearMixedHead
 
-__all__ = ["LIKELIHOOD", "affordable_draws", "fit_likelihood"]
+__all__ = ["LIKELIHOOD", "affordable_draws", "fit_likelihood", "fit_skew"]
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,15 @@ class LikelihoodSettings:
             their scales.
         num_draws: Number of draws over which derivatives are averaged.
         min_share: Smallest precision of a likelihood factor, relative to the prior's.
+        max_correlation: Largest correlation, in absolute value, of coordinates that the likelihood does not correlate.
+        min_gain_of_skew: Gain in nats below which a likelihood factor is not skewed, since steps take longer then.
     """
 
     precision_step: float = 0.3
     num_draws: int = 32
     min_share: float = 1e-4
+    max_correlation: float = 0.01
+    min_gain_of_skew: float = 0.01
 
 
 LIKELIHOOD = LikelihoodSettings()
@@ -66,23 +70,10 @@ def fit_likelihood(
     count = len(around)
     points = torch.cat([around, center + shifts])
 
-    slices = log_joint.table.slices.items()
-    left_out = {name for name, where in slices if where in head.own_densities}
-
-    def likelihood(z: Tensor) -> Tensor:
-        z = z.squeeze(1)
-        return (log_joint.without(left_out, z).double() - head.log_prior(z)).unsqueeze(1)
-
-    try:
-        parts = [
-            gradient_and_hessian(likelihood, part.unsqueeze(1), most=log_joint.chunk)
-            for part in points.split(log_joint.chunk)
-        ]
-    except RuntimeError:
+    derivatives = _likelihood_derivatives(log_joint, head, points)
+    if derivatives is None:
         return False
-    gradients, hessians = (torch.cat(part).squeeze(1) for part in zip(*parts, strict=True))
-    if not (gradients.isfinite().all() and hessians.isfinite().all()):
-        return False
+    gradients, hessians = derivatives
     gradient, hessian = gradients[:count].mean(0), hessians[:count].mean(0)
     _, log_scale = head.full_prior(center[free])
     unit = log_scale.double().exp()
@@ -107,6 +98,55 @@ def fit_likelihood(
         log_precision_slope.to(like),
     )
     return True
+
+
+@torch.no_grad()
+def fit_skew(log_joint: LogJoint, head: FullPrecisionHead, center: Tensor) -> bool:
+    """Skew a head's likelihood factor as the likelihood is: third derivatives are differences of second ones.
+
+    Args:
+        log_joint: The target.
+        head: The head, with a likelihood factor.
+        center: A point, at which the coordinates without known priors are taken, ``(D,)``.
+
+    Returns:
+        Whether the factor was skewed: the likelihood must factorize over the coordinates with known priors, and have
+        finite derivatives there.
+    """
+    factor = head.own_factor
+    if (factor - factor.diagonal().diag()).abs().max() > LIKELIHOOD.max_correlation:
+        return False
+    free, pooled = head.order.tensor_split([head.count_free])
+    drawn = _draws_given(head, center, free, LIKELIHOOD.num_draws)[:, pooled]
+    mean, sd = drawn.mean(0), drawn.std(0)
+    derivatives = _likelihood_derivatives(
+        log_joint, head, center.expand(2, -1).index_copy(1, pooled, torch.stack([mean + sd, mean - sd]))
+    )
+    if derivatives is None:
+        return False
+    above, below = derivatives[1].diagonal(dim1=-2, dim2=-1)[:, pooled].to(center)
+    unit = head.gaussian()[1][pooled]
+    head.set_skew(center[free], unit.pow(3) * (above - below) / (6.0 * sd))
+    return True
+
+
+def _likelihood_derivatives(log_joint: LogJoint, head: LinearMixedHead, points: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Gradients and Hessians of the log likelihood, ``(S, D)`` and ``(S, D, D)``; None if they are not finite."""
+    left_out = {name for name, where in log_joint.table.slices.items() if where in head.own_densities}
+
+    def likelihood(z: Tensor) -> Tensor:
+        z = z.squeeze(1)
+        return (log_joint.without(left_out, z).double() - head.log_prior(z)).unsqueeze(1)
+
+    try:
+        parts = [
+            gradient_and_hessian(likelihood, part.unsqueeze(1), most=log_joint.chunk)
+            for part in points.split(log_joint.chunk)
+        ]
+    except RuntimeError:
+        return None
+    gradients, hessians = (torch.cat(part).squeeze(1) for part in zip(*parts, strict=True))
+    return (gradients, hessians) if gradients.isfinite().all() and hessians.isfinite().all() else None
 
 
 def affordable_draws(log_joint: LogJoint, center: Tensor) -> int:

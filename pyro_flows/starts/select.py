@@ -22,11 +22,12 @@ from pyro_flows.starts.field_gaussian import FIELD_GAUSSIAN, field_gaussian
 from pyro_flows.starts.fixed_draws import FIXED_DRAWS, antithetic, elbo_of, fit_on_fixed_draws
 from pyro_flows.starts.gaussian import GAUSSIAN, Gaussian, best_gaussian, refined
 from pyro_flows.starts.leaves import warm_start_leaves
-from pyro_flows.starts.likelihood import LIKELIHOOD, affordable_draws, fit_likelihood
+from pyro_flows.starts.likelihood import LIKELIHOOD, affordable_draws, fit_likelihood, fit_skew
 from pyro_flows.starts.low_rank import LowRankGaussian, best_low_rank
 from pyro_flows.starts.mixture import best_mixture, modes_above
 from pyro_flows.transforms import (
     ConditionalGaussianHead,
+    FullPrecisionHead,
     FullRankPreconditioner,
     LinearMixedHead,
     LowRankAffine,
@@ -206,7 +207,15 @@ def _from_likelihood(flow: Flow, log_joint: LogJoint, head: LinearMixedHead, fou
             break
         center = head.forward_and_ladj(gaussian.loc)[0]
         scale = head.gaussian()[1] * gaussian.factor.square().sum(-1).sqrt()
-    return best
+    if best is None or not isinstance(head, FullPrecisionHead):
+        return best
+    flow.load_state_dict(best.state)
+    push, noise = flow.transform.forward_and_ladj, antithetic(GAUSSIAN.num_elbo_draws, center)
+    before = elbo_of(log_joint, push, noise)
+    if not fit_skew(log_joint, head, head.forward_and_ladj(preconditioner.loc)[0]):
+        return best
+    gain = elbo_of(log_joint, push, noise) - before
+    return _start(best.elbo + gain, flow) if gain > LIKELIHOOD.min_gain_of_skew else best
 
 
 def _from_shares(

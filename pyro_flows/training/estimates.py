@@ -37,7 +37,7 @@ class EstimateSettings(Settings):
             standard error of about 0.1.
         num_gap_draws: Number of draws by which a gap is compared first.
         max_rounded_gap: Gap in nats up to which it is not asked how much of it is rounding.
-        gap_errors: Number of standard errors by which it has to be larger then.
+        gap_errors: Number of standard errors by which it has to be larger or smaller then.
         max_khat: k-hat below which the tail is light: one such standard error below 0.7, the bound of Vehtari, Simpson,
             Gelman, Yao, Gabry. Pareto smoothed importance sampling. JMLR 25(72), 2024.
     """

@@ -236,23 +236,26 @@ class Objective:
 
     def has_light_tails(self) -> bool:
         """Whether the importance weights of the guide's draws have a k-hat below ``max_khat``."""
-        num_draws = self.settings.affordable_draws(self.num_values)
-        smoothed = pareto_smooth(self._log_weights(num_draws))
+        return self._are_light(self._log_weights(self.settings.affordable_draws(self.num_values)))
+
+    def _are_light(self, log_weights: Tensor) -> bool:
+        smoothed, count = pareto_smooth(log_weights), len(log_weights)
         ess = (-(2.0 * smoothed.log_weights).logsumexp(0)).exp().item()
-        largest = (smoothed.log_weights.max() + math.log(num_draws)).item()
-        return smoothed.khat < self.settings.max_khat or nearly_constant(largest, ess, num_draws)
+        largest = (smoothed.log_weights.max() + math.log(count)).item()
+        return smoothed.khat < self.settings.max_khat or nearly_constant(largest, ess, count)
 
     def gap(self, enough: float = math.inf) -> float:
         """How far the ELBO is below the evidence that importance weights of the guide's draws give, in nats, >= 0; too
         small where the guide misses a part of the posterior, infinite without weights. The same in all processes. Fewer
-        draws suffice where they tell that it is larger than ``enough``. Half the variance of rounding errors, by which
-        that evidence is too high, is subtracted where it is known."""
+        draws suffice where they tell that it is larger than ``enough``, or smaller with a light tail. Half the variance
+        of rounding errors, by which that evidence is too high, is subtracted where it is known."""
         few, all_draws = self.settings.num_gap_draws, self.settings.affordable_draws(self.num_values)
         try:
             weights = self._log_weights(min(few, all_draws))
             gap, error = gap_of(weights)
-            is_larger = self.parts.processes.broadcast(gap - self.settings.gap_errors * error > enough)
-            if few < all_draws and not is_larger:
+            margin = self.settings.gap_errors * error
+            is_told = gap - margin > enough or (gap + margin < enough < math.inf and self._are_light(weights))
+            if few < all_draws and not self.parts.processes.broadcast(is_told):
                 gap, _ = gap_of(torch.cat([weights, self._log_weights(all_draws - few)]))
         except NotImplementedError:  # a guide of some of the latents, the others of which have no density
             return math.inf

@@ -251,6 +251,7 @@ class Schedule:
         if target is not None and self.objective.gap(target) < target:
             state.reason = f"the gap is below {target:g} nats"
         elif judged and self._has_converged(now):
+            state.gap = now.variance / 2
             state.reason = f"converged: log weights have a standard deviation of {math.sqrt(now.variance):.3f} nats"
         elif is_worse:
             trainer.roll_back(state.best_point)

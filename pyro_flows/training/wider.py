@@ -74,7 +74,7 @@ def gap_to_close(schedule: Schedule, file: Checkpoint) -> float | None:
         return None
     gap = schedule.trainer.state.gap
     if gap is None:
-        gap = objective.gap()  # infinite where draws have no density, which no flow mends
+        gap = objective.gap(target_gap)  # infinite where draws have no density, which no flow mends
     return gap if is_wide or target_gap < gap < math.inf else None
 
 

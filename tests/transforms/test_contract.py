@@ -76,6 +76,13 @@ def covariance_head(input_dim: int, *, full: bool) -> FlowTransform:
     return head
 
 
+def skewed(head: FlowTransform) -> FlowTransform:
+    """A head with a skewed likelihood factor."""
+    assert isinstance(head, T.FullPrecisionHead)
+    head.set_skew(torch.randn(head.count_free), torch.randn(head.input_dim - head.count_free))
+    return head
+
+
 def preconditioner(input_dim: int) -> FlowTransform:
     transform = T.FullRankPreconditioner(input_dim)
     transform.set(torch.randn(input_dim), torch.randn(input_dim, input_dim).tril() + 3.0 * torch.eye(input_dim))
@@ -171,7 +178,9 @@ TRANSFORMS |= {
     "PyroTransform": lambda d, c: T.PyroTransform(pyro_transforms.spline(d), d, c),
     "DiagonalPrecisionHead": lambda d, c: likelihood_head(d, T.DiagonalPrecisionHead),
     "FullPrecisionHead": lambda d, c: likelihood_head(d, T.FullPrecisionHead),
+    "FullPrecisionHead (skewed)": lambda d, c: skewed(likelihood_head(d, T.FullPrecisionHead)),
     "CovarianceHead": lambda d, c: covariance_head(d, full=True),
+    "CovarianceHead (skewed)": lambda d, c: skewed(covariance_head(d, full=True)),
     "CovarianceHead (marginals)": lambda d, c: covariance_head(d, full=False),
     "MultilevelHead": lambda d, c: hierarchy(d),
     "SiteOrderedAffine": lambda d, c: T.SiteOrderedAffine(d, c, block_sizes=(1,) if d == 1 else (1, d - 1)),
@@ -186,8 +195,10 @@ TWO_DIMENSIONS = {
     "DiagonalPrecisionHead",
     "CovarianceHead",
     "CovarianceHead (marginals)",
+    "CovarianceHead (skewed)",
     "DirectedCouplings",
     "FullPrecisionHead",
+    "FullPrecisionHead (skewed)",
     "ItemCouplings",
     "ItemCouplings (one item)",
     "LeafPreconditioner",
@@ -200,7 +211,9 @@ IGNORE_CONTEXT = {
     "DiagonalPrecisionHead",
     "CovarianceHead",
     "CovarianceHead (marginals)",
+    "CovarianceHead (skewed)",
     "FullPrecisionHead",
+    "FullPrecisionHead (skewed)",
     "FullRankPreconditioner",
     "ItemCouplings",
     "ItemCouplings (one item)",

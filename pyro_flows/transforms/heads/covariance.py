@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pyro_flows.transforms.fixed import FixedParameter, ReadsFixed
+from pyro_flows.transforms.fixed import FixedParameter
 from pyro_flows.transforms.heads.correlated import Correlated, Covariance
 from pyro_flows.transforms.heads.full_precision import FullPrecisionHead
 from pyro_flows.transforms.heads.multilevel import MultilevelHead
@@ -17,7 +17,7 @@ from pyro_flows.transforms.heads.multilevel import MultilevelHead
 __all__ = ["CovarianceHead"]
 
 
-class CovarianceHead(ReadsFixed, FullPrecisionHead, MultilevelHead):
+class CovarianceHead(FullPrecisionHead, MultilevelHead):
     r"""A :class:`FullPrecisionHead` in which some priors are :math:`N(a(y_f), \Sigma(y_f))`, with any functions
     :math:`a, \Sigma`: a Gaussian process with unknown hyperparameters, say.
 
@@ -39,7 +39,7 @@ class CovarianceHead(ReadsFixed, FullPrecisionHead, MultilevelHead):
         revisited. Neural Computation 2009.
     """
 
-    python_state: ClassVar[tuple[str, ...]] = ("is_full",)
+    python_state: ClassVar[tuple[str, ...]] = ("is_full", "is_skewed")
 
     has_own: Tensor
 
@@ -67,6 +67,7 @@ class CovarianceHead(ReadsFixed, FullPrecisionHead, MultilevelHead):
         self.register_buffer("has_own", has_own, persistent=False)
 
     def look(self) -> None:
+        super().look()
         self.is_full = bool(self.follows)
 
     def _switch(self, *, full: bool) -> None:

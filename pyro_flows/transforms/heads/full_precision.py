@@ -4,14 +4,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributions.transforms import CorrCholeskyTransform
 
-from pyro_flows.transforms.fixed import FixedParameter
+from pyro_flows.transforms.fixed import FixedParameter, ReadsFixed
 from pyro_flows.transforms.heads.base import decode_gaussian, encode_gaussian
+from pyro_flows.transforms.heads.conditional import (
+    Factor,
+    conditional_draw,
+    conditional_noise,
+    conditional_score,
+    relocated,
+    solved,
+)
 from pyro_flows.transforms.heads.correlated import Correlated
 from pyro_flows.transforms.heads.linear_mixed import LinearMixedHead
 from pyro_flows.transforms.heads.pooling import MIN_SHARE
@@ -22,74 +30,18 @@ __all__ = ["FullPrecisionHead"]
 
 class _Prior(NamedTuple):
     """The conditional of pooled coordinates given the free ones: location of the prior, scales of its innovations and
-    factors of their correlations; ``C``; ``B = A^T W`` with ``K = W W^T``, in double precision; ``W^T (b - a)``;
-    ``log|det A|``."""
+    factors of their correlations; ``C``; the likelihood factor, with ``B = A^T W``, ``K = W W^T``, and ``r = W^T (b -
+    a)``; ``log|det A|``."""
 
     loc: Tensor
     scale: Tensor
     factors: list[Tensor]
     chain: Tensor
-    root: Tensor
-    pull: Tensor
+    factor: Factor
     ladj: Tensor
 
 
-class _Conditional(torch.autograd.Function):
-    r"""A draw of :math:`N(M^{-1} B r, M^{-1})` with :math:`M = I + B B^\top = C C^\top` from noise ``x``,
-    :math:`z = C^{-\top} (C^{-1} B r + x)`, and :math:`-\log|C|`; also C, without a derivative.
-
-    Torch's derivative of a Cholesky factor costs ten times as much as the factor. The one needed here comes from
-    :math:`x (C^{-1} \bar z)^\top`, of rank one, whose triangles times a matrix are cumulative sums. The factor is in
-    double precision, since M may be ill-conditioned; :math:`C^{-1}` and :math:`C^{-1} B` are at most 1 in norm, and
-    have the dtype of the noise.
-
-    Shape:
-        - root: ``(..., n, n)``, double; pull, noise: ``(..., n, 1)``.
-
-    References:
-        Murray. Differentiation of the Cholesky decomposition. 2016. arXiv:1602.07527, eq. (10).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, root: Tensor, pull: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        factor, inverse, shrunk, log_det = _solved(root, noise.dtype)
-        ctx.save_for_backward(root, pull, noise, inverse, shrunk)
-        ctx.mark_non_differentiable(factor)
-        return inverse.mT @ (shrunk @ pull + noise), log_det, factor
-
-    @staticmethod
-    def backward(ctx: Any, to_draw: Tensor, to_log_det: Tensor, _: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
-        root, pull, noise, inverse, shrunk = ctx.saved_tensors
-        if torch.is_grad_enabled():  # for second derivatives: the saved ones have no graph
-            _, inverse, shrunk, _ = _solved(root, noise.dtype)
-        to_noise = inverse @ to_draw
-        dual = inverse.mT @ to_noise  # M^-1 times the gradient
-        to_pull = shrunk.mT @ to_noise  # B^T dual
-        mean = shrunk @ pull
-        # tril(x g^T) and its transpose times C^-1 B, the diagonal once, and the log-determinant's part.
-        rows = noise * shrunk
-        above = rows.sum(-2, keepdim=True) - rows.cumsum(-2)
-        total = noise * (to_noise * shrunk).cumsum(-2) + to_noise * above + to_log_det[..., None, None] * shrunk
-        total = total + to_noise @ (shrunk.mT @ mean).mT + mean @ to_pull.mT
-        return (dual @ pull.mT - inverse.mT @ total).to(root.dtype), to_pull, to_noise
-
-
-def _solved(root: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The factor of ``M``, its inverse, that times ``B``, and minus the log-determinant of the factor."""
-    identity = torch.eye(root.shape[-2], dtype=root.dtype, device=root.device)
-    factor = _factor(root)
-    inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
-    log_det = -factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return factor.to(dtype), inverse.to(dtype), (inverse @ root).to(dtype), log_det.to(dtype)
-
-
-def _factor(root: Tensor) -> Tensor:
-    """``C`` with ``C C^T = I + B B^T``."""
-    identity = torch.eye(root.shape[-2], dtype=root.dtype, device=root.device)
-    return torch.linalg.cholesky_ex(identity + root @ root.mT).L
-
-
-class FullPrecisionHead(LinearMixedHead):
+class FullPrecisionHead(ReadsFixed, LinearMixedHead):
     r"""Pools the Gaussian prior of coordinates :math:`p` given the others, :math:`f`, with a likelihood factor, both
     correlated:
 
@@ -109,6 +61,9 @@ class FullPrecisionHead(LinearMixedHead):
     themselves would turn a precise direction towards vague ones, and an optimizer's step move a draw by many of its
     standard deviations.
 
+    A likelihood that is not Gaussian, of counts or classes, has a skewed factor, set by :meth:`set_skew` and not trained
+    either: see :mod:`~pyro_flows.transforms.heads.conditional`. Its precision follows the posterior's mean.
+
     Computed in double precision and in coordinates in which the prior is standard normal, where :math:`P` is
     well-conditioned however narrow the prior. Costs a Cholesky factor of P per draw, O(D^3).
 
@@ -119,12 +74,18 @@ class FullPrecisionHead(LinearMixedHead):
         correlated: Coordinates whose priors are correlated by a latent matrix.
     """
 
+    python_state: ClassVar[tuple[str, ...]] = ("is_skewed",)
+
     def __init__(self, known: Tensor, slope: Tensor, bias: Tensor, correlated: Sequence[Correlated] = ()) -> None:
         super().__init__(known, slope, bias)
         free, pooled = self.sizes
         self.correlated = tuple(correlated)
         self.is_chained = bool(self.slope[0][:, free:].any())
         self.own_factor = FixedParameter(torch.eye(pooled))
+        # kappa, and the likelihood's gradient at the mean where the factor was set.
+        self.skew = FixedParameter(torch.zeros(pooled))
+        self.rest = FixedParameter(torch.zeros(pooled))
+        self.is_skewed = False
         # Of the noise, so that a diagonal Gaussian scales each coordinate's own noise.
         self.rotation = FixedParameter(torch.eye(pooled)) if self.is_chained else None
         places = self.restore.tolist()
@@ -136,10 +97,14 @@ class FullPrecisionHead(LinearMixedHead):
     def factored_entries(self) -> int:
         return self.own_factor.numel()
 
+    def look(self) -> None:
+        self.is_skewed = bool(self.skew.any())
+
     @torch.no_grad()
     def initialize(self, loc: Tensor, scale: Tensor, max_share: float = 1e-3) -> None:
         super().initialize(loc, scale, max_share)
         self.own_factor.copy_(torch.eye(len(self.own_factor)))
+        self._set_gaussian()
         if self.is_chained:
             self._unpool(loc, scale)
 
@@ -164,7 +129,7 @@ class FullPrecisionHead(LinearMixedHead):
         assert self.rotation is not None
         loc, *_ = self._site_approximations()
         prior = self._conditional(loc[: self.count_free])
-        _, inverse, *_ = _solved(prior.root, prior.root.dtype)
+        _, inverse, *_ = solved(prior.factor.root, prior.factor.root.dtype)
         factors = [factor.double() for factor in prior.factors]
         away = prior.scale.double().unsqueeze(-1) * self._correlate(inverse.mT, factors, transpose=False)
         orthogonal, upper = torch.linalg.qr((prior.chain.double() @ away).mT)
@@ -204,8 +169,33 @@ class FullPrecisionHead(LinearMixedHead):
         super().set_likelihood(free, loc, precision, slope, log_precision_slope)
         scale = precision.diagonal().rsqrt()
         self.own_factor.copy_(torch.linalg.cholesky(scale.unsqueeze(-1) * precision * scale))
+        self._set_gaussian()
         if self.is_chained:
             self._rotate()
+
+    @torch.no_grad()
+    def set_skew(self, free: Tensor, skew: Tensor) -> None:
+        r"""Skew the likelihood factor, which has to be set, without moving its mean.
+
+        Args:
+            free: The coordinates without a known prior, in order, where the factor was set.
+            skew: A third of the log likelihood's third derivatives along the columns of :math:`W_0^{-\top}`,
+                :math:`\kappa`, ``(P,)``.
+        """
+        self._set_gaussian()
+        root, pull, _ = self._conditional(free).factor
+        shrunk = solved(root, pull.dtype)[2]
+        variance = shrunk.square().sum(0)
+        self.raw.value[0, self.order[self.count_free :]] -= 0.5 * skew * variance
+        pull = self._conditional(free).factor.pull
+        self.rest.copy_((pull - shrunk.mT @ (shrunk @ pull)).squeeze(-1))
+        self.skew.copy_(skew)
+        self.look()
+
+    def _set_gaussian(self) -> None:
+        """Leave the likelihood factor without skewness."""
+        self.skew.zero_()
+        self.look()
 
     def _priors(self, parents: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Locations and log-scales of the priors, given the coordinates drawn before, and factors of correlations."""
@@ -272,23 +262,28 @@ class FullPrecisionHead(LinearMixedHead):
         offset = site_loc + away @ self.own_slope.detach().mT - prior_loc
         pull = root_precision.unsqueeze(-1) * (shrink * (offset @ fixed + shift))
         ladj = prior_log_scale.sum(-1) + self._log_det_correlations(factors)
-        return _Prior(prior_loc, scale, factors, chain.to(scale), root, pull.unsqueeze(-1), ladj)
+        factor = Factor(root, pull.unsqueeze(-1))
+        if self.is_skewed:
+            skew, rest = (part.detach().unsqueeze(-1) for part in (self.skew, self.rest))
+            factor = relocated(factor._replace(skew=skew), rest)
+        return _Prior(prior_loc, scale, factors, chain.to(scale), factor, ladj)
 
     def draw(self, x: Tensor) -> tuple[Tensor, Tensor]:
         pooled, free, total, ladj, *_ = self._draw(x)
         return torch.cat([free, pooled], -1), total + ladj
 
-    def _draw(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, _Prior, Tensor]:
-        """Pooled and free coordinates, the free ones' summed log-scale, the pooled ones' log-determinant, and C."""
+    def _draw(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, _Prior, list[Tensor | None]]:
+        """Pooled and free coordinates, the free ones' summed log-scale, the pooled ones' log-determinant, and what
+        :func:`conditional_score` takes."""
         loc, scale, log_scale = (part[: self.count_free] for part in self._site_approximations())
         noise, rest = x.split(self.sizes, -1)
         free = torch.addcmul(loc, scale, noise)
         prior = self._conditional(free)
         rest, rotation_ladj = self._rotated(rest)
-        z, ladj, factor = _Conditional.apply(prior.root, prior.pull, rest.unsqueeze(-1))  # type: ignore[no-untyped-call]
+        z, ladj, *to_score = conditional_draw(prior.factor, rest.unsqueeze(-1))
         away = prior.scale * self._correlate(z, prior.factors, transpose=False).squeeze(-1)
         pooled = prior.loc + (away @ prior.chain.mT if self.is_chained else away)
-        return pooled, free, log_scale.sum(-1), prior.ladj + ladj + rotation_ladj, prior, factor
+        return pooled, free, log_scale.sum(-1), prior.ladj + ladj + rotation_ladj, prior, to_score
 
     def noise(self, y: Tensor) -> tuple[Tensor, Tensor]:
         loc, scale, log_scale = self._site_approximations()
@@ -299,10 +294,8 @@ class FullPrecisionHead(LinearMixedHead):
         away = away @ self._steps().to(away).mT if self.is_chained else away
         z = (away / prior.scale).unsqueeze(-1)
         z = self._uncorrelate(z, prior.factors, transpose=False)
-        factor = _factor(prior.root)
-        shrunk = torch.linalg.solve_triangular(factor, prior.root, upper=False).to(y.dtype)
-        noise = factor.to(y.dtype).mT @ z - shrunk @ prior.pull
-        ladj = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1).to(y.dtype) - prior.ladj
+        noise, ladj = conditional_noise(prior.factor, z)
+        ladj = ladj - prior.ladj
         noise = noise.squeeze(-1)
         ladj = ladj - self._rotated(noise)[1]
         noise = self._rotated_back(noise)
@@ -310,11 +303,12 @@ class FullPrecisionHead(LinearMixedHead):
         return x, ladj - log_scale[:count].sum(-1)
 
     def draw_with_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        pooled, free, total, ladj, prior, factor = self._draw(x)
+        pooled, free, total, ladj, prior, to_score = self._draw(x)
         count = self.count_free
         with torch.no_grad():
-            # A^-T times the factor of M times the score of the noise; A^-T is (I - T)^T e^-t L^-T.
-            own = factor @ self._rotated_back(score[..., count:], transpose=True).unsqueeze(-1)
+            # A^-T times the score of z; A^-T is (I - T)^T e^-t L^-T.
+            own = self._rotated_back(score[..., count:], transpose=True).unsqueeze(-1)
+            own = conditional_score(own, *to_score)  # type: ignore[arg-type]
             own = self._uncorrelate(own, prior.factors, transpose=True).squeeze(-1) / prior.scale
             own = own @ self._steps().to(own) if self.is_chained else own
             scale = self._site_approximations()[1][:count]

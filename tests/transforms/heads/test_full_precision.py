@@ -6,10 +6,12 @@ from __future__ import annotations
 import copy
 import math
 
+import pytest
 import torch
+from torch import Tensor
 
 from pyro_flows.transforms import Correlated, DiagonalPrecisionHead, FullPrecisionHead, MultilevelHead
-from pyro_flows.transforms.heads.full_precision import _Conditional
+from pyro_flows.transforms.heads.conditional import Factor, conditional_draw
 from tests.common import randomize_parameters
 
 # Coordinates (mu, log tau, theta_1, theta_2, theta_3), with theta ~ N(mu, tau).
@@ -113,10 +115,75 @@ def test_correlated_priors() -> None:
     torch.testing.assert_close(matrix.log_prior(drawn), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_derivatives_of_a_draw_given_a_factor() -> None:
-    inputs = [torch.randn(2, 3, size, dtype=torch.double, requires_grad=True) for size in (3, 1, 1)]
-    assert torch.autograd.gradcheck(_Conditional.apply, inputs)
-    assert torch.autograd.gradgradcheck(_Conditional.apply, inputs)
+@pytest.mark.parametrize("is_skewed", [False, True])
+def test_derivatives_of_a_draw_given_a_factor(is_skewed: bool) -> None:
+    root, pull, skew, noise = (torch.randn(2, 3, size, dtype=torch.double, requires_grad=True) for size in (3, 1, 1, 1))
+
+    def draw(root: Tensor, pull: Tensor, skew: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+        return conditional_draw(Factor(root, pull, skew if is_skewed else None), noise)[:2]
+
+    assert torch.autograd.gradcheck(draw, (root, pull, skew, noise))
+    assert torch.autograd.gradgradcheck(draw, (root, pull, skew, noise))
+
+
+def log_rates() -> tuple[Tensor, Tensor]:
+    """Means of the best normals for log rates with an N(0, 1) prior, and mean rates, for some numbers of counts."""
+    mean, rate = torch.tensor([-0.5, 0.5, 1.5], dtype=torch.double), torch.ones(3, dtype=torch.double)
+    for _ in range(50):
+        rate = (mean + 0.5 / (1.0 + rate)).exp()
+    return mean, rate
+
+
+def poisson_head() -> FullPrecisionHead:
+    """Of log rates with priors N(mu, 1), and the factor that is best at mu = 0."""
+    matrix = head()
+    zeros = torch.zeros(2, dtype=torch.double)
+    mean, rate = log_rates()
+    matrix.set_likelihood((zeros, zeros + 1.0), mean + mean / rate, rate.diag(), torch.zeros(3, 2).double(), zeros)
+    return matrix
+
+
+def gap_to_poisson(matrix: FullPrecisionHead, prior_loc: float) -> float:
+    """KL divergence from the conditional at mu to the posterior there, by quadrature for each rate alone."""
+    counts = sum(log_rates())
+    grid = torch.linspace(-6.0, 6.0, 4001, dtype=torch.double)
+    log_joint = counts * grid[:, None] - grid[:, None].exp() - 0.5 * (grid[:, None] - prior_loc) ** 2
+    log_evidence = log_joint.logsumexp(0) + math.log(grid[1] - grid[0])
+    noise = torch.zeros(len(grid), 5, dtype=torch.double)
+    noise[:, 0] = prior_loc
+    noise[:, 2:] = grid[:, None]
+    with torch.no_grad():
+        drawn, _ = matrix.forward_and_ladj(noise)
+        steps = 1e-4
+        moved, _ = matrix.forward_and_ladj(noise + steps * torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0]).double())
+    theta = drawn[:, 2:]
+    log_q = -0.5 * grid[:, None] ** 2 - 0.5 * math.log(2 * math.pi) - ((moved[:, 2:] - theta) / steps).log()
+    at = counts * theta - theta.exp() - 0.5 * (theta - prior_loc) ** 2 - log_evidence
+    weight = (-0.5 * grid**2).exp()[:, None] / math.sqrt(2 * math.pi) * (grid[1] - grid[0])
+    return float((weight * (log_q - at)).sum())
+
+
+@pytest.mark.parametrize("prior_loc", [0.0, 1.0])
+def test_a_skewed_factor_is_closer_to_the_posterior(prior_loc: float) -> None:
+    """Also where the prior is elsewhere than where it was set, for which a Gaussian factor has the wrong precision."""
+    matrix = poisson_head()
+    gaussian = gap_to_poisson(matrix, prior_loc)
+    # The log likelihood's third derivative is minus the rate, as is the second one.
+    matrix.set_skew(torch.zeros(2).double(), -log_rates()[1].rsqrt() / 3.0)
+    assert 0.0 <= gap_to_poisson(matrix, prior_loc) < 0.2 * gaussian
+
+
+def test_a_skewed_factor_is_saved_and_unset() -> None:
+    matrix = poisson_head()
+    gaussian = matrix.forward_and_ladj(torch.ones(5).double())[0]
+    matrix.set_skew(torch.zeros(2).double(), torch.ones(3).double())
+    skewed = matrix.forward_and_ladj(torch.ones(5).double())[0]
+    assert not torch.allclose(gaussian, skewed)
+    other = head()
+    other.load_state_dict(matrix.state_dict())
+    torch.testing.assert_close(other.forward_and_ladj(torch.ones(5).double())[0], skewed)
+    other.initialize(torch.zeros(5).double(), torch.ones(5).double())
+    assert not other.is_skewed
 
 
 def walk(scale_slope: float = 1.0) -> FullPrecisionHead:
