@@ -61,8 +61,8 @@ class FullPrecisionHead(ReadsFixed, LinearMixedHead):
     themselves would turn a precise direction towards vague ones, and an optimizer's step move a draw by many of its
     standard deviations.
 
-    A likelihood that is not Gaussian, of counts or classes, has a skewed factor, set by :meth:`set_skew` and not trained
-    either: see :mod:`~pyro_flows.transforms.heads.conditional`. Its precision follows the posterior's mean.
+    A likelihood that is not Gaussian, of counts or classes, has a skewed factor, which is set by :meth:`set_skew` and
+    not trained either: see :mod:`~pyro_flows.transforms.heads.conditional`. Its precision follows the posterior's mean.
 
     Computed in double precision and in coordinates in which the prior is standard normal, where :math:`P` is
     well-conditioned however narrow the prior. Costs a Cholesky factor of P per draw, O(D^3).
