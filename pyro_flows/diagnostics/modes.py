@@ -134,7 +134,6 @@ def _dips_between(sampler: ImportanceSampler, begin: Tensor, end: Tensor, settin
     """Whether the log joint has a dip on the straight lines between P points, ``(P, N, d)`` each, to ``(P, N)``."""
     steps = torch.linspace(0.0, 1.0, settings.num_points, dtype=begin.dtype, device=begin.device)
     lines = torch.lerp(begin, end, steps[:, None, None, None])  # (points, P, N, d)
-    parts = lines.flatten(0, 1).split(sampler.chunk)
-    heights = torch.cat([sampler.log_joint(part) for part in parts]).unflatten(0, lines.shape[:2])
+    heights = sampler.log_joint_in_parts(lines.flatten(0, 1)).unflatten(0, lines.shape[:2])
     lower_end = torch.minimum(heights[0], heights[-1])
     return heights.nan_to_num(-torch.inf, neginf=-torch.inf).amin(0) < lower_end - settings.min_dip

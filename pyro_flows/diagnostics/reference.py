@@ -145,8 +145,7 @@ def sample_reference(
     log_weights = torch.empty(0, num_items, dtype=torch.double)
     while True:
         draws = mixture.draw(settings.num_draws).to(packed)
-        log_joint = torch.cat([sampler.log_joint(part) for part in draws.split(sampler.chunk)])
-        weights = (log_joint - mixture.log_prob(draws.double())).cpu()
+        weights = (sampler.log_joint_in_parts(draws) - mixture.log_prob(draws.double())).cpu()
         values, _ = structure.unpack(draws)
         tally.add(Draws(values, weights, {}, torch.zeros_like(weights)), weights)
         log_weights = torch.cat([log_weights, weights])

@@ -320,8 +320,7 @@ class Search:
         log_density = -0.5 * squared - 0.5 * shape[-1] * math.log(2 * math.pi)
         log_density -= regions.factors.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         rows = draws.flatten(0, 1).to(self._dtype)
-        parts = rows.split(self._sampler.chunk)
-        log_joint = torch.cat([self._sampler.log_joint(part) for part in parts]).reshape(log_density.shape)
+        log_joint = self._sampler.log_joint_in_parts(rows).reshape(log_density.shape)
         inside = squared <= regions.radius**2
         if exclusive:
             own = torch.arange(shape[0], device=rows.device)[:, None]

@@ -157,6 +157,10 @@ class ImportanceSampler:
         values, log_det = self.structure.unpack(packed)
         return _or_none(self.score(values).log_joint) + log_det
 
+    def log_joint_in_parts(self, packed: Tensor) -> Tensor:
+        """As :meth:`log_joint`, of at most ``chunk`` draws at once."""
+        return torch.cat([self.log_joint(part) for part in packed.split(self.chunk)])
+
     def _draw_one(self) -> tuple[dict[str, Tensor], dict[str, Any], Tensor]:
         """Values of the latents, mini-batches, and log q ``(1, N)``."""
         with torch.no_grad():
