@@ -39,6 +39,11 @@ class MixtureSettings:
     min_weight: float = 1e-3
     max_modes: int = 24
 
+    @property
+    def min_log_weight(self) -> float:
+        """Logarithm of ``min_weight``, in nats."""
+        return math.log(self.min_weight)
+
 
 SETTINGS = MixtureSettings()
 
@@ -97,7 +102,7 @@ def best_mixture(
     modes = modes_above(log_joint, ascents(log_joint, init_loc, SETTINGS.num_prior, math.inf)[-1], elbo, limit)
     if len(modes) > 1:
         modes = _distinct([_refined(log_joint, mode) for mode in modes], limit)
-        modes = [mode for mode in modes if mode.elbo >= modes[0].elbo + math.log(SETTINGS.min_weight)]
+        modes = [mode for mode in modes if mode.elbo >= modes[0].elbo + SETTINGS.min_log_weight]
     if len(modes) < 2:
         return None
     weights = torch.tensor([mode.elbo for mode in modes], dtype=torch.float64, device=init_loc.device).softmax(0)
@@ -134,7 +139,7 @@ def modes_above(
     those of too little mass are dropped, given an ELBO that is known already."""
     # Of many observations, a climb from each point takes too long.
     is_cheap = log_joint.affordable(GAUSSIAN.num_elbo_draws, ASCENTS.num_steps) == GAUSSIAN.num_elbo_draws
-    modes = _modes_at(log_joint, points, elbo, limit, arrived=not is_cheap)
+    modes = _modes_at(log_joint, points, elbo, limit, keep_light=is_cheap)
     for _ in range(SETTINGS.num_rounds):
         if len(modes) < 2:
             break
@@ -159,25 +164,27 @@ def _ascended(log_joint: LogJoint, modes: list[Gaussian]) -> Tensor:
     return points(climb(lambda x: log_joint(points(x)), torch.zeros_like(locs))[-1])
 
 
-def _modes_at(log_joint: LogJoint, points: Tensor, elbo: float, limit: int, *, arrived: bool = True) -> list[Gaussian]:
-    """The Gaussians of the curvature at some points, ``(R, D)``, of highest ELBO, one for each mode; of whatever mass
-    while the points have not arrived."""
+def _modes_at(
+    log_joint: LogJoint, points: Tensor, elbo: float, limit: int, *, keep_light: bool = False
+) -> list[Gaussian]:
+    """The Gaussians of the curvature at some points, ``(R, D)``, of highest ELBO, one for each mode; those of too
+    little mass only with ``keep_light``, as climbs from there may go on to more."""
     found = local_gaussians(log_joint, distinct_points(points), correlated=True)
     if not found:
         return []
     found = scored(log_joint, found, GAUSSIAN.num_elbo_draws, points[0])
-    if arrived:
+    if not keep_light:
         # Laplace's approximation too: on curved ridges, ELBOs are hundreds of nats below the mass, and noise.
         heights = in_parts(log_joint, torch.stack([gaussian.loc for gaussian in found])).double()
         masses = heights + torch.stack([g.log_det for g in found]) + 0.5 * len(points[0]) * math.log(2 * math.pi)
-        least = max(elbo, *(gaussian.elbo for gaussian in found)) + math.log(SETTINGS.min_weight)
+        least = max(elbo, *(gaussian.elbo for gaussian in found)) + SETTINGS.min_log_weight
         found = [g for g, mass in zip(found, masses.tolist(), strict=True) if max(mass, _mass(g)) >= least]
     return _distinct(found, limit)
 
 
 def _mass(gaussian: Gaussian) -> float:
     """Logarithm of the mass near a Gaussian, by its ELBO, and by half the variance of log weights, if that is small."""
-    return gaussian.elbo + min(gaussian.log_weight_variance / 2, -math.log(SETTINGS.min_weight))
+    return gaussian.elbo + min(gaussian.log_weight_variance / 2, -SETTINGS.min_log_weight)
 
 
 def _refined(log_joint: LogJoint, mode: Gaussian) -> Gaussian:
