@@ -24,7 +24,7 @@ from torch.distributions import biject_to
 from pyro_flows._checks import shown
 from pyro_flows._random import forked
 from pyro_flows.models.sites import full_size
-from pyro_flows.models.traces import as_indices, replay_trace
+from pyro_flows.models.traces import as_indices, nesting_of, replay_trace, sample_nodes
 
 __all__ = ["checked_init", "hide_from_guide", "log_density", "trace_latents"]
 
@@ -142,7 +142,9 @@ def _log_density(model: Callable[..., Any], trace: Trace, args: tuple[Any, ...],
         items = {name: site["value"] for name, site in samples.items() if site_is_subsample(site)}
         given = poutine.condition(model, data={name: site["value"] for name, site in latents.items()})
         given = poutine.replay(given, trace=replay_trace(items))
-        total = -float(poutine.block(TraceEnum_ELBO().loss)(given, lambda *args, **kwargs: None, *args, **kwargs))
+        # Told the number of plates' dimensions, it does not run the model once more and print that it guessed.
+        loss = TraceEnum_ELBO(max_plate_nesting=nesting_of(sample_nodes(trace).values())).loss
+        total = -float(poutine.block(loss)(given, lambda *args, **kwargs: None, *args, **kwargs))
     else:
         total = float(trace.log_prob_sum())
     for site in latents.values():

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from functools import partial
 from typing import Any
@@ -196,18 +197,26 @@ def test_rows_that_a_mini_batch_does_not_touch_stay_where_they_are() -> None:
     assert moved[:10].all() and not moved[10:].any()
 
 
+@config_enumerate
+def mixture(y: Tensor) -> None:
+    loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
+    with pyro.plate("data", len(y)):
+        k = pyro.sample("k", dist.Bernoulli(0.5))
+        pyro.sample("y", dist.Normal(loc + 4 * k, 1.0), obs=y)
+
+
 @pytest.mark.slow
 def test_enumerated_sites_are_enumerated() -> None:
-    @config_enumerate
-    def mixture(y: Tensor) -> None:
-        loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
-        with pyro.plate("data", len(y)):
-            k = pyro.sample("k", dist.Bernoulli(0.5))
-            pyro.sample("y", dist.Normal(loc + 4 * k, 1.0), obs=y)
-
     guide = AutoFlowGuide(mixture)
     fit(mixture, guide, (torch.tensor([0.0, 4.0, 0.1, 3.9]),), num_steps=300, num_particles=8, seed=0, progress=False)
     assert guide.median()["loc"].item() == pytest.approx(0.0, abs=0.3)
+
+
+def test_enumeration_logs_nothing(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pyro printed what it guessed of the model's plates, once for each of 16 starts that were compared."""
+    monkeypatch.setattr(logging.getLogger("pyro"), "propagate", True)
+    fit(mixture, AutoFlowGuide(mixture), (torch.tensor([0.0, 4.0]),), num_steps=1, seed=0, progress=False)
+    assert not caplog.records
 
 
 def test_models_that_outer_plates_break_are_run_under_vmap() -> None:
