@@ -539,6 +539,20 @@ def test_a_cycle_that_promises_little_is_not_begun(last_gain: float, gain: float
     assert schedule._is_worth_more(gain, error=0.001) is worth
 
 
+def test_an_elbo_without_estimate_has_not_converged() -> None:
+    """Steps are finite, but some of the 10,000 draws of an estimate are where the model has no density."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("bound", torch.where(z > 3.0, -torch.inf, 0.0))
+
+    settings = FitSettings(schedule=ScheduleSettings(first_cycle=10, max_steps=40, patience=10))
+    guide = AutoNormal(model, init_scale=1.0)
+    result = fit(model, guide, num_particles=8, seed=0, progress=False, settings=settings)
+    assert result.elbo == -math.inf and result.steps == 20
+    assert result.reason == "the ELBO has no estimate after 10 steps: some draws have no finite log density"
+
+
 def test_constants_of_every_part_can_be_set() -> None:
     """Each does what it says."""
 

@@ -189,6 +189,11 @@ def test_the_report_says_when_the_first_flow_was_kept() -> None:
     )
 
 
+def test_noise_is_not_reported_as_a_loss() -> None:
+    """The wider flow is the one of higher ELBO; by other draws its gain may be below zero."""
+    assert "left: +0.000 +/- 0.010 nats in" in str(Widening(0.2, -0.003, 0.01, 5, 64, kept=True))
+
+
 def test_a_gap_that_is_small_enough_ends_the_training_of_a_wider_flow() -> None:
     settings = FitSettings(
         estimates=SHORT.estimates, schedule=SHORT.schedule, wider=WiderSettings(first_cycle=5, max_steps=1000)
