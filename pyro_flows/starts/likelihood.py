@@ -14,7 +14,7 @@ from pyro_flows.starts.gaussian import GAUSSIAN
 from pyro_flows.starts.lbfgs import gradient_and_hessian
 from pyro_flows.transforms import FullPrecisionHead, LinearMixedHead
 
-__all__ = ["LIKELIHOOD", "affordable_draws", "fit_likelihood", "fit_skew"]
+__all__ = ["LIKELIHOOD", "affordable_draws", "fit_likelihood", "fit_skew", "seen_coordinates"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ LIKELIHOOD = LikelihoodSettings()
 
 @torch.no_grad()
 def fit_likelihood(
-    log_joint: LogJoint, head: LinearMixedHead, center: Tensor, scale: Tensor, *, by_draws: bool = False
+    log_joint: LogJoint, head: LinearMixedHead, center: Tensor, scale: Tensor, seen: Tensor, *, by_draws: bool = False
 ) -> bool:
     """Set a head's likelihood factor to a local approximation of the likelihood, from second derivatives at a point.
 
@@ -55,6 +55,7 @@ def fit_likelihood(
         head: The head; the location of its other coordinates is set to the point.
         center: The point, ``(D,)``.
         scale: Scales of the other coordinates, ``(D,)``.
+        seen: On which other coordinates the likelihood may depend, by :func:`seen_coordinates`.
         by_draws: Whether to average derivatives over draws of the head given the other coordinates, instead of those at
             the point.
 
@@ -62,7 +63,6 @@ def fit_likelihood(
         Whether the factor was set: the target must have finite second derivatives at the point.
     """
     free, pooled = head.order.tensor_split([head.count_free])
-    seen = _seen(log_joint, center, free, pooled)
     moved, step = free[seen], LIKELIHOOD.precision_step * scale[free[seen]]
     shifts = torch.zeros(2 * len(moved), len(center), dtype=center.dtype, device=center.device)
     shifts[:, moved] = torch.cat([step.diag(), -step.diag()])
@@ -154,14 +154,16 @@ def affordable_draws(log_joint: LogJoint, center: Tensor) -> int:
     return log_joint.affordable(LIKELIHOOD.num_draws, GAUSSIAN.gradients_per_row * len(center))
 
 
-def _seen(log_joint: LogJoint, center: Tensor, free: Tensor, pooled: Tensor) -> Tensor:
-    """Which of the free coordinates the likelihood of the pooled ones may depend on, ``(len(free),)``."""
+def seen_coordinates(log_joint: LogJoint, head: LinearMixedHead, point: Tensor) -> Tensor:
+    """Whether the likelihood of the coordinates with known priors may depend on each of a head's other ones,
+    ``(head.count_free,)``; by a run of the model at a point, ``(D,)``."""
+    free, pooled = head.order.tensor_split([head.count_free])
     slices = log_joint.table.slices.items()
-    index = torch.arange(len(center), device=center.device)
+    index = torch.arange(len(point), device=point.device)
     sites = {name for name, where in slices if torch.isin(index[where], pooled).all()}
     if sum(len(index[where]) for name, where in slices if name in sites) < len(pooled):
         return torch.ones_like(free, dtype=torch.bool)  # the density of a site is not its pooled coordinates' alone
-    partners = log_joint.partners(sites, center)
+    partners = log_joint.partners(sites, point)
     seen = [index[where] for name, where in slices if name in partners]
     return torch.isin(free, torch.cat(seen)) if seen else torch.zeros_like(free, dtype=torch.bool)
 

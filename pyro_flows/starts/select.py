@@ -22,7 +22,7 @@ from pyro_flows.starts.field_gaussian import FIELD_GAUSSIAN, field_gaussian
 from pyro_flows.starts.fixed_draws import FIXED_DRAWS, antithetic, elbo_of, fit_on_fixed_draws
 from pyro_flows.starts.gaussian import GAUSSIAN, Gaussian, best_gaussian, refined
 from pyro_flows.starts.leaves import warm_start_leaves
-from pyro_flows.starts.likelihood import LIKELIHOOD, affordable_draws, fit_likelihood, fit_skew
+from pyro_flows.starts.likelihood import LIKELIHOOD, affordable_draws, fit_likelihood, fit_skew, seen_coordinates
 from pyro_flows.starts.low_rank import LowRankGaussian, best_low_rank
 from pyro_flows.starts.mixture import best_mixture, modes_above
 from pyro_flows.transforms import (
@@ -192,10 +192,11 @@ def _from_likelihood(flow: Flow, log_joint: LogJoint, head: LinearMixedHead, fou
     begin = Gaussian(torch.zeros_like(found.loc), torch.ones_like(found.loc))
     free = head.order[: head.count_free]
     center, scale = found.loc, found.conditional_scale
+    seen = seen_coordinates(log_joint, head, center)
     best: Start | None = None
     is_expensive = affordable_draws(log_joint, center) < LIKELIHOOD.num_draws
     for index in range(SETTINGS.num_rounds_expensive if is_expensive else SETTINGS.num_rounds):
-        if not fit_likelihood(log_joint, head, center, scale, by_draws=index > 0):
+        if not fit_likelihood(log_joint, head, center, scale, seen, by_draws=index > 0):
             break
         gaussian = refined(pulled, begin, free)
         was = -math.inf if best is None else best.elbo

@@ -16,7 +16,7 @@ from pyro_flows import AutoFlowGuide
 from pyro_flows.importance.weights import log_weights
 from pyro_flows.models.log_joint import LogJoint
 from pyro_flows.starts import likelihood
-from pyro_flows.starts.likelihood import fit_likelihood
+from pyro_flows.starts.likelihood import fit_likelihood, seen_coordinates
 from pyro_flows.transforms import FullPrecisionHead, LinearMixedHead
 
 
@@ -63,7 +63,8 @@ def test_only_what_scales_the_likelihood_is_moved(data: tuple[Tensor, Tensor], m
 
     monkeypatch.setattr(likelihood, "gradient_and_hessian", counted)
     center = torch.zeros(layout.latent_dim)
-    assert fit_likelihood(log_joint, head, center, torch.ones_like(center))
+    seen = seen_coordinates(log_joint, head, center)
+    assert fit_likelihood(log_joint, head, center, torch.ones_like(center), seen)
     assert sum(count) == 1 + 2  # at the center, and above and below it in the noise
     names = [name for name, where in layout.slices.items() for _ in range(where.stop - where.start)]
     tilts = dict(zip([names[index] for index in head.order[: head.count_free]], head.own_tilt.tolist(), strict=True))
