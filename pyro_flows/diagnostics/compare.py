@@ -144,7 +144,7 @@ def compare(
             with division.first_buffers(model, guide):
                 if layout not in searched:
                     searched[layout] = division.search(look, sampler)
-                found[name] = weigh(sampler, guide, searched[layout], division, progress=progress)
+                found[name] = weigh(sampler, guide, searched[layout], division, moves=search, progress=progress)
     limits = Thresholds()
     source, reliable = _best(found, limits)
     log_evidence, error = found[source].log_evidence, found[source].log_evidence_se

@@ -18,7 +18,7 @@ from pyro_flows.diagnostics.division import Division
 from pyro_flows.diagnostics.elbo import estimate_elbo
 from pyro_flows.diagnostics.evidence import Evidence, estimate_evidence, lost_mass
 from pyro_flows.diagnostics.modes import LostMode, Modes, lost_modes
-from pyro_flows.diagnostics.moves import measure_drift
+from pyro_flows.diagnostics.moves import measure_drift, measure_reach
 from pyro_flows.diagnostics.reference import sample_reference
 from pyro_flows.diagnostics.report import TRUST, Diagnosis, Items
 from pyro_flows.diagnostics.search import Regions, SearchResult, search_regions
@@ -53,7 +53,7 @@ def diagnose(
     the prior and from widened draws of the guide, and the probability mass around points on the paths of ascent is
     compared with the guide's own estimate of it. In up to 12 dimensions, weighted draws of a wider mixture than the
     guide estimate evidence and moments too; and draws of the guide, moved once by Hamiltonian Monte Carlo, must not
-    drift.
+    drift, nor, moved a few times, come to where the guide hardly has density.
 
     Enumerated discrete sites are summed out. Where every site of model and guide is in one plate (a variational
     autoencoder), all numbers are given item by item. Where plates are subsampled, only the ELBO and its terms are
@@ -113,11 +113,17 @@ def diagnose(
         division.check(model, {"the guide": guide}, args, kwargs or {})
         look = partial(search_regions, sampler, model, args, kwargs or {}, enabled=search, progress=progress)
         with division.first_buffers(model, guide):
-            return weigh(sampler, guide, division.search(look, sampler), division, progress=progress)
+            return weigh(sampler, guide, division.search(look, sampler), division, moves=search, progress=progress)
 
 
 def weigh(
-    sampler: ImportanceSampler, guide: Callable[..., Any], search: SearchResult, division: Division, *, progress: bool
+    sampler: ImportanceSampler,
+    guide: Callable[..., Any],
+    search: SearchResult,
+    division: Division,
+    *,
+    moves: bool,
+    progress: bool,
 ) -> Diagnosis:
     """Draw from the guide, compute importance weights, and derive the diagnosis.
 
@@ -126,6 +132,7 @@ def weigh(
         guide: The guide.
         search: Regions with posterior mass, found without the guide; or the reason that there are none.
         division: The number of draws, and the processes that share them.
+        moves: Whether draws are moved to beyond the guide's reach.
         progress: Whether to show a progress bar.
     """
     tally = SiteTally(sampler.structure)
@@ -134,9 +141,9 @@ def weigh(
 
     def judged() -> Diagnosis:
         # A share may be too small for what is made of these; one process takes its own first draws.
-        anew = division.processes.size > 1 and search.regions is not None
+        anew = division.processes.size > 1 and moves
         some = next(sampler.chunks(division.num_samples, progress=False)) if anew else first
-        found = _judged(sampler, guide, _joined(samples), some, tally, search)
+        found = _judged(sampler, guide, _joined(samples), some, tally, search, moves=moves)
         return replace(found, lost=tuple(mode.to("cpu") for mode in found.lost))
 
     found = division.first(judged)
@@ -152,6 +159,8 @@ def _judged(
     first: Draws,
     tally: SiteTally,
     search: SearchResult,
+    *,
+    moves: bool,
 ) -> Diagnosis:
     """The diagnosis by all draws; ``first`` are draws with their values, of these or others."""
     structure, num_samples = sampler.structure, len(sample.log_weights)
@@ -165,6 +174,9 @@ def _judged(
         modes = Modes(sampler, search.regions, structure.pack(first.values))
         reference = sample_reference(sampler, first, search.regions, like=tally, modes=modes)
         drift = measure_drift(sampler, first, modes)
+    if moves and (reference is None or not reference.is_reliable):
+        reach = measure_reach(sampler, guide, first)
+        evidence = evidence if reach is None else reach.correct(evidence)
     if reference is None:
         sites, by_reference = tally.summaries(), False
     else:

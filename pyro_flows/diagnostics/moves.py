@@ -1,22 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L7. A test by Hamiltonian Monte Carlo: moves that leave the posterior as it is also leave a good guide's draws."""
+"""L7. Tests by Hamiltonian Monte Carlo: moves that leave the posterior as it is also leave a good guide's draws."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyro
 import torch
 from torch import Tensor
 
+from pyro_flows.diagnostics.evidence import Evidence
 from pyro_flows.diagnostics.modes import Modes
 from pyro_flows.diagnostics.shape import robust_shape
+from pyro_flows.guides import AutoFlowGuide
 from pyro_flows.importance.weights import Draws, ImportanceSampler
 from pyro_flows.starts.lbfgs import value_and_gradient
 
-__all__ = ["Drift", "MoveSettings", "measure_drift"]
+__all__ = ["Drift", "MoveSettings", "Reach", "ReachSettings", "measure_drift", "measure_reach"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,26 @@ class MoveSettings:
     good_acceptance: float = 0.3
     num_halvings: int = 4
     min_acceptance: float = 0.05
+
+
+@dataclass(frozen=True)
+class ReachSettings:
+    """Settings of the moves by which mass beyond a guide's reach is measured.
+
+    Attributes:
+        moves: Settings of each. More are accepted than of a single one, since the ends of a ridge matter, where it may
+            be at its narrowest.
+        num_rounds: Number of moves of each draw.
+        ratio: A point is beyond the guide's reach where its density is less than that of the posterior by this factor.
+        min_z_score: Standard errors by which the mass there must differ from zero.
+        max_values: Largest number of values in all runs of the model together, unless there are too few draws then.
+    """
+
+    moves: MoveSettings = MoveSettings(num_draws=2000, good_acceptance=0.9, num_halvings=6)
+    num_rounds: int = 8
+    ratio: float = 10.0
+    min_z_score: float = 4.0
+    max_values: int = 2**27
 
 
 class Drift(NamedTuple):
@@ -99,12 +121,7 @@ def measure_drift(
     within = (lambda z: z) if modes is None else modes.within
     inner = within(start)
     middle, scale, factor = robust_shape(inner)
-    step_size = settings.step_size * packed.shape[-1] ** -0.25
-    for _ in range(settings.num_halvings + 1):
-        position, accepted = _moved(sampler, start, factor, step_size, packed.dtype, settings)
-        if accepted.mean() >= settings.good_acceptance:
-            break
-        step_size *= 0.5
+    position, accepted, _ = _accepted_moves(sampler, start, factor, packed.dtype, settings)
     if accepted.mean() < settings.min_acceptance:
         return None
     before, after = ((x - middle) / scale for x in (inner, within(position)))
@@ -117,6 +134,114 @@ def measure_drift(
     quantile = torch.tensor(0.5 * settings.false_alarms / z_scores.numel(), dtype=torch.double)
     critical = -torch.distributions.Normal(0.0, 1.0).icdf(quantile).item()
     return Drift(z_scores.abs().nan_to_num(0.0, posinf=0.0).max().item(), critical)
+
+
+class Reach(NamedTuple):
+    """Posterior mass that moves carry to where the guide hardly draws, a lower bound of the mass there.
+
+    Attributes:
+        beyond: This mass, relative to that which the guide's weights account for.
+        error: Its standard error.
+        is_significant: Whether it is not noise.
+    """
+
+    beyond: float
+    error: float
+    is_significant: bool
+
+    def correct(self, own: Evidence) -> Evidence:
+        """Add the mass to an evidence, unless that accounts for more already.
+
+        Args:
+            own: Estimates by the guide's weights, with the modes that a search found.
+        """
+        if not self.is_significant:
+            return own
+        whole = own.log_evidence + torch.log1p(-own.missing) + math.log1p(self.beyond)
+        missing = own.missing.clamp_min(self.beyond / (1.0 + self.beyond))
+        error = torch.hypot(own.error, own.error.new_tensor(self.error / (1.0 + self.beyond)))
+        more = whole > own.log_evidence
+        return own._replace(
+            log_evidence=torch.where(more, whole, own.log_evidence),
+            error=torch.where(more, error, own.error),
+            missing=missing,
+        )
+
+
+def measure_reach(
+    sampler: ImportanceSampler, guide: Any, draws: Draws, settings: ReachSettings = ReachSettings()
+) -> Reach | None:
+    r"""Move draws of the guide a few times, and measure how many come to where its density is far too low.
+
+    A guide that covers a part A of a ridge has constant weights, and its flow, however wide its noise, leads nowhere
+    else. The moves follow the ridge. They satisfy detailed balance, and so do several of them, K, so that
+
+    .. math::
+        \int_A p(z)\, K(z, A^c)\, dz = \int_{A^c} p(z)\, K(z, A)\, dz \le p(A^c):
+
+    what leaves A, if draws there are weighted by their importance, is at most what is missing.
+
+    Args:
+        sampler: Sampler of the model and the guide.
+        guide: The guide.
+        draws: S draws of the guide.
+        settings: Settings of the moves.
+
+    Returns:
+        None if the guide's density is unknown elsewhere, there are several items, or moves would cost too much.
+    """
+    structure = sampler.structure
+    if not isinstance(guide, AutoFlowGuide) or structure.num_items > 1 or structure.subsampled:
+        return None
+    packed, moves = structure.pack(draws.values), settings.moves
+    if len(packed) < moves.min_draws or not sampler.score.is_vectorized:
+        return None
+    call = sampler.score.model.call
+
+    def is_beyond(position: Tensor) -> Tensor:
+        found = []
+        for part in position.to(packed.dtype).split(sampler.chunk):
+            values, _ = structure.unpack(part)
+            log_weights = sampler.score(values).log_joint.sum(-1) - guide.log_prob(values, *call.args, **call.kwargs)
+            found.append(log_weights.double() - log_evidence > math.log(settings.ratio))
+        return torch.cat(found).double()
+
+    log_evidence = draws.log_weights.logsumexp(0).item() - math.log(len(packed))
+    start = packed.double()
+    _, _, factor = robust_shape(start)
+    _, _, step_size = _accepted_moves(sampler, start[: moves.min_draws], factor, packed.dtype, moves)
+    costs = settings.num_rounds * math.ceil(moves.path_length / step_size) * max(structure.elements, 1)
+    count = min(moves.num_draws, settings.max_values // costs, len(start))
+    if count < moves.min_draws:
+        return None
+    start, log_weights = start[:count], draws.log_weights[:count, 0].to(start.device)
+    try:
+        change = -is_beyond(start)
+    except NotImplementedError:  # a flow without an inverse
+        return None
+    position = start
+    for _ in range(settings.num_rounds):
+        before = position
+        position, accepted = _moved(sampler, before, factor, step_size, packed.dtype, moves)
+        accepted = accepted.squeeze(-1)
+        is_moved = torch.rand(count).to(accepted) < accepted
+        position = torch.where(is_moved[:, None, None], position, before)
+    change = (log_weights - log_evidence).exp() * (change + is_beyond(position))
+    beyond, error = change.mean().item(), change.std().item() / math.sqrt(count)
+    return Reach(beyond, error, beyond > settings.min_z_score * error)
+
+
+def _accepted_moves(
+    sampler: ImportanceSampler, start: Tensor, factor: Tensor, dtype: torch.dtype, settings: MoveSettings
+) -> tuple[Tensor, Tensor, float]:
+    """As :func:`_moved`, with the first step, of those halved again and again, of which enough are accepted; and it."""
+    step_size = settings.step_size * start.shape[-1] ** -0.25
+    for index in range(settings.num_halvings + 1):
+        step_size *= 0.5 if index else 1.0
+        position, accepted = _moved(sampler, start, factor, step_size, dtype, settings)
+        if accepted.mean() >= settings.good_acceptance:
+            break
+    return position, accepted, step_size
 
 
 def _moved(

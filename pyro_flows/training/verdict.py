@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L7. A first verdict on a guide at the end of a run, from the importance weights of its draws."""
+"""L7. A first verdict on a guide at the end of a run, from the importance weights of its draws, and moves of these."""
 
 from __future__ import annotations
 
@@ -66,6 +66,6 @@ def first_verdict(
         not_searched = SearchResult(None, "fit leaves that to diagnose")
         try:
             alone = Division("fit", distributed=False, num_samples=num_draws, seed=None)
-            return weigh(sampler, guide, not_searched, alone, progress=False)
+            return weigh(sampler, guide, not_searched, alone, moves=True, progress=False)
         except KeyboardInterrupt:
             return None
