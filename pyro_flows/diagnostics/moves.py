@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import pyro
@@ -56,6 +56,10 @@ class MoveSettings:
     num_halvings: int = 4
     min_acceptance: float = 0.05
 
+    def first_step(self, dim: int) -> float:
+        """The longest leapfrog step that is tried in so many dimensions."""
+        return self.step_size * dim**-0.25
+
 
 @dataclass(frozen=True)
 class ReachSettings:
@@ -67,7 +71,9 @@ class ReachSettings:
         num_rounds: Number of moves of each draw.
         ratio: A point is beyond the guide's reach where its density is less than that of the posterior by this factor.
         min_z_score: Standard errors by which the mass there must differ from zero.
-        max_values: Largest number of values in all runs of the model together, unless there are too few draws then.
+        max_values: Largest number of values in all runs of the model together; bounds time, and how narrow a ridge may
+            be.
+        max_dim: Largest dimension; above, matrices of that size may make runs dear whose values are few.
     """
 
     moves: MoveSettings = MoveSettings(num_draws=2000, good_acceptance=0.9, num_halvings=6)
@@ -75,6 +81,15 @@ class ReachSettings:
     ratio: float = 10.0
     min_z_score: float = 4.0
     max_values: int = 2**27
+    max_dim: int = 24
+
+    def halvings(self, dim: int, elements: int) -> int:
+        """How often a step may be halved, so that enough draws are affordable, each of which has so many values;
+        negative if they never are."""
+        num_steps = self.max_values // (self.num_rounds * self.moves.min_draws * max(elements, 1))
+        first = self.moves.first_step(dim)
+        affordable = math.log2(max(num_steps, 0.1) * first / self.moves.path_length)
+        return min(self.moves.num_halvings, math.floor(affordable))
 
 
 class Drift(NamedTuple):
@@ -188,13 +203,17 @@ def measure_reach(
         settings: Settings of the moves.
 
     Returns:
-        None if the guide's density is unknown elsewhere, there are several items, or moves would cost too much.
+        None if the guide's density is unknown elsewhere, there are several items, too few draws or too many dimensions,
+        or moves would cost too much.
     """
     structure = sampler.structure
     if not isinstance(guide, AutoFlowGuide) or structure.num_items > 1 or structure.subsampled:
         return None
-    packed, moves = structure.pack(draws.values), settings.moves
-    if len(packed) < moves.min_draws or not sampler.score.is_vectorized:
+    dim, elements = structure.item_dim, structure.elements
+    moves = replace(settings.moves, num_halvings=settings.halvings(dim, elements))
+    packed = structure.pack(draws.values)
+    is_affordable = moves.num_halvings >= 0 and dim <= settings.max_dim and sampler.score.is_vectorized
+    if len(packed) < moves.min_draws or not is_affordable:
         return None
     call = sampler.score.model.call
 
@@ -210,10 +229,8 @@ def measure_reach(
     start = packed.double()
     _, _, factor = robust_shape(start)
     _, _, step_size = _accepted_moves(sampler, start[: moves.min_draws], factor, packed.dtype, moves)
-    costs = settings.num_rounds * math.ceil(moves.path_length / step_size) * max(structure.elements, 1)
-    count = min(moves.num_draws, settings.max_values // costs, len(start))
-    if count < moves.min_draws:
-        return None
+    costs = settings.num_rounds * math.ceil(moves.path_length / step_size) * max(elements, 1)
+    count = min(moves.num_draws, max(settings.max_values // costs, moves.min_draws), len(start))
     start, log_weights = start[:count], draws.log_weights[:count, 0].to(start.device)
     try:
         change = -is_beyond(start)
@@ -235,7 +252,7 @@ def _accepted_moves(
     sampler: ImportanceSampler, start: Tensor, factor: Tensor, dtype: torch.dtype, settings: MoveSettings
 ) -> tuple[Tensor, Tensor, float]:
     """As :func:`_moved`, with the first step, of those halved again and again, of which enough are accepted; and it."""
-    step_size = settings.step_size * start.shape[-1] ** -0.25
+    step_size = settings.first_step(start.shape[-1])
     for index in range(settings.num_halvings + 1):
         step_size *= 0.5 if index else 1.0
         position, accepted = _moved(sampler, start, factor, step_size, dtype, settings)

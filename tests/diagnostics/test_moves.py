@@ -108,6 +108,8 @@ def test_a_part_of_a_crescent_is_not_trusted_after_a_fit() -> None:
 def test_settings_of_reach() -> None:
     usual = ReachSettings()
     assert reach_of(0.7, 0, replace(usual, max_values=1))[0] is None
+    assert reach_of(0.7, 0, replace(usual, max_dim=1))[0] is None
+    assert [usual.halvings(2, elements) for elements in (2, 10_000, 30_000)] == [6, 1, -1]
     few, _ = reach_of(0.7, 0, replace(usual, num_rounds=1))
     many, _ = reach_of(0.7, 0)
     assert few is not None and many is not None and few.beyond < many.beyond
