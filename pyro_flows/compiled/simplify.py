@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L1. Merging the operations of a recorded graph that compute the same value."""
+"""L1. Merging the operations of a recorded graph that compute the same value, and dropping those without use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-__all__ = ["connected", "is_random", "merge_repeated", "written_groups"]
+__all__ = ["connected", "drop_unused", "is_random", "merge_repeated", "written_groups"]
 
 
 def merge_repeated(graph: GraphModule) -> None:
@@ -32,6 +32,28 @@ def merge_repeated(graph: GraphModule) -> None:
         same = first.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
         if same is not node:
             node.replace_all_uses_with(same)
+            graph.graph.erase_node(node)
+    graph.recompile()
+
+
+def drop_unused(graph: GraphModule) -> None:
+    """Drop operations that no output follows, in place: random ones too, which a graph keeps otherwise, and those that
+    write into memory that nothing else reads.
+
+    Args:
+        graph: As for :func:`merge_repeated`.
+    """
+    groups = written_groups(graph)
+    needed, waiting = set[Node](), [node for node in graph.graph.nodes if node.op == "output"]
+    while waiting:
+        node = waiting.pop()
+        if node not in needed:
+            needed.add(node)
+            waiting += node.all_input_nodes
+            for group in groups:
+                waiting += group if node in group else ()
+    for node in reversed(list(graph.graph.nodes)):
+        if node.op == "call_function" and node not in needed:
             graph.graph.erase_node(node)
     graph.recompile()
 

@@ -19,12 +19,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from pyro_flows._recording import recording
 from pyro_flows.compiled.known import ADDRESS, WRITES, KnownValues, Read
 
-__all__ = ["OperationTracer", "Recording", "trace_operations"]
+__all__ = ["LEARNED", "OperationTracer", "Recording", "trace_operations"]
 
 aten = torch.ops.aten
 # Marks of nodes that Python may read: constants, which depend only on numbers in the code; and what follows from data,
 # from tensors that the code holds, and from constants.
 CONSTANT, KNOWN = "constant", "known"
+# Mark of captured tensors that require gradients, such as parameters: training changes them.
+LEARNED = "learned"
 
 
 class Recording(NamedTuple):
@@ -93,6 +95,7 @@ class OperationTracer(TorchDispatchMode):
     def _capture(self, value: Tensor) -> Node:
         """Add an input that the code reads from elsewhere."""
         node = self.placeholder(f"captured_{len(self.captured)}")
+        node.meta[LEARNED] = value.requires_grad
         self.captured.append(value)
         return node
 

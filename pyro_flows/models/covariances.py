@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from pyro_flows._random import seeded
-from pyro_flows.compiled.known import writes
+from pyro_flows.compiled.simplify import drop_unused
 from pyro_flows.compiled.tracer import trace_operations
 from pyro_flows.models.layout import Layout
 from pyro_flows.models.sites import Site
-from pyro_flows.models.watch import unwrapped, watch
+from pyro_flows.models.watch import is_plain, unwrapped, watch
 from pyro_flows.transforms import Covariance
 
-__all__ = ["RECORDING", "ReadCovariance", "read_covariances"]
+__all__ = ["RECORDING", "ReadCovariance", "parents_of", "read_covariances"]
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def read_covariances(
             if read is not None:
                 place, size = layout.slices[site.name], site.unconstrained_shape[-1]
                 covariance = Covariance(place.start, (place.stop - place.start) // size, size, read)
-                parents = _parents(read, layout, site, points)
+                parents = parents_of(read, layout, site, points)
                 if parents.any():
                     found.append(ReadCovariance(covariance, parents))
     return found
@@ -175,19 +175,11 @@ def _plain_normals(
     names = set()
     for site in layout:
         node = tape.trace.nodes.get(site.name)
-        if node is None or node["scale"] != 1.0 or node["mask"] is not None or _is_masked(node["fn"]):
+        if node is None or not is_plain(node):
             continue
         if isinstance(unwrapped(node["fn"]), (dist.MultivariateNormal, dist.LowRankMultivariateNormal)):
             names.add(site.name)
     return names
-
-
-def _is_masked(fn: Any) -> bool:
-    while hasattr(fn, "base_dist"):
-        if isinstance(fn, dist.MaskedDistribution):
-            return True
-        fn = fn.base_dist
-    return False
 
 
 def _values(layout: Layout, packed: Tensor) -> dict[str, Tensor]:
@@ -207,7 +199,7 @@ def _record(
 
     try:
         graph, captured, _ = trace_operations(single, [points[0]])
-        _drop_unused(graph)
+        drop_unused(graph)
         if not next(iter(graph.graph.nodes)).users:
             return None
         read = RecordedPrior(graph, captured, points)
@@ -221,16 +213,9 @@ def _record(
     return read
 
 
-def _drop_unused(graph: GraphModule) -> None:
-    """Drop operations without use, random ones too: draws of other sites, which a graph keeps otherwise."""
-    for node in reversed(list(graph.graph.nodes)):
-        if node.op == "call_function" and not node.users and not writes(node):
-            graph.graph.erase_node(node)
-    graph.recompile()
-
-
-def _parents(read: RecordedPrior, layout: Layout, own: Site, points: Tensor) -> Tensor:
-    """Mask of the coordinates of the sites with which a prior changes, ``(D,)``."""
+def parents_of(read: Callable[[Tensor], tuple[Tensor, Tensor]], layout: Layout, own: Site, points: Tensor) -> Tensor:
+    """Mask of the coordinates of the sites other than ``own`` with which what is read changes, ``(D,)``, at points,
+    ``(N, D)``."""
     mask = torch.zeros_like(points[0], dtype=torch.bool)
     before = read(points)
     for site in layout:

@@ -12,7 +12,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-__all__ = ["unwrapped", "watch"]
+__all__ = ["is_plain", "unwrapped", "watch"]
 
 
 class _Done(Exception):
@@ -46,6 +46,16 @@ def unwrapped(fn: Any) -> Any:
     while isinstance(fn, (dist.Independent, dist.torch_distribution.ExpandedDistribution, dist.MaskedDistribution)):
         fn = fn.base_dist
     return fn
+
+
+def is_plain(node: Mapping[str, Any]) -> bool:
+    """Whether the density of a sample site is neither scaled nor masked."""
+    fn = node["fn"]
+    while hasattr(fn, "base_dist"):
+        if isinstance(fn, dist.MaskedDistribution):
+            return False
+        fn = fn.base_dist
+    return node["mask"] is None and bool(node["scale"] == 1.0)
 
 
 def watch(

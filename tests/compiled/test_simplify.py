@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Repeated operations are merged; random ones, and those on memory that is written to, are not."""
+"""Repeated operations are merged; random ones, and those on memory that is written to, are not. Unused ones are
+dropped."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from pyro_flows.compiled.simplify import merge_repeated
+from pyro_flows.compiled.simplify import drop_unused, merge_repeated
 from pyro_flows.compiled.tracer import trace_operations
 
 
@@ -66,3 +67,22 @@ def test_draws_are_not_merged() -> None:
 
 def test_what_is_written_to_is_not_merged() -> None:
     operations(written)
+
+
+def test_unused_operations_are_dropped_but_not_writes_into_what_is_used() -> None:
+    def function(x: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        noise, density = torch.randn(3), x * scale
+        density[x < 1.0] = 0.0  # of no use
+        path = torch.zeros(3)
+        row = path.view(3, 1)
+        row[1] = x[1] * scale
+        return (path + 1.0, noise)
+
+    inputs = torch.arange(3.0), torch.tensor(0.3)
+    graph, captured, _ = trace_operations(function, inputs)
+    *_, output = graph.graph.nodes
+    output.args = (output.args[0][:1],)
+    drop_unused(graph)
+    targets = [str(node.target) for node in graph.graph.nodes]
+    assert not any("randn" in target or "aten.lt" in target or "index_put" in target for target in targets)
+    assert torch.equal(graph(*inputs, *captured)[0], torch.tensor([1.0, 1.3, 1.0]))

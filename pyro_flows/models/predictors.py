@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""L2. Predictors: what the data see of a standard normal latent, as functions that are affine in it given the other
+latents."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from pyro_flows._random import seeded
+from pyro_flows.compiled.affine import AffineParts
+from pyro_flows.compiled.simplify import drop_unused, merge_repeated
+from pyro_flows.compiled.tracer import LEARNED, trace_operations
+from pyro_flows.models.covariances import RECORDING, parents_of
+from pyro_flows.models.layout import Layout
+from pyro_flows.models.log_joint import constrain, scored_sites
+from pyro_flows.models.sites import Site
+from pyro_flows.models.traces import Call
+from pyro_flows.models.watch import is_plain, unwrapped
+
+__all__ = ["PREDICTORS", "ReadPredictor", "RecordedPredictor", "read_predictor"]
+
+
+@dataclass(frozen=True)
+class PredictorSettings:
+    """Which predictors are read.
+
+    Attributes:
+        max_dim: Largest number n of coordinates of the site.
+        max_predictors: Largest number K of predictors: a draw takes memory and time for K n slopes.
+    """
+
+    max_dim: int = 128
+    max_predictors: int = 256
+
+
+PREDICTORS = PredictorSettings()
+
+
+class RecordedPredictor:
+    """Offset and slope of the predictors, by the model's own operations, without its Python.
+
+    Data that the model reads are those of the recording, as are dtype and device of the operations. What is not finite
+    is replaced by zero.
+
+    Args:
+        graph: From a direction, ``(n,)``, and the parts of packed latents to values of the predictors, where z is zero,
+            and to their changes along the direction; a tuple of tensors of any shapes each.
+        captured: The graph's further inputs, which are copied.
+        sizes: Lengths of the parts.
+        dim: Number n of coordinates of the site.
+        like: A tensor of the dtype and on the device of the recording.
+    """
+
+    def __init__(
+        self, graph: GraphModule, captured: Sequence[Tensor], sizes: Sequence[int], dim: int, like: Tensor
+    ) -> None:
+        self._graph = graph
+        self._captured = tuple(value.clone() for value in captured)
+        self._sizes = [*sizes]
+        self._dim = dim
+        self._like = like.new_zeros(())
+
+    def __call__(self, packed: Tensor) -> tuple[Tensor, Tensor]:
+        """``(..., K)`` and ``(..., K, n)`` at packed latents, ``(..., D)``; differentiable."""
+        units = torch.eye(self._dim, dtype=self._like.dtype, device=self._like.device)
+
+        def one(packed: Tensor) -> tuple[Tensor, Tensor]:
+            parts = packed.split(self._sizes)
+
+            def along(unit: Tensor) -> tuple[Tensor, Tensor]:
+                offsets, changes = self._graph(unit, *parts, *self._captured)
+                return _flat(offsets), _flat(changes)
+
+            offsets, slope = torch.vmap(along, out_dims=(0, 1))(units)
+            offset = offsets[0]  # the same along all units, and computed once
+            return offset.nan_to_num(0.0, 0.0, 0.0), slope.nan_to_num(0.0, 0.0, 0.0)
+
+        given = packed.to(self._like)
+        if packed.dim() == 1:
+            offset, slope = one(given)
+        else:
+            offset, slope = torch.vmap(one)(given.reshape(-1, packed.shape[-1]))
+            offset, slope = (part.unflatten(0, packed.shape[:-1]) for part in (offset, slope))
+        return offset.to(packed), slope.to(packed)
+
+
+class ReadPredictor(NamedTuple):
+    """The predictors of a site, for a head.
+
+    Attributes:
+        rows: The site's coordinates in the joint block's packed vector, n of them.
+        parents: Mask of the coordinates of the other sites that offset or slope depend on, ``(D,)``.
+        predictor: From packed latents, ``(..., D)``, to an offset g, ``(..., K)``, and a slope H, ``(..., K, n)``, that
+            do not depend on the site's own coordinates z: the predictors are g + H z. They are in the order in which
+            the model computes them, and differ from what it computes in signs and in constant terms.
+    """
+
+    rows: slice
+    parents: Tensor
+    predictor: RecordedPredictor
+
+
+class _Run(NamedTuple):
+    """A recorded run of the model.
+
+    Attributes:
+        graph: From the parts of packed latents to the log density of each site, in the order of ``sites``.
+        captured: The graph's further inputs.
+        sites: What Pyro knows of the sites.
+    """
+
+    graph: GraphModule
+    captured: list[Tensor]
+    sites: dict[str, dict[str, Any]]
+
+
+class _Found(NamedTuple):
+    """Predictors in a run.
+
+    Attributes:
+        graph: The run's graph, without the site's own log density.
+        affine: What of it is affine in the site's coordinates.
+        predictors: The predictors.
+    """
+
+    graph: GraphModule
+    affine: AffineParts
+    predictors: list[Node]
+
+
+@torch.no_grad()
+def read_predictor(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], layout: Layout
+) -> ReadPredictor | None:
+    r"""Find a site z with a standard normal prior of which the data, and the priors of other latents, see some affine
+    functions :math:`g(\theta) + H(\theta) z` only, with offset or slope that depend on other latents :math:`\theta`.
+
+    A model may write so an autoregression, a random walk, a Gaussian process, or effects with correlations, covariates
+    or shrinkage. Left out are sites of more than some hundred coordinates, or with more than some hundred predictors;
+    those that are scaled or masked; and predictors that cannot be recorded, since Python reads a value, the model
+    raises or writes z into memory; that are random; or that depend on the model's own parameters.
+
+    Args:
+        model: The model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        layout: Layout of the joint block's sites.
+
+    Returns:
+        The predictors of the largest such site; None if there is none.
+    """
+    if layout.plates or len(layout.names) < 2:
+        return None
+    sites = [site for site in layout if site.is_real and 2 <= _size(layout, site) <= PREDICTORS.max_dim]
+    with seeded(0), pyro.validation_enabled(False):
+        noise = torch.randn(RECORDING.num_points, layout.latent_dim).to(layout.init_loc)
+        points = layout.init_loc + RECORDING.spread * noise
+        again = points[:1].clone()  # with other values of the sites alone
+        for site in sites:
+            again[:, layout.slices[site.name]] = points[1:2, layout.slices[site.name]]
+        points = torch.cat([points, again])
+        try:
+            runs = [_run(model, args, kwargs, layout, points[0])] if sites else []
+            found = [(site, predictors) for site in sites for run in runs if (predictors := _find(run, layout, site))]
+            runs += [_run(model, args, kwargs, layout, point) for point in points[1:]] if found else []
+        except Exception:  # a model may raise anything at unlikely values, and reads of values are refused
+            return None
+        for site, predictors in sorted(found, key=lambda pair: -_size(layout, pair[0])):
+            read = _record(runs, predictors, layout, site, points)
+            if read is not None and (parents := parents_of(read, layout, site, points)).any():
+                return ReadPredictor(layout.slices[site.name], parents, read)
+    return None
+
+
+def _size(layout: Layout, site: Site) -> int:
+    return layout.sizes[layout.names.index(site.name)]
+
+
+def _run(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], layout: Layout, point: Tensor
+) -> _Run:
+    sites: dict[str, dict[str, Any]] = {}
+
+    def log_densities(*parts: Tensor) -> list[Tensor]:
+        values, _ = constrain(layout.split(parts))
+        sites.update((node["name"], node) for node in scored_sites(model, values, Call(args, kwargs)))
+        return [node["log_prob"].sum() for node in sites.values()]
+
+    parts = [part.clone() for part in point.split(layout.sizes)]
+    graph, captured, _ = trace_operations(log_densities, parts)
+    for node, part in zip(graph.graph.nodes, parts):  # those of captured tensors are longer
+        node.meta["shape"] = part.shape
+    merge_repeated(graph)
+    return _Run(graph, captured, sites)
+
+
+def _is_standard_normal(node: Mapping[str, Any]) -> bool:
+    fn = unwrapped(node["fn"])
+    return is_plain(node) and type(fn) is dist.Normal and not fn.loc.any() and bool((fn.scale == 1.0).all())
+
+
+def _find(run: _Run, layout: Layout, site: Site) -> _Found | None:
+    """Predictors of a site in a run; None if there are none, or too many."""
+    if not _is_standard_normal(run.sites[site.name]):
+        return None
+    graph = copy.deepcopy(run.graph)
+    *_, output = graph.graph.nodes
+    log_densities = zip(run.sites, output.args[0], strict=True)
+    output.args = (tuple(log_density for name, log_density in log_densities if name != site.name),)
+    drop_unused(graph)
+    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"][: len(layout.names)]
+    try:
+        affine = AffineParts(graph, inputs[layout.names.index(site.name)], inputs)
+    except NotImplementedError:
+        return None
+    predictors = affine.outermost(PREDICTORS.max_predictors)
+    return _Found(graph, affine, predictors) if predictors else None
+
+
+def _record(
+    runs: Sequence[_Run], found: _Found, layout: Layout, site: Site, points: Tensor
+) -> RecordedPredictor | None:
+    """The predictors as a function; None if training changes it, or it is not what the runs at the points, ``(N, D)``,
+    compute."""
+    try:
+        graph = found.affine.split(found.predictors)
+        drop_unused(graph)
+        if any(node.meta.get(LEARNED) and node.users for node in graph.graph.nodes):
+            return None
+        captured = _without_unused(graph, runs[0].captured)
+        read = RecordedPredictor(graph, captured, layout.sizes, _size(layout, site), points)
+        offset, slope = read(points)
+        values = offset + (slope @ points[:, layout.slices[site.name]].unsqueeze(-1)).squeeze(-1)
+        for index, (run, point, value) in enumerate(zip(runs, points, values, strict=True)):
+            other = _find(run, layout, site) if index else found
+            if other is None:
+                return None
+            expected = _values(other, run, point.split(layout.sizes))
+            if not (value - expected).abs().le(RECORDING.tolerance * expected.abs().max()).all():
+                return None
+    except Exception:  # operations that cannot be batched, such as random ones, are refused in many ways
+        return None
+    return read
+
+
+def _without_unused(graph: GraphModule, captured: Sequence[Tensor]) -> list[Tensor]:
+    """Drop captured tensors, the last inputs of a graph, that it does not use: other data, which may be large."""
+    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"][-len(captured) :] if captured else []
+    kept = [value for node, value in zip(inputs, captured, strict=True) if node.users]
+    for node in inputs:
+        if not node.users:
+            graph.graph.erase_node(node)
+    graph.recompile()
+    return kept
+
+
+def _values(found: _Found, run: _Run, parts: Sequence[Tensor]) -> Tensor:
+    """The predictors, ``(K,)``, as a run computes them."""
+    *_, output = found.graph.graph.nodes
+    output.args = (tuple(found.predictors),)
+    drop_unused(found.graph)
+    return _flat(found.graph(*parts, *run.captured))
+
+
+def _flat(values: Sequence[Tensor]) -> Tensor:
+    """Tensors of any shapes as one vector, ``(K,)``."""
+    return torch.cat([value.reshape(-1) for value in values])
