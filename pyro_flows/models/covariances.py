@@ -213,7 +213,7 @@ def _record(
     return read
 
 
-def parents_of(read: Callable[[Tensor], tuple[Tensor, Tensor]], layout: Layout, own: Site, points: Tensor) -> Tensor:
+def parents_of(read: Callable[[Tensor], tuple[Tensor, ...]], layout: Layout, own: Site, points: Tensor) -> Tensor:
     """Mask of the coordinates of the sites other than ``own`` with which what is read changes, ``(D,)``, at points,
     ``(N, D)``."""
     mask = torch.zeros_like(points[0], dtype=torch.bool)

@@ -14,6 +14,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.nn import functional as F
 
 from pyro_flows._random import seeded
 from pyro_flows.compiled.affine import AffineParts
@@ -25,8 +26,9 @@ from pyro_flows.models.log_joint import constrain, scored_sites
 from pyro_flows.models.sites import Site
 from pyro_flows.models.traces import Call
 from pyro_flows.models.watch import is_plain, unwrapped
+from pyro_flows.transforms import Predictor
 
-__all__ = ["PREDICTORS", "ReadPredictor", "RecordedPredictor", "read_predictor"]
+__all__ = ["PREDICTORS", "ReadPredictor", "RecordedLikelihood", "RecordedPredictor", "read_predictor"]
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,12 @@ class PredictorSettings:
     Attributes:
         max_dim: Largest number n of coordinates of the site.
         max_predictors: Largest number K of predictors: a draw takes memory and time for K n slopes.
+        max_others: Largest number of other coordinates: of more, a normal for all together is as good, and sooner.
     """
 
     max_dim: int = 128
     max_predictors: int = 256
+    max_others: int = 32
 
 
 PREDICTORS = PredictorSettings()
@@ -92,9 +96,54 @@ class RecordedPredictor:
             offset, slope = (part.unflatten(0, packed.shape[:-1]) for part in (offset, slope))
         return offset.to(packed), slope.to(packed)
 
+    def slopes(self, packed: Tensor) -> tuple[Tensor]:
+        """The slopes alone."""
+        return (self(packed)[1],)
+
+    def turns(self, points: Tensor) -> bool:
+        """Whether slopes at points, ``(N, D)``, differ in more than a factor for each coordinate of the site."""
+        directions = F.normalize(self(points)[1], dim=-2)
+        return bool((directions - directions[:1]).abs().max() > RECORDING.tolerance)
+
+
+class RecordedLikelihood:
+    """What follows the predictors: the log density of all other sites, given these.
+
+    Args:
+        graph: From the values of the predictors, and the parts of packed latents, to log densities of sites.
+        captured: The graph's further inputs, which are copied.
+        sizes: Lengths of the parts.
+        shapes: Shapes of the predictors, as the model has them.
+        like: A tensor of the dtype and on the device of the recording.
+    """
+
+    def __init__(
+        self,
+        graph: GraphModule,
+        captured: Sequence[Tensor],
+        sizes: Sequence[int],
+        shapes: Sequence[torch.Size],
+        like: Tensor,
+    ) -> None:
+        self._graph = graph
+        self._captured = tuple(value.clone() for value in captured)
+        self._sizes = [*sizes]
+        self._shapes = [*shapes]
+        self._like = like.new_zeros(())
+
+    def __call__(self, packed: Tensor, predictors: Tensor) -> Tensor:
+        """``(S,)`` at packed latents, ``(S, D)``, and predictors, ``(S, K)``; differentiable."""
+
+        def one(packed: Tensor, predictors: Tensor) -> Tensor:
+            values = predictors.split([shape.numel() for shape in self._shapes])
+            shaped = [value.reshape(shape) for value, shape in zip(values, self._shapes, strict=True)]
+            return torch.stack(self._graph(*shaped, *packed.split(self._sizes), *self._captured)).sum()
+
+        return torch.vmap(one)(packed.to(self._like), predictors.to(self._like)).to(packed)
+
 
 class ReadPredictor(NamedTuple):
-    """The predictors of a site, for a head.
+    """The predictors of a site.
 
     Attributes:
         rows: The site's coordinates in the joint block's packed vector, n of them.
@@ -102,11 +151,23 @@ class ReadPredictor(NamedTuple):
         predictor: From packed latents, ``(..., D)``, to an offset g, ``(..., K)``, and a slope H, ``(..., K, n)``, that
             do not depend on the site's own coordinates z: the predictors are g + H z. They are in the order in which
             the model computes them, and differ from what it computes in signs and in constant terms.
+        likelihood: The log density of the other sites, given the predictors.
+        turns: Whether slopes change in more than a factor for each coordinate of the site, as those of effects do.
     """
 
     rows: slice
     parents: Tensor
     predictor: RecordedPredictor
+    likelihood: RecordedLikelihood
+    turns: bool
+
+    def for_head(self, like: Tensor) -> Predictor:
+        """What a head knows of them, which is not their likelihood.
+
+        Args:
+            like: A packed vector, ``(D,)``.
+        """
+        return Predictor(self.rows, len(self.predictor(like)[0]), self.predictor)
 
 
 class _Run(NamedTuple):
@@ -133,6 +194,7 @@ class _Found(NamedTuple):
     """
 
     graph: GraphModule
+    rest: GraphModule
     affine: AffineParts
     predictors: list[Node]
 
@@ -142,7 +204,7 @@ def read_predictor(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], layout: Layout
 ) -> ReadPredictor | None:
     r"""Find a site z with a standard normal prior of which the data, and the priors of other latents, see some affine
-    functions :math:`g(\theta) + H(\theta) z` only, with offset or slope that depend on other latents :math:`\theta`.
+    functions :math:`g(\theta) + H(\theta) z` only, with slopes that depend on other latents :math:`\theta`.
 
     A model may write so an autoregression, a random walk, a Gaussian process, or effects with correlations, covariates
     or shrinkage. Left out are sites of more than some hundred coordinates, or with more than some hundred predictors;
@@ -160,7 +222,13 @@ def read_predictor(
     """
     if layout.plates or len(layout.names) < 2:
         return None
-    sites = [site for site in layout if site.is_real and 2 <= _size(layout, site) <= PREDICTORS.max_dim]
+
+    def is_candidate(site: Site) -> bool:
+        size = _size(layout, site)
+        is_of_size = 2 <= size <= PREDICTORS.max_dim and layout.latent_dim - size <= PREDICTORS.max_others
+        return site.is_real and is_of_size
+
+    sites = [site for site in layout if is_candidate(site)]
     with seeded(0), pyro.validation_enabled(False):
         noise = torch.randn(RECORDING.num_points, layout.latent_dim).to(layout.init_loc)
         points = layout.init_loc + RECORDING.spread * noise
@@ -176,8 +244,10 @@ def read_predictor(
             return None
         for site, predictors in sorted(found, key=lambda pair: -_size(layout, pair[0])):
             read = _record(runs, predictors, layout, site, points)
-            if read is not None and (parents := parents_of(read, layout, site, points)).any():
-                return ReadPredictor(layout.slices[site.name], parents, read)
+            if read is not None and parents_of(read.slopes, layout, site, points).any():
+                parents = parents_of(read, layout, site, points)
+                likelihood = _likelihood(runs[0], predictors, layout, points)
+                return ReadPredictor(layout.slices[site.name], parents, read, likelihood, read.turns(points))
     return None
 
 
@@ -223,7 +293,7 @@ def _find(run: _Run, layout: Layout, site: Site) -> _Found | None:
     except NotImplementedError:
         return None
     predictors = affine.outermost(PREDICTORS.max_predictors)
-    return _Found(graph, affine, predictors) if predictors else None
+    return _Found(graph, copy.deepcopy(graph), affine, predictors) if predictors else None
 
 
 def _record(
@@ -250,6 +320,22 @@ def _record(
     except Exception:  # operations that cannot be batched, such as random ones, are refused in many ways
         return None
     return read
+
+
+def _likelihood(run: _Run, found: _Found, layout: Layout, points: Tensor) -> RecordedLikelihood:
+    graph = copy.deepcopy(found.rest)
+    nodes = {node.name: node for node in graph.graph.nodes}
+    first = next(iter(graph.graph.nodes))
+    shapes = []
+    for predictor in found.predictors:
+        node = nodes[predictor.name]
+        with graph.graph.inserting_before(first):
+            given = graph.graph.placeholder(f"given_{node.name}")
+        node.replace_all_uses_with(given)
+        shapes.append(predictor.meta["shape"])
+    drop_unused(graph)
+    captured = _without_unused(graph, run.captured)
+    return RecordedLikelihood(graph, captured, layout.sizes, shapes, points)
 
 
 def _without_unused(graph: GraphModule, captured: Sequence[Tensor]) -> list[Tensor]:

@@ -17,6 +17,7 @@ from pyro_flows.models.field import field_of
 from pyro_flows.models.layout import Layout
 from pyro_flows.models.leaves import are_leaves, possible_leaves
 from pyro_flows.models.noncentered import CenteredLayout, with_effects
+from pyro_flows.models.predictors import read_predictor
 from pyro_flows.models.priors import LinearPrior, read_joint_prior
 from pyro_flows.transforms import (
     ConditionalGaussianHead,
@@ -32,6 +33,8 @@ from pyro_flows.transforms import (
     MultilevelHead,
     NonCentering,
     Preconditioner,
+    Predictor,
+    PredictorHead,
 )
 
 __all__ = ["JOINT", "JointBlock", "build_reproducibly", "item_pairs", "make_joint_block"]
@@ -169,7 +172,21 @@ def make_joint_block(
     effects = None
     if spec.knows_priors and spec.head == "diagonal" and may_have_leaves and not has_leaves:
         effects = with_effects(model, args, kwargs, layout, prior, JOINT.max_precision_dim)
-    return JointBlock(layout, spec, init_scale, prior=prior, effects=effects, leaves=leaves, has_leaves=has_leaves)
+    predictor = None
+    if spec.knows_priors and spec.head == "diagonal" and may_have_leaves and not has_leaves and prior is None:
+        read = read_predictor(model, args, kwargs, layout)
+        if read is not None and (read.turns or effects is None):  # effects are followed by their scales alone
+            predictor, effects = read.for_head(layout.init_loc), None
+    return JointBlock(
+        layout,
+        spec,
+        init_scale,
+        prior=prior,
+        effects=effects,
+        predictor=predictor,
+        leaves=leaves,
+        has_leaves=has_leaves,
+    )
 
 
 class Layers(nn.Module):
@@ -194,6 +211,7 @@ class JointBlock(nn.Module):
         prior: Priors that depend on other sites of the block, for families that make use of them.
         effects: The same with effects in place of standard normal latents, and the map to these; they are in use unless
             a state is loaded that knows nothing of them.
+        predictor: What the data see of standard normal latents; in use unless a state knows nothing of it.
         leaves: Name of the site whose coordinates may be leaves.
         has_leaves: Whether they are, which the block can change with a state that it loads. The site comes last in
             ``layout`` then.
@@ -211,6 +229,7 @@ class JointBlock(nn.Module):
         *,
         prior: LinearPrior | None = None,
         effects: tuple[LinearPrior, NonCentering] | None = None,
+        predictor: Predictor | None = None,
         leaves: str | None = None,
         has_leaves: bool = False,
     ) -> None:
@@ -218,12 +237,13 @@ class JointBlock(nn.Module):
         self._layers: tuple[Layers, ...] = ()  # in a tuple, since they are the flow's
         self._layouts = (layout, None if leaves is None else layout.with_leaves(leaves))
         # A recipe that is none of ours may be a function that can't be pickled.
-        is_kept = spec.can_widen_to(layout.latent_dim) or leaves is not None or effects is not None
+        self._knows_more = effects is not None or predictor is not None
+        is_kept = spec.can_widen_to(layout.latent_dim) or leaves is not None or self._knows_more
         self._spec = spec if is_kept else None
         self._init_scale = init_scale
         self._prior_without_effects = prior
         if effects is None:
-            self._build(spec, self._layouts[has_leaves], prior)
+            self._build(spec, self._layouts[has_leaves], prior, predictor=predictor)
         else:
             self._build(spec, layout, *effects)
         self.gradient_filter = GradientFilter(layout.latent_dim).to(layout.init_loc)
@@ -234,6 +254,7 @@ class JointBlock(nn.Module):
         layout: Layout | None,
         prior: LinearPrior | None,
         noncentering: NonCentering | None = None,
+        predictor: Predictor | None = None,
     ) -> None:
         """Make the flow over a layout."""
         assert layout is not None
@@ -242,6 +263,8 @@ class JointBlock(nn.Module):
         init_loc = self.inner_layout.init_loc
         with init_loc.device:
             head = None if prior is None else _conditional_head(prior, layout.latent_dim)
+            if predictor is not None:
+                head = PredictorHead(layout.latent_dim, predictor)
             sizes = _blocks([size for size in layout.sizes if size], head)
             preconditioner = _preconditioner(layout, knows_priors=head is not None)
             flow = build_reproducibly(
@@ -309,9 +332,9 @@ class JointBlock(nn.Module):
                 self._layers = ()
                 self._build(self._spec, self._layouts[has_leaves], None)
         of_flow = {name.removeprefix(own): shape for name, shape in shapes.items() if name.startswith(own)}
-        if self.inner_layout is not self.layout and not self._has_head_of(of_flow):
+        if self._knows_more and not self._has_head_of(of_flow):
             assert self._spec is not None
-            self._layers = ()
+            self._layers, self._knows_more = (), False
             self._build(self._spec, self.layout, self._prior_without_effects)
         self.flow.adopt_base(of_flow)
         is_wide = any(name.startswith("transform.inserted.") for name in of_flow)

@@ -14,7 +14,7 @@ from pyro_flows.starts.gaussian import GAUSSIAN
 from pyro_flows.starts.lbfgs import gradient_and_hessian
 from pyro_flows.transforms import FullPrecisionHead, LinearMixedHead
 
-__all__ = ["LIKELIHOOD", "affordable_draws", "fit_likelihood", "fit_skew", "seen_coordinates"]
+__all__ = ["LIKELIHOOD", "affordable_draws", "draws_given", "fit_likelihood", "fit_skew", "seen_coordinates"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def fit_likelihood(
     moved, step = free[seen], LIKELIHOOD.precision_step * scale[free[seen]]
     shifts = torch.zeros(2 * len(moved), len(center), dtype=center.dtype, device=center.device)
     shifts[:, moved] = torch.cat([step.diag(), -step.diag()])
-    around = _draws_given(head, center, free, affordable_draws(log_joint, center)) if by_draws else center.unsqueeze(0)
+    around = draws_given(head, center, free, affordable_draws(log_joint, center)) if by_draws else center.unsqueeze(0)
     count = len(around)
     points = torch.cat([around, center + shifts])
 
@@ -117,7 +117,7 @@ def fit_skew(log_joint: LogJoint, head: FullPrecisionHead, center: Tensor) -> bo
     if (factor - factor.diagonal().diag()).abs().max() > LIKELIHOOD.max_correlation:
         return False
     free, pooled = head.order.tensor_split([head.count_free])
-    drawn = _draws_given(head, center, free, LIKELIHOOD.num_draws)[:, pooled]
+    drawn = draws_given(head, center, free, LIKELIHOOD.num_draws)[:, pooled]
     mean, sd = drawn.mean(0), drawn.std(0)
     derivatives = _likelihood_derivatives(
         log_joint, head, center.expand(2, -1).index_copy(1, pooled, torch.stack([mean + sd, mean - sd]))
@@ -168,7 +168,7 @@ def seen_coordinates(log_joint: LogJoint, head: LinearMixedHead, point: Tensor) 
     return torch.isin(free, torch.cat(seen)) if seen else torch.zeros_like(free, dtype=torch.bool)
 
 
-def _draws_given(head: LinearMixedHead, center: Tensor, free: Tensor, count: int) -> Tensor:
+def draws_given(head: LinearMixedHead, center: Tensor, free: Tensor, count: int) -> Tensor:
     """Draws of the head, ``(count, D)``, with the other coordinates at a point."""
     loc, scale = head.gaussian()
     noise = antithetic(count, center)

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from pyro_flows.flows import Flow
 from pyro_flows.flows.bases import Base, MixtureBase, StudentTBase
 from pyro_flows.models.field import field_of
 from pyro_flows.models.log_joint import LogJoint, PulledBack, Target
+from pyro_flows.models.predictors import read_predictor
 from pyro_flows.posterior.joint import JOINT, JointBlock
 from pyro_flows.starts.ascents import ascents
 from pyro_flows.starts.base import fit_modes, fit_tails
@@ -25,6 +28,7 @@ from pyro_flows.starts.leaves import warm_start_leaves
 from pyro_flows.starts.likelihood import LIKELIHOOD, affordable_draws, fit_likelihood, fit_skew, seen_coordinates
 from pyro_flows.starts.low_rank import LowRankGaussian, best_low_rank
 from pyro_flows.starts.mixture import best_mixture, modes_above
+from pyro_flows.starts.predictors import fit_factors, skew_factors
 from pyro_flows.transforms import (
     ConditionalGaussianHead,
     FullPrecisionHead,
@@ -33,6 +37,7 @@ from pyro_flows.transforms import (
     LowRankAffine,
     LowRankPreconditioner,
     Preconditioner,
+    PredictorHead,
 )
 
 __all__ = ["warm_start_joint"]
@@ -67,10 +72,17 @@ SETTINGS = SelectSettings()
 
 
 class Start(NamedTuple):
-    """A candidate initialization: an estimate of its ELBO, and the flow's ``state_dict``."""
+    """A candidate initialization.
+
+    Attributes:
+        elbo: Estimate of its ELBO.
+        state: The flow's ``state_dict``.
+        share: Share of the mass of the largest of its modes.
+    """
 
     elbo: float
     state: dict[str, Any]
+    share: float = 1.0
 
 
 def warm_start_joint(block: JointBlock, log_joint: LogJoint, init_scale: float) -> None:
@@ -94,7 +106,10 @@ def warm_start_joint(block: JointBlock, log_joint: LogJoint, init_scale: float) 
     pooled = _from_priors(block, log_joint, found)
     gaussian = _from_gaussian(flow, log_joint, found)
     mixture = _from_modes(block, log_joint, paths[-1], found)
-    best = max((start for start in (gaussian, pooled, mixture) if start is not None), key=lambda start: start.elbo)
+    best = gaussian if mixture is None or gaussian.elbo > mixture.elbo else mixture
+    # What a start at one of several modes lacks, training does not bring back.
+    if pooled is not None and pooled.elbo + math.log(best.share) > best.elbo:
+        best = pooled
     flow.load_state_dict(best.state)
     if log_joint.is_vectorized and log_joint.cost_per_draw < GAUSSIAN.expensive:
         if isinstance(flow.base, StudentTBase):
@@ -171,7 +186,8 @@ def _from_modes(block: JointBlock, log_joint: LogJoint, ends: Tensor, best: Gaus
         flow.adopt_base({"base.logits": found.weights.shape})
     assert isinstance(flow.base, MixtureBase)
     flow.base.set(found.locs, found.scales, found.weights)
-    return _start(found.elbo(log_joint) - (SETTINGS.min_gain_of_modes if count is None else 0.0), flow)
+    elbo = found.elbo(log_joint) - (SETTINGS.min_gain_of_modes if count is None else 0.0)
+    return _start(elbo, flow)._replace(share=found.weights.max().item())
 
 
 def _from_priors(block: JointBlock, log_joint: LogJoint, found: Gaussian) -> Start | None:
@@ -192,11 +208,11 @@ def _from_likelihood(flow: Flow, log_joint: LogJoint, head: LinearMixedHead, fou
     begin = Gaussian(torch.zeros_like(found.loc), torch.ones_like(found.loc))
     free = head.order[: head.count_free]
     center, scale = found.loc, found.conditional_scale
-    seen = seen_coordinates(log_joint, head, center)
+    fit_factor, skew_factor = _fits_of_factors(log_joint, head, center)
     best: Start | None = None
     is_expensive = affordable_draws(log_joint, center) < LIKELIHOOD.num_draws
     for index in range(SETTINGS.num_rounds_expensive if is_expensive else SETTINGS.num_rounds):
-        if not fit_likelihood(log_joint, head, center, scale, seen, by_draws=index > 0):
+        if not fit_factor(center, scale, by_draws=index > 0):
             break
         gaussian = refined(pulled, begin, free)
         was = -math.inf if best is None else best.elbo
@@ -208,15 +224,29 @@ def _from_likelihood(flow: Flow, log_joint: LogJoint, head: LinearMixedHead, fou
             break
         center = head.forward_and_ladj(gaussian.loc)[0]
         scale = head.gaussian()[1] * gaussian.factor.square().sum(-1).sqrt()
-    if best is None or not isinstance(head, FullPrecisionHead):
+    if best is None:
         return best
     flow.load_state_dict(best.state)
     push, noise = flow.transform.forward_and_ladj, antithetic(GAUSSIAN.num_elbo_draws, center)
     before = elbo_of(log_joint, push, noise)
-    if not fit_skew(log_joint, head, head.forward_and_ladj(preconditioner.loc)[0]):
+    if not skew_factor(head.forward_and_ladj(preconditioner.loc)[0]):
         return best
     gain = elbo_of(log_joint, push, noise) - before
     return _start(best.elbo + gain, flow) if gain > LIKELIHOOD.min_gain_of_skew else best
+
+
+def _fits_of_factors(
+    log_joint: LogJoint, head: LinearMixedHead, center: Tensor
+) -> tuple[Callable[..., bool], Callable[[Tensor], bool]]:
+    """How a head's likelihood factor is set, and skewed."""
+    if isinstance(head, PredictorHead):
+        batched = log_joint.batched
+        read = read_predictor(batched.model, *batched.call[:2], log_joint.table)
+        if read is None:  # the model is another now
+            return lambda *_, **__: False, lambda _: False
+        return partial(fit_factors, log_joint, head, read.likelihood), partial(skew_factors, head, read.likelihood)
+    fit_factor = partial(fit_likelihood, log_joint, head, seen=seen_coordinates(log_joint, head, center))
+    return fit_factor, partial(fit_skew, log_joint, head) if isinstance(head, FullPrecisionHead) else lambda _: False
 
 
 def _from_shares(

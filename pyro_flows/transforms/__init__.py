@@ -24,6 +24,8 @@ from pyro_flows.transforms.heads import (
     LowRankAffine,
     MultilevelHead,
     PlateHead,
+    Predictor,
+    PredictorHead,
 )
 from pyro_flows.transforms.householder import Householder
 from pyro_flows.transforms.inverse import Inverse
@@ -77,6 +79,8 @@ __all__ = [
     "Planar",
     "PlateHead",
     "Preconditioner",
+    "Predictor",
+    "PredictorHead",
     "PyroTransform",
     "Radial",
     "SiteOrderedAffine",

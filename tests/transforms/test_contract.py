@@ -76,6 +76,31 @@ def covariance_head(input_dim: int, *, full: bool) -> FlowTransform:
     return head
 
 
+class AffineFunctions:
+    """Predictors with offsets and slopes that follow the first coordinate."""
+
+    def __init__(self, num: int, count: int) -> None:
+        self.slope = torch.arange(num * count).cos().reshape(num, count)
+
+    def __call__(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        slope = self.slope.to(y) * y[..., :1, None].exp()
+        return y[..., :1].sin().expand(*y.shape[:-1], len(self.slope)), slope
+
+
+def predictor_head(input_dim: int, *, full: bool) -> FlowTransform:
+    """Standard normals as the last half, with one predictor more, in use or not."""
+    count = input_dim // 2
+    free = input_dim - count
+    predictor = T.Predictor(slice(free, input_dim), count + 1, AffineFunctions(count + 1, count))
+    head = T.PredictorHead(input_dim, predictor)
+    head.initialize(torch.randn(input_dim), torch.rand(input_dim) + 0.5, 0.5)
+    if full:
+        where = torch.randn(free), torch.rand(free) + 0.5
+        head.set_factors(where, 0.5 * torch.randn(2, count + 1), 0.2 * torch.randn(2, count + 1, free))
+        head.set_skew(torch.randn(free), torch.randn(count + 1))
+    return head
+
+
 def skewed(head: FlowTransform) -> FlowTransform:
     """A head with a skewed likelihood factor."""
     assert isinstance(head, T.FullPrecisionHead)
@@ -183,6 +208,8 @@ TRANSFORMS |= {
     "CovarianceHead (skewed)": lambda d, c: skewed(covariance_head(d, full=True)),
     "CovarianceHead (marginals)": lambda d, c: covariance_head(d, full=False),
     "MultilevelHead": lambda d, c: hierarchy(d),
+    "PredictorHead": lambda d, c: predictor_head(d, full=True),
+    "PredictorHead (marginals)": lambda d, c: predictor_head(d, full=False),
     "SiteOrderedAffine": lambda d, c: T.SiteOrderedAffine(d, c, block_sizes=(1,) if d == 1 else (1, d - 1)),
     "SiteOrderedAffine (rank 1)": lambda d, c: T.SiteOrderedAffine(d, c, block_sizes=(1,) * d, rank=1),
     "SplineAutoregressive": lambda d, c: T.SplineAutoregressive(d, c, hidden_dims=(16,), count_bins=4),
@@ -204,6 +231,8 @@ TWO_DIMENSIONS = {
     "LeafPreconditioner",
     "MultilevelHead",
     "NonCentering",
+    "PredictorHead",
+    "PredictorHead (marginals)",
     "SplineCouplings",
 }
 IGNORE_CONTEXT = {
@@ -222,6 +251,8 @@ IGNORE_CONTEXT = {
     "LowRankPreconditioner",
     "NonCentering",
     "Permutation",
+    "PredictorHead",
+    "PredictorHead (marginals)",
     "PyroTransform",
 }
 CASES = [

@@ -4,13 +4,14 @@
 from pyro_flows.transforms.heads.affine import AffineHead, DiagonalAffine, FullRankAffine, LowRankAffine
 from pyro_flows.transforms.heads.base import Head
 from pyro_flows.transforms.heads.conditional_gaussian import ConditionalGaussianHead
-from pyro_flows.transforms.heads.correlated import Correlated, Covariance
+from pyro_flows.transforms.heads.correlated import Correlated, Covariance, Predictor
 from pyro_flows.transforms.heads.covariance import CovarianceHead
 from pyro_flows.transforms.heads.diagonal_precision import DiagonalPrecisionHead
 from pyro_flows.transforms.heads.full_precision import FullPrecisionHead
 from pyro_flows.transforms.heads.linear_mixed import LinearMixedHead
 from pyro_flows.transforms.heads.multilevel import MultilevelHead
 from pyro_flows.transforms.heads.plate import PlateHead
+from pyro_flows.transforms.heads.predictor import PredictorHead
 
 __all__ = [
     "AffineHead",
@@ -27,4 +28,6 @@ __all__ = [
     "LowRankAffine",
     "MultilevelHead",
     "PlateHead",
+    "Predictor",
+    "PredictorHead",
 ]

@@ -233,6 +233,31 @@ def _unskewed(shrunk: Tensor, moved: Tensor, skew: Tensor) -> Tensor:
     return x - step(*residual(x))
 
 
+class _Mean(torch.autograd.Function):
+    r"""The mean of a draw with a Gaussian factor, in the factor's directions: :math:`B^\top M^{-1} B r`.
+
+    The derivative of the inverse takes no more than M's factor; compiled steps have no operation for that of
+    ``torch.linalg.solve``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, root: Tensor, pull: Tensor) -> Tensor:
+        cholesky = _cholesky(root)
+        ctx.save_for_backward(root, pull, cholesky)
+        return (root.mT @ torch.cholesky_solve(root @ pull.to(root), cholesky)).to(pull)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        root, pull, cholesky = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for second derivatives
+            cholesky = _cholesky(root)
+        both = torch.cat([pull, gradient], -1).to(root)
+        solution = torch.cholesky_solve(root @ both, cholesky)
+        rest = both - root.mT @ solution
+        to_root = solution[..., :1] @ rest[..., 1:].mT + solution[..., 1:] @ rest[..., :1].mT
+        return to_root, gradient - rest[..., 1:].to(gradient)
+
+
 def relocated(factor: Factor, rest: Tensor) -> Factor:
     r"""A skewed factor at the mean of the product, rather than where it was set: a Newton step.
 
@@ -246,7 +271,7 @@ def relocated(factor: Factor, rest: Tensor) -> Factor:
     """
     root, pull, skew = factor
     assert skew is not None
-    mean = (root.mT @ torch.linalg.solve(_precision(root), root @ pull.to(root))).to(pull)
+    mean: Tensor = _Mean.apply(root, pull)  # type: ignore[no-untyped-call]
     gradient = pull - mean
     more = _Pull.at(rest - gradient, 3.0 * skew)
     precision = 1.0 - more.slope

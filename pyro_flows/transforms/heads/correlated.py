@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Correlated", "Covariance"]
+__all__ = ["Correlated", "Covariance", "Predictor"]
 
 
 class Correlated(NamedTuple):
@@ -53,3 +53,18 @@ class Covariance(NamedTuple):
     def rows(self) -> slice:
         """The coordinates."""
         return slice(self.offset, self.offset + self.num * self.size)
+
+
+class Predictor(NamedTuple):
+    """Standard normal coordinates of which the data see affine functions only.
+
+    Attributes:
+        rows: The coordinates z, n of them.
+        num: Number K of functions.
+        read: Offsets, ``(..., K)``, and slopes in z, ``(..., K, n)``, as functions of all coordinates, ``(..., D)``, of
+            which it uses free ones only.
+    """
+
+    rows: slice
+    num: int
+    read: Callable[[Tensor], tuple[Tensor, Tensor]]

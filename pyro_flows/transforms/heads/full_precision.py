@@ -25,10 +25,10 @@ from pyro_flows.transforms.heads.linear_mixed import LinearMixedHead
 from pyro_flows.transforms.heads.pooling import MIN_SHARE
 from pyro_flows.transforms.networks import powerprop
 
-__all__ = ["FullPrecisionHead"]
+__all__ = ["ConditionalPrior", "FullPrecisionHead"]
 
 
-class _Prior(NamedTuple):
+class ConditionalPrior(NamedTuple):
     """The conditional of pooled coordinates given the free ones: location of the prior, scales of its innovations and
     factors of their correlations; ``C``; the likelihood factor, with ``B = A^T W``, ``K = W W^T``, and ``r = W^T (b -
     a)``; ``log|det A|``."""
@@ -62,7 +62,9 @@ class FullPrecisionHead(ReadsFixed, LinearMixedHead):
     standard deviations.
 
     A likelihood that is not Gaussian, of counts or classes, has a skewed factor, which is set by :meth:`set_skew` and
-    not trained either: see :mod:`~pyro_flows.transforms.heads.conditional`. Its precision follows the posterior's mean.
+    not trained either. Its precision follows the posterior's mean, and a draw that is :math:`d` away from that in a
+    direction of the likelihood is pulled by :math:`\kappa d^2 / (1 + \sqrt{1 + \kappa^2 d^2})` more, in units of the
+    likelihood's standard deviations: to first order, the map from the Gaussian to the posterior.
 
     Computed in double precision and in coordinates in which the prior is standard normal, where :math:`P` is
     well-conditioned however narrow the prior. Costs a Cholesky factor of P per draw, O(D^3).
@@ -186,11 +188,15 @@ class FullPrecisionHead(ReadsFixed, LinearMixedHead):
         root, pull, _ = self._conditional(free).factor
         shrunk = solved(root, pull.dtype)[2]
         variance = shrunk.square().sum(0)
-        self.raw.value[0, self.order[self.count_free :]] -= 0.5 * skew * variance
+        self._move_factors(-0.5 * skew * variance)
         pull = self._conditional(free).factor.pull
         self.rest.copy_((pull - shrunk.mT @ (shrunk @ pull)).squeeze(-1))
         self.skew.copy_(skew)
         self.look()
+
+    def _move_factors(self, shift: Tensor) -> None:
+        """Move the locations of likelihood factors, in units of these."""
+        self.raw.value.data[0, self.order[self.count_free :]] += shift
 
     def _set_gaussian(self) -> None:
         """Leave the likelihood factor without skewness."""
@@ -243,7 +249,7 @@ class FullPrecisionHead(ReadsFixed, LinearMixedHead):
             total = total + num * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return total
 
-    def _conditional(self, free: Tensor) -> _Prior:
+    def _conditional(self, free: Tensor) -> ConditionalPrior:
         """The conditional of the pooled coordinates given the free ones."""
         own_loc, prior_log_scale, factors = self._priors(free)
         chain = self._chain()
@@ -266,13 +272,13 @@ class FullPrecisionHead(ReadsFixed, LinearMixedHead):
         if self.is_skewed:
             skew, rest = (part.detach().unsqueeze(-1) for part in (self.skew, self.rest))
             factor = relocated(factor._replace(skew=skew), rest)
-        return _Prior(prior_loc, scale, factors, chain.to(scale), factor, ladj)
+        return ConditionalPrior(prior_loc, scale, factors, chain.to(scale), factor, ladj)
 
     def draw(self, x: Tensor) -> tuple[Tensor, Tensor]:
         pooled, free, total, ladj, *_ = self._draw(x)
         return torch.cat([free, pooled], -1), total + ladj
 
-    def _draw(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, _Prior, list[Tensor | None]]:
+    def _draw(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, ConditionalPrior, list[Tensor | None]]:
         """Pooled and free coordinates, the free ones' summed log-scale, the pooled ones' log-determinant, and what
         :func:`conditional_score` takes."""
         loc, scale, log_scale = (part[: self.count_free] for part in self._site_approximations())
