@@ -242,7 +242,7 @@ def _fits_of_factors(
     if isinstance(head, PredictorHead):
         batched = log_joint.batched
         read = read_predictor(batched.model, *batched.call[:2], log_joint.table)
-        if read is None:  # the model is another now
+        if read is None or read.for_head(center).num != head.predictor.num:  # the data are others now
             return lambda *_, **__: False, lambda _: False
         return partial(fit_factors, log_joint, head, read.likelihood), partial(skew_factors, head, read.likelihood)
     fit_factor = partial(fit_likelihood, log_joint, head, seen=seen_coordinates(log_joint, head, center))

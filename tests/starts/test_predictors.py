@@ -133,3 +133,19 @@ def test_both_signs_of_a_factor() -> None:
     head_of(guide)
     share = (guide.sample_posterior(4000)["loadings"][:, 0] > 0.0).float().mean()
     assert abs(share - 0.5) < 0.05 + 4 * 0.5 / 4000**0.5
+
+
+def test_fewer_data_than_the_guide_was_made_with() -> None:
+    def model(y: torch.Tensor) -> None:
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
+        persistence = pyro.sample("persistence", dist.Beta(8.0, 2.0))
+        z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([4]).to_event(1))
+        h, path = torch.zeros(()), []
+        for t in range(4):
+            h = persistence * h + scale * z[t]
+            path.append(h)
+        pyro.sample("y", dist.Normal(torch.stack(path)[: len(y)], 0.5).to_event(1), obs=y)
+
+    guide = AutoFlowGuide(model).setup(Y[:4])
+    head_of(guide)
+    assert guide.warm_start(Y[:3]).log_prob(guide.sample_posterior(2), Y[:3]).isfinite().all()
