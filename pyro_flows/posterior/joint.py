@@ -16,8 +16,8 @@ from pyro_flows.flows.gradient_filter import GradientFilter
 from pyro_flows.models.field import field_of
 from pyro_flows.models.layout import Layout
 from pyro_flows.models.leaves import are_leaves, possible_leaves
+from pyro_flows.models.linear_predictors import read_linear_predictor
 from pyro_flows.models.noncentered import CenteredLayout, with_effects
-from pyro_flows.models.predictors import read_predictor
 from pyro_flows.models.priors import LinearPrior, read_joint_prior
 from pyro_flows.transforms import (
     ConditionalGaussianHead,
@@ -29,12 +29,12 @@ from pyro_flows.transforms import (
     FullRankPreconditioner,
     Leading,
     LeafPreconditioner,
+    LinearPredictor,
+    LinearPredictorHead,
     LowRankPreconditioner,
     MultilevelHead,
     NonCentering,
     Preconditioner,
-    Predictor,
-    PredictorHead,
 )
 
 __all__ = ["JOINT", "JointBlock", "build_reproducibly", "item_pairs", "make_joint_block"]
@@ -174,7 +174,7 @@ def make_joint_block(
         effects = with_effects(model, args, kwargs, layout, prior, JOINT.max_precision_dim)
     predictor = None
     if spec.knows_priors and spec.head == "diagonal" and may_have_leaves and not has_leaves and prior is None:
-        read = read_predictor(model, args, kwargs, layout)
+        read = read_linear_predictor(model, args, kwargs, layout)
         if read is not None and (read.turns or effects is None):  # effects are followed by their scales alone
             predictor, effects = read.for_head(layout.init_loc), None
     return JointBlock(
@@ -229,7 +229,7 @@ class JointBlock(nn.Module):
         *,
         prior: LinearPrior | None = None,
         effects: tuple[LinearPrior, NonCentering] | None = None,
-        predictor: Predictor | None = None,
+        predictor: LinearPredictor | None = None,
         leaves: str | None = None,
         has_leaves: bool = False,
     ) -> None:
@@ -254,7 +254,7 @@ class JointBlock(nn.Module):
         layout: Layout | None,
         prior: LinearPrior | None,
         noncentering: NonCentering | None = None,
-        predictor: Predictor | None = None,
+        predictor: LinearPredictor | None = None,
     ) -> None:
         """Make the flow over a layout."""
         assert layout is not None
@@ -264,7 +264,7 @@ class JointBlock(nn.Module):
         with init_loc.device:
             head = None if prior is None else _conditional_head(prior, layout.latent_dim)
             if predictor is not None:
-                head = PredictorHead(layout.latent_dim, predictor)
+                head = LinearPredictorHead(layout.latent_dim, predictor)
             sizes = _blocks([size for size in layout.sizes if size], head)
             preconditioner = _preconditioner(layout, knows_priors=head is not None)
             flow = build_reproducibly(

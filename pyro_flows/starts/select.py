@@ -16,8 +16,8 @@ from torch import Tensor
 from pyro_flows.flows import Flow
 from pyro_flows.flows.bases import Base, MixtureBase, StudentTBase
 from pyro_flows.models.field import field_of
+from pyro_flows.models.linear_predictors import read_linear_predictor
 from pyro_flows.models.log_joint import LogJoint, PulledBack, Target
-from pyro_flows.models.predictors import read_predictor
 from pyro_flows.posterior.joint import JOINT, JointBlock
 from pyro_flows.starts.ascents import ascents
 from pyro_flows.starts.base import fit_modes, fit_tails
@@ -26,18 +26,18 @@ from pyro_flows.starts.fixed_draws import FIXED_DRAWS, antithetic, elbo_of, fit_
 from pyro_flows.starts.gaussian import GAUSSIAN, Gaussian, best_gaussian, refined
 from pyro_flows.starts.leaves import warm_start_leaves
 from pyro_flows.starts.likelihood import LIKELIHOOD, affordable_draws, fit_likelihood, fit_skew, seen_coordinates
+from pyro_flows.starts.linear_predictors import fit_factors, skew_factors
 from pyro_flows.starts.low_rank import LowRankGaussian, best_low_rank
 from pyro_flows.starts.mixture import best_mixture, modes_above
-from pyro_flows.starts.predictors import fit_factors, skew_factors
 from pyro_flows.transforms import (
     ConditionalGaussianHead,
     FullPrecisionHead,
     FullRankPreconditioner,
     LinearMixedHead,
+    LinearPredictorHead,
     LowRankAffine,
     LowRankPreconditioner,
     Preconditioner,
-    PredictorHead,
 )
 
 __all__ = ["warm_start_joint"]
@@ -239,9 +239,9 @@ def _fits_of_factors(
     log_joint: LogJoint, head: LinearMixedHead, center: Tensor
 ) -> tuple[Callable[..., bool], Callable[[Tensor], bool]]:
     """How a head's likelihood factor is set, and skewed."""
-    if isinstance(head, PredictorHead):
+    if isinstance(head, LinearPredictorHead):
         batched = log_joint.batched
-        read = read_predictor(batched.model, *batched.call[:2], log_joint.table)
+        read = read_linear_predictor(batched.model, *batched.call[:2], log_joint.table)
         if read is None or read.for_head(center).num != head.predictor.num:  # the data are others now
             return lambda *_, **__: False, lambda _: False
         return partial(fit_factors, log_joint, head, read.likelihood), partial(skew_factors, head, read.likelihood)

@@ -21,11 +21,11 @@ from pyro_flows.transforms.heads import (
     FullRankAffine,
     Head,
     LinearMixedHead,
+    LinearPredictor,
+    LinearPredictorHead,
     LowRankAffine,
     MultilevelHead,
     PlateHead,
-    Predictor,
-    PredictorHead,
 )
 from pyro_flows.transforms.householder import Householder
 from pyro_flows.transforms.inverse import Inverse
@@ -70,6 +70,8 @@ __all__ = [
     "Leading",
     "LeafPreconditioner",
     "LinearMixedHead",
+    "LinearPredictor",
+    "LinearPredictorHead",
     "LowRankAffine",
     "LowRankPreconditioner",
     "MultilevelHead",
@@ -79,8 +81,6 @@ __all__ = [
     "Planar",
     "PlateHead",
     "Preconditioner",
-    "Predictor",
-    "PredictorHead",
     "PyroTransform",
     "Radial",
     "SiteOrderedAffine",

@@ -35,7 +35,7 @@ def funnel(y: Tensor) -> None:
 def made(monkeypatch: pytest.MonkeyPatch, *, has_effects: bool) -> AutoFlowGuide:
     with monkeypatch.context() as patch:
         if not has_effects:
-            for finder in ("with_effects", "read_predictor"):
+            for finder in ("with_effects", "read_linear_predictor"):
                 patch.setattr(joint, finder, lambda *args: None)
         guide = AutoFlowGuide(funnel).setup(Y)
     randomize_parameters(guide, 0.1)

@@ -91,8 +91,8 @@ def predictor_head(input_dim: int, *, full: bool) -> FlowTransform:
     """Standard normals as the last half, with one predictor more, in use or not."""
     count = input_dim // 2
     free = input_dim - count
-    predictor = T.Predictor(slice(free, input_dim), count + 1, AffineFunctions(count + 1, count))
-    head = T.PredictorHead(input_dim, predictor)
+    predictor = T.LinearPredictor(slice(free, input_dim), count + 1, AffineFunctions(count + 1, count))
+    head = T.LinearPredictorHead(input_dim, predictor)
     head.initialize(torch.randn(input_dim), torch.rand(input_dim) + 0.5, 0.5)
     if full:
         where = torch.randn(free), torch.rand(free) + 0.5
@@ -208,8 +208,8 @@ TRANSFORMS |= {
     "CovarianceHead (skewed)": lambda d, c: skewed(covariance_head(d, full=True)),
     "CovarianceHead (marginals)": lambda d, c: covariance_head(d, full=False),
     "MultilevelHead": lambda d, c: hierarchy(d),
-    "PredictorHead": lambda d, c: predictor_head(d, full=True),
-    "PredictorHead (marginals)": lambda d, c: predictor_head(d, full=False),
+    "LinearPredictorHead": lambda d, c: predictor_head(d, full=True),
+    "LinearPredictorHead (marginals)": lambda d, c: predictor_head(d, full=False),
     "SiteOrderedAffine": lambda d, c: T.SiteOrderedAffine(d, c, block_sizes=(1,) if d == 1 else (1, d - 1)),
     "SiteOrderedAffine (rank 1)": lambda d, c: T.SiteOrderedAffine(d, c, block_sizes=(1,) * d, rank=1),
     "SplineAutoregressive": lambda d, c: T.SplineAutoregressive(d, c, hidden_dims=(16,), count_bins=4),
@@ -231,8 +231,8 @@ TWO_DIMENSIONS = {
     "LeafPreconditioner",
     "MultilevelHead",
     "NonCentering",
-    "PredictorHead",
-    "PredictorHead (marginals)",
+    "LinearPredictorHead",
+    "LinearPredictorHead (marginals)",
     "SplineCouplings",
 }
 IGNORE_CONTEXT = {
@@ -251,8 +251,8 @@ IGNORE_CONTEXT = {
     "LowRankPreconditioner",
     "NonCentering",
     "Permutation",
-    "PredictorHead",
-    "PredictorHead (marginals)",
+    "LinearPredictorHead",
+    "LinearPredictorHead (marginals)",
     "PyroTransform",
 }
 CASES = [

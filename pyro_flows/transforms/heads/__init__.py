@@ -4,14 +4,14 @@
 from pyro_flows.transforms.heads.affine import AffineHead, DiagonalAffine, FullRankAffine, LowRankAffine
 from pyro_flows.transforms.heads.base import Head
 from pyro_flows.transforms.heads.conditional_gaussian import ConditionalGaussianHead
-from pyro_flows.transforms.heads.correlated import Correlated, Covariance, Predictor
+from pyro_flows.transforms.heads.correlated import Correlated, Covariance, LinearPredictor
 from pyro_flows.transforms.heads.covariance import CovarianceHead
 from pyro_flows.transforms.heads.diagonal_precision import DiagonalPrecisionHead
 from pyro_flows.transforms.heads.full_precision import FullPrecisionHead
 from pyro_flows.transforms.heads.linear_mixed import LinearMixedHead
+from pyro_flows.transforms.heads.linear_predictor import LinearPredictorHead
 from pyro_flows.transforms.heads.multilevel import MultilevelHead
 from pyro_flows.transforms.heads.plate import PlateHead
-from pyro_flows.transforms.heads.predictor import PredictorHead
 
 __all__ = [
     "AffineHead",
@@ -25,9 +25,9 @@ __all__ = [
     "FullRankAffine",
     "Head",
     "LinearMixedHead",
+    "LinearPredictor",
+    "LinearPredictorHead",
     "LowRankAffine",
     "MultilevelHead",
     "PlateHead",
-    "Predictor",
-    "PredictorHead",
 ]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Correlated", "Covariance", "Predictor"]
+__all__ = ["Correlated", "Covariance", "LinearPredictor"]
 
 
 class Correlated(NamedTuple):
@@ -55,7 +55,7 @@ class Covariance(NamedTuple):
         return slice(self.offset, self.offset + self.num * self.size)
 
 
-class Predictor(NamedTuple):
+class LinearPredictor(NamedTuple):
     """Standard normal coordinates of which the data see affine functions only.
 
     Attributes:

@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_flows.compiled.tracer import trace_operations
 from pyro_flows.models.latents import trace_latents
 from pyro_flows.models.layout import Layout
-from pyro_flows.models.predictors import PREDICTORS, ReadPredictor, read_predictor
+from pyro_flows.models.linear_predictors import LINEAR_PREDICTORS, ReadLinearPredictor, read_linear_predictor
 from pyro_flows.models.sites import read_sites
 
 T = 12
@@ -47,9 +47,9 @@ def layout_of(model: Callable[..., object]) -> Layout:
     return Layout(read_sites(trace_latents(model, (), {})))
 
 
-def read(model: Callable[..., object]) -> tuple[Layout, ReadPredictor | None]:
+def read(model: Callable[..., object]) -> tuple[Layout, ReadLinearPredictor | None]:
     layout = layout_of(model)
-    return layout, read_predictor(model, (), {}, layout)
+    return layout, read_linear_predictor(model, (), {}, layout)
 
 
 def volatility() -> None:
@@ -307,13 +307,13 @@ def masked_by_handler() -> None:
 def too_many() -> None:
     scale = positive("scale")
     z = standard("z", 2)
-    x = torch.randn(PREDICTORS.max_predictors + 1, 2)
+    x = torch.randn(LINEAR_PREDICTORS.max_predictors + 1, 2)
     pyro.sample("y", dist.Normal(x @ (scale * z), 0.3).to_event(1), obs=x[:, 0])
 
 
 def too_large() -> None:
     scale = positive("scale")
-    z = standard("z", PREDICTORS.max_dim + 1)
+    z = standard("z", LINEAR_PREDICTORS.max_dim + 1)
     pyro.sample("y", dist.Normal((scale * z).sum(), 0.3), obs=torch.tensor(0.0))
 
 
@@ -383,7 +383,7 @@ def test_others_are_left_to_what_there_is_for_them(model: Callable[[], object]) 
 
 
 def test_a_model_that_raises_is_left_alone() -> None:
-    assert read_predictor(raising, (), {}, layout_of(walk)) is None
+    assert read_linear_predictor(raising, (), {}, layout_of(walk)) is None
 
 
 def test_a_learned_scale_of_the_data_is_no_obstacle() -> None:
@@ -497,5 +497,5 @@ def test_the_random_state_stays() -> None:
     torch.manual_seed(3)
     expected = torch.randn(2)
     torch.manual_seed(3)
-    read_predictor(walk, (), {}, layout)
+    read_linear_predictor(walk, (), {}, layout)
     assert torch.equal(torch.randn(2), expected)

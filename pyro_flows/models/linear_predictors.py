@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L2. Predictors: what the data see of a standard normal latent, as functions that are affine in it given the other
-latents."""
+"""L2. Linear predictors: what the data see of a standard normal latent, as functions that are affine in it given the
+other latents."""
 
 from __future__ import annotations
 
@@ -26,13 +26,19 @@ from pyro_flows.models.log_joint import constrain, scored_sites
 from pyro_flows.models.sites import Site
 from pyro_flows.models.traces import Call
 from pyro_flows.models.watch import is_plain, unwrapped
-from pyro_flows.transforms import Predictor
+from pyro_flows.transforms import LinearPredictor
 
-__all__ = ["PREDICTORS", "ReadPredictor", "RecordedLikelihood", "RecordedPredictor", "read_predictor"]
+__all__ = [
+    "LINEAR_PREDICTORS",
+    "ReadLinearPredictor",
+    "RecordedLikelihood",
+    "RecordedLinearPredictor",
+    "read_linear_predictor",
+]
 
 
 @dataclass(frozen=True)
-class PredictorSettings:
+class LinearPredictorSettings:
     """Which predictors are read.
 
     Attributes:
@@ -46,10 +52,10 @@ class PredictorSettings:
     max_others: int = 32
 
 
-PREDICTORS = PredictorSettings()
+LINEAR_PREDICTORS = LinearPredictorSettings()
 
 
-class RecordedPredictor:
+class RecordedLinearPredictor:
     """Offset and slope of the predictors, by the model's own operations, without its Python.
 
     Data that the model reads are those of the recording, as are dtype and device of the operations. What is not finite
@@ -142,7 +148,7 @@ class RecordedLikelihood:
         return torch.vmap(one)(packed.to(self._like), predictors.to(self._like)).to(packed)
 
 
-class ReadPredictor(NamedTuple):
+class ReadLinearPredictor(NamedTuple):
     """The predictors of a site.
 
     Attributes:
@@ -157,17 +163,17 @@ class ReadPredictor(NamedTuple):
 
     rows: slice
     parents: Tensor
-    predictor: RecordedPredictor
+    predictor: RecordedLinearPredictor
     likelihood: RecordedLikelihood
     turns: bool
 
-    def for_head(self, like: Tensor) -> Predictor:
+    def for_head(self, like: Tensor) -> LinearPredictor:
         """What a head knows of them, which is not their likelihood.
 
         Args:
             like: A packed vector, ``(D,)``.
         """
-        return Predictor(self.rows, len(self.predictor(like)[0]), self.predictor)
+        return LinearPredictor(self.rows, len(self.predictor(like)[0]), self.predictor)
 
 
 class _Run(NamedTuple):
@@ -200,9 +206,9 @@ class _Found(NamedTuple):
 
 
 @torch.no_grad()
-def read_predictor(
+def read_linear_predictor(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], layout: Layout
-) -> ReadPredictor | None:
+) -> ReadLinearPredictor | None:
     r"""Find a site z with a standard normal prior of which the data, and the priors of other latents, see some affine
     functions :math:`g(\theta) + H(\theta) z` only, with slopes that depend on other latents :math:`\theta`.
 
@@ -225,7 +231,7 @@ def read_predictor(
 
     def is_candidate(site: Site) -> bool:
         size = _size(layout, site)
-        is_of_size = 2 <= size <= PREDICTORS.max_dim and layout.latent_dim - size <= PREDICTORS.max_others
+        is_of_size = 2 <= size <= LINEAR_PREDICTORS.max_dim and layout.latent_dim - size <= LINEAR_PREDICTORS.max_others
         return site.is_real and is_of_size
 
     sites = [site for site in layout if is_candidate(site)]
@@ -247,7 +253,7 @@ def read_predictor(
             if read is not None and parents_of(read.slopes, layout, site, points).any():
                 parents = parents_of(read, layout, site, points)
                 likelihood = _likelihood(runs[0], predictors, layout, points)
-                return ReadPredictor(layout.slices[site.name], parents, read, likelihood, read.turns(points))
+                return ReadLinearPredictor(layout.slices[site.name], parents, read, likelihood, read.turns(points))
     return None
 
 
@@ -292,13 +298,13 @@ def _find(run: _Run, layout: Layout, site: Site) -> _Found | None:
         affine = AffineParts(graph, inputs[layout.names.index(site.name)], inputs)
     except NotImplementedError:
         return None
-    predictors = affine.outermost(PREDICTORS.max_predictors)
+    predictors = affine.outermost(LINEAR_PREDICTORS.max_predictors)
     return _Found(graph, copy.deepcopy(graph), affine, predictors) if predictors else None
 
 
 def _record(
     runs: Sequence[_Run], found: _Found, layout: Layout, site: Site, points: Tensor
-) -> RecordedPredictor | None:
+) -> RecordedLinearPredictor | None:
     """The predictors as a function; None if training changes it, or it is not what the runs at the points, ``(N, D)``,
     compute."""
     try:
@@ -307,7 +313,7 @@ def _record(
         if any(node.meta.get(LEARNED) and node.users for node in graph.graph.nodes):
             return None
         captured = _without_unused(graph, runs[0].captured)
-        read = RecordedPredictor(graph, captured, layout.sizes, _size(layout, site), points)
+        read = RecordedLinearPredictor(graph, captured, layout.sizes, _size(layout, site), points)
         offset, slope = read(points)
         values = offset + (slope @ points[:, layout.slices[site.name]].unsqueeze(-1)).squeeze(-1)
         for index, (run, point, value) in enumerate(zip(runs, points, values, strict=True)):

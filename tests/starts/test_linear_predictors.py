@@ -13,7 +13,7 @@ import torch
 
 from pyro_flows import AutoFlowGuide, fit
 from pyro_flows.importance.weights import log_weights
-from pyro_flows.transforms import PredictorHead
+from pyro_flows.transforms import LinearPredictorHead
 
 T = 25
 PLACES = torch.linspace(0.0, 1.0, T)
@@ -43,9 +43,9 @@ def process() -> None:
         pyro.sample("y", dist.Poisson(f.exp()), obs=Y.exp().round())
 
 
-def head_of(guide: AutoFlowGuide) -> PredictorHead:
+def head_of(guide: AutoFlowGuide) -> LinearPredictorHead:
     head = guide.posterior.only_block.flow.head
-    assert isinstance(head, PredictorHead)
+    assert isinstance(head, LinearPredictorHead)
     return head
 
 
@@ -98,7 +98,7 @@ def test_a_guide_is_copied_and_loaded() -> None:
 def test_a_state_that_knows_nothing_of_predictors(monkeypatch: pytest.MonkeyPatch) -> None:
     """As that of a guide made before there were any."""
     with monkeypatch.context() as patch:
-        patch.setattr("pyro_flows.posterior.joint.read_predictor", lambda *_: None)
+        patch.setattr("pyro_flows.posterior.joint.read_linear_predictor", lambda *_: None)
         former = AutoFlowGuide(process).warm_start()
     values = former.sample_posterior(3)
     guide = AutoFlowGuide(process).setup()

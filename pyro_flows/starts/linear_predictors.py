@@ -6,10 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyro_flows.models.linear_predictors import RecordedLikelihood
 from pyro_flows.models.log_joint import LogJoint
-from pyro_flows.models.predictors import RecordedLikelihood
 from pyro_flows.starts.likelihood import LIKELIHOOD, affordable_draws, draws_given
-from pyro_flows.transforms import PredictorHead
+from pyro_flows.transforms import LinearPredictorHead
 
 __all__ = ["fit_factors", "skew_factors"]
 
@@ -17,7 +17,7 @@ __all__ = ["fit_factors", "skew_factors"]
 @torch.no_grad()
 def fit_factors(
     log_joint: LogJoint,
-    head: PredictorHead,
+    head: LinearPredictorHead,
     likelihood: RecordedLikelihood,
     center: Tensor,
     scale: Tensor,
@@ -67,7 +67,7 @@ def fit_factors(
 
 
 @torch.no_grad()
-def skew_factors(head: PredictorHead, likelihood: RecordedLikelihood, center: Tensor) -> bool:
+def skew_factors(head: LinearPredictorHead, likelihood: RecordedLikelihood, center: Tensor) -> bool:
     """Skew a head's likelihood factors as the likelihood is: third derivatives are differences of second ones.
 
     Args:

@@ -9,17 +9,17 @@ from torch import Tensor
 from pyro_flows.transforms.fixed import FixedParameter
 from pyro_flows.transforms.heads.base import encode_gaussian
 from pyro_flows.transforms.heads.conditional import Factor, relocated
-from pyro_flows.transforms.heads.correlated import Predictor
+from pyro_flows.transforms.heads.correlated import LinearPredictor
 from pyro_flows.transforms.heads.covariance import CovarianceHead
 from pyro_flows.transforms.heads.full_precision import ConditionalPrior
 from pyro_flows.transforms.networks import powerprop
 
-__all__ = ["PredictorHead"]
+__all__ = ["LinearPredictorHead"]
 
 
-class PredictorHead(CovarianceHead):
-    r"""Standard normal latents :math:`z` of which the data see predictors :math:`g(y_f) + H(y_f) z` only, with any
-    functions g and H of the free coordinates: an autoregression or a Gaussian process in terms of its innovations, say.
+class LinearPredictorHead(CovarianceHead):
+    r"""Standard normal latents :math:`z` of which the data see linear predictors :math:`g(y_f) + H(y_f) z` only, with
+    any functions g and H of the free coordinates: an autoregression or a Gaussian process in terms of its innovations.
 
     Each predictor has a likelihood factor of its own, with location :math:`b_0 + G (y_f - f_0)` and log-scale
     :math:`s_0 + U (y_f - f_0)`, which may be skewed. Factors are set by :meth:`set_factors` and not trained. So z is
@@ -33,7 +33,7 @@ class PredictorHead(CovarianceHead):
         predictor: The coordinates z, and the predictors.
     """
 
-    def __init__(self, input_dim: int, predictor: Predictor) -> None:
+    def __init__(self, input_dim: int, predictor: LinearPredictor) -> None:
         known = torch.zeros(input_dim, dtype=torch.bool)
         known[predictor.rows] = True
         super().__init__(known, torch.zeros(2 * input_dim, input_dim), torch.zeros(2 * input_dim))
