@@ -224,7 +224,7 @@ def _from_likelihood(flow: Flow, log_joint: LogJoint, head: LinearMixedHead, fou
             break
         center = head.forward_and_ladj(gaussian.loc)[0]
         scale = head.gaussian()[1] * gaussian.factor.square().sum(-1).sqrt()
-    if best is None:
+    if best is None or skew_factor is None:
         return best
     flow.load_state_dict(best.state)
     push, noise = flow.transform.forward_and_ladj, antithetic(GAUSSIAN.num_elbo_draws, center)
@@ -237,16 +237,16 @@ def _from_likelihood(flow: Flow, log_joint: LogJoint, head: LinearMixedHead, fou
 
 def _fits_of_factors(
     log_joint: LogJoint, head: LinearMixedHead, center: Tensor
-) -> tuple[Callable[..., bool], Callable[[Tensor], bool]]:
-    """How a head's likelihood factor is set, and skewed."""
+) -> tuple[Callable[..., bool], Callable[[Tensor], bool] | None]:
+    """How a head's likelihood factor is set, and skewed, if it can be."""
     if isinstance(head, LinearPredictorHead):
         batched = log_joint.batched
         read = read_linear_predictor(batched.model, *batched.call[:2], log_joint.table)
         if read is None or read.for_head(center).num != head.predictor.num:  # the data are others now
-            return lambda *_, **__: False, lambda _: False
+            return lambda *_, **__: False, None
         return partial(fit_factors, log_joint, head, read.likelihood), partial(skew_factors, head, read.likelihood)
     fit_factor = partial(fit_likelihood, log_joint, head, seen=seen_coordinates(log_joint, head, center))
-    return fit_factor, partial(fit_skew, log_joint, head) if isinstance(head, FullPrecisionHead) else lambda _: False
+    return fit_factor, partial(fit_skew, log_joint, head) if isinstance(head, FullPrecisionHead) else None
 
 
 def _from_shares(

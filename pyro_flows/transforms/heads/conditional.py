@@ -158,9 +158,8 @@ class _Draw(torch.autograd.Function):
                 _, solution, _ = _bent(shrunk, more.slope)
             to_slope = to_log_det * _inner(shrunk, solution)
             to_away = to_pull * more.slope + to_slope * more.curvature
-            to_skew = to_pull * away.square() / (more.length * (1.0 + more.length)) + to_slope * away / more.length.pow(
-                3
-            )
+            length = more.length
+            to_skew = to_pull * away.square() / (length * (1.0 + length)) + to_slope * away / length.pow(3)
             to_noise = to_noise + shrunk @ to_away
             pull = pull + more.value
             to_shrunk = to_log_det * (3.0 * shrunk - 2.0 * solution * (1.0 + more.slope).mT) - noise @ to_away.mT
@@ -236,8 +235,7 @@ def _unskewed(shrunk: Tensor, moved: Tensor, skew: Tensor) -> Tensor:
 class _Mean(torch.autograd.Function):
     r"""The mean of a draw with a Gaussian factor, in the factor's directions: :math:`B^\top M^{-1} B r`.
 
-    The derivative of the inverse takes no more than M's factor; compiled steps have no operation for that of
-    ``torch.linalg.solve``.
+    Its derivative takes no more than M's factor. With that of ``torch.linalg.solve`` instead, a fused step crashed.
     """
 
     @staticmethod

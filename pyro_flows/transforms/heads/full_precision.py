@@ -249,6 +249,14 @@ class FullPrecisionHead(ReadsFixed, LinearMixedHead):
             total = total + num * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return total
 
+    def _factor(self, root: Tensor, pull: Tensor) -> Factor:
+        """The likelihood factor, skewed if it is: with ``B`` and, ``(..., k)``, r."""
+        factor = Factor(root, pull.unsqueeze(-1))
+        if not self.is_skewed:
+            return factor
+        skew, rest = (part.detach().unsqueeze(-1) for part in (self.skew, self.rest))
+        return relocated(factor._replace(skew=skew), rest)
+
     def _conditional(self, free: Tensor) -> ConditionalPrior:
         """The conditional of the pooled coordinates given the free ones."""
         own_loc, prior_log_scale, factors = self._priors(free)
@@ -268,11 +276,7 @@ class FullPrecisionHead(ReadsFixed, LinearMixedHead):
         offset = site_loc + away @ self.own_slope.detach().mT - prior_loc
         pull = root_precision.unsqueeze(-1) * (shrink * (offset @ fixed + shift))
         ladj = prior_log_scale.sum(-1) + self._log_det_correlations(factors)
-        factor = Factor(root, pull.unsqueeze(-1))
-        if self.is_skewed:
-            skew, rest = (part.detach().unsqueeze(-1) for part in (self.skew, self.rest))
-            factor = relocated(factor._replace(skew=skew), rest)
-        return ConditionalPrior(prior_loc, scale, factors, chain.to(scale), factor, ladj)
+        return ConditionalPrior(prior_loc, scale, factors, chain.to(scale), self._factor(root, pull), ladj)
 
     def draw(self, x: Tensor) -> tuple[Tensor, Tensor]:
         pooled, free, total, ladj, *_ = self._draw(x)

@@ -58,13 +58,17 @@ class LinearMixedHead(ConditionalGaussianHead):
             log_precision_slope: ``u``, ``(F,)``.
         """
         scale = precision.diagonal().rsqrt()
-        ordered = torch.cat([free[0], loc]), torch.cat([free[1], scale.to(loc)])
-        self.raw.set(encode_gaussian(*(self._restored(part) for part in ordered)))
-        self.log_share.zero_()
-        self.origin.zero_()
+        self._set_sites(free, (loc, scale.to(loc)))
         self.own_slope.copy_(slope)
         self.own_tilt.copy_(log_precision_slope)
         self.set_origin()
+
+    def _set_sites(self, free: tuple[Tensor, Tensor], pooled: tuple[Tensor, Tensor]) -> None:
+        """Set locations and scales of site approximations, without an origin, and the priors' shares to 1."""
+        ordered = (torch.cat(parts) for parts in zip(free, pooled, strict=True))
+        self.raw.set(encode_gaussian(*(self._restored(part) for part in ordered)))
+        self.log_share.zero_()
+        self.origin.zero_()
 
     def full_prior(self, free: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`prior` of all pooled coordinates, whatever the head uses of it at the moment."""

@@ -7,8 +7,6 @@ import torch
 from torch import Tensor
 
 from pyro_flows.transforms.fixed import FixedParameter
-from pyro_flows.transforms.heads.base import encode_gaussian
-from pyro_flows.transforms.heads.conditional import Factor, relocated
 from pyro_flows.transforms.heads.correlated import LinearPredictor
 from pyro_flows.transforms.heads.covariance import CovarianceHead
 from pyro_flows.transforms.heads.full_precision import ConditionalPrior
@@ -61,10 +59,7 @@ class LinearPredictorHead(CovarianceHead):
         """
         self._switch(full=True)
         rest = self.sizes[1]
-        ordered = torch.cat([free[0], free[0].new_zeros(rest)]), torch.cat([free[1], free[1].new_ones(rest)])
-        self.raw.set(encode_gaussian(*(self._restored(part) for part in ordered)))
-        self.log_share.zero_()
-        self.origin.zero_()
+        self._set_sites(free, (free[0].new_zeros(rest), free[1].new_ones(rest)))
         self.factor_origin.copy_(origin)
         self.factor_slope.copy_(slope)
         self.set_origin()
@@ -88,9 +83,7 @@ class LinearPredictorHead(CovarianceHead):
         scale = prior_log_scale.exp()
         root = (scale.unsqueeze(-1) * slope.mT * root_precision.unsqueeze(-2)).double()
         pull = root_precision * (loc - offset)
-        factor = Factor(root, pull.unsqueeze(-1))
-        if self.is_skewed:
-            skew, rest = (part.detach().unsqueeze(-1) for part in (self.skew, self.rest))
-            factor = relocated(factor._replace(skew=skew), rest)
         chain = self._chain().to(scale)
-        return ConditionalPrior(torch.zeros_like(scale), scale, [], chain, factor, prior_log_scale.sum(-1))
+        return ConditionalPrior(
+            torch.zeros_like(scale), scale, [], chain, self._factor(root, pull), prior_log_scale.sum(-1)
+        )
