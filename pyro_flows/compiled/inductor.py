@@ -72,6 +72,7 @@ ONE_AT_A_TIME = threading.RLock()
 def to_machine_code(graph: GraphModule, inputs: list[Any]) -> Callable[..., Sequence[Tensor]]:
     """Compile a graph for inputs of these shapes and dtypes; uses inductor's cache."""
     is_cuda = inputs[0].is_cuda
+    _flatten_batches(graph)
     if is_cuda:  # numbers that the model keeps on the CPU, and learning rates; see CudaGraph
         inputs = [value.to(inputs[0].device) for value in inputs]
         graph = _with_sums(graph)
@@ -126,6 +127,31 @@ def _unfuse(graph: GraphModule) -> None:
     graph.recompile()
 
 
+def _flatten_batches(graph: GraphModule) -> None:
+    """Give the solvers by a factorization and its pivots one dimension of batches.
+
+    Torch's kernels step from matrix to matrix by the stride of the last such dimension. In memory that the compiler
+    lays out, that stride is any number if the dimension has size 1, and the kernels read memory of others.
+    """
+    call = graph.graph.call_function
+    for node in list(graph.graph.nodes):
+        if node.target not in WITH_PIVOTS or len(batch := node.meta["shape"][:-2]) < 2:
+            continue
+        event = node.meta["shape"][-2:]
+        n = event[-2 if node.kwargs.get("left", True) else -1]
+        with graph.graph.inserting_before(node):
+            args = [
+                call(aten.reshape.default, (call(aten.expand.default, (arg, [*batch, *end])), [batch.numel(), *end]))
+                for arg, end in zip(node.args[:3], ((n, n), (n,), event), strict=True)
+            ]
+            flat = call(node.target, tuple(args), node.kwargs)
+            solution = call(aten.reshape.default, (flat, [*batch, *event]))
+        solution.meta.update(node.meta)
+        node.replace_all_uses_with(solution)
+        graph.graph.erase_node(node)
+    graph.recompile()
+
+
 def _with_sums(graph: GraphModule) -> GraphModule:
     """A copy of a graph whose small matrix products are sums of products."""
     graph = GraphModule(graph, copy.deepcopy(graph.graph))
@@ -153,6 +179,7 @@ def _sum_of_products(call: Any, one: Node, other: Node, last: int) -> Node:
     return found
 
 
+WITH_PIVOTS = {aten.linalg_lu_solve.default, aten.linalg_ldl_solve.default}
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
 
 

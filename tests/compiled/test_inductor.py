@@ -47,6 +47,22 @@ def test_small_products_are_sums_on_a_gpu() -> None:
     assert len(products) == 1 and sum("mm" in str(node.target) for node in graph.graph.nodes) == 5
 
 
+def test_solvers_read_their_own_matrices_alone() -> None:
+    """Where a dimension of batches has size 1, compiled code ended in a segmentation fault."""
+
+    def function(root: Tensor, right: Tensor, left: Tensor) -> tuple[Tensor, ...]:
+        root = root.detach().requires_grad_()
+        matrix = root @ root.mT + torch.eye(64)
+        total = torch.linalg.solve(matrix, right).sum() + torch.linalg.solve(matrix, left, left=False).sum()
+        return total.detach(), *torch.autograd.grad(total, root)
+
+    values = torch.randn(116, 1, 64, 64), torch.randn(116, 1, 64, 1), torch.randn(116, 1, 2, 64)
+    graph, captured, _ = trace_operations(function, values)
+    made = to_machine_code(graph, [*values, *captured])
+    for one, other in zip(made(*values, *captured), function(*values), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_kernels_that_cannot_be_combined_are_compiled_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """As those that sort in torch 2.11, on a GPU, which is only pretended."""
 
