@@ -13,7 +13,7 @@ from torch.fx import Graph, GraphModule, Node, map_arg
 
 from pyro_flows.compiled.simplify import written_groups
 
-__all__ = ["AffineParts"]
+__all__ = ["AffineParts", "copy_operation", "operation_of", "terms_of"]
 
 aten = torch.ops.aten
 
@@ -145,42 +145,52 @@ class AffineParts:
             if node.op == "placeholder":
                 copies[node] = own.node_copy(node)
             elif kind is _Kind.FREE:
-                copies[node] = _copy(own, node, lambda old: copies[old] if old in copies else zeros(old))
+                copies[node] = copy_operation(own, node, lambda old: copies[old] if old in copies else zeros(old))
             elif kind is _Kind.AFFINE:
-                places = self._places(node)
-                terms = [*_terms(node, places)]
+                places = self.places(node)
+                terms = [*terms_of(node, places)]
                 if any(t in offsets or self._kinds[t] is _Kind.FREE if isinstance(t, Node) else t for t in terms):
-                    offsets[node] = _copy(own, node, offset)
-                changes[node] = _copy(own, node, copies.__getitem__, places, change)
+                    offsets[node] = copy_operation(own, node, offset)
+                changes[node] = copy_operation(own, node, copies.__getitem__, places, change)
         own.output((tuple(map(offset, nodes)), tuple(changes[node] for node in nodes)))
         return GraphModule(torch.nn.Module(), own)
 
-    def _dependent(self, node: Node) -> list[Node]:
+    @property
+    def variable(self) -> Node:
+        """The input."""
+        return self._variable
+
+    def is_free(self, node: Node) -> bool:
+        """Whether a value does not depend on the variable."""
+        return self._kinds[node] is _Kind.FREE
+
+    def dependent(self, node: Node) -> list[Node]:
+        """The arguments of an operation that depend on the variable."""
         return [source for source in node.all_input_nodes if self._kinds[source] is not _Kind.FREE]
 
-    def _places(self, node: Node) -> tuple[int, ...]:
+    def places(self, node: Node) -> tuple[int, ...]:
         """Places of the arguments that depend on the variable, where the operation is linear in these; else none."""
-        dependent = set(self._dependent(node))
-        for places in _LINEAR[_operation(node)] if _is_linear(node) else ():
+        dependent = set(self.dependent(node))
+        for places in _LINEAR[operation_of(node)] if _is_linear(node) else ():
             if dependent.isdisjoint(_nodes(_others(node, places))):
                 return places
         return ()
 
     def _kind(self, node: Node) -> _Kind:
-        dependent = self._dependent(node)
-        if not dependent or (_operation(node) in _LIKE and dependent == [node.args[0]]):
+        dependent = self.dependent(node)
+        if not dependent or (operation_of(node) in _LIKE and dependent == [node.args[0]]):
             return _Kind.FREE
-        is_affine = all(self._kinds[source] is _Kind.AFFINE for source in dependent) and self._places(node)
+        is_affine = all(self._kinds[source] is _Kind.AFFINE for source in dependent) and self.places(node)
         return _Kind.AFFINE if is_affine else _Kind.OTHER
 
     def _is_bend(self, node: Node) -> bool:
         """Whether an operation is not linear in those of its arguments that depend on the variable."""
-        return self._kinds[node] is not _Kind.FREE and not self._places(node)
+        return self._kinds[node] is not _Kind.FREE and not self.places(node)
 
     def _without(self, node: Node, removable: Collection[Node]) -> Node:
         """The value of which a node is a repetition, the negative or a sum with removable terms, if it is no larger."""
         while node is not self._variable:
-            dependent, operation = self._dependent(node), _operation(node)
+            dependent, operation = self.dependent(node), operation_of(node)
             others = [source for source in node.all_input_nodes if source not in dependent]
             is_sum = operation in _SUMS and all(source in removable for source in others)
             if len(dependent) > 1 or not (is_sum or operation in _MOVES) or _numel(dependent[0]) > _numel(node):
@@ -189,7 +199,7 @@ class AffineParts:
         return node
 
 
-def _operation(node: Node) -> Any:
+def operation_of(node: Node) -> Any:
     return getattr(node.target, "overloadpacket", node.target)
 
 
@@ -197,10 +207,10 @@ def _is_linear(node: Node) -> bool:
     """Whether there are arguments in which an operation is linear."""
     dtype = node.kwargs.get("dtype")
     is_rounded = node.kwargs.get("rounding_mode") or (isinstance(dtype, torch.dtype) and not dtype.is_floating_point)
-    return _operation(node) in _LINEAR and not is_rounded
+    return operation_of(node) in _LINEAR and not is_rounded
 
 
-def _terms(node: Node, places: tuple[int, ...]) -> Iterator[Any]:
+def terms_of(node: Node, places: tuple[int, ...]) -> Iterator[Any]:
     """The arguments at some places, with the items of lists."""
     for place in places:
         if place < len(node.args):
@@ -223,7 +233,7 @@ def _numel(node: Node) -> int:
     return shape.numel()
 
 
-def _copy(
+def copy_operation(
     graph: Graph,
     node: Node,
     to_copy: Callable[[Node], Node],

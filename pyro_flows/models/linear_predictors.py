@@ -5,33 +5,35 @@ other latents."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import pyro
-import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
-from pyro_flows._random import seeded
 from pyro_flows.compiled.affine import AffineParts
-from pyro_flows.compiled.simplify import drop_unused, merge_repeated
-from pyro_flows.compiled.tracer import LEARNED, trace_operations
+from pyro_flows.compiled.simplify import drop_unused
+from pyro_flows.compiled.tracer import LEARNED
 from pyro_flows.models.covariances import RECORDING, parents_of
 from pyro_flows.models.layout import Layout
-from pyro_flows.models.log_joint import constrain, scored_sites
+from pyro_flows.models.recorded_run import (
+    RecordedLikelihood,
+    RecordedRun,
+    RunRecorder,
+    flat,
+    is_standard_normal,
+    likelihood_of,
+    without_unused,
+)
 from pyro_flows.models.sites import Site
-from pyro_flows.models.traces import Call
-from pyro_flows.models.watch import is_plain, unwrapped
 from pyro_flows.transforms import LinearPredictor
 
 __all__ = [
     "LINEAR_PREDICTORS",
     "ReadLinearPredictor",
-    "RecordedLikelihood",
     "RecordedLinearPredictor",
     "read_linear_predictor",
 ]
@@ -88,7 +90,7 @@ class RecordedLinearPredictor:
 
             def along(unit: Tensor) -> tuple[Tensor, Tensor]:
                 offsets, changes = self._graph(unit, *parts, *self._captured)
-                return _flat(offsets), _flat(changes)
+                return flat(offsets), flat(changes)
 
             offsets, slope = torch.vmap(along, out_dims=(0, 1))(units)
             offset = offsets[0]  # the same along all units, and computed once
@@ -110,42 +112,6 @@ class RecordedLinearPredictor:
         """Whether slopes at points, ``(N, D)``, differ in more than a factor for each coordinate of the site."""
         directions = F.normalize(self(points)[1], dim=-2)
         return bool((directions - directions[:1]).abs().max() > RECORDING.tolerance)
-
-
-class RecordedLikelihood:
-    """What follows the predictors: the log density of all other sites, given these.
-
-    Args:
-        graph: From the values of the predictors, and the parts of packed latents, to log densities of sites.
-        captured: The graph's further inputs, which are copied.
-        sizes: Lengths of the parts.
-        shapes: Shapes of the predictors, as the model has them.
-        like: A tensor of the dtype and on the device of the recording.
-    """
-
-    def __init__(
-        self,
-        graph: GraphModule,
-        captured: Sequence[Tensor],
-        sizes: Sequence[int],
-        shapes: Sequence[torch.Size],
-        like: Tensor,
-    ) -> None:
-        self._graph = graph
-        self._captured = tuple(value.clone() for value in captured)
-        self._sizes = [*sizes]
-        self._shapes = [*shapes]
-        self._like = like.new_zeros(())
-
-    def __call__(self, packed: Tensor, predictors: Tensor) -> Tensor:
-        """``(S,)`` at packed latents, ``(S, D)``, and predictors, ``(S, K)``; differentiable."""
-
-        def one(packed: Tensor, predictors: Tensor) -> Tensor:
-            values = predictors.split([shape.numel() for shape in self._shapes])
-            shaped = [value.reshape(shape) for value, shape in zip(values, self._shapes, strict=True)]
-            return torch.stack(self._graph(*shaped, *packed.split(self._sizes), *self._captured)).sum()
-
-        return torch.vmap(one)(packed.to(self._like), predictors.to(self._like)).to(packed)
 
 
 class ReadLinearPredictor(NamedTuple):
@@ -176,20 +142,6 @@ class ReadLinearPredictor(NamedTuple):
         return LinearPredictor(self.rows, len(self.predictor(like)[0]), self.predictor)
 
 
-class _Run(NamedTuple):
-    """A recorded run of the model.
-
-    Attributes:
-        graph: From the parts of packed latents to the log density of each site, in the order of ``sites``.
-        captured: The graph's further inputs.
-        sites: What Pyro knows of the sites.
-    """
-
-    graph: GraphModule
-    captured: list[Tensor]
-    sites: dict[str, dict[str, Any]]
-
-
 class _Found(NamedTuple):
     """Predictors in a run.
 
@@ -206,9 +158,7 @@ class _Found(NamedTuple):
 
 
 @torch.no_grad()
-def read_linear_predictor(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], layout: Layout
-) -> ReadLinearPredictor | None:
+def read_linear_predictor(recorder: RunRecorder) -> ReadLinearPredictor | None:
     r"""Find a site z with a standard normal prior of which the data, and the priors of other latents, see some affine
     functions :math:`g(\theta) + H(\theta) z` only, with slopes that depend on other latents :math:`\theta`.
 
@@ -218,14 +168,12 @@ def read_linear_predictor(
     raises or writes z into memory; that are random; or that depend on the model's own parameters.
 
     Args:
-        model: The model.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        layout: Layout of the joint block's sites.
+        recorder: Of the model's runs, with the layout of the joint block's sites.
 
     Returns:
         The predictors of the largest such site; None if there is none.
     """
+    layout = recorder.layout
     if layout.plates or len(layout.names) < 2:
         return None
 
@@ -235,25 +183,25 @@ def read_linear_predictor(
         return site.is_real and is_of_size
 
     sites = [site for site in layout if is_candidate(site)]
-    with seeded(0), pyro.validation_enabled(False):
-        noise = torch.randn(RECORDING.num_points, layout.latent_dim).to(layout.init_loc)
-        points = layout.init_loc + RECORDING.spread * noise
-        again = points[:1].clone()  # with other values of the sites alone
-        for site in sites:
-            again[:, layout.slices[site.name]] = points[1:2, layout.slices[site.name]]
-        points = torch.cat([points, again])
-        try:
-            runs = [_run(model, args, kwargs, layout, points[0])] if sites else []
-            found = [(site, predictors) for site in sites for run in runs if (predictors := _find(run, layout, site))]
-            runs += [_run(model, args, kwargs, layout, point) for point in points[1:]] if found else []
-        except Exception:  # a model may raise anything at unlikely values, and reads of values are refused
-            return None
-        for site, predictors in sorted(found, key=lambda pair: -_size(layout, pair[0])):
-            read = _record(runs, predictors, layout, site, points)
-            if read is not None and parents_of(read.slopes, layout, site, points).any():
-                parents = parents_of(read, layout, site, points)
-                likelihood = _likelihood(runs[0], predictors, layout, points)
-                return ReadLinearPredictor(layout.slices[site.name], parents, read, likelihood, read.turns(points))
+    points = recorder.points
+    again = points[:1].clone()  # with other values of the sites alone
+    for site in sites:
+        again[:, layout.slices[site.name]] = points[1:2, layout.slices[site.name]]
+    points = torch.cat([points, again])
+    first = recorder.first() if sites else None
+    if first is None:
+        return None
+    found = [(site, predictors) for site in sites if (predictors := _find(first, layout, site))]
+    try:
+        runs = [first, *(recorder.at(point) for point in points[1:])] if found else []
+    except Exception:  # a model may raise anything at unlikely values
+        return None
+    for site, predictors in sorted(found, key=lambda pair: -_size(layout, pair[0])):
+        read = _record(runs, predictors, layout, site, points)
+        if read is not None and parents_of(read.slopes, layout, site, points).any():
+            parents = parents_of(read, layout, site, points)
+            likelihood = likelihood_of(runs[0], predictors.rest, predictors.predictors, layout, points)
+            return ReadLinearPredictor(layout.slices[site.name], parents, read, likelihood, read.turns(points))
     return None
 
 
@@ -261,38 +209,11 @@ def _size(layout: Layout, site: Site) -> int:
     return layout.sizes[layout.names.index(site.name)]
 
 
-def _run(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], layout: Layout, point: Tensor
-) -> _Run:
-    sites: dict[str, dict[str, Any]] = {}
-
-    def log_densities(*parts: Tensor) -> list[Tensor]:
-        values, _ = constrain(layout.split(parts))
-        sites.update((node["name"], node) for node in scored_sites(model, values, Call(args, kwargs)))
-        return [node["log_prob"].sum() for node in sites.values()]
-
-    parts = [part.clone() for part in point.split(layout.sizes)]
-    graph, captured, _ = trace_operations(log_densities, parts)
-    for node, part in zip(graph.graph.nodes, parts):  # those of captured tensors are longer
-        node.meta["shape"] = part.shape
-    merge_repeated(graph)
-    return _Run(graph, captured, sites)
-
-
-def _is_standard_normal(node: Mapping[str, Any]) -> bool:
-    fn = unwrapped(node["fn"])
-    return is_plain(node) and type(fn) is dist.Normal and not fn.loc.any() and bool((fn.scale == 1.0).all())
-
-
-def _find(run: _Run, layout: Layout, site: Site) -> _Found | None:
+def _find(run: RecordedRun, layout: Layout, site: Site) -> _Found | None:
     """Predictors of a site in a run; None if there are none, or too many."""
-    if not _is_standard_normal(run.sites[site.name]):
+    if not is_standard_normal(run.sites[site.name]):
         return None
-    graph = copy.deepcopy(run.graph)
-    *_, output = graph.graph.nodes
-    log_densities = zip(run.sites, output.args[0], strict=True)
-    output.args = (tuple(log_density for name, log_density in log_densities if name != site.name),)
-    drop_unused(graph)
+    graph = run.without(site.name)
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"][: len(layout.names)]
     try:
         affine = AffineParts(graph, inputs[layout.names.index(site.name)], inputs)
@@ -303,7 +224,7 @@ def _find(run: _Run, layout: Layout, site: Site) -> _Found | None:
 
 
 def _record(
-    runs: Sequence[_Run], found: _Found, layout: Layout, site: Site, points: Tensor
+    runs: Sequence[RecordedRun], found: _Found, layout: Layout, site: Site, points: Tensor
 ) -> RecordedLinearPredictor | None:
     """The predictors as a function; None if training changes it, or it is not what the runs at the points, ``(N, D)``,
     compute."""
@@ -312,7 +233,7 @@ def _record(
         drop_unused(graph)
         if any(node.meta.get(LEARNED) and node.users for node in graph.graph.nodes):
             return None
-        captured = _without_unused(graph, runs[0].captured)
+        captured = without_unused(graph, runs[0].captured)
         read = RecordedLinearPredictor(graph, captured, layout.sizes, _size(layout, site), points)
         offset, slope = read(points)
         values = offset + (slope @ points[:, layout.slices[site.name]].unsqueeze(-1)).squeeze(-1)
@@ -328,41 +249,9 @@ def _record(
     return read
 
 
-def _likelihood(run: _Run, found: _Found, layout: Layout, points: Tensor) -> RecordedLikelihood:
-    graph = copy.deepcopy(found.rest)
-    nodes = {node.name: node for node in graph.graph.nodes}
-    first = next(iter(graph.graph.nodes))
-    shapes = []
-    for predictor in found.predictors:
-        node = nodes[predictor.name]
-        with graph.graph.inserting_before(first):
-            given = graph.graph.placeholder(f"given_{node.name}")
-        node.replace_all_uses_with(given)
-        shapes.append(predictor.meta["shape"])
-    drop_unused(graph)
-    captured = _without_unused(graph, run.captured)
-    return RecordedLikelihood(graph, captured, layout.sizes, shapes, points)
-
-
-def _without_unused(graph: GraphModule, captured: Sequence[Tensor]) -> list[Tensor]:
-    """Drop captured tensors, the last inputs of a graph, that it does not use: other data, which may be large."""
-    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"][-len(captured) :] if captured else []
-    kept = [value for node, value in zip(inputs, captured, strict=True) if node.users]
-    for node in inputs:
-        if not node.users:
-            graph.graph.erase_node(node)
-    graph.recompile()
-    return kept
-
-
-def _values(found: _Found, run: _Run, parts: Sequence[Tensor]) -> Tensor:
+def _values(found: _Found, run: RecordedRun, parts: Sequence[Tensor]) -> Tensor:
     """The predictors, ``(K,)``, as a run computes them."""
     *_, output = found.graph.graph.nodes
     output.args = (tuple(found.predictors),)
     drop_unused(found.graph)
-    return _flat(found.graph(*parts, *run.captured))
-
-
-def _flat(values: Sequence[Tensor]) -> Tensor:
-    """Tensors of any shapes as one vector, ``(K,)``."""
-    return torch.cat([value.reshape(-1) for value in values])
+    return flat(found.graph(*parts, *run.captured))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +20,10 @@ from pyro_flows.models.leaves import are_leaves, possible_leaves
 from pyro_flows.models.linear_predictors import read_linear_predictor
 from pyro_flows.models.noncentered import CenteredLayout, with_effects
 from pyro_flows.models.priors import LinearPrior, read_joint_prior
+from pyro_flows.models.recorded_run import RunRecorder
+from pyro_flows.models.state_chains import read_state_chain
 from pyro_flows.transforms import (
+    ChainHead,
     ConditionalGaussianHead,
     CovarianceHead,
     DiagonalPrecisionHead,
@@ -27,9 +31,9 @@ from pyro_flows.transforms import (
     FlowTransform,
     FullPrecisionHead,
     FullRankPreconditioner,
+    Head,
     Leading,
     LeafPreconditioner,
-    LinearPredictor,
     LinearPredictorHead,
     LowRankPreconditioner,
     MultilevelHead,
@@ -81,9 +85,11 @@ def build_reproducibly(build: Callable[[], Built]) -> Built:
     return built
 
 
-def _preconditioner(layout: Layout, *, knows_priors: bool) -> Preconditioner | None:
+def _preconditioner(layout: Layout, head: Head | None) -> Preconditioner | None:
     """The preconditioner, which a warm start sets; its memory is linear in the dimension above some thousand."""
-    dim = layout.latent_dim
+    dim, knows_priors = layout.latent_dim, head is not None
+    if head is not None and head.max_rank is not None:
+        return LowRankPreconditioner(dim, head.max_rank)
     if layout.num_leaves:
         count = len(item_pairs(layout)) + min(JOINT.num_principal, layout.num_free) * layout.num_free
         return LeafPreconditioner(dim, layout.num_leaves, count if count * layout.num_leaves <= JOINT.max_bends else 0)
@@ -120,7 +126,7 @@ def _conditional_head(prior: LinearPrior, dim: int) -> ConditionalGaussianHead:
     return FullPrecisionHead(known, slope, bias, prior.correlated)
 
 
-def _blocks(sizes: Sequence[int], head: ConditionalGaussianHead | None) -> list[int]:
+def _blocks(sizes: Sequence[int], head: Head | None) -> list[int]:
     """Sizes of the blocks of a model-ordered flow: the sites, with the links of a chain, which the head correlates, in
     one block with their neighbors, since a draw takes one step per block."""
     if head is None or not head.is_chained:
@@ -172,11 +178,15 @@ def make_joint_block(
     effects = None
     if spec.knows_priors and spec.head == "diagonal" and may_have_leaves and not has_leaves:
         effects = with_effects(model, args, kwargs, layout, prior, JOINT.max_precision_dim)
-    predictor = None
+    predictor: Callable[[int], Head] | None = None
     if spec.knows_priors and spec.head == "diagonal" and may_have_leaves and not has_leaves and prior is None:
-        read = read_linear_predictor(model, args, kwargs, layout)
-        if read is not None and (read.turns or effects is None):  # effects are followed by their scales alone
-            predictor, effects = read.for_head(layout.init_loc), None
+        recorder = RunRecorder(model, args, kwargs, layout)
+        chain = read_state_chain(recorder)
+        read = read_linear_predictor(recorder) if chain is None else None
+        if chain is not None:
+            predictor, effects = partial(ChainHead, chain=chain.chain), None
+        elif read is not None and (read.turns or effects is None):  # effects are followed by their scales alone
+            predictor, effects = partial(LinearPredictorHead, predictor=read.for_head(layout.init_loc)), None
     return JointBlock(
         layout,
         spec,
@@ -211,7 +221,8 @@ class JointBlock(nn.Module):
         prior: Priors that depend on other sites of the block, for families that make use of them.
         effects: The same with effects in place of standard normal latents, and the map to these; they are in use unless
             a state is loaded that knows nothing of them.
-        predictor: What the data see of standard normal latents; in use unless a state knows nothing of it.
+        predictor: From a dimension to a head that knows what the data see of standard normal latents; in use unless a
+            state knows nothing of it.
         leaves: Name of the site whose coordinates may be leaves.
         has_leaves: Whether they are, which the block can change with a state that it loads. The site comes last in
             ``layout`` then.
@@ -229,7 +240,7 @@ class JointBlock(nn.Module):
         *,
         prior: LinearPrior | None = None,
         effects: tuple[LinearPrior, NonCentering] | None = None,
-        predictor: LinearPredictor | None = None,
+        predictor: Callable[[int], Head] | None = None,
         leaves: str | None = None,
         has_leaves: bool = False,
     ) -> None:
@@ -254,7 +265,7 @@ class JointBlock(nn.Module):
         layout: Layout | None,
         prior: LinearPrior | None,
         noncentering: NonCentering | None = None,
-        predictor: LinearPredictor | None = None,
+        predictor: Callable[[int], Head] | None = None,
     ) -> None:
         """Make the flow over a layout."""
         assert layout is not None
@@ -262,11 +273,11 @@ class JointBlock(nn.Module):
         self.inner_layout = layout if noncentering is None else CenteredLayout(layout, noncentering)
         init_loc = self.inner_layout.init_loc
         with init_loc.device:
-            head = None if prior is None else _conditional_head(prior, layout.latent_dim)
+            head: Head | None = None if prior is None else _conditional_head(prior, layout.latent_dim)
             if predictor is not None:
-                head = LinearPredictorHead(layout.latent_dim, predictor)
+                head = predictor(layout.latent_dim)
             sizes = _blocks([size for size in layout.sizes if size], head)
-            preconditioner = _preconditioner(layout, knows_priors=head is not None)
+            preconditioner = _preconditioner(layout, head)
             flow = build_reproducibly(
                 lambda: spec.build_joint(
                     sizes,
@@ -347,7 +358,8 @@ class JointBlock(nn.Module):
         """Whether the head knows as many priors as the one of a state of these names and shapes."""
         own = {name: value.shape for name, value in self.flow.state_dict().items()}
         shares, others = (
-            {tuple(s) for name, s in each.items() if name.endswith(".log_share")} for each in (own, shapes)
+            {tuple(s) for name, s in each.items() if name.endswith((".log_share", ".factor_origin"))}
+            for each in (own, shapes)
         )
         return not shapes or shares == others
 

@@ -117,6 +117,11 @@ class Gaussian:
         return (self.factor if self.factor.dim() == 1 else self.factor.diagonal()).double().log().sum()
 
     @property
+    def marginal_scale(self) -> Tensor:
+        """Standard deviation of each coordinate, ``(D,)``."""
+        return self.factor if self.factor.dim() == 1 else self.factor.square().sum(-1).sqrt()
+
+    @property
     def conditional_scale(self) -> Tensor:
         """Standard deviation of each coordinate given the others, the scale of the best mean-field normal."""
         if self.factor.dim() == 1:
@@ -237,7 +242,9 @@ def _best(log_joint: LogJoint, found: list[Gaussian]) -> Gaussian:
 
 
 @torch.no_grad()
-def refined(log_joint: Target, begin: Gaussian, moving: Tensor | None = None) -> Gaussian:
+def refined(
+    log_joint: Target, begin: Gaussian, moving: Tensor | None = None, *, by_differences: bool = False
+) -> Gaussian:
     r"""Newton's method for the ELBO of a normal with a full covariance, continued while the ELBO increases.
 
     At the optimum, the mean gradient over its draws is zero, and minus the mean Hessian is its precision.
@@ -247,6 +254,7 @@ def refined(log_joint: Target, begin: Gaussian, moving: Tensor | None = None) ->
         begin: Initial Gaussian.
         moving: Indices of the coordinates to optimize; None means all. The others must be independent of them in
             ``begin``, and are left unchanged.
+        by_differences: Whether Hessians are differences of gradients, as they are where not all coordinates move.
 
     Returns:
         The best iterate, with its ELBO.
@@ -265,7 +273,7 @@ def refined(log_joint: Target, begin: Gaussian, moving: Tensor | None = None) ->
         count = GAUSSIAN.num_newton_draws + GAUSSIAN.num_newton_rows // len(begin.loc)
     count = log_joint.affordable(count, GAUSSIAN.gradients_per_row * len(moving))
     for _ in range(GAUSSIAN.num_newton_steps):
-        tried = _newton(log_joint, best, moving, count)
+        tried = _newton(log_joint, best, moving, count, by_differences=by_differences)
         found = scored(log_joint, [best, *tried], GAUSSIAN.num_elbo_draws, begin.loc)
         was, best = found[0].elbo, max(found, key=lambda gaussian: gaussian.elbo)
         if not best.elbo > was + GAUSSIAN.newton_gain:
@@ -273,7 +281,7 @@ def refined(log_joint: Target, begin: Gaussian, moving: Tensor | None = None) ->
     return best
 
 
-def _newton(log_joint: Target, begin: Gaussian, moving: Tensor, count: int) -> list[Gaussian]:
+def _newton(log_joint: Target, begin: Gaussian, moving: Tensor, count: int, *, by_differences: bool) -> list[Gaussian]:
     """Gaussians after fractions of a Newton step; none if the target has no derivatives there."""
     draws = begin.push(antithetic(count, begin.loc))
 
@@ -282,7 +290,9 @@ def _newton(log_joint: Target, begin: Gaussian, moving: Tensor, count: int) -> l
     pairs = draws.unflatten(0, (2, -1))
     parts = [part.flatten(0, 1) for part in pairs.tensor_split(-(-len(draws) // at_once), 1)]
     try:
-        means = [(len(part), _mean_derivatives(log_joint, part, moving)) for part in parts]
+        means = [
+            (len(part), _mean_derivatives(log_joint, part, moving, by_differences=by_differences)) for part in parts
+        ]
     except RuntimeError:
         return []
     found = [(count, *mean) for count, mean in means if mean is not None]
@@ -312,13 +322,15 @@ def triangular(root: Tensor) -> Tensor:
     return below * below.diagonal().sign()
 
 
-def _mean_derivatives(log_joint: Target, draws: Tensor, moving: Tensor) -> tuple[Tensor, Tensor] | None:
+def _mean_derivatives(
+    log_joint: Target, draws: Tensor, moving: Tensor, *, by_differences: bool
+) -> tuple[Tensor, Tensor] | None:
     """Gradient and Hessian with respect to some coordinates, averaged over the draws that have them; None if none does.
 
     Raises:
         RuntimeError: If the target has no second derivative, and all coordinates are asked for.
     """
-    if len(moving) < draws.shape[-1]:
+    if by_differences or len(moving) < draws.shape[-1]:
         # Inside of a head, whose second derivatives go through factorizations.
         found = mean_derivatives(log_joint, draws, moving, GAUSSIAN.difference, log_joint.chunk)
         return None if found is None else (found[0][moving], found[1][:, moving])

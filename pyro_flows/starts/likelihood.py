@@ -12,7 +12,7 @@ from pyro_flows.models.log_joint import LogJoint
 from pyro_flows.starts.fixed_draws import antithetic
 from pyro_flows.starts.gaussian import GAUSSIAN
 from pyro_flows.starts.lbfgs import gradient_and_hessian
-from pyro_flows.transforms import FullPrecisionHead, LinearMixedHead
+from pyro_flows.transforms import FullPrecisionHead, Head, LinearMixedHead
 
 __all__ = ["LIKELIHOOD", "affordable_draws", "draws_given", "fit_likelihood", "fit_skew", "seen_coordinates"]
 
@@ -168,7 +168,7 @@ def seen_coordinates(log_joint: LogJoint, head: LinearMixedHead, point: Tensor) 
     return torch.isin(free, torch.cat(seen)) if seen else torch.zeros_like(free, dtype=torch.bool)
 
 
-def draws_given(head: LinearMixedHead, center: Tensor, free: Tensor, count: int) -> Tensor:
+def draws_given(head: Head, center: Tensor, free: Tensor, count: int) -> Tensor:
     """Draws of the head, ``(count, D)``, with the other coordinates at a point."""
     loc, scale = head.gaussian()
     noise = antithetic(count, center)

@@ -6,18 +6,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_flows.models.linear_predictors import RecordedLikelihood
 from pyro_flows.models.log_joint import LogJoint
+from pyro_flows.models.recorded_run import RecordedLikelihood
 from pyro_flows.starts.likelihood import LIKELIHOOD, affordable_draws, draws_given
-from pyro_flows.transforms import LinearPredictorHead
+from pyro_flows.transforms import ChainHead, LinearPredictorHead
 
-__all__ = ["fit_factors", "skew_factors"]
+__all__ = ["derivatives", "fit_factors", "skew_factors"]
+
+PredictorHead = LinearPredictorHead | ChainHead
 
 
 @torch.no_grad()
 def fit_factors(
     log_joint: LogJoint,
-    head: LinearPredictorHead,
+    head: PredictorHead,
     likelihood: RecordedLikelihood,
     center: Tensor,
     scale: Tensor,
@@ -39,15 +41,15 @@ def fit_factors(
         Whether the factors were set: the likelihood must have finite derivatives there.
     """
     free, own = head.order.tensor_split([head.count_free])
-    offset, slope = head.predictor.read(center)
     count = affordable_draws(log_joint, center)
     around = draws_given(head, center, free, count) if by_draws else center.unsqueeze(0)
-    values = offset + around[:, own] @ slope.mT
-    least = LIKELIHOOD.min_share / slope.square().sum(-1).clamp_min(torch.finfo(slope.dtype).tiny)
+    values = head.predictors(center, around[:, own])
+    least = LIKELIHOOD.min_share / head.prior_variances(center).clamp_min(torch.finfo(values.dtype).tiny)
 
     def factors_at(point: Tensor) -> Tensor:
         """Locations and log-scales, ``(2, K)``, with the other coordinates at a point and the same predictors."""
-        gradient, curvature = (part.mean(0) for part in _derivatives(likelihood, point, values))
+        _, *parts = derivatives(likelihood, point.expand(len(values), -1), values)
+        gradient, curvature = (part.mean(0) for part in parts)
         precision = torch.maximum(-curvature, least)
         return torch.stack([values.mean(0) + gradient / precision, -0.5 * precision.log()])
 
@@ -67,7 +69,7 @@ def fit_factors(
 
 
 @torch.no_grad()
-def skew_factors(head: LinearPredictorHead, likelihood: RecordedLikelihood, center: Tensor) -> bool:
+def skew_factors(head: PredictorHead, likelihood: RecordedLikelihood, center: Tensor) -> bool:
     """Skew a head's likelihood factors as the likelihood is: third derivatives are differences of second ones.
 
     Args:
@@ -79,10 +81,9 @@ def skew_factors(head: LinearPredictorHead, likelihood: RecordedLikelihood, cent
         Whether they were skewed: the likelihood must have finite derivatives there.
     """
     free, own = head.order.tensor_split([head.count_free])
-    offset, slope = head.predictor.read(center)
-    values = offset + draws_given(head, center, free, LIKELIHOOD.num_draws)[:, own] @ slope.mT
+    values = head.predictors(center, draws_given(head, center, free, LIKELIHOOD.num_draws)[:, own])
     mean, sd = values.mean(0), values.std(0)
-    above, below = _derivatives(likelihood, center, torch.stack([mean + sd, mean - sd]))[1]
+    above, below = derivatives(likelihood, center.expand(2, -1), torch.stack([mean + sd, mean - sd]))[2]
     skew = (3.0 * head.factor_origin[1]).exp() * (above - below) / (6.0 * sd)
     if not skew.isfinite().all():
         return False
@@ -90,13 +91,17 @@ def skew_factors(head: LinearPredictorHead, likelihood: RecordedLikelihood, cent
     return True
 
 
-@torch.enable_grad()
-def _derivatives(likelihood: RecordedLikelihood, point: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """First and second derivatives of the log likelihood in each predictor at their values, ``(S, K)``, with the other
-    coordinates at a point; the second exact where it is a sum over predictors, and else without a bias."""
-    values = values.detach().requires_grad_()
-    signs = torch.randint_like(values, 2) * 2.0 - 1.0
-    log_density = likelihood(point.expand(len(values), -1), values).sum()
-    (gradient,) = torch.autograd.grad(log_density, values, create_graph=True)
-    (product,) = torch.autograd.grad((gradient * signs).sum(), values)
-    return gradient.detach(), product * signs
+def derivatives(likelihood: RecordedLikelihood, points: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The log likelihood, ``(S,)``, and its first and second derivatives in each predictor, ``(S, K)``, at points,
+    ``(S, D)``, and values of the predictors, ``(S, K)``; the second exact where it is a sum over predictors, and else
+    without a bias. Differentiable where gradients are enabled."""
+    is_differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        if not values.requires_grad:
+            values = values.detach().requires_grad_()
+        signs = torch.randint_like(values, 2) * 2.0 - 1.0
+        value = likelihood(points, values)
+        (gradient,) = torch.autograd.grad(value.sum(), values, create_graph=True)
+        (product,) = torch.autograd.grad((gradient * signs).sum(), values, create_graph=is_differentiable)
+    found = value, gradient, product * signs
+    return found if is_differentiable else (value.detach(), gradient.detach(), found[2].detach())

@@ -14,7 +14,7 @@ from pyro_flows.models.log_joint import Target, in_parts
 from pyro_flows.starts.fixed_draws import antithetic, elbo_of, fit_on_fixed_draws
 from pyro_flows.starts.gaussian import GAUSSIAN, Gaussian, triangular
 
-__all__ = ["LowRankGaussian", "best_low_rank", "krylov_eigenpairs"]
+__all__ = ["LowRankGaussian", "best_low_rank", "embedded", "krylov_eigenpairs"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,11 @@ class LowRankGaussian:
     stretch: Tensor
     elbo: float = -math.inf
 
+    @property
+    def marginal_scale(self) -> Tensor:
+        """Standard deviations, ``(D,)``."""
+        return self.scale * (1.0 + self.directions.square() @ (self.stretch.square() - 1.0)).sqrt()
+
     def mix(self, noise: Tensor) -> Tensor:
         """``(I + U diag(s - 1) U^T) x``, ``(..., D)``."""
         return noise + ((noise @ self.directions) * (self.stretch - 1.0)) @ self.directions.mT
@@ -82,6 +87,20 @@ class LowRankGaussian:
     def push(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Map standard normal noise, ``(S, D)``, to draws; returns these and the log-determinant."""
         return self.loc + self.scale * self.mix(noise), self.scale.log().sum() + self.stretch.log().sum()
+
+
+def embedded(gaussian: Gaussian, rows: Tensor, dim: int) -> LowRankGaussian:
+    """A Gaussian of some coordinates, with independent standard normal ones beside them, ``(dim,)`` in all."""
+    factor = gaussian.factor if gaussian.factor.dim() == 2 else gaussian.factor.diag()
+    directions, stretch, _ = torch.linalg.svd(factor.double())
+    like = gaussian.loc
+    return LowRankGaussian(
+        like.new_zeros(dim).index_copy(0, rows, like),
+        like.new_ones(dim),
+        like.new_zeros(dim, len(rows)).index_copy(0, rows, directions.to(like)),
+        stretch.to(like),
+        gaussian.elbo,
+    )
 
 
 @torch.no_grad()

@@ -18,6 +18,8 @@ from pyro_flows.flows.bases import Base, MixtureBase, StudentTBase
 from pyro_flows.models.field import field_of
 from pyro_flows.models.linear_predictors import read_linear_predictor
 from pyro_flows.models.log_joint import LogJoint, PulledBack, Target
+from pyro_flows.models.recorded_run import RunRecorder
+from pyro_flows.models.state_chains import read_state_chain
 from pyro_flows.posterior.joint import JOINT, JointBlock
 from pyro_flows.starts.ascents import ascents
 from pyro_flows.starts.base import fit_modes, fit_tails
@@ -29,7 +31,9 @@ from pyro_flows.starts.likelihood import LIKELIHOOD, affordable_draws, fit_likel
 from pyro_flows.starts.linear_predictors import fit_factors, skew_factors
 from pyro_flows.starts.low_rank import LowRankGaussian, best_low_rank
 from pyro_flows.starts.mixture import best_mixture, modes_above
+from pyro_flows.starts.state_chains import ChainTarget, Others, laplace_gaussian
 from pyro_flows.transforms import (
+    ChainHead,
     ConditionalGaussianHead,
     FullPrecisionHead,
     FullRankPreconditioner,
@@ -99,7 +103,7 @@ def warm_start_joint(block: JointBlock, log_joint: LogJoint, init_scale: float) 
     if flow.preconditioner is not None:
         flow.preconditioner.reset()
     init_loc = block.inner_layout.init_loc
-    if _begins_in_field(flow, log_joint, init_loc):
+    if _begins_in_chain(flow, log_joint) or _begins_in_field(flow, log_joint, init_loc):
         return
     paths = ascents(log_joint, init_loc)
     found = best_gaussian(log_joint, init_loc, init_scale, correlated=_is_correlated(flow), paths=paths)
@@ -127,7 +131,7 @@ def _of_latents(block: JointBlock, log_joint: LogJoint) -> LogJoint:
 def _begins_in_field(flow: Flow, log_joint: LogJoint, begin: Tensor) -> bool:
     """Initialize a flow at the Gaussian of a field and its hyperparameters, if it has them, and that is a good one."""
     field = field_of(log_joint.sizes)
-    is_plain = type(flow.base) is Base and not isinstance(flow.head, ConditionalGaussianHead) and _is_correlated(flow)
+    is_plain = type(flow.base) is Base and not flow.head.is_outermost and _is_correlated(flow)
     if field is None or not is_plain or not log_joint.is_vectorized or log_joint.cost_per_draw > 1:
         return False
     for begin_scale in FIELD_GAUSSIAN.begin_scales:
@@ -136,6 +140,31 @@ def _begins_in_field(flow: Flow, log_joint: LogJoint, begin: Tensor) -> bool:
             _write(flow, found)
             return True
     return False
+
+
+def _begins_in_chain(flow: Flow, log_joint: LogJoint) -> bool:
+    """Initialize a flow at the conditional of a chain of states and a Gaussian of the others, if it has them."""
+    head = flow.head
+    if not isinstance(head, ChainHead) or not log_joint.is_vectorized or log_joint.cost_per_draw > 1:
+        return False
+    read = read_state_chain(_recorder(log_joint))
+    if read is None or read.chain.rows != head.chain.rows:  # the data are others now
+        return False
+    found = laplace_gaussian(read, log_joint, head)
+    if found is None:
+        return False
+    fits = partial(fit_factors, log_joint, head, read.likelihood), partial(skew_factors, head, read.likelihood)
+    others = Others(ChainTarget(read, log_joint), head)
+    start = _from_factors(flow, log_joint, head, found, others.best_gaussian, *fits)
+    if start is None:
+        return False
+    flow.load_state_dict(start.state)
+    return True
+
+
+def _recorder(log_joint: LogJoint) -> RunRecorder:
+    batched = log_joint.batched
+    return RunRecorder(batched.model, *batched.call[:2], log_joint.table)
 
 
 def _start(elbo: float, flow: Flow) -> Start:
@@ -201,35 +230,48 @@ def _from_priors(block: JointBlock, log_joint: LogJoint, found: Gaussian) -> Sta
 
 def _from_likelihood(flow: Flow, log_joint: LogJoint, head: LinearMixedHead, found: Gaussian) -> Start | None:
     """Set the head's likelihood factor from the log joint, and fit a Gaussian to the other coordinates."""
-    preconditioner = flow.preconditioner
-    if not isinstance(preconditioner, FullRankPreconditioner):
+    if not isinstance(flow.preconditioner, FullRankPreconditioner):
         return None
-    pulled = PulledBack(log_joint, head.forward_and_ladj)
-    begin = Gaussian(torch.zeros_like(found.loc), torch.ones_like(found.loc))
-    free = head.order[: head.count_free]
+    pulled, zeros = PulledBack(log_joint, head.forward_and_ladj), torch.zeros_like(found.loc)
+    begin, free = Gaussian(zeros, torch.ones_like(zeros)), head.order[: head.count_free]
+    fits = _fits_of_factors(log_joint, head, found.loc)
+    return _from_factors(flow, log_joint, head, found, partial(refined, pulled, begin, free), *fits)
+
+
+def _from_factors(
+    flow: Flow,
+    log_joint: LogJoint,
+    head: LinearMixedHead | ChainHead,
+    found: Gaussian,
+    fit_others: Callable[[], Gaussian | LowRankGaussian],
+    fit_factor: Callable[..., bool],
+    skew_factor: Callable[[Tensor], bool] | None,
+) -> Start | None:
+    """Fit likelihood factors, and a Gaussian of the other coordinates in the head's noise, in turn; then skew the
+    factors."""
+    assert flow.preconditioner is not None
     center, scale = found.loc, found.conditional_scale
-    fit_factor, skew_factor = _fits_of_factors(log_joint, head, center)
     best: Start | None = None
     is_expensive = affordable_draws(log_joint, center) < LIKELIHOOD.num_draws
     for index in range(SETTINGS.num_rounds_expensive if is_expensive else SETTINGS.num_rounds):
         if not fit_factor(center, scale, by_draws=index > 0):
             break
-        gaussian = refined(pulled, begin, free)
+        gaussian = fit_others()
         was = -math.inf if best is None else best.elbo
         if not gaussian.elbo > was:
             break
-        preconditioner.set(gaussian.loc, gaussian.factor)
+        _set(flow.preconditioner, gaussian)
         best = _start(gaussian.elbo, flow)
         if not gaussian.elbo > was + GAUSSIAN.newton_gain:
             break
         center = head.forward_and_ladj(gaussian.loc)[0]
-        scale = head.gaussian()[1] * gaussian.factor.square().sum(-1).sqrt()
+        scale = head.gaussian()[1] * gaussian.marginal_scale
     if best is None or skew_factor is None:
         return best
     flow.load_state_dict(best.state)
     push, noise = flow.transform.forward_and_ladj, antithetic(GAUSSIAN.num_elbo_draws, center)
     before = elbo_of(log_joint, push, noise)
-    if not skew_factor(head.forward_and_ladj(preconditioner.loc)[0]):
+    if not skew_factor(head.forward_and_ladj(flow.preconditioner.loc)[0]):
         return best
     gain = elbo_of(log_joint, push, noise) - before
     return _start(best.elbo + gain, flow) if gain > LIKELIHOOD.min_gain_of_skew else best
@@ -240,8 +282,7 @@ def _fits_of_factors(
 ) -> tuple[Callable[..., bool], Callable[[Tensor], bool] | None]:
     """How a head's likelihood factor is set, and skewed, if it can be."""
     if isinstance(head, LinearPredictorHead):
-        batched = log_joint.batched
-        read = read_linear_predictor(batched.model, *batched.call[:2], log_joint.table)
+        read = read_linear_predictor(_recorder(log_joint))
         if read is None or read.for_head(center).num != head.predictor.num:  # the data are others now
             return lambda *_, **__: False, None
         return partial(fit_factors, log_joint, head, read.likelihood), partial(skew_factors, head, read.likelihood)
@@ -306,7 +347,7 @@ def _write(flow: Flow, found: Gaussian | LowRankGaussian) -> None:
     if flow.preconditioner is None or (isinstance(found, Gaussian) and not _is_correlated(flow)):
         _write_into_head(flow, found)
     elif head.is_outermost:
-        assert isinstance(head, ConditionalGaussianHead)
+        assert isinstance(head, (ConditionalGaussianHead, ChainHead))
         if isinstance(found, Gaussian):
             scale = _matrix(found).square().sum(-1).sqrt()
             _set(flow.preconditioner, Gaussian(zeros, _matrix(found) / scale.unsqueeze(-1)))

@@ -11,6 +11,7 @@ from pyro_flows.transforms.directed_couplings import DirectedCouplings
 from pyro_flows.transforms.fixed import FixedParameter
 from pyro_flows.transforms.heads import (
     AffineHead,
+    ChainHead,
     ConditionalGaussianHead,
     Correlated,
     Covariance,
@@ -20,12 +21,15 @@ from pyro_flows.transforms.heads import (
     FullPrecisionHead,
     FullRankAffine,
     Head,
+    Innovations,
     LinearMixedHead,
     LinearPredictor,
     LinearPredictorHead,
     LowRankAffine,
     MultilevelHead,
+    OrderedHead,
     PlateHead,
+    StateChain,
 )
 from pyro_flows.transforms.householder import Householder
 from pyro_flows.transforms.inverse import Inverse
@@ -43,6 +47,7 @@ from pyro_flows.transforms.spline import Spline
 from pyro_flows.transforms.spline_autoregressive import SplineAutoregressive
 from pyro_flows.transforms.spline_coupling import SplineCouplings
 from pyro_flows.transforms.sylvester import Sylvester
+from pyro_flows.transforms.tridiagonal import TridiagonalCholesky
 
 __all__ = [
     "AffineAutoregressive",
@@ -51,6 +56,7 @@ __all__ = [
     "BlockAutoregressive",
     "BoundTransform",
     "Chain",
+    "ChainHead",
     "ConditionalGaussianHead",
     "Correlated",
     "Covariance",
@@ -65,6 +71,7 @@ __all__ = [
     "FullRankPreconditioner",
     "Head",
     "Householder",
+    "Innovations",
     "Inverse",
     "ItemCouplings",
     "Leading",
@@ -77,6 +84,7 @@ __all__ = [
     "MultilevelHead",
     "NeuralAutoregressive",
     "NonCentering",
+    "OrderedHead",
     "Permutation",
     "Planar",
     "PlateHead",
@@ -87,7 +95,9 @@ __all__ = [
     "Spline",
     "SplineAutoregressive",
     "SplineCouplings",
+    "StateChain",
     "Sylvester",
+    "TridiagonalCholesky",
     "adapt",
     "expand_context",
 ]

@@ -18,6 +18,7 @@ from pyro_flows.compiled.tracer import trace_operations
 from pyro_flows.models.latents import trace_latents
 from pyro_flows.models.layout import Layout
 from pyro_flows.models.linear_predictors import LINEAR_PREDICTORS, ReadLinearPredictor, read_linear_predictor
+from pyro_flows.models.recorded_run import RunRecorder
 from pyro_flows.models.sites import read_sites
 
 T = 12
@@ -49,7 +50,7 @@ def layout_of(model: Callable[..., object]) -> Layout:
 
 def read(model: Callable[..., object]) -> tuple[Layout, ReadLinearPredictor | None]:
     layout = layout_of(model)
-    return layout, read_linear_predictor(model, (), {}, layout)
+    return layout, read_linear_predictor(RunRecorder(model, (), {}, layout))
 
 
 def volatility() -> None:
@@ -383,7 +384,7 @@ def test_others_are_left_to_what_there_is_for_them(model: Callable[[], object]) 
 
 
 def test_a_model_that_raises_is_left_alone() -> None:
-    assert read_linear_predictor(raising, (), {}, layout_of(walk)) is None
+    assert read_linear_predictor(RunRecorder(raising, (), {}, layout_of(walk))) is None
 
 
 def test_a_learned_scale_of_the_data_is_no_obstacle() -> None:
@@ -497,5 +498,5 @@ def test_the_random_state_stays() -> None:
     torch.manual_seed(3)
     expected = torch.randn(2)
     torch.manual_seed(3)
-    read_linear_predictor(walk, (), {}, layout)
+    read_linear_predictor(RunRecorder(walk, (), {}, layout))
     assert torch.equal(torch.randn(2), expected)

@@ -101,6 +101,32 @@ def predictor_head(input_dim: int, *, full: bool) -> FlowTransform:
     return head
 
 
+class States:
+    """An autoregression whose coefficient, scale and drift follow the first coordinate."""
+
+    def __init__(self, count: int) -> None:
+        self.pattern = torch.arange(count).cos()
+
+    def __call__(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        pattern, first = self.pattern.to(y), y[..., :1]
+        return first.sin() * pattern, torch.tanh(first + pattern), (0.3 * first).exp() * (pattern + 2.0)
+
+
+def chain_head(input_dim: int, *, full: bool, is_skewed: bool = False) -> FlowTransform:
+    """Innovations after the first coordinates, before the last one where there are three, in use or not."""
+    count = input_dim // 2
+    free = input_dim - count
+    start = min(free, max(1, input_dim - count - 1))
+    head = T.ChainHead(input_dim, T.StateChain(slice(start, start + count), States(count)))
+    head.initialize(torch.randn(input_dim), torch.rand(input_dim) + 0.5)
+    if full:
+        where = torch.randn(free), torch.rand(free) + 0.5
+        head.set_factors(where, 0.5 * torch.randn(2, count), 0.2 * torch.randn(2, count, free))
+    if is_skewed:
+        head.set_skew(torch.randn(free), torch.randn(count))
+    return head
+
+
 def skewed(head: FlowTransform) -> FlowTransform:
     """A head with a skewed likelihood factor."""
     assert isinstance(head, T.FullPrecisionHead)
@@ -170,6 +196,7 @@ BASES = {
     "FlowTransform",
     "Head",
     "LinearMixedHead",
+    "OrderedHead",
     "Preconditioner",
 }  # Not transforms of their own.
 # Name -> constructor (input_dim, context_dim) of every public transform.
@@ -187,6 +214,9 @@ TRANSFORMS |= {
     "BlockAutoregressive (one layer)": lambda d, c: T.BlockAutoregressive(d, c, hidden_factors=(5,)),
     "DirectedCouplings": lambda d, c: directed_couplings(d, c),
     "Chain": lambda d, c: T.Chain([T.Spline(d, c), T.AffineAutoregressive(d, c), T.DiagonalAffine(d, c)]),
+    "ChainHead": lambda d, c: chain_head(d, full=True),
+    "ChainHead (skewed)": lambda d, c: chain_head(d, full=True, is_skewed=True),
+    "ChainHead (mean-field)": lambda d, c: chain_head(d, full=False),
     "Householder": lambda d, c: T.Householder(d, c, num_reflections=4),
     "Inverse": lambda d, c: T.Inverse(T.AffineAutoregressive(d, c)),
     "Inverse (spline)": lambda d, c: T.Inverse(T.Spline(d, c)),
@@ -219,6 +249,9 @@ TRANSFORMS |= {
 }
 TWO_DIMENSIONS = {
     "AffineCouplings",
+    "ChainHead",
+    "ChainHead (mean-field)",
+    "ChainHead (skewed)",
     "DiagonalPrecisionHead",
     "CovarianceHead",
     "CovarianceHead (marginals)",
@@ -236,6 +269,9 @@ TWO_DIMENSIONS = {
     "SplineCouplings",
 }
 IGNORE_CONTEXT = {
+    "ChainHead",
+    "ChainHead (mean-field)",
+    "ChainHead (skewed)",
     "MultilevelHead",
     "DiagonalPrecisionHead",
     "CovarianceHead",

@@ -43,6 +43,10 @@ class Head(FlowTransform):
 
     # Whether values are those of the latents themselves, so that a preconditioner has its place inside.
     is_outermost: ClassVar[bool] = False
+    # Whether coordinates are correlated by priors that follow each other.
+    is_chained = False
+    # Number of directions in which a warm start correlates the noise of the rest; None for any.
+    max_rank: int | None = None
     # The parts of the context, where it has several: layers below the head see its network input only.
     context_layout: ContextLayout | None = None
 

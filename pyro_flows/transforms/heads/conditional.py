@@ -23,6 +23,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,7 +32,17 @@ from torch import Tensor
 
 from pyro_flows.transforms.base import is_readable
 
-__all__ = ["Factor", "conditional_draw", "conditional_noise", "conditional_score", "relocated", "solved"]
+__all__ = [
+    "Factor",
+    "Pull",
+    "conditional_draw",
+    "conditional_noise",
+    "conditional_score",
+    "newton",
+    "relocated",
+    "relocated_pull",
+    "solved",
+]
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,7 @@ def _cholesky(root: Tensor) -> Tensor:
     return torch.linalg.cholesky_ex(_precision(root)).L
 
 
-class _Pull(NamedTuple):
+class Pull(NamedTuple):
     """``s``, its first and second derivative, and the root in it."""
 
     value: Tensor
@@ -92,7 +103,7 @@ class _Pull(NamedTuple):
     length: Tensor
 
     @classmethod
-    def at(cls, away: Tensor, skew: Tensor) -> _Pull:
+    def at(cls, away: Tensor, skew: Tensor) -> Pull:
         scaled = skew * away
         length = (1.0 + scaled.square()).sqrt()
         return cls(scaled * away / (1.0 + length), scaled / length, skew / length.pow(3), length)
@@ -130,7 +141,7 @@ class _Draw(torch.autograd.Function):
         lower, solution, tilt = None, None, None
         total = pull
         if skew is not None:
-            more = _Pull.at(shrunk.mT @ noise, skew)
+            more = Pull.at(shrunk.mT @ noise, skew)
             lower, solution, bend = _bent(shrunk, more.slope)
             tilt = shrunk @ (_inner(shrunk, solution) * more.curvature)
             log_det = log_det + bend
@@ -153,7 +164,7 @@ class _Draw(torch.autograd.Function):
         to_noise, to_shrunk, to_skew = to_mean, to_log_det * shrunk, None
         if skew is not None:
             away = shrunk.mT @ noise
-            more = _Pull.at(away, skew)
+            more = Pull.at(away, skew)
             if for_second:
                 _, solution, _ = _bent(shrunk, more.slope)
             to_slope = to_log_det * _inner(shrunk, solution)
@@ -201,30 +212,51 @@ def conditional_noise(factor: Factor, draw: Tensor) -> tuple[Tensor, Tensor]:
     if factor.skew is None:
         return noise, log_det
     noise = _unskewed(shrunk, noise, factor.skew)
-    return noise, log_det - _bent(shrunk, _Pull.at(shrunk.mT @ noise, factor.skew).slope)[2]
+    return noise, log_det - _bent(shrunk, Pull.at(shrunk.mT @ noise, factor.skew).slope)[2]
 
 
 def _unskewed(shrunk: Tensor, moved: Tensor, skew: Tensor) -> Tensor:
-    """Solve ``x + S s(S^T x) = moved`` by Newton's method, for the minimum of a convex function; a last step, with its
-    graph, has the derivatives of the solution."""
+    """Solve ``x + S s(S^T x) = moved``."""
 
     def residual(x: Tensor) -> tuple[Tensor, Tensor]:
-        more = _Pull.at(shrunk.mT @ x, skew)
+        more = Pull.at(shrunk.mT @ x, skew)
         return x + shrunk @ more.value - moved, more.slope
 
     def step(left: Tensor, slope: Tensor) -> Tensor:
         return torch.cholesky_solve(left, _bent(shrunk, slope)[0])
 
+    return newton(moved, residual, step, dim=-2)
+
+
+def newton(
+    moved: Tensor,
+    residual: Callable[[Tensor], tuple[Tensor, Tensor]],
+    step: Callable[[Tensor, Tensor], Tensor],
+    dim: int,
+) -> Tensor:
+    """Invert a map that is the gradient of a convex function by Newton's method; a last step, with its graph, has the
+    derivatives of the solution.
+
+    Args:
+        moved: The map's value, of which the first guess is that it was not moved.
+        residual: What the value at a point is too large, and slopes of which the Jacobian there is made.
+        step: The Jacobian with such slopes, inverted, times a residual.
+        dim: The dimension of a vector.
+    """
+
+    def size(vector: Tensor) -> Tensor:
+        return vector.norm(dim=dim, keepdim=True)
+
     with torch.no_grad():
-        x, share = moved, torch.ones_like(moved[..., :1, :])
-        left, slope = residual(x)
-        enough = torch.finfo(x.dtype).eps ** INVERSE.tolerance * (1.0 + moved.norm(dim=-2, keepdim=True))
+        x, (left, slope) = moved, residual(moved)
+        share = torch.ones_like(size(left))
+        enough = torch.finfo(x.dtype).eps ** INVERSE.tolerance * (1.0 + size(moved))
         for _ in range(INVERSE.num_steps):
-            if is_readable(x) and bool((left.norm(dim=-2, keepdim=True) <= enough).all()):
+            if is_readable(x) and bool((size(left) <= enough).all()):
                 break
             tried = x - share * step(left, slope)
             now = residual(tried)
-            better = now[0].norm(dim=-2, keepdim=True) < left.norm(dim=-2, keepdim=True)
+            better = size(now[0]) < size(left)
             x, left, slope = (
                 torch.where(better, new, old) for new, old in zip((tried, *now), (x, left, slope), strict=True)
             )
@@ -257,11 +289,7 @@ class _Mean(torch.autograd.Function):
 
 
 def relocated(factor: Factor, rest: Tensor) -> Factor:
-    r"""A skewed factor at the mean of the product, rather than where it was set: a Newton step.
-
-    There the likelihood's gradient was :math:`r - t = \rho`, with t the mean in the factor's directions, and its third
-    derivative :math:`3 \kappa`. Where t is by :math:`\delta` elsewhere, for another prior, the precision is
-    :math:`\omega = 1 - s_{3\kappa}'(\delta)` times as high, which is positive, and the gradient the integral of that.
+    """A skewed factor at the mean of the product, rather than where it was set: :func:`relocated_pull`.
 
     Args:
         factor: The factor, with units of where it was set.
@@ -270,9 +298,26 @@ def relocated(factor: Factor, rest: Tensor) -> Factor:
     root, pull, skew = factor
     assert skew is not None
     mean: Tensor = _Mean.apply(root, pull)  # type: ignore[no-untyped-call]
+    unit, pull, skew = relocated_pull(pull, mean, skew, rest)
+    return Factor(root * unit.mT.to(root), pull, skew)
+
+
+def relocated_pull(pull: Tensor, mean: Tensor, skew: Tensor, rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r"""What the root of a skewed factor is multiplied by at the mean of the product, rather than where it was set, and
+    its pull and skewness there: a Newton step.
+
+    There the likelihood's gradient was :math:`r - t = \rho`, with t the mean in the factor's directions, and its third
+    derivative :math:`3 \kappa`. Where t is by :math:`\delta` elsewhere, for another prior, the precision is
+    :math:`\omega = 1 - s_{3\kappa}'(\delta)` times as high, which is positive, and the gradient the integral of that.
+
+    Args:
+        pull: ``r``, in units of where the factor was set, as are the others.
+        mean: ``t``, the mean of the product with the Gaussian factor, from the same origin as the pull.
+        skew: ``kappa``.
+        rest: ``rho``.
+    """
     gradient = pull - mean
-    more = _Pull.at(rest - gradient, 3.0 * skew)
+    more = Pull.at(rest - gradient, 3.0 * skew)
     precision = 1.0 - more.slope
     unit = precision.sqrt()
-    pull = (gradient + more.value + precision * mean) / unit
-    return Factor(root * unit.mT.to(root), pull, skew / (more.length * unit).pow(3))
+    return unit, (gradient + more.value + precision * mean) / unit, skew / (more.length * unit).pow(3)

@@ -5,14 +5,14 @@ that is pooled with an approximation of the likelihood."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyro_flows.transforms.fixed import FixedParameter
-from pyro_flows.transforms.heads.base import Head, decode_gaussian
+from pyro_flows.transforms.heads.ordered import OrderedHead
 from pyro_flows.transforms.heads.pooling import INIT_SHARE, init_share, unpool
 from pyro_flows.transforms.networks import powerprop
 
@@ -22,7 +22,7 @@ __all__ = ["ConditionalGaussianHead"]
 MAX_WHOLE_DIM = 200
 
 
-class ConditionalGaussianHead(Head):
+class ConditionalGaussianHead(OrderedHead):
     r"""Base of heads in which pooled coordinates have a known Gaussian prior :math:`N(a(y), e^{2 t(y)})`, with
     :math:`a, t` linear in earlier coordinates, and a site approximation :math:`N(b, s^2)` of the likelihood.
 
@@ -32,11 +32,6 @@ class ConditionalGaussianHead(Head):
     - :class:`MultilevelHead`: elementwise, priors of any depth;
     - :class:`DiagonalPrecisionHead`, :class:`FullPrecisionHead`: the site approximation is a likelihood factor, whose
       location is linear in the free coordinates.
-
-    Site approximations may be relative to fixed ones, ``origin``, which are not trained: see :meth:`set_origin`.
-
-    Implementing one: :meth:`draw`, :meth:`noise` and :meth:`draw_with_score` are the maps of a transform, of vectors in
-    the order in which coordinates are drawn, the free ones first.
 
     Args:
         known: Which coordinates have a known prior, ``(D,)``.
@@ -48,31 +43,21 @@ class ConditionalGaussianHead(Head):
         ValueError: If the dependencies have a cycle.
     """
 
-    is_outermost: ClassVar[bool] = True  # priors are those of the latents
-    is_chained = False  # whether the pooled coordinates are correlated by priors that follow each other
-
-    order: Tensor
-    restore: Tensor
     slope: Tensor
     bias: Tensor
 
     def __init__(self, known: Tensor, slope: Tensor, bias: Tensor) -> None:
         dim = len(known)
-        super().__init__(dim)
         levels = _levels(known, slope)
         order = torch.cat(levels)
-        self.sizes = [len(level) for level in levels]
-        self.count_free = self.sizes[0]
-        self.in_order = bool((order == torch.arange(dim)).all())
-        self.register_buffer("order", order)
-        self.register_buffer("restore", order.argsort())
+        super().__init__(order, [len(level) for level in levels])
         # Rows and columns in the order in which coordinates are drawn.
         pooled = order[self.count_free :]
         self.register_buffer("slope", slope.unflatten(0, (2, dim))[:, pooled][..., order].contiguous())
         self.register_buffer("bias", bias.unflatten(0, (2, dim))[:, pooled].contiguous())
         self._count_parents()
         self.log_share = nn.Parameter(torch.zeros(dim - self.count_free))
-        self.origin = FixedParameter(torch.zeros(2, dim))  # locations and log-scales
+        self.origin = FixedParameter(torch.zeros(2, dim))
 
     def _count_parents(self) -> None:
         """Find how many coordinates, in order, are parents of others: slopes of the rest, zero, are left out where that
@@ -103,42 +88,10 @@ class ConditionalGaussianHead(Head):
         super().initialize(loc.index_copy(0, pooled, site_loc), scale.index_copy(0, pooled, site_log_scale.exp()))
         with torch.no_grad():
             self.log_share.copy_(log_share)
-            self.origin.zero_()
-
-    @torch.no_grad()
-    def set_origin(self) -> None:
-        """Make the current site approximations the origin, so that an optimizer's steps are in units of their scales.
-
-        Otherwise steps are in the latents' own units, in which a posterior may be only a thousandth wide.
-        """
-        loc, scale = self.gaussian()
-        self.origin.copy_(torch.stack([loc, scale.log()]))
-        super().initialize(torch.zeros_like(loc), torch.ones_like(loc))
-
-    def gaussian(self) -> tuple[Tensor, Tensor]:
-        loc, scale, _ = self.decode(self.raw.value, self.origin.detach())
-        return loc, scale
 
     def gaussian_parameters(self) -> Iterator[nn.Parameter]:
         yield from super().gaussian_parameters()
         yield self.log_share
-
-    @staticmethod
-    def decode(raw: Tensor, origin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Locations, scales and log-scales of site approximations, ``(P,)``, from rows of both, ``(2, P)``."""
-        loc, scale, log_scale = decode_gaussian(raw)
-        unit = origin[1].exp()
-        return torch.addcmul(origin[0], unit, loc), scale * unit, log_scale + origin[1]
-
-    def _ordered(self, value: Tensor) -> Tensor:
-        return value if self.in_order else value.index_select(-1, self.order)
-
-    def _restored(self, value: Tensor) -> Tensor:
-        return value if self.in_order else value.index_select(-1, self.restore)
-
-    def _site_approximations(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Locations, scales and log-scales of the coordinates' site approximations, in order."""
-        return self.decode(self._ordered(self.raw.value), self._ordered(self.origin.detach()))
 
     def prior(self, parents: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Locations and log-scales of the priors of pooled coordinates, some or all, given those drawn before."""
@@ -146,32 +99,6 @@ class ConditionalGaussianHead(Head):
         slope, bias = self.slope[:, rows, :width], self.bias[:, rows]
         loc, log_scale = F.linear(parents[..., :width], slope.flatten(0, 1), bias.flatten()).chunk(2, -1)
         return loc, log_scale
-
-    def draw(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Values from noise, and the log-determinant."""
-        raise NotImplementedError
-
-    def noise(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The inverse of :meth:`draw`, and its log-determinant."""
-        raise NotImplementedError
-
-    def draw_with_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Values, log-determinant and score, as in :meth:`FlowTransform.forward_with_score`."""
-        raise NotImplementedError
-
-    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        y, ladj = self.draw(self._ordered(x))
-        return self._restored(y), ladj
-
-    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, ladj = self.noise(self._ordered(y))
-        return self._restored(x), ladj
-
-    def forward_with_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        y, ladj, score = self.draw_with_score(self._ordered(x), self._ordered(score))
-        return self._restored(y), ladj, self._restored(score)
 
 
 def _levels(known: Tensor, slope: Tensor) -> list[Tensor]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""L1. Groups of coordinates whose known priors are correlated."""
+"""L1. Groups of coordinates whose known priors are correlated, or of which the data see functions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Correlated", "Covariance", "LinearPredictor"]
+__all__ = ["Correlated", "Covariance", "LinearPredictor", "StateChain"]
 
 
 class Correlated(NamedTuple):
@@ -68,3 +68,17 @@ class LinearPredictor(NamedTuple):
     rows: slice
     num: int
     read: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class StateChain(NamedTuple):
+    """Standard normal coordinates that drive a chain of states, ``h_t = c_t + a_t h_(t-1) + b_t z_t``, of which the
+    data see the states only.
+
+    Attributes:
+        rows: The coordinates z, n of them, adjacent.
+        read: Offsets c, coefficients a, of which the first is ignored, and scales b, not zero, ``(..., n)`` each, as
+            functions of all coordinates, ``(..., D)``, of which it uses free ones only.
+    """
+
+    rows: slice
+    read: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]

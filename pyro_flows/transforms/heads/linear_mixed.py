@@ -84,7 +84,3 @@ class LinearMixedHead(ConditionalGaussianHead):
         """Log density of the known priors up to a constant, not tempered by their share, at values in the original
         order, ``(..., D)``; without :attr:`own_densities`."""
         raise NotImplementedError
-
-    def _away(self, free: Tensor) -> Tensor:
-        """Displacement of the free coordinates from the location at which the likelihood factor was set."""
-        return free - self.origin[0].detach().index_select(0, self.order[: self.count_free])

@@ -66,6 +66,15 @@ class LinearPredictorHead(CovarianceHead):
         self._set_gaussian()
         self._rotate()
 
+    def predictors(self, point: Tensor, own: Tensor) -> Tensor:
+        """Values of the predictors, ``(S, K)``, for values of z, ``(S, n)``, with the others at a point, ``(D,)``."""
+        offset, slope = self.predictor.read(point)
+        return offset + own @ slope.mT
+
+    def prior_variances(self, point: Tensor) -> Tensor:
+        """Their variances under the prior of z, ``(K,)``."""
+        return self.predictor.read(point)[1].square().sum(-1)
+
     def _move_factors(self, shift: Tensor) -> None:
         loc, log_scale = self.factor_origin
         loc += log_scale.exp() * shift
