@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -67,33 +67,33 @@ _LINEAR = {operation: rule.choices for rule in _RULES for operation in rule.oper
 
 
 class AffineParts:
-    """Which values of a graph are affine in one of its inputs, the variable, given the others.
+    """Which values of a graph are affine in one of its inputs, the variable, given the others; or in several jointly.
 
     Args:
         graph: A graph as :func:`~pyro_flows.compiled.tracer.trace_operations` makes it, without unused operations.
-        variable: The input.
-        inputs: All inputs that vary, the variable among them; others are constant.
+        variables: The input, or several.
+        inputs: All inputs that vary, the variables among them; others are constant.
 
     Raises:
         NotImplementedError: If what depends on the variable is written into other memory, or written over.
     """
 
-    def __init__(self, graph: GraphModule, variable: Node, inputs: Collection[Node]) -> None:
+    def __init__(self, graph: GraphModule, variables: Sequence[Node], inputs: Collection[Node]) -> None:
         self._graph = graph.graph
-        self._variable = variable
+        self.variables = tuple(variables)
         self._kinds: dict[Node, _Kind] = {}
         self._varying: set[Node] = set(inputs)
         for node in self._graph.nodes:
-            self._kinds[node] = _Kind.AFFINE if node is variable else self._kind(node)
+            self._kinds[node] = _Kind.AFFINE if node in self.variables else self._kind(node)
             if not self._varying.isdisjoint(node.all_input_nodes):
                 self._varying.add(node)
         for group in written_groups(graph):
             kinds = {self._kinds[node] for node in group}
             if len(kinds) > 1 or _Kind.AFFINE in kinds:
-                raise NotImplementedError("the variable is written into memory")
+                raise NotImplementedError("a variable is written into memory")
 
     def outermost(self, max_elements: int) -> list[Node]:
-        """Affine values that the outputs follow in another than an affine way, in place of the variable; without
+        """Affine values that the outputs follow in another than an affine way, in place of the variables; without
         repetitions, signs and constant terms, and where they have more elements than allowed, without terms that do not
         depend on the variable; none if they have more even then."""
         used = {node for node in self._graph.nodes if node.op == "output"}  # by an output, not by their shapes alone
@@ -123,14 +123,15 @@ class AffineParts:
         the values at zero, which do not depend on the variable, and of their changes along the direction. Exact, since
         terms that do not depend on the variable are no part of these.
         """
+        (variable,) = self.variables
         own = Graph()
         direction = own.placeholder("direction")
         copies: dict[Node, Node] = {}  # of what is free, and of inputs
-        changes: dict[Node, Node] = {self._variable: direction}
+        changes: dict[Node, Node] = {variable: direction}
         offsets: dict[Node, Node] = {}  # without those that are zero
 
         def zeros(node: Node) -> Node:
-            return own.call_function(aten.new_zeros.default, (copies[self._variable], list(node.meta["shape"])))
+            return own.call_function(aten.new_zeros.default, (copies[variable], list(node.meta["shape"])))
 
         def offset(node: Node) -> Node:
             return copies[node] if self._kinds[node] is _Kind.FREE else offsets.get(node) or zeros(node)
@@ -154,11 +155,6 @@ class AffineParts:
                 changes[node] = copy_operation(own, node, copies.__getitem__, places, change)
         own.output((tuple(map(offset, nodes)), tuple(changes[node] for node in nodes)))
         return GraphModule(torch.nn.Module(), own)
-
-    @property
-    def variable(self) -> Node:
-        """The input."""
-        return self._variable
 
     def is_free(self, node: Node) -> bool:
         """Whether a value does not depend on the variable."""
@@ -189,7 +185,7 @@ class AffineParts:
 
     def _without(self, node: Node, removable: Collection[Node]) -> Node:
         """The value of which a node is a repetition, the negative or a sum with removable terms, if it is no larger."""
-        while node is not self._variable:
+        while node not in self.variables:
             dependent, operation = self.dependent(node), operation_of(node)
             others = [source for source in node.all_input_nodes if source not in dependent]
             is_sum = operation in _SUMS and all(source in removable for source in others)

@@ -61,8 +61,9 @@ def read_recursion(graph: GraphModule, affine: AffineParts, nodes: Sequence[Node
     Returns:
         The recursion; None if the values are no such states.
     """
-    length = affine.variable.meta["shape"].numel()
-    if not nodes or affine.variable.meta["shape"] != (length,):
+    (variable,) = affine.variables
+    length = variable.meta["shape"].numel()
+    if not nodes or variable.meta["shape"] != (length,):
         return None
     source = _source(affine, nodes[0]) if len(nodes) == 1 else None
     if source is None:
@@ -97,6 +98,25 @@ def _shared(affine: AffineParts, node: Node) -> Node:
     return node
 
 
+def read_transitions(
+    graph: GraphModule, affine: AffineParts, locs: Sequence[Node], scales: Sequence[Node]
+) -> GraphModule | None:
+    r"""Read states that are the variables themselves, scalars in order, each with a scale, and a location that follows
+    the one before it.
+
+    Args:
+        graph: The graph.
+        affine: What of it is affine in all of the variables.
+        locs: Locations, for each of them.
+        scales: Scales.
+
+    Returns:
+        A graph from the inputs of the original one to c, a and b, ``(n,)`` each, for :math:`h_t \sim N(c_t + a_t
+        h_{t-1}, b_t^2)`; None if locations are no such functions.
+    """
+    return _Reader(graph, affine, affine.variables, None).transitions(locs, scales)
+
+
 class _Reader:
     """Writes a graph of the coefficients of a recursion.
 
@@ -112,7 +132,8 @@ class _Reader:
         self._affine = affine
         self._place = {node: place for place, node in enumerate(states)}
         self._source = source
-        self._length = affine.variable.meta["shape"].numel()
+        self._variable = affine.variables[0]
+        self._length = self._variable.meta["shape"].numel()
         self._own = Graph()
         self._copies: dict[Node, Node] = {}  # of what is free, and of inputs
         self._values: dict[Node, _Value] = {}
@@ -122,6 +143,43 @@ class _Reader:
 
     def read(self, nodes: Sequence[Node]) -> Recursion | None:
         """The recursion of which nodes are seen; None if the states do not follow each other."""
+        if not self._follow(nodes):
+            return None
+        seen = [self._values.get(node) for node in nodes]
+        if self._source is not None and None in seen:  # in another way than entry by entry
+            nodes, seen = [self._source], [self._values[self._source]]
+        places = [_ALL] if self._source is not None else range(len(nodes))
+        is_own = all(
+            value is not None and value.before == place and value.entry is None
+            for value, place in zip(seen, places, strict=True)
+        )
+        if not is_own or (self._place and all(value.before is None for value in self._found)):
+            return None
+        self._found.sort(key=lambda value: value.entry or 0)
+        rows = [[value.parts[k] for value in self._found] for k in range(3)]
+        rows += [[value.parts[k] for value in seen if value is not None] for k in range(2)]
+        return Recursion(self._made(rows), list(nodes))
+
+    def transitions(self, locs: Sequence[Node], scales: Sequence[Node]) -> GraphModule | None:
+        """The graph of :func:`read_transitions`."""
+        self._follow([*locs, *scales])
+        offsets: list[Node | None] = []
+        lags: list[Node | None] = []
+        for place, loc in enumerate(locs):
+            value = self._values.get(loc)
+            if self._affine.is_free(loc):
+                value = _Value(None, None, (self._copies[loc], None, None))
+            follows = None if place == 0 else place - 1
+            if value is None or value.entry is not None or value.before != follows:
+                return None
+            offsets.append(value.parts[0])
+            lags.append(value.parts[1])
+        if not all(map(self._affine.is_free, scales)):
+            return None
+        return self._made([offsets, lags, [self._copies[scale] for scale in scales]])
+
+    def _follow(self, nodes: Sequence[Node]) -> bool:
+        """Write what nodes depend on, as functions of states and entries; whether the states follow each other."""
         needed, waiting = set[Node](), [*nodes]
         while waiting:
             node = waiting.pop()
@@ -131,8 +189,11 @@ class _Reader:
         for node in self._graph.nodes:
             if node.op == "placeholder":
                 self._copies[node] = self._own.node_copy(node)
-            if node is self._affine.variable:
-                self._values[node] = _Value(None, _ALL, (None, None, self._constant("ones")))
+        for node in self._graph.nodes:
+            if node in self._affine.variables:
+                own = node in self._place
+                parts = (None, self._constant("ones", node), None) if own else (None, None, self._constant("ones"))
+                self._values[node] = _Value(self._place[node], None, parts) if own else _Value(None, _ALL, parts)
             elif node not in needed or node.op == "placeholder":
                 continue
             elif self._affine.is_free(node):
@@ -142,24 +203,11 @@ class _Reader:
             elif node is self._source or node in self._place:
                 value = self._state(node)
                 if value is None:
-                    return None
+                    return False
                 self._values[node] = value
             elif (value := self._value(node)) is not None:
                 self._values[node] = value
-        seen = [self._values.get(node) for node in nodes]
-        if self._source is not None and None in seen:  # in another way than entry by entry
-            nodes, seen = [self._source], [self._values[self._source]]
-        places = [_ALL] if self._source is not None else range(len(nodes))
-        is_own = all(
-            value is not None and value.before == place and value.entry is None
-            for value, place in zip(seen, places, strict=True)
-        )
-        if not is_own:
-            return None
-        self._found.sort(key=lambda value: value.entry or 0)
-        rows = [[value.parts[k] for value in self._found] for k in range(3)]
-        rows += [[value.parts[k] for value in seen if value is not None] for k in range(2)]
-        return Recursion(self._made(rows), list(nodes))
+        return True
 
     def _state(self, node: Node) -> _Value | None:
         """A state, or all of them, as something that others depend on; None if it does not follow the one before it."""
@@ -248,20 +296,27 @@ class _Reader:
         places = affine.places(node)
         terms = [*terms_of(node, places)]
         sources = [term for term in terms if isinstance(term, Node) and not affine.is_free(term)]
+        is_vector = node.meta["shape"] == (self._length,)
+
+        def copied(old: Node) -> Node:
+            """A copy; of a single number for all entries of a vector, as a scalar."""
+            found, shape = self._copies[old], old.meta.get("shape")  # unknown for constant inputs
+            if not is_vector or shape is None or shape.numel() > 1 or found in self._uniform:
+                return found
+            self._uniform.add(scalar := self._call(aten.reshape.default, found, []))
+            return scalar
+
         has_more = any(affine.is_free(term) if isinstance(term, Node) else bool(term) for term in terms)
 
         def part(k: int) -> Node | None:
             def mapped(old: Node) -> Node:
                 if affine.is_free(old):
-                    return constant("zeros", old) if k else self._copies[old]
+                    return constant("zeros", old) if k else copied(old)
                 return self._values[old].parts[k] or constant("zeros", old)
 
             if not (any(self._values[source].parts[k] is not None for source in sources) or (has_more and k == 0)):
                 return None
-            if k == 0:
-                made = copy_operation(own, node, mapped)
-            else:
-                made = copy_operation(own, node, self._copies.__getitem__, places, mapped)
+            made = copy_operation(own, node, mapped) if k == 0 else copy_operation(own, node, copied, places, mapped)
             if all(each in self._uniform for each in made.all_input_nodes):
                 self._uniform.add(made)
             return made
@@ -277,7 +332,7 @@ class _Reader:
         key: tuple[str, tuple[int, ...]] = name, () if node is None else tuple(node.meta["shape"])
         if key not in self._constants:
             make = aten.new_zeros.default if name == "zeros" else aten.new_ones.default
-            self._constants[key] = self._call(make, self._copies[self._affine.variable], [*key[1]])
+            self._constants[key] = self._call(make, self._copies[self._variable], [*key[1]])
             if not key[1]:
                 self._uniform.add(self._constants[key])
         return self._constants[key]

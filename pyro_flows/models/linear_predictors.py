@@ -213,10 +213,10 @@ def _find(run: RecordedRun, layout: Layout, site: Site) -> _Found | None:
     """Predictors of a site in a run; None if there are none, or too many."""
     if not is_standard_normal(run.sites[site.name]):
         return None
-    graph = run.without(site.name)
+    graph, _ = run.without([site.name])
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"][: len(layout.names)]
     try:
-        affine = AffineParts(graph, inputs[layout.names.index(site.name)], inputs)
+        affine = AffineParts(graph, [inputs[layout.names.index(site.name)]], inputs)
     except NotImplementedError:
         return None
     predictors = affine.outermost(LINEAR_PREDICTORS.max_predictors)

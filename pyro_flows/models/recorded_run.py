@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -41,20 +41,24 @@ class RecordedRun(NamedTuple):
         graph: From the parts of packed latents to the log density of each site, in the order of ``sites``.
         captured: The graph's further inputs.
         sites: What Pyro knows of the sites.
+        normals: Names of the nodes of location and scale, for latents of one coordinate with a normal prior.
     """
 
     graph: GraphModule
     captured: list[Tensor]
     sites: dict[str, dict[str, Any]]
+    normals: dict[str, tuple[str, str]]
 
-    def without(self, name: str) -> GraphModule:
-        """A copy of the graph without the log density of a site."""
+    def without(self, names: Collection[str], more: Sequence[str] = ()) -> tuple[GraphModule, list[Node]]:
+        """A copy of the graph without the log densities of some sites, and with further nodes of these names."""
         graph = copy.deepcopy(self.graph)
+        nodes = {node.name: node for node in graph.graph.nodes}
         *_, output = graph.graph.nodes
         log_densities = zip(self.sites, output.args[0], strict=True)
-        output.args = (tuple(log_density for other, log_density in log_densities if other != name),)
+        kept = [log_density for other, log_density in log_densities if other not in names]
+        output.args = ((*kept, *(nodes[name] for name in more)),)
         drop_unused(graph)
-        return graph
+        return graph, [nodes[name] for name in more]
 
 
 class RecordedLikelihood:
@@ -130,10 +134,14 @@ class RunRecorder:
             Exception: What the model raises, or if it cannot be recorded.
         """
         sites: dict[str, dict[str, Any]] = {}
+        normals: list[str] = []
 
         def log_densities(*parts: Tensor) -> list[Tensor]:
             sites.update(self.scored(parts))
-            return [node["log_prob"].sum() for node in sites.values()]
+            normals.extend(name for name in self.layout.names if _is_normal(sites[name]))
+            fns = [unwrapped(sites[name]["fn"]) for name in normals]
+            log_densities = [node["log_prob"].sum() for node in sites.values()]
+            return [*log_densities, *(fn.loc for fn in fns), *(fn.scale for fn in fns)]
 
         parts = [part.clone() for part in point.split(self.layout.sizes)]
         with seeded(0), pyro.validation_enabled(False):
@@ -141,12 +149,23 @@ class RunRecorder:
         for node, part in zip(graph.graph.nodes, parts):  # those of captured tensors are longer
             node.meta["shape"] = part.shape
         merge_repeated(graph)
-        return RecordedRun(graph, captured, sites)
+        *_, output = graph.graph.nodes
+        found = output.args[0]
+        output.args = (found[: len(sites)],)
+        locs, scales = found[len(sites) :][: len(normals)], found[len(sites) :][len(normals) :]
+        pairs = zip(normals, zip(locs, scales, strict=True), strict=True)
+        names = {name: (loc.name, scale.name) for name, (loc, scale) in pairs}
+        return RecordedRun(graph, captured, sites, names)
 
     def scored(self, parts: Sequence[Tensor]) -> dict[str, dict[str, Any]]:
         """The sites of a run of the model itself, by name, with their ``log_prob``, at parts of packed latents."""
         values, _ = constrain(self.layout.split(parts))
         return {node["name"]: node for node in scored_sites(self.model, values, Call(self.args, self.kwargs))}
+
+
+def _is_normal(node: Mapping[str, Any]) -> bool:
+    fn = unwrapped(node["fn"])
+    return is_plain(node) and type(fn) is dist.Normal and fn.loc.numel() == fn.scale.numel() == 1
 
 
 def is_standard_normal(node: Mapping[str, Any]) -> bool:

@@ -179,11 +179,11 @@ def make_joint_block(
     if spec.knows_priors and spec.head == "diagonal" and may_have_leaves and not has_leaves:
         effects = with_effects(model, args, kwargs, layout, prior, JOINT.max_precision_dim)
     predictor: Callable[[int], Head] | None = None
-    if spec.knows_priors and spec.head == "diagonal" and may_have_leaves and not has_leaves and prior is None:
+    if spec.knows_priors and spec.head == "diagonal" and may_have_leaves and not has_leaves:
         recorder = RunRecorder(model, args, kwargs, layout)
         chain = read_state_chain(recorder)
-        read = read_linear_predictor(recorder) if chain is None else None
-        if chain is not None:
+        read = read_linear_predictor(recorder) if chain is None and prior is None else None
+        if chain is not None and _is_better(chain.chain.rows, prior):
             predictor, effects = partial(ChainHead, chain=chain.chain), None
         elif read is not None and (read.turns or effects is None):  # effects are followed by their scales alone
             predictor, effects = partial(LinearPredictorHead, predictor=read.for_head(layout.init_loc)), None
@@ -197,6 +197,16 @@ def make_joint_block(
         leaves=leaves,
         has_leaves=has_leaves,
     )
+
+
+def _is_better(states: slice, prior: LinearPrior | None) -> bool:
+    """Whether a chain of states is worth more than known priors: all of these are its own, and not all states have one.
+    Otherwise the heads of these start closer to the posterior where there is no warm start."""
+    if prior is None:
+        return True
+    known = prior.known if prior.roots is None else prior.known | prior.roots
+    count = states.stop - states.start
+    return bool(known[states].sum() == known.sum() < count)
 
 
 class Layers(nn.Module):

@@ -56,7 +56,13 @@ Target = Callable[[Any], Tensor]
 
 
 def lbfgs_paths(
-    target: Target, init_loc: Tensor, num_steps: int, tolerance: float = 0.0, patience: float = math.inf
+    target: Target,
+    init_loc: Tensor,
+    num_steps: int,
+    tolerance: float = 0.0,
+    patience: float = math.inf,
+    *,
+    replays: bool = True,
 ) -> Iterator[Tensor]:
     """Paths of a batch of L-BFGS ascents, with one batched gradient of the target per iteration.
 
@@ -69,11 +75,13 @@ def lbfgs_paths(
         tolerance: Ascents end once the predicted gain of every step, in nats, is below this.
         patience: The other ascents are stopped after this multiple of the iterations that the highest of the R ascents
             took to converge. Omit it if the R ascents are of different functions.
+        replays: Whether evaluations are recorded, and repeated without Python.
 
     Yields:
         The current points after each iteration, ``(R, N, d)``.
     """
-    evaluate = Replay(lambda z: value_and_gradient(target, z))
+    own = partial(value_and_gradient, target)
+    evaluate = Replay(own) if replays else own
     z, (value, gradient) = init_loc, evaluate(init_loc)
     steps = gradient_differences = z.new_zeros((0, *z.shape))
     direction, slope, step = _next_step(gradient, steps, gradient_differences)

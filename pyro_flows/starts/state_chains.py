@@ -70,7 +70,7 @@ class _Marginal:
         return value.unsqueeze(1)
 
     def packed(self, free: Tensor) -> Tensor:
-        """The other coordinates with innovations of zero, ``(R, D)``."""
+        """The other coordinates with zeros for the chain's, ``(R, D)``."""
         return free.new_zeros(len(free), self._table.latent_dim).index_copy(1, self._free, free)
 
     @torch.no_grad()
@@ -151,7 +151,7 @@ class _Once(torch.autograd.Function):
 
 @torch.no_grad()
 def laplace_gaussian(read: ReadStateChain, log_joint: LogJoint, head: ChainHead) -> Gaussian | None:
-    """The other coordinates' mode and scales, with the innovations of the states' mode; None if there is no density.
+    """The other coordinates' mode and scales, with the states' mode or its innovations; None if there is no density.
 
     Args:
         read: The chain, and what follows the states.
@@ -163,7 +163,9 @@ def laplace_gaussian(read: ReadStateChain, log_joint: LogJoint, head: ChainHead)
     marginal = _Marginal(read, log_joint, free)
     begins = init_loc[free] + LAPLACE.spread * torch.randn(LAPLACE.num_begins, len(free)).to(init_loc)
     begins[0] = init_loc[free]
-    paths = lbfgs_paths(marginal, begins.unsqueeze(1), LAPLACE.num_steps, LAPLACE.tolerance, ASCENTS.patience)
+    # A recording of Newton's steps takes longer than the few calls.
+    settings = LAPLACE.num_steps, LAPLACE.tolerance, ASCENTS.patience
+    paths = lbfgs_paths(marginal, begins.unsqueeze(1), *settings, replays=False)
     *_, ends = begins.unsqueeze(1), *paths
     values = marginal(ends).squeeze(1)
     best = ends[values.argmax()]  # (1, F)
@@ -173,7 +175,8 @@ def laplace_gaussian(read: ReadStateChain, log_joint: LogJoint, head: ChainHead)
     packed = marginal.packed(best)
     prior = Innovations.of(read.chain, packed)
     loc = packed.squeeze(0)
-    loc[own] = (prior.forward(marginal.mode(packed)) - prior.mean).squeeze(0).to(loc)
+    states = marginal.mode(packed)
+    loc[own] = (states if read.chain.is_centered else prior.of_states(states)[0]).squeeze(0).to(loc)
     scale = torch.ones_like(loc)
     scale[free] = torch.cholesky_inverse(factor).diagonal().rsqrt().to(loc)
     return Gaussian(loc, scale)
@@ -197,11 +200,14 @@ class ChainTarget:
     def __call__(self, draws: Tensor | Sequence[Tensor]) -> Tensor:
         """``(S, D)`` draws, or their parts, to ``(S,)``; differentiable."""
         packed = joined(draws)
-        own = packed[:, self._read.chain.rows]
         innovations = Innovations.of(self._read.chain, packed)
-        states = innovations.backward(own.double() + innovations.mean).to(packed)
-        prior = -0.5 * (own.square() + math.log(2.0 * math.pi)).sum(-1)
-        return self._read.likelihood(packed, states) + prior + _log_jacobian(self._table, packed)
+        own = packed[:, self._read.chain.rows].double()
+        if self._read.chain.is_centered:
+            states, (own, more) = own, innovations.of_states(own)
+        else:
+            states, more = innovations.to_states(own), torch.zeros_like(own[:, 0])
+        prior = more - 0.5 * (own.square() + math.log(2.0 * math.pi)).sum(-1)
+        return self._read.likelihood(packed, states.to(packed)) + prior.to(packed) + _log_jacobian(self._table, packed)
 
 
 class Others:

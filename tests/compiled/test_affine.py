@@ -23,7 +23,7 @@ def parts_of(function: Function, max_elements: int = 100) -> tuple[list[Tensor],
     graph, captured, _ = trace_operations(lambda *inputs: [function(*inputs)], [theta, z])
     inputs = list(graph.graph.nodes)[:2]
     inputs[1].meta["shape"] = z.shape
-    affine = AffineParts(graph, inputs[1], inputs)
+    affine = AffineParts(graph, inputs[1:2], inputs)
     split: GraphModule = affine.split(affine.outermost(max_elements))
     offsets, changes = split(torch.tensor([1.0, 2.0, 3.0]), theta, z, *captured)
     return list(offsets), list(changes)

@@ -67,7 +67,7 @@ def read(model: Model) -> tuple[Recursion | None, list[Tensor]]:
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"][:2]
     for node, value in zip(inputs, (theta, z), strict=True):
         node.meta["shape"] = value.shape
-    affine = AffineParts(graph, inputs[1], inputs)
+    affine = AffineParts(graph, inputs[1:2], inputs)
     return read_recursion(graph, affine, affine.outermost(T)), captured
 
 
@@ -129,12 +129,18 @@ def of_a_product(theta: Tensor, z: Tensor) -> Tensor:
     return (theta[0] * torch.ones(T, T) @ z).exp().sum()
 
 
+def of_effects(theta: Tensor, z: Tensor) -> Tensor:
+    """None of which follows another."""
+    return torch.stack([theta[0] + theta[1] * entry for entry in z]).exp().sum()
+
+
 def seen_twice(theta: Tensor, z: Tensor) -> Tensor:
     return of_a_stack(theta, z) + z.exp().sum()
 
 
 @pytest.mark.parametrize(
-    "model", [backwards, of_second_order, of_moving_averages, seen_every_other_time, of_a_product, seen_twice]
+    "model",
+    [backwards, of_second_order, of_moving_averages, seen_every_other_time, of_a_product, of_effects, seen_twice],
 )
 def test_others_are_no_states_that_follow_each_other(model: Model) -> None:
     assert read(model)[0] is None

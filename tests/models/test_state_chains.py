@@ -69,24 +69,64 @@ def walk() -> None:
     pyro.sample("y", dist.Poisson(path.exp()).to_event(1), obs=COUNTS)
 
 
-@pytest.mark.parametrize("model", [autoregression, day_by_day, walk])
+def scaled() -> None:
+    """Scales and drifts of shape (1,), and scales of their own."""
+    scale = pyro.sample("scale", dist.HalfNormal(torch.ones(1)).to_event(1))
+    drift = pyro.sample("drift", dist.Normal(torch.zeros(1), 0.1).to_event(1))
+    path = (drift + scale * noise() * torch.linspace(0.5, 1.0, T)).cumsum(-1)
+    pyro.sample("y", dist.Poisson(path.exp()).to_event(1), obs=COUNTS)
+
+
+def sites() -> None:
+    """The states are sites, which go back to their mean."""
+    phi = pyro.sample("phi", dist.Beta(8.0, 2.0))
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    mean = pyro.sample("mean", dist.Gamma(2.0, 1.0))
+    h = mean
+    for t in pyro.markov(range(T)):
+        h = pyro.sample(f"h_{t}", dist.Normal(mean + phi * (h - mean), scale * (1.0 + t)))
+        pyro.sample(f"y_{t}", dist.Poisson(h.exp()), obs=COUNTS[t])
+
+
+def sites_after_others() -> None:
+    """A level and a slope before them are no states, though they have normal priors too."""
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    level = pyro.sample("level", dist.Normal(0.0, 1.0))
+    slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+    h = pyro.sample("h_0", dist.Normal(level, 1.0))
+    for t in range(T):
+        if t:
+            h = pyro.sample(f"h_{t}", dist.Normal(0.9 * h + slope, scale))
+        pyro.sample(f"y_{t}", dist.Poisson((h + level).exp()), obs=COUNTS[t])
+
+
+NAMES = {sites: [f"h_{t}" for t in range(T)], sites_after_others: [f"h_{t}" for t in range(T)]}
+
+
+@pytest.mark.parametrize("model", [autoregression, day_by_day, walk, scaled, sites, sites_after_others])
 def test_states_and_what_follows_them_are_the_models(model: Callable[[], None]) -> None:
     """The log joint by the chain is the one of a run of the model, far from where it was recorded; and after a copy."""
     layout, found = read(model)
-    assert found is not None and found.chain.rows == layout.slices["z"]
+    names = NAMES.get(model, ["z"])
+    assert found is not None
+    chain = found.chain
+    assert chain.is_centered == (model in NAMES)
+    assert chain.rows == slice(layout.slices[names[0]].start, layout.slices[names[-1]].stop)
     points = torch.randn(4, layout.latent_dim, generator=torch.Generator().manual_seed(0))
     for again in (found, copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
         offset, lag, scale = again.chain.read(points)
-        z = points[:, found.chain.rows]
-        h, states = torch.zeros(4), []
+        own = points[:, chain.rows]
+        states: list[Tensor] = []
+        expected = torch.zeros(4)
         for t in range(T):
-            h = offset[:, t] + lag[:, t] * h * (t > 0) + scale[:, t] * z[:, t]
-            states.append(h)
-        values = again.likelihood(points, torch.stack(states, -1))
+            loc = offset[:, t] + (lag[:, t] * states[-1] if states else 0.0)
+            states.append(own[:, t] if chain.is_centered else loc + scale[:, t] * own[:, t])
+            expected += dist.Normal(loc, scale[:, t].abs()).log_prob(states[-1]) if chain.is_centered else 0.0
+        values = again.likelihood(points, torch.stack(states, -1)) + expected
         for point, value in zip(points, values, strict=True):
-            sites = RunRecorder(model, (), {}, layout).scored(point.split(layout.sizes))
-            expected = sum(node["log_prob"].sum() for name, node in sites.items() if name != "z")
-            torch.testing.assert_close(value, torch.as_tensor(expected))
+            scored = RunRecorder(model, (), {}, layout).scored(point.split(layout.sizes))
+            total = sum(node["log_prob"].sum() for name, node in scored.items() if name != "z")
+            torch.testing.assert_close(value, torch.as_tensor(total), rtol=1e-4, atol=1e-3)
 
 
 def test_coefficients_are_differentiable() -> None:
@@ -135,8 +175,49 @@ def alone() -> None:
     pyro.sample("y", dist.Poisson(noise().cumsum(-1).exp()).to_event(1), obs=COUNTS)
 
 
+def sites_of_two_orders() -> None:
+    one, other = torch.zeros(()), torch.zeros(())
+    phi = pyro.sample("phi", dist.Beta(8.0, 2.0))
+    for t in range(T):
+        one, other = pyro.sample(f"h_{t}", dist.Normal(phi * one - 0.2 * other, 1.0)), one
+        pyro.sample(f"y_{t}", dist.Poisson(one.exp()), obs=COUNTS[t])
+
+
+def sites_whose_scale_follows() -> None:
+    h, phi = torch.zeros(()), pyro.sample("phi", dist.Beta(8.0, 2.0))
+    for t in range(T):
+        h = pyro.sample(f"h_{t}", dist.Normal(phi * h, h.exp()))
+        pyro.sample(f"y_{t}", dist.Poisson(h.exp()), obs=COUNTS[t])
+
+
+def sites_that_bend() -> None:
+    h, phi = torch.zeros(()), pyro.sample("phi", dist.Beta(8.0, 2.0))
+    for t in range(T):
+        h = pyro.sample(f"h_{t}", dist.Normal(phi * h.sin(), 1.0))
+        pyro.sample(f"y_{t}", dist.Poisson(h.exp()), obs=COUNTS[t])
+
+
+def coefficients() -> None:
+    """Of a regression, which do not follow each other."""
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    weights = [pyro.sample(f"w_{k}", dist.Normal(0.0, scale)) for k in range(T)]
+    pyro.sample("y", dist.Poisson(torch.stack(weights).exp()).to_event(1), obs=COUNTS)
+
+
 @pytest.mark.parametrize(
-    "model", [of_another_prior, of_two_orders, that_reads_a_value, of_a_parameter, that_is_seen_itself, alone]
+    "model",
+    [
+        of_another_prior,
+        of_two_orders,
+        that_reads_a_value,
+        of_a_parameter,
+        that_is_seen_itself,
+        alone,
+        sites_of_two_orders,
+        sites_whose_scale_follows,
+        sites_that_bend,
+        coefficients,
+    ],
 )
 def test_others_have_no_chain(model: Callable[[], None]) -> None:
     assert read(model)[1] is None

@@ -41,6 +41,16 @@ def autoregression(y: Tensor = Y) -> None:
     pyro.sample("y", dist.Normal(path[: len(y)], 0.3).to_event(1), obs=y)
 
 
+def sites(y: Tensor) -> None:
+    """The same with states that are sites."""
+    persistence = pyro.sample("persistence", dist.Beta(8.0, 2.0))
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
+    h = torch.zeros(())
+    for t in pyro.markov(range(T)):
+        h = pyro.sample(f"h_{t}", dist.Normal(persistence * h, scale))
+        pyro.sample(f"y_{t}", dist.Normal(h, 0.3), obs=y[t])
+
+
 def volatility(y: Tensor) -> None:
     mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
     persistence = pyro.sample("persistence", dist.Beta(20.0, 1.5))
@@ -91,6 +101,21 @@ def test_the_exact_conditional_of_an_autoregression() -> None:
         torch.testing.assert_close(drawn[0, 2:].double(), mean, rtol=0.0, atol=5e-3)
         root = (drawn[1:, 2:] - drawn[0, 2:]).mT.double()
         torch.testing.assert_close(root @ root.mT, torch.linalg.inv(precision), rtol=0.0, atol=2e-3)
+
+
+@torch.no_grad()
+def test_sites_have_the_posterior_of_the_states_that_innovations_drive() -> None:
+    pyro.set_rng_seed(0)
+    guide = AutoFlowGuide(sites).warm_start(Y)
+    head = head_of(guide)
+    assert head.is_full and head.chain.is_centered
+    other = AutoFlowGuide(autoregression).setup()
+    weights, _ = log_weights(sites, guide, 4000, (Y,))
+    assert weights.var() / 2 < 0.1
+    pyro.set_rng_seed(0)
+    expected, _ = log_weights(autoregression, other.warm_start(), 4000)
+    difference = weights.logsumexp(0) - expected.logsumexp(0)  # of log evidences
+    assert abs(difference) < 4 * ((weights.var() + expected.var()) / 4000) ** 0.5 + 1e-3
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,18 @@ class Innovations(NamedTuple):
         scaled = self.unit * z
         return scaled - F.pad((self.lag * scaled)[..., 1:], (0, 1))
 
+    def of_states(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Innovations of states, and the log-determinant."""
+        return self.forward(states) - self.mean, self.log_det()
+
+    def log_det(self) -> Tensor:
+        """``log|R|``."""
+        return self.unit.abs().log().sum(-1)
+
+    def to_states(self, z: Tensor) -> Tensor:
+        """States that innovations drive."""
+        return self.backward(z + self.mean)
+
     def precision(self) -> tuple[Tensor, Tensor]:
         """The diagonal of ``R^T R`` and the elements beside it."""
         own = self.unit.square()
@@ -76,7 +88,7 @@ def _accumulated(x: Tensor, lag: Tensor) -> Tensor:
 
 
 class _Conditional:
-    r"""The innovations given the free coordinates, in terms of the states, whose precision is :math:`Q = R^\top R + W`.
+    r"""The states given the free coordinates, whose precision is :math:`Q = R^\top R + W`.
 
     Args:
         innovations: The prior.
@@ -115,22 +127,19 @@ class _Conditional:
         return TridiagonalCholesky(self._diagonal + self.root.square() * slope, self._off)
 
     def draw(self, x: Tensor) -> tuple[Tensor, Tensor, TridiagonalCholesky | None]:
-        """Innovations from noise, the log-determinant, and what :meth:`score` takes."""
+        """States from noise, the log-determinant, and what :meth:`score` takes."""
         total, bent = self._total, None
         if self.skew is not None:
             more = self._pulled(x, self.skew)
             total, bent = total + self.root * more.value, self._bent(more.slope)
-        states = self._cholesky.solve_upper(self._cholesky.solve_lower(total) + x)
-        return self.innovations.forward(states) - self.innovations.mean, self._log_det(bent), bent
+        return self._cholesky.solve_upper(self._cholesky.solve_lower(total) + x), self._log_det(bent), bent
 
     def _log_det(self, bent: TridiagonalCholesky | None) -> Tensor:
         own = self._cholesky.log_det()
-        ladj = self.innovations.unit.abs().log().sum(-1) - 0.5 * own
-        return ladj if bent is None else ladj + bent.log_det() - own
+        return -0.5 * own if bent is None else bent.log_det() - 1.5 * own
 
-    def noise(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def noise(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """The inverse of :meth:`draw`, and its log-determinant."""
-        states = self.innovations.backward(z + self.innovations.mean)
         x, bent = self._cholesky.multiply_transposed(states) - self._cholesky.solve_lower(self._total), None
         if self.skew is not None:
             x = self._unskewed(x, self.skew)
@@ -158,17 +167,17 @@ class _Conditional:
         score = self._cholesky.multiply(score)
         if bent is not None:
             score = tridiagonal_product(self._diagonal, self._off, bent.solve(score))
-        return self.innovations.backward_transposed(score)
+        return score
 
 
 class ChainHead(ReadsFixed, OrderedHead):
-    r"""Standard normal innovations :math:`z` of a chain of states,
+    r"""A chain of states,
 
     .. math::
         h_t = c_t(y_f) + a_t(y_f)\, h_{t-1} + b_t(y_f)\, z_t,
 
-    of which the data see the states only, with any functions a, b, c of the free coordinates: an autoregression, a
-    random walk, or a volatility, in terms of its innovations.
+    with standard normal innovations z and any functions a, b, c of the free coordinates: an autoregression, a random
+    walk, or a volatility, in terms of the states, or of innovations of which the data see the states only.
 
     Each state has a likelihood factor of its own, with location :math:`l_0 + G (y_f - f_0)` and log-scale
     :math:`s_0 + U (y_f - f_0)`, which may be skewed. Factors are set by :meth:`set_factors` and not trained. With R the
@@ -183,13 +192,14 @@ class ChainHead(ReadsFixed, OrderedHead):
 
     Args:
         input_dim: Number of coordinates, D.
-        chain: The coordinates z, n of them, and the states.
+        chain: The coordinates of the states or the innovations, n of them.
 
     References:
         Rue, Held. Gaussian Markov Random Fields. 2005, sections 2.3 and 2.4, for draws by way of sparse precisions.
     """
 
     python_state: ClassVar[tuple[str, ...]] = ("is_full", "is_skewed")
+    is_chained = True
 
     def __init__(self, input_dim: int, chain: StateChain) -> None:
         every = torch.arange(input_dim)
@@ -266,16 +276,15 @@ class ChainHead(ReadsFixed, OrderedHead):
         self.look()
 
     def predictors(self, point: Tensor, own: Tensor) -> Tensor:
-        """States, ``(S, n)``, for values of the innovations, ``(S, n)``, with the others at a point, ``(D,)``."""
-        innovations = Innovations.of(self.chain, point)
-        return innovations.backward(own.double() + innovations.mean).to(own)
+        """States for values of the chain's coordinates, ``(S, n)`` both, with the others at a point, ``(D,)``."""
+        return own if self.chain.is_centered else Innovations.of(self.chain, point).to_states(own.double()).to(own)
 
     def prior_variances(self, point: Tensor) -> Tensor:
-        """Their variances under the prior of the innovations, ``(n,)``."""
+        """Their variances under their prior, ``(n,)``."""
         return inverse_diagonal(*Innovations.of(self.chain, point).precision()).to(point)
 
     def _conditional(self, free: Tensor) -> _Conditional:
-        """The conditional of the innovations given the free coordinates."""
+        """The conditional of the states given the free coordinates."""
         every = free.new_zeros(*free.shape[:-1], self.input_dim).index_copy(-1, self.order[: self.count_free], free)
         innovations = Innovations.of(self.chain, every)
         origin, slope, skew, rest = (
@@ -292,8 +301,16 @@ class ChainHead(ReadsFixed, OrderedHead):
             return torch.addcmul(loc, scale, x), log_scale.sum(-1).expand(x.shape[:-1])
         noise, own = x.split(self.sizes, -1)
         free, total = self._draw_free(noise)
-        pooled, ladj, _ = self._conditional(free).draw(own.double())
+        pooled, ladj, _ = self._draw_own(self._conditional(free), own.double())
         return torch.cat([free, pooled.to(x)], -1), total + ladj.to(x)
+
+    def _draw_own(self, given: _Conditional, noise: Tensor) -> tuple[Tensor, Tensor, TridiagonalCholesky | None]:
+        """The chain's coordinates from noise, the log-determinant, and what scores take."""
+        states, ladj, bent = given.draw(noise)
+        if self.chain.is_centered:
+            return states, ladj, bent
+        own, more = given.innovations.of_states(states)
+        return own, ladj + more, bent
 
     def _draw_free(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Free coordinates, and their summed log-scale."""
@@ -306,7 +323,12 @@ class ChainHead(ReadsFixed, OrderedHead):
             return (y - loc) / scale, -log_scale.sum(-1).expand(y.shape[:-1])
         free, pooled = y.split(self.sizes, -1)
         count = self.count_free
-        own, ladj = self._conditional(free).noise(pooled.double())
+        given, states = self._conditional(free), pooled.double()
+        if not self.chain.is_centered:
+            states = given.innovations.to_states(states)
+        own, ladj = given.noise(states)
+        if not self.chain.is_centered:
+            ladj = ladj - given.innovations.log_det()
         return torch.cat([(free - loc[:count]) / scale[:count], own.to(y)], -1), ladj.to(y) - log_scale[:count].sum(-1)
 
     def draw_with_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -316,13 +338,15 @@ class ChainHead(ReadsFixed, OrderedHead):
         noise, own = x.split(self.sizes, -1)
         free, total = self._draw_free(noise)
         given, own = self._conditional(free), own.double()
-        pooled, ladj, bent = given.draw(own)
+        pooled, ladj, bent = self._draw_own(given, own)
         to_free, to_own = score.split(self.sizes, -1)
         to_own = to_own.double()
         if bent is not None:
             to_own = to_own - torch.autograd.grad(ladj.sum(), own, retain_graph=True)[0]
         with torch.no_grad():
             to_own = given.score(to_own, bent)
+            if not self.chain.is_centered:
+                to_own = given.innovations.backward_transposed(to_own)
         (through,) = torch.autograd.grad((pooled, ladj), free, (to_own, torch.ones_like(ladj)), retain_graph=True)
         score = torch.cat([to_free / scale[: self.count_free] - through, to_own.to(x)], -1)
         return torch.cat([free, pooled.to(x)], -1), total + ladj.to(x), score

@@ -71,14 +71,16 @@ class LinearPredictor(NamedTuple):
 
 
 class StateChain(NamedTuple):
-    """Standard normal coordinates that drive a chain of states, ``h_t = c_t + a_t h_(t-1) + b_t z_t``, of which the
-    data see the states only.
+    """A chain of states, ``h_t = c_t + a_t h_(t-1) + b_t z_t``, with standard normal z: coordinates that are the states
+    themselves, or z, of which the data see the states only.
 
     Attributes:
-        rows: The coordinates z, n of them, adjacent.
+        rows: The coordinates, n of them, adjacent.
         read: Offsets c, coefficients a, of which the first is ignored, and scales b, not zero, ``(..., n)`` each, as
             functions of all coordinates, ``(..., D)``, of which it uses free ones only.
+        is_centered: Whether the coordinates are the states.
     """
 
     rows: slice
     read: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+    is_centered: bool = False

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The head of the innovations of a chain of states, against dense algebra."""
+"""The head of a chain of states, or of its innovations, against dense algebra."""
 
 from __future__ import annotations
 
@@ -50,9 +50,10 @@ def factors(num: int, seed: int = 1) -> tuple[tuple[Tensor, Tensor], Tensor, Ten
     return where, torch.randn(2, num, generator=draw).double(), 0.3 * torch.randn(2, num, FREE, generator=draw).double()
 
 
-def make(num: int, *, is_skewed: bool = False) -> ChainHead:
-    """With coordinates (y_0, y_1, z_1, ..., z_n)."""
-    head = ChainHead(FREE + num, StateChain(slice(FREE, FREE + num), Autoregression(num))).double()
+def make(num: int, *, is_skewed: bool = False, is_centered: bool = False) -> ChainHead:
+    """With coordinates (y_0, y_1, z_1, ..., z_n), or states in place of z."""
+    chain = StateChain(slice(FREE, FREE + num), Autoregression(num), is_centered)
+    head = ChainHead(FREE + num, chain).double()
     where, *given = factors(num)
     head.set_factors(where, *given)
     if is_skewed:
@@ -91,6 +92,16 @@ def test_the_exact_conditional_of_gaussian_factors(num: int) -> None:
         torch.testing.assert_close(ladj, expected)
 
 
+@pytest.mark.parametrize("is_skewed", [False, True])
+def test_states_are_those_that_innovations_drive(is_skewed: bool) -> None:
+    num, noise = 5, torch.randn(3, FREE + 5, generator=torch.Generator().manual_seed(0)).double()
+    drawn, ladj = make(num, is_skewed=is_skewed).forward_and_ladj(noise)
+    centered, centered_ladj = make(num, is_skewed=is_skewed, is_centered=True).forward_and_ladj(noise)
+    offset, slope = Autoregression(num).to_states(drawn)
+    torch.testing.assert_close(centered[:, FREE:], offset + (slope @ drawn[:, FREE:, None]).squeeze(-1))
+    torch.testing.assert_close(centered_ladj, ladj + torch.linalg.slogdet(slope).logabsdet)
+
+
 def test_the_first_coefficient_is_ignored() -> None:
     head, noise = make(5), torch.randn(4, 7).double()
     expected = head.forward_and_ladj(noise)
@@ -103,11 +114,12 @@ def test_the_first_coefficient_is_ignored() -> None:
     torch.testing.assert_close(head.forward_and_ladj(noise), expected)
 
 
+@pytest.mark.parametrize("is_centered", [False, True])
 @pytest.mark.parametrize("is_skewed", [False, True])
 @pytest.mark.parametrize("num", [5, 6])
-def test_maps_agree(num: int, is_skewed: bool) -> None:
+def test_maps_agree(num: int, is_skewed: bool, is_centered: bool) -> None:
     """Inverse, log-determinant and score against autograd, with all parameters random."""
-    head = make(num, is_skewed=is_skewed)
+    head = make(num, is_skewed=is_skewed, is_centered=is_centered)
     randomize_parameters(head)
     if not is_skewed:
         head.skew.data.zero_()
