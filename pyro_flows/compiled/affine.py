@@ -160,6 +160,16 @@ class AffineParts:
         """Whether a value does not depend on the variable."""
         return self._kinds[node] is _Kind.FREE
 
+    def whole(self, node: Node, count: int) -> Node:
+        """The value with so many elements of which a node repeats, reorders or leaves out some; the node itself if that
+        is the variable, or none."""
+        inner = node
+        while operation_of(inner) in _MOVES and len(dependent := self.dependent(inner)) == 1:
+            (inner,) = dependent
+            if _numel(inner) == count and inner not in self.variables:
+                return inner
+        return node
+
     def dependent(self, node: Node) -> list[Node]:
         """The arguments of an operation that depend on the variable."""
         return [source for source in node.all_input_nodes if self._kinds[source] is not _Kind.FREE]

@@ -56,7 +56,8 @@ def read_recursion(graph: GraphModule, affine: AffineParts, nodes: Sequence[Node
     Args:
         graph: The graph.
         affine: What of it is affine in the variable, a vector of n entries.
-        nodes: The values: n scalars, or one vector that depends on a stack of n scalars, or on a cumulative sum.
+        nodes: The values: n scalars, or one vector that depends on a stack of n scalars, or on a cumulative sum, or
+            some entries of it.
 
     Returns:
         The recursion; None if the values are no such states.
@@ -65,6 +66,7 @@ def read_recursion(graph: GraphModule, affine: AffineParts, nodes: Sequence[Node
     length = variable.meta["shape"].numel()
     if not nodes or variable.meta["shape"] != (length,):
         return None
+    nodes = [*dict.fromkeys(affine.whole(node, length) for node in nodes)]
     source = _source(affine, nodes[0]) if len(nodes) == 1 else None
     if source is None:
         states = [_shared(affine, node) for node in nodes]

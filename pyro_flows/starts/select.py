@@ -150,12 +150,13 @@ def _begins_in_chain(flow: Flow, log_joint: LogJoint) -> bool:
     read = read_state_chain(_recorder(log_joint))
     if read is None or read.chain.rows != head.chain.rows:  # the data are others now
         return False
-    found = laplace_gaussian(read, log_joint, head)
-    if found is None:
-        return False
     fits = partial(fit_factors, log_joint, head, read.likelihood), partial(skew_factors, head, read.likelihood)
     others = Others(ChainTarget(read, log_joint), head)
-    start = _from_factors(flow, log_joint, head, found, others.best_gaussian, *fits)
+    try:
+        found = laplace_gaussian(read, log_joint, head)
+        start = None if found is None else _from_factors(flow, log_joint, head, found, others.best_gaussian, *fits)
+    except RuntimeError:  # operations without second derivatives
+        return False
     if start is None:
         return False
     flow.load_state_dict(start.state)

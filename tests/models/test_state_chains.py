@@ -77,6 +77,20 @@ def scaled() -> None:
     pyro.sample("y", dist.Poisson(path.exp()).to_event(1), obs=COUNTS)
 
 
+def with_gaps() -> None:
+    """Days without data, and an effect of a column."""
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
+    x, path = torch.zeros(()), []
+    for entry in noise():
+        x = 0.9 * x + scale * entry
+        path.append(x)
+    eta = torch.stack(path) + effect * torch.arange(float(T))
+    seen = torch.arange(T) % 3 != 1
+    with pyro.plate("days", int(seen.sum())):
+        pyro.sample("y", dist.Poisson(eta[seen].exp()), obs=COUNTS[seen])
+
+
 def sites() -> None:
     """The states are sites, which go back to their mean."""
     phi = pyro.sample("phi", dist.Beta(8.0, 2.0))
@@ -103,7 +117,7 @@ def sites_after_others() -> None:
 NAMES = {sites: [f"h_{t}" for t in range(T)], sites_after_others: [f"h_{t}" for t in range(T)]}
 
 
-@pytest.mark.parametrize("model", [autoregression, day_by_day, walk, scaled, sites, sites_after_others])
+@pytest.mark.parametrize("model", [autoregression, day_by_day, walk, scaled, with_gaps, sites, sites_after_others])
 def test_states_and_what_follows_them_are_the_models(model: Callable[[], None]) -> None:
     """The log joint by the chain is the one of a run of the model, far from where it was recorded; and after a copy."""
     layout, found = read(model)

@@ -162,6 +162,37 @@ def test_the_states_are_integrated_out_exactly_where_they_are_normal() -> None:
     assert density.argmax() == 60  # the middle
 
 
+def of_absolute_errors(y: Tensor) -> None:
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([len(y)]).to_event(1))
+    pyro.sample("y", dist.Laplace((scale * z).cumsum(-1), 0.5).to_event(1), obs=y)
+
+
+def test_a_likelihood_without_curvature() -> None:
+    pyro.set_rng_seed(0)
+    guide = AutoFlowGuide(of_absolute_errors).warm_start(Y)
+    assert head_of(guide).is_full
+    before = AutoFlowGuide(of_absolute_errors).setup(Y)
+    elbos = [log_weights(of_absolute_errors, one, 1000, (Y,))[0].mean() for one in (guide, before)]
+    assert elbos[0] > elbos[1] + 10.0
+
+
+def refuse(*_: object) -> None:
+    raise RuntimeError("derivative for aten::some is not implemented")
+
+
+@pytest.mark.parametrize("found", [refuse, lambda *_: None])
+def test_where_the_states_cannot_be_integrated_out(found: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The start is a normal then, as of models without a chain."""
+    monkeypatch.setattr("pyro_flows.starts.select.laplace_gaussian", found)
+    pyro.set_rng_seed(0)
+    guide = AutoFlowGuide(autoregression).warm_start()
+    assert not head_of(guide).is_full
+    before = AutoFlowGuide(autoregression).setup()
+    elbos = [log_weights(autoregression, one, 1000)[0].mean() for one in (guide, before)]
+    assert elbos[0] > elbos[1] + 10.0
+
+
 def test_it_starts_as_auto_normal_and_trains_by_plain_svi() -> None:
     guide = AutoFlowGuide(autoregression, init_scale=0.1).setup()
     assert not head_of(guide).is_full
