@@ -20,6 +20,7 @@ from pyro_flows._random import seeded
 from pyro_flows.compiled.affine import AffineParts
 from pyro_flows.compiled.recursion import read_recursion, read_transitions
 from pyro_flows.compiled.tracer import LEARNED
+from pyro_flows.models.covariances import RECORDING
 from pyro_flows.models.layout import Layout
 from pyro_flows.models.recorded_run import (
     RecordedLikelihood,
@@ -105,6 +106,11 @@ class ReadStateChain(NamedTuple):
 
     chain: StateChain
     likelihood: RecordedLikelihood
+
+    def turns(self, points: Tensor) -> bool:
+        """Whether other latents, at points ``(N, D)``, change how much of a state follows from the one before it."""
+        lag = self.chain.read(points)[1][:, 1:]
+        return bool((lag - lag[:1]).abs().max() > RECORDING.tolerance)
 
 
 @torch.no_grad()

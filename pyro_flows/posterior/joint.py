@@ -183,9 +183,11 @@ def make_joint_block(
         recorder = RunRecorder(model, args, kwargs, layout)
         chain = read_state_chain(recorder)
         read = read_linear_predictor(recorder) if chain is None and prior is None else None
-        if chain is not None and _is_better(chain.chain.rows, prior):
+        # Effects are followed by their scales alone.
+        is_chain = chain is not None and (effects is None or chain.turns(recorder.points))
+        if chain is not None and is_chain and _is_better(chain.chain.rows, prior):
             predictor, effects = partial(ChainHead, chain=chain.chain), None
-        elif read is not None and (read.turns or effects is None):  # effects are followed by their scales alone
+        elif read is not None and (read.turns or effects is None):
             predictor, effects = partial(LinearPredictorHead, predictor=read.for_head(layout.init_loc)), None
     return JointBlock(
         layout,

@@ -60,7 +60,7 @@ class SelectSettings:
         num_rounds_expensive: The same where observations are so many that these are fits to fewer draws: steps of
             training gain what is left sooner.
         min_gain_of_modes: Gain in nats below which a guide does not take a mixture by itself.
-        poor_gap: Half the variance of log weights, in nats, above which the Gaussian of a field is a poor one.
+        poor_gap: Half the variance of log weights, in nats, above which the start of a field or a chain is a poor one.
     """
 
     max_share: float = 0.9
@@ -145,8 +145,10 @@ def _begins_in_field(flow: Flow, log_joint: LogJoint, begin: Tensor) -> bool:
 def _begins_in_chain(flow: Flow, log_joint: LogJoint) -> bool:
     """Initialize a flow at the conditional of a chain of states and a Gaussian of the others, if it has them."""
     head = flow.head
-    if not isinstance(head, ChainHead) or not log_joint.is_vectorized or log_joint.cost_per_draw > 1:
+    is_plain = isinstance(head, ChainHead) and type(flow.base) is Base
+    if not is_plain or not log_joint.is_vectorized or log_joint.cost_per_draw > 1:
         return False
+    assert isinstance(head, ChainHead)
     read = read_state_chain(_recorder(log_joint))
     if read is None or read.chain.rows != head.chain.rows:  # the data are others now
         return False
@@ -160,7 +162,10 @@ def _begins_in_chain(flow: Flow, log_joint: LogJoint) -> bool:
     if start is None:
         return False
     flow.load_state_dict(start.state)
-    return True
+    noise = antithetic(GAUSSIAN.num_elbo_draws, log_joint.table.init_loc)
+    draws, ladj = flow.transform.forward_and_ladj(noise)
+    weights = (log_joint(draws) + ladj).double() + 0.5 * noise.double().square().sum(-1)
+    return bool(weights.var() / 2 < SETTINGS.poor_gap)  # not NaN
 
 
 def _recorder(log_joint: LogJoint) -> RunRecorder:
