@@ -80,7 +80,7 @@ class AffineParts:
 
     def __init__(self, graph: GraphModule, variables: Sequence[Node], inputs: Collection[Node]) -> None:
         self._graph = graph.graph
-        self.variables = tuple(variables)
+        self.variables = dict.fromkeys(variables)  # in order
         self._kinds: dict[Node, _Kind] = {}
         self._varying: set[Node] = set(inputs)
         for node in self._graph.nodes:

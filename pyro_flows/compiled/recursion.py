@@ -116,7 +116,7 @@ def read_transitions(
         A graph from the inputs of the original one to c, a and b, ``(n,)`` each, for :math:`h_t \sim N(c_t + a_t
         h_{t-1}, b_t^2)`; None if locations are no such functions.
     """
-    return _Reader(graph, affine, affine.variables, None).transitions(locs, scales)
+    return _Reader(graph, affine, [*affine.variables], None).transitions(locs, scales)
 
 
 class _Reader:
@@ -134,7 +134,7 @@ class _Reader:
         self._affine = affine
         self._place = {node: place for place, node in enumerate(states)}
         self._source = source
-        self._variable = affine.variables[0]
+        self._variable = next(iter(affine.variables))
         self._length = self._variable.meta["shape"].numel()
         self._own = Graph()
         self._copies: dict[Node, Node] = {}  # of what is free, and of inputs

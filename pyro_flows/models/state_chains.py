@@ -30,7 +30,7 @@ from pyro_flows.models.recorded_run import (
     likelihood_of,
     without_unused,
 )
-from pyro_flows.transforms import StateChain
+from pyro_flows.transforms import Innovations, StateChain
 
 __all__ = ["STATE_CHAINS", "ReadStateChain", "RecordedRecursion", "read_state_chain"]
 
@@ -106,6 +106,18 @@ class ReadStateChain(NamedTuple):
 
     chain: StateChain
     likelihood: RecordedLikelihood
+
+    def log_density(self, packed: Tensor) -> Tensor:
+        """That of all sites on their supports, ``(S,)``, at packed latents, ``(S, D)``, without a loop over the states;
+        differentiable."""
+        innovations = Innovations.of(self.chain, packed)
+        own = packed[:, self.chain.rows].double()
+        if self.chain.is_centered:
+            states, (own, more) = own, innovations.of_states(own)
+        else:
+            states, more = innovations.to_states(own), torch.zeros_like(own[:, 0])
+        prior = more - 0.5 * (own.square() + math.log(2.0 * math.pi)).sum(-1)
+        return self.likelihood(packed, states.to(packed)) + prior.to(packed)
 
     def turns(self, points: Tensor) -> bool:
         """Whether other latents, at points ``(N, D)``, change how much of a state follows from the one before it."""
@@ -218,17 +230,7 @@ def _is_learned(graph: GraphModule) -> bool:
 def _is_same(recorder: RunRecorder, read: ReadStateChain) -> bool:
     """Whether states and what follows them have the log density of the model's own run at each point."""
     points, layout = recorder.points, recorder.layout
-    offset, lag, scale = (part.unbind(-1) for part in read.chain.read(points))
-    own = points[:, read.chain.rows].unbind(-1)
-    states: list[Tensor] = []
-    total = torch.zeros_like(points[:, 0])
-    for place, value in enumerate(own):
-        loc = offset[place] + (lag[place] * states[-1] if states else 0.0)
-        unit = scale[place] if read.chain.is_centered else torch.ones_like(loc)
-        total = total - 0.5 * ((value - loc * read.chain.is_centered) / unit).square() - unit.log()
-        states.append(value if read.chain.is_centered else loc + scale[place] * value)
-    total = total - 0.5 * len(own) * math.log(2.0 * math.pi)
-    values = read.likelihood(points, torch.stack(states, -1)) + total
+    values = read.log_density(points)
     with seeded(0), pyro.validation_enabled(False):
         for point, value in zip(points, values, strict=True):
             expected = torch.stack([n["log_prob"].sum() for n in recorder.scored(point.split(layout.sizes)).values()])

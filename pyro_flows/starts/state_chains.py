@@ -200,14 +200,7 @@ class ChainTarget:
     def __call__(self, draws: Tensor | Sequence[Tensor]) -> Tensor:
         """``(S, D)`` draws, or their parts, to ``(S,)``; differentiable."""
         packed = joined(draws)
-        innovations = Innovations.of(self._read.chain, packed)
-        own = packed[:, self._read.chain.rows].double()
-        if self._read.chain.is_centered:
-            states, (own, more) = own, innovations.of_states(own)
-        else:
-            states, more = innovations.to_states(own), torch.zeros_like(own[:, 0])
-        prior = more - 0.5 * (own.square() + math.log(2.0 * math.pi)).sum(-1)
-        return self._read.likelihood(packed, states.to(packed)) + prior.to(packed) + _log_jacobian(self._table, packed)
+        return self._read.log_density(packed) + _log_jacobian(self._table, packed)
 
 
 class Others:
