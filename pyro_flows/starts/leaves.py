@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -137,8 +138,8 @@ def _own_slopes(head: ConditionalGaussianHead, point: Tensor, num_leaves: int) -
 
 @torch.no_grad()
 def _bend(block: JointBlock, log_joint: Target, preconditioner: LeafPreconditioner, start: LeafGaussian) -> None:
-    """Regress the leaves' conditional locations and log-scales on the noise of the other latents; undone unless the
-    ELBO increases, and not done where the model has no second derivatives.
+    """Regress the leaves' conditional locations and log-scales on the noise of the other latents, and skew them; each
+    undone unless the ELBO increases, and not done where the model has no second derivatives.
 
     Given the others, each leaf has a posterior of its own, whose best normal is found for all leaves at once.
     """
@@ -153,7 +154,7 @@ def _bend(block: JointBlock, log_joint: Target, preconditioner: LeafPrecondition
         found = [_conditionals(log_joint, start, some) for some in noise.split(log_joint.chunk)]
     except RuntimeError:
         return
-    shift, log_ratio = (torch.cat(parts) for parts in zip(*found, strict=True))
+    shift, log_ratio, skew = (torch.cat(parts) for parts in zip(*found, strict=True))
     noise = noise.double()
     linear = torch.cat([torch.ones_like(noise[:, :1]), noise], -1)
     products = (noise @ left.mT) * (noise @ right.mT)
@@ -161,20 +162,27 @@ def _bend(block: JointBlock, log_joint: Target, preconditioner: LeafPrecondition
     scales = _regression(linear, log_ratio)
     padding = preconditioner.num_products - len(left)
     left, right = (F.pad(part, (0, 0, 0, padding)) for part in (left, right))
-    before, push = {k: v.clone() for k, v in preconditioner.state_dict().items()}, preconditioner.forward_and_ladj
     check = antithetic(GAUSSIAN.num_elbo_draws, like)
-    was = elbo_of(log_joint, push, check)
-    preconditioner.bend_leaves(
-        start.loc[free:] + bent[0],
-        start.slope + bent[1 : 1 + free].mT,
-        start.scale * scales[0].exp(),
-        scales[1:].mT,
-        left,
-        right,
-        F.pad(bent[1 + free :].mT, (0, padding)),
+
+    def keep_if_better(change: Callable[[], None]) -> None:
+        before = {k: v.clone() for k, v in preconditioner.state_dict().items()}
+        was = elbo_of(log_joint, preconditioner.forward_and_ladj, check)
+        change()
+        if not elbo_of(log_joint, preconditioner.forward_and_ladj, check) > was:
+            preconditioner.load_state_dict(before)
+
+    keep_if_better(
+        lambda: preconditioner.bend_leaves(
+            start.loc[free:] + bent[0],
+            start.slope + bent[1 : 1 + free].mT,
+            start.scale * scales[0].exp(),
+            scales[1:].mT,
+            left,
+            right,
+            F.pad(bent[1 + free :].mT, (0, padding)),
+        )
     )
-    if not elbo_of(log_joint, push, check) > was:
-        preconditioner.load_state_dict(before)
+    keep_if_better(lambda: preconditioner.skew_leaves(skew.mean(0)))
 
 
 def _factors(block: JointBlock, preconditioner: LeafPreconditioner, start: LeafGaussian) -> tuple[Tensor, Tensor]:
@@ -195,12 +203,13 @@ def _factors(block: JointBlock, preconditioner: LeafPreconditioner, start: LeafG
     return torch.cat(left), torch.cat(right)
 
 
-def _conditionals(log_joint: Target, start: LeafGaussian, noise: Tensor) -> tuple[Tensor, Tensor]:
+def _conditionals(log_joint: Target, start: LeafGaussian, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Locations and log-scales of the normals closest to the leaves' conditional posteriors, less those of the
-    Gaussian's conditionals, ``(S, P)`` each, given noise of the others, ``(S, F)``.
+    Gaussian's conditionals, and skewness, ``(S, P)`` each, given noise of the others, ``(S, F)``.
 
     There the mean gradient is zero, and minus the mean curvature the precision. One step of that fixed point from the
-    Gaussian's conditionals is close enough.
+    Gaussian's conditionals is close enough. Skewness is a third of the mean third derivative, from curvatures at both
+    nodes, in units of the normals' scales.
 
     Raises:
         RuntimeError: If the target has no second derivative.
@@ -210,10 +219,12 @@ def _conditionals(log_joint: Target, start: LeafGaussian, noise: Tensor) -> tupl
     free, loc = start.push(whole).split([noise.shape[-1], num_leaves], -1)
     loc, scale = loc.double(), start.scale
     found = [_leaf_derivatives(log_joint, free, (loc + node * scale).to(free)) for node in SETTINGS.nodes]
-    gradient, curvature = (torch.stack(parts).mean(0) for parts in zip(*found, strict=True))
+    gradients, curvatures = (torch.stack(parts) for parts in zip(*found, strict=True))
     # In units of the Gaussian's.
-    precision = (-curvature * scale.square()).clamp(1.0 / SETTINGS.max_ratio, SETTINGS.max_ratio)
-    return scale * (gradient * scale / precision).clamp(-1.0, 1.0), -0.5 * precision.log()
+    gradient, curvature = gradients.mean(0) * scale, curvatures * scale.square()
+    precision = (-curvature.mean(0)).clamp(1.0 / SETTINGS.max_ratio, SETTINGS.max_ratio)
+    third = (curvature[-1] - curvature[0]) / (SETTINGS.nodes[-1] - SETTINGS.nodes[0])
+    return scale * (gradient / precision).clamp(-1.0, 1.0), -0.5 * precision.log(), third / precision.pow(1.5) / 3.0
 
 
 @torch.enable_grad()

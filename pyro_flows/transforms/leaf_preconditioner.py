@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_flows._checks import checked, integer
 from pyro_flows.transforms.fixed import FixedParameter
 from pyro_flows.transforms.preconditioner import Preconditioner, solve_rows
+from pyro_flows.transforms.skewed import SkewedNoise
 
 __all__ = ["LeafPreconditioner"]
 
@@ -31,13 +32,15 @@ class LeafPreconditioner(Preconditioner):
 
     .. math::
         y_f = m_f + L x_f, \qquad
-        y_l = m_l + S x_f + W ((A x_f) \odot (B x_f)) + e^{U x_f} \odot s \odot x_l,
+        y_l = m_l + S x_f + W ((A x_f) \odot (B x_f)) + e^{U x_f} \odot s \odot h(x_l),
 
-    with :math:`L` lower triangular. The identity until :meth:`set` is called. Not trained; see :class:`Preconditioner`.
+    with :math:`L` lower triangular and the map h of :class:`~pyro_flows.transforms.skewed.SkewedNoise`. The identity
+    until :meth:`set` is called. Not trained; see :class:`Preconditioner`.
 
     A Gaussian whose precision is diagonal among the leaves has this form with :math:`W = U = 0`, at a cost that is
     linear in their number. Their conditional locations bend, though, as those of abilities do with the difficulties and
-    slopes of the items that they are seen by; to second order, each is the sum of products of two linear functions.
+    slopes of the items that they are seen by; to second order, each is the sum of products of two linear functions. And
+    they are skewed, each by a third of its log density's third derivative.
 
     Args:
         input_dim: Length of the transformed vector.
@@ -61,6 +64,7 @@ class LeafPreconditioner(Preconditioner):
         self.left = FixedParameter(torch.zeros(num_products, free))
         self.right = FixedParameter(torch.zeros(num_products, free))
         self.bend = FixedParameter(torch.zeros(num_leaves, num_products))
+        self.skew = FixedParameter(torch.zeros(num_leaves))
 
     @property
     def num_products(self) -> int:
@@ -111,17 +115,22 @@ class LeafPreconditioner(Preconditioner):
         self.is_identity = False
 
     @torch.no_grad()
+    def skew_leaves(self, skew: Tensor) -> None:
+        """Skew the leaves, after :meth:`set`: ``kappa``, ``(P,)``."""
+        self.skew.copy_(skew)
+
+    @torch.no_grad()
     def reset(self) -> None:
         self.loc.zero_()
         self.factor.copy_(torch.eye(len(self.factor)))
         self.scale.fill_(1.0)
-        for parameter in (self.slope, self.log_scale_slope, self.left, self.right, self.bend):
+        for parameter in (self.slope, self.log_scale_slope, self.left, self.right, self.bend, self.skew):
             parameter.zero_()
         self.is_identity = True
 
     def look(self) -> None:
         unit = torch.eye(len(self.factor), dtype=self.factor.dtype, device=self.factor.device)
-        others = self.loc, self.slope, self.log_scale_slope, self.bend
+        others = self.loc, self.slope, self.log_scale_slope, self.bend, self.skew
         is_linear = all(not parameter.any() for parameter in others)
         self.is_identity = is_linear and torch.equal(self.factor.detach(), unit) and bool((self.scale == 1.0).all())
 
@@ -137,16 +146,20 @@ class LeafPreconditioner(Preconditioner):
     def _ladj(self, scale: Tensor) -> Tensor:
         return self.factor.detach().diagonal().abs().log().sum() + scale.log().sum(-1)
 
+    def _skewed(self, own: Tensor) -> SkewedNoise:
+        return SkewedNoise.at(own, self.skew.detach())
+
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.is_identity:
             return super().forward_and_ladj(x)
-        y, leaves = self._draw(x)
-        return y, self._ladj(leaves.scale)
+        y, leaves, skewed = self._draw(x)
+        return y, self._ladj(leaves.scale * skewed.slope)
 
-    def _draw(self, x: Tensor) -> tuple[Tensor, _Leaves]:
+    def _draw(self, x: Tensor) -> tuple[Tensor, _Leaves, SkewedNoise]:
         noise, own = x.split(self.sizes, -1)
-        leaves = self._leaves(noise)
-        return self.loc.detach() + torch.cat([noise @ self._factor().mT, leaves.loc + leaves.scale * own], -1), leaves
+        leaves, skewed = self._leaves(noise), self._skewed(own)
+        y = torch.cat([noise @ self._factor().mT, leaves.loc + leaves.scale * skewed.value], -1)
+        return self.loc.detach() + y, leaves, skewed
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.is_identity:
@@ -154,22 +167,24 @@ class LeafPreconditioner(Preconditioner):
         free, own = (y - self.loc.detach()).split(self.sizes, -1)
         noise = solve_rows(free, self._factor().mT, upper=True)
         leaves = self._leaves(noise)
-        return torch.cat([noise, (own - leaves.loc) / leaves.scale], -1), -self._ladj(leaves.scale)
+        own = SkewedNoise.inverse((own - leaves.loc) / leaves.scale, self.skew.detach())
+        return torch.cat([noise, own], -1), -self._ladj(leaves.scale * self._skewed(own).slope)
 
     def forward_with_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         if self.is_identity:
             return super().forward_with_score(x, score)
-        y, leaves = self._draw(x)
-        ladj = self._ladj(leaves.scale)
+        y, leaves, skewed = self._draw(x)
+        ladj = self._ladj(leaves.scale * skewed.slope)
         with torch.no_grad():
             to_noise, to_own = score.split(self.sizes, -1)
+            to_own = (to_own - skewed.curvature / skewed.slope) / skewed.slope
             own = to_own / leaves.scale
             # The transpose of the derivative of the leaves in the free noise, and the log-determinant's gradient.
             bent = own @ self.bend
             through = own @ self.slope + (bent * leaves.right) @ self.left + (bent * leaves.left) @ self.right
-            through = through + (1.0 + to_own * x[..., self.sizes[0] :]) @ self.log_scale_slope
+            through = through + (1.0 + to_own * skewed.value) @ self.log_scale_slope
             score = torch.cat([solve_rows(to_noise - through, self._factor(), upper=False), own], -1)
         return y, ladj, score
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro
@@ -49,6 +49,14 @@ def thousands(y: Tensor) -> None:
     with pyro.plate("groups", len(y)):
         effect = pyro.sample("effect", dist.Normal(mean, sd))
         pyro.sample("y", dist.Poisson(effect.exp()), obs=y)
+
+
+def rates(y: Tensor) -> None:
+    """A log rate each, and a latent that they do not depend on."""
+    pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("cells", COUNT):
+        log_rate = pyro.sample("log_rate", dist.Normal(0.0, 2.0))
+        pyro.sample("y", dist.Poisson(log_rate.exp()), obs=y)
 
 
 class Square(torch.autograd.Function):
@@ -108,17 +116,27 @@ def test_a_gaussian_posterior_is_the_start() -> None:
     assert preconditioner.slope.abs().max() > 0.01
 
 
-def test_conditionals_of_leaves_are_bent() -> None:
-    """The ELBO gains what straight conditionals leave, by common noise."""
+@pytest.mark.parametrize("parts", [("bend", "log_scale_slope"), ("skew",)], ids=["bent", "skewed"])
+def test_conditionals_of_leaves_are_bent_and_skewed(parts: Sequence[str]) -> None:
+    """The ELBO gains what straight and symmetric conditionals leave, by common noise."""
     guide, log_joint, preconditioner = started(abilities, ANSWERS)
     assert guide.posterior.only_block.layout.names[-1] == "ability"
-    bent = log_weights(guide, log_joint, 4000)
-    state = {name: value.clone() for name, value in preconditioner.state_dict().items()}
-    for name in ("bend", "log_scale_slope"):
+    found = log_weights(guide, log_joint, 4000)
+    for name in parts:
         preconditioner.get_parameter(name).data.zero_()
-    gain = bent - log_weights(guide, log_joint, 4000)
-    preconditioner.load_state_dict(state)
+    gain = found - log_weights(guide, log_joint, 4000)
     assert gain.mean() > 5.0 * gain.std() / math.sqrt(4000)
+
+
+def test_leaves_are_skewed_as_their_posteriors_are() -> None:
+    """Of rates that share nothing, log weights vary by what a skewed normal leaves of each."""
+    y = torch.poisson(torch.full((COUNT,), 3.0), generator=torch.Generator().manual_seed(4))
+    guide, log_joint, preconditioner = started(rates, y)
+    skewed = log_weights(guide, log_joint, 4000).var()
+    # The third derivative of y z - e^z is that of e^z, in units of a standard deviation of about e^(-z / 2).
+    assert (preconditioner.skew < 0.0).all() and -0.3 < preconditioner.skew.mean() < -0.1
+    preconditioner.skew.data.zero_()
+    assert skewed < 0.2 * log_weights(guide, log_joint, 4000).var()
 
 
 def test_leaves_follow_their_unknown_scale() -> None:

@@ -165,6 +165,7 @@ def leaf_preconditioner(input_dim: int) -> FlowTransform:
         torch.randn(free, free),
         torch.randn(leaves, free),
     )
+    transform.skew_leaves(0.5 * torch.randn(leaves))
     return transform
 
 
