@@ -25,6 +25,7 @@ class LeafSettings:
 
     Attributes:
         min_dim: Number of latents up to which one flow over all of them finds what depends on what.
+        min_leaves: Smallest number of leaves: with few, it is the others that matter.
         max_dim: Largest number of latents: a leaf has two hundred parameters, which more could not afford.
         max_free_dim: Largest number of other latents, each of which takes a row of a Hessian.
         tolerance: Relative change of a gradient below which it counts as unchanged; allows for rounding in float32.
@@ -32,6 +33,7 @@ class LeafSettings:
     """
 
     min_dim: int = 200
+    min_leaves: int = 50
     max_dim: int = 3000
     max_free_dim: int = 300
     tolerance: float = 1e-4
@@ -52,7 +54,7 @@ def possible_leaves(layout: Layout) -> str | None:
     largest = max(layout.sizes)
     free = layout.latent_dim - largest
     has_size = LEAVES.min_dim < layout.latent_dim <= LEAVES.max_dim and 0 < free <= LEAVES.max_free_dim
-    if layout.plates or not has_size:
+    if layout.plates or not has_size or largest < LEAVES.min_leaves:
         return None
     return layout.names[layout.sizes.index(largest)]
 

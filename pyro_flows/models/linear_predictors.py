@@ -26,7 +26,6 @@ from pyro_flows.models.recorded_run import (
     flat,
     is_standard_normal,
     likelihood_of,
-    without_unused,
 )
 from pyro_flows.models.sites import Site
 from pyro_flows.transforms import LinearPredictor
@@ -66,7 +65,7 @@ class RecordedLinearPredictor:
     Args:
         graph: From a direction, ``(n,)``, and the parts of packed latents to values of the predictors, where z is zero,
             and to their changes along the direction; a tuple of tensors of any shapes each.
-        captured: The graph's further inputs, which are copied.
+        captured: The graph's further inputs.
         sizes: Lengths of the parts.
         dim: Number n of coordinates of the site.
         like: A tensor of the dtype and on the device of the recording.
@@ -76,7 +75,7 @@ class RecordedLinearPredictor:
         self, graph: GraphModule, captured: Sequence[Tensor], sizes: Sequence[int], dim: int, like: Tensor
     ) -> None:
         self._graph = graph
-        self._captured = tuple(value.clone() for value in captured)
+        self._captured = tuple(captured)
         self._sizes = [*sizes]
         self._dim = dim
         self._like = like.new_zeros(())
@@ -233,8 +232,7 @@ def _record(
         drop_unused(graph)
         if any(node.meta.get(LEARNED) and node.users for node in graph.graph.nodes):
             return None
-        captured = without_unused(graph, runs[0].captured)
-        read = RecordedLinearPredictor(graph, captured, layout.sizes, _size(layout, site), points)
+        read = RecordedLinearPredictor(graph, runs[0].inputs_of(graph), layout.sizes, _size(layout, site), points)
         offset, slope = read(points)
         values = offset + (slope @ points[:, layout.slices[site.name]].unsqueeze(-1)).squeeze(-1)
         for index, (run, point, value) in enumerate(zip(runs, points, values, strict=True)):

@@ -23,7 +23,7 @@ from pyro_flows.models.precision import remedy_at
 from pyro_flows.models.sites import Site
 from pyro_flows.models.traces import NO_DENSITY, Call, by_draw, run_quietly, sample_nodes
 
-__all__ = ["LogJoint", "PulledBack", "Target", "constrain", "in_parts", "joined", "scored_sites"]
+__all__ = ["LogJoint", "PulledBack", "Target", "constrain", "in_parts", "joined", "log_jacobian", "scored_sites"]
 
 OWNER = "AutoFlowGuide.warm_start"
 
@@ -297,6 +297,16 @@ def constrain(split: Iterable[tuple[Site, Tensor]]) -> tuple[dict[str, Tensor], 
         if torch.is_tensor(log_density):
             ladjs.append(-log_density.to(part.dtype))
     return values, ladjs
+
+
+def log_jacobian(table: Layout, packed: Tensor) -> Tensor:
+    """Log-determinant of the map from unconstrained values, ``(S, D)``, to the supports, ``(S,)``."""
+
+    def one(packed: Tensor) -> Tensor:
+        _, ladjs = constrain(table.split(packed.split(table.sizes)))
+        return torch.stack([packed.new_zeros(()), *(ladj.sum() for ladj in ladjs)]).sum()
+
+    return torch.vmap(one)(packed)
 
 
 def scored_sites(model: Callable[..., Any], values: Mapping[str, Tensor], call: Call) -> Iterator[dict[str, Any]]:

@@ -30,7 +30,6 @@ __all__ = [
     "flat",
     "is_standard_normal",
     "likelihood_of",
-    "without_unused",
 ]
 
 
@@ -42,12 +41,26 @@ class RecordedRun(NamedTuple):
         captured: The graph's further inputs.
         sites: What Pyro knows of the sites.
         normals: Names of the nodes of location and scale, for latents of one coordinate with a normal prior.
+        is_live: Whether what is made of the run follows data that are changed in place.
     """
 
     graph: GraphModule
     captured: list[Tensor]
     sites: dict[str, dict[str, Any]]
     normals: dict[str, tuple[str, str]]
+    is_live: bool
+
+    def inputs_of(self, graph: GraphModule) -> list[Tensor]:
+        """The captured tensors that a part of the graph uses, copied unless they are to be followed; the inputs of the
+        others, which may be large data, are dropped."""
+        placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        inputs = placeholders[len(placeholders) - len(self.captured) :]
+        kept = [value for node, value in zip(inputs, self.captured, strict=True) if node.users]
+        for node in inputs:
+            if not node.users:
+                graph.graph.erase_node(node)
+        graph.recompile()
+        return kept if self.is_live else [value.clone() for value in kept]
 
     def without(self, names: Collection[str], more: Sequence[str] = ()) -> tuple[GraphModule, list[Node]]:
         """A copy of the graph without the log densities of some sites, and with further nodes of these names."""
@@ -66,7 +79,7 @@ class RecordedLikelihood:
 
     Args:
         graph: From the values of the predictors, and the parts of packed latents, to log densities of sites.
-        captured: The graph's further inputs, which are copied.
+        captured: The graph's further inputs.
         sizes: Lengths of the parts.
         shapes: Shapes of the predictors, as the model has them.
         like: A tensor of the dtype and on the device of the recording.
@@ -81,7 +94,7 @@ class RecordedLikelihood:
         like: Tensor,
     ) -> None:
         self._graph = graph
-        self._captured = tuple(value.clone() for value in captured)
+        self._captured = tuple(captured)
         self._sizes = [*sizes]
         self._shapes = [*shapes]
         self._like = like.new_zeros(())
@@ -106,11 +119,19 @@ class RunRecorder:
         kwargs: Its keyword arguments.
         layout: Layout of the sites.
         points: The points, packed, ``(N, D)``.
+        live: Whether what is made of a run follows data that are changed in place. Otherwise it has copies.
     """
 
     def __init__(
-        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], layout: Layout
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        layout: Layout,
+        *,
+        live: bool = False,
     ) -> None:
+        self.live = live
         self.model, self.args, self.kwargs, self.layout = model, args, kwargs, layout
         with seeded(0):
             noise = torch.randn(RECORDING.num_points, layout.latent_dim).to(layout.init_loc)
@@ -155,7 +176,7 @@ class RunRecorder:
         locs, scales = found[len(sites) :][: len(normals)], found[len(sites) :][len(normals) :]
         pairs = zip(normals, zip(locs, scales, strict=True), strict=True)
         names = {name: (loc.name, scale.name) for name, (loc, scale) in pairs}
-        return RecordedRun(graph, captured, sites, names)
+        return RecordedRun(graph, captured, sites, names, self.live)
 
     def scored(self, parts: Sequence[Tensor]) -> dict[str, dict[str, Any]]:
         """The sites of a run of the model itself, by name, with their ``log_prob``, at parts of packed latents."""
@@ -197,19 +218,7 @@ def likelihood_of(
         node.replace_all_uses_with(given)
         shapes.append(predictor.meta["shape"])
     drop_unused(graph)
-    captured = without_unused(graph, run.captured)
-    return RecordedLikelihood(graph, captured, layout.sizes, shapes, like)
-
-
-def without_unused(graph: GraphModule, captured: Sequence[Tensor]) -> list[Tensor]:
-    """Drop captured tensors, the last inputs of a graph, that it does not use: other data, which may be large."""
-    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"][-len(captured) :] if captured else []
-    kept = [value for node, value in zip(inputs, captured, strict=True) if node.users]
-    for node in inputs:
-        if not node.users:
-            graph.graph.erase_node(node)
-    graph.recompile()
-    return kept
+    return RecordedLikelihood(graph, run.inputs_of(graph), layout.sizes, shapes, like)
 
 
 def flat(values: Sequence[Tensor]) -> Tensor:

@@ -28,7 +28,6 @@ from pyro_flows.models.recorded_run import (
     RunRecorder,
     is_standard_normal,
     likelihood_of,
-    without_unused,
 )
 from pyro_flows.transforms import Innovations, StateChain
 
@@ -66,14 +65,14 @@ class RecordedRecursion:
     Args:
         graph: From the parts of packed latents to the coefficients of a
             :class:`~pyro_flows.compiled.recursion.Recursion`, ``(n,)`` each, or the first three of them.
-        captured: The graph's further inputs, which are copied.
+        captured: The graph's further inputs.
         sizes: Lengths of the parts.
         like: A tensor of the dtype and on the device of the recording.
     """
 
     def __init__(self, graph: GraphModule, captured: Sequence[Tensor], sizes: Sequence[int], like: Tensor) -> None:
         self._graph = graph
-        self._captured = tuple(value.clone() for value in captured)
+        self._captured = tuple(captured)
         self._sizes = [*sizes]
         self._like = like.new_zeros(())
 
@@ -193,7 +192,7 @@ def _read_driven(run: RecordedRun, layout: Layout, name: str, points: Tensor) ->
     recursion = read_recursion(graph, affine, affine.outermost(rows.stop - rows.start))
     if recursion is None or _is_learned(recursion.graph):
         return None
-    read = RecordedRecursion(recursion.graph, without_unused(recursion.graph, run.captured), layout.sizes, points)
+    read = RecordedRecursion(recursion.graph, run.inputs_of(recursion.graph), layout.sizes, points)
     return ReadStateChain(StateChain(rows, read), likelihood_of(run, graph, recursion.nodes, layout, points))
 
 
@@ -211,7 +210,7 @@ def _read_sites(run: RecordedRun, layout: Layout, names: Sequence[str], points: 
     transitions = read_transitions(graph, affine, nodes[: len(names)], nodes[len(names) :])
     if transitions is None or _is_learned(transitions):
         return None
-    read = RecordedRecursion(transitions, without_unused(transitions, run.captured), layout.sizes, points)
+    read = RecordedRecursion(transitions, run.inputs_of(transitions), layout.sizes, points)
     rows = slice(layout.slices[names[0]].start, layout.slices[names[-1]].stop)
     graph, _ = run.without(names)
     states = _inputs(graph, layout)[first : first + len(names)]

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pyro_flows.models.layout import Layout
-from pyro_flows.models.log_joint import LogJoint, constrain, joined
+from pyro_flows.models.log_joint import LogJoint, joined, log_jacobian
 from pyro_flows.models.state_chains import ReadStateChain
 from pyro_flows.starts.ascents import ASCENTS
 from pyro_flows.starts.fixed_draws import antithetic
@@ -117,17 +116,7 @@ class _Marginal:
         away = prior.forward(states) - prior.mean
         log_det = TridiagonalCholesky(diagonal + precision, off).log_det()
         total = value + prior.unit.abs().log().sum(-1) - 0.5 * (away.square().sum(-1) + log_det)
-        return total.to(free) + _log_jacobian(self._table, packed)
-
-
-def _log_jacobian(table: Layout, packed: Tensor) -> Tensor:
-    """Log-determinant of the map from unconstrained values, ``(S, D)``, to the supports, ``(S,)``."""
-
-    def one(packed: Tensor) -> Tensor:
-        _, ladjs = constrain(table.split(packed.split(table.sizes)))
-        return torch.stack([packed.new_zeros(()), *(ladj.sum() for ladj in ladjs)]).sum()
-
-    return torch.vmap(one)(packed)
+        return total.to(free) + log_jacobian(self._table, packed)
 
 
 class _Once(torch.autograd.Function):
@@ -200,7 +189,7 @@ class ChainTarget:
     def __call__(self, draws: Tensor | Sequence[Tensor]) -> Tensor:
         """``(S, D)`` draws, or their parts, to ``(S,)``; differentiable."""
         packed = joined(draws)
-        return self._read.log_density(packed) + _log_jacobian(self._table, packed)
+        return self._read.log_density(packed) + log_jacobian(self._table, packed)
 
 
 class Others:

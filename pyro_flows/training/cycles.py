@@ -37,6 +37,8 @@ class ScheduleSettings(Settings):
             an error of one mean.
         max_gap_without_tail: Gap in nats below which the tail of the importance weights is not checked. Between this
             and ``min_gain`` a guide has converged if its importance weights have a light tail.
+        clear_errors: Standard errors by which the trained ELBO has to exceed an earlier estimate of the initial one, to
+            be kept without one from the same noise.
         target_gap: Gap in nats by importance weights, > 0, below which a cycle is the last one; None for no such bound.
     """
 
@@ -49,6 +51,7 @@ class ScheduleSettings(Settings):
     min_gain_per_latent: float = 1e-4
     max_gap_of_start: float = 1e-3
     max_gap_without_tail: float = 1e-4
+    clear_errors: float = 10.0
     target_gap: float | None = constant(None, optional(check_positive))
 
     def lengths(self, num_steps: int | None, *, long: bool) -> list[int]:

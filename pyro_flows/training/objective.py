@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyro_flows._memory import is_out_of_memory
 from pyro_flows._random import forked, seeded
+from pyro_flows.compiled.cost import OperationCounter, StepCost
 from pyro_flows.compiled.graph import LossGraph, used_leaves
 from pyro_flows.compiled.parameters import FlatParameter, RecordingError, leaves_of, state_of, trial
 from pyro_flows.compiled.unread import tensor_loss
@@ -40,6 +41,7 @@ from pyro_flows.training.batches import Arguments, Batches, by_shape
 from pyro_flows.training.elbo import VectorizedTrace_ELBO
 from pyro_flows.training.estimates import Estimate, EstimateSettings
 from pyro_flows.training.parts import Parts
+from pyro_flows.training.read_loss import read_loss
 from pyro_flows.training.variance import VarianceReduction
 
 __all__ = ["Objective"]
@@ -72,6 +74,8 @@ class Objective:
         leaves: Unconstrained leaves of the guide's and the model's parameters.
         parameters: The leaves; or, once a step is recorded, one vector of those in use.
         graph: The recorded step, if there is one.
+        is_read: Whether that does without the model's own operations; see
+            :func:`~pyro_flows.training.read_loss.read_loss`.
         kind: Its name.
         title: Its name in a progress bar.
     """
@@ -114,6 +118,7 @@ class Objective:
         self.parameters = self.leaves
         self._flat: FlatParameter | None = None
         self.graph: LossGraph | None = None
+        self.is_read = False
 
     def _look(self) -> tuple[BatchedModel | None, list[dict[str, Any]]]:
         """The model at many draws, None if only Pyro can enumerate its sites; and its sample sites."""
@@ -182,7 +187,10 @@ class Objective:
         args, kwargs = self.batches.first
         if self.parts.plate and len(self.parts.own) > 1:
             raise RecordingError("a process has several parts of a step, each with other items of its plate")
-        loss = partial(tensor_loss(elbo), *self._programs(elbo, self.parts.own[0]))
+        loss = read_loss(self, elbo.num_particles)
+        self.is_read = loss is not None
+        if loss is None:
+            loss = partial(tensor_loss(elbo), *self._programs(elbo, self.parts.own[0]))
         state = self.buffers
         with trial(state):
             leaves = used_leaves(loss, self.leaves, args, kwargs)
@@ -195,6 +203,13 @@ class Objective:
         self._flat = flat
         self.parameters = [flat.flat]
         return self.graph
+
+    def recorded_cost(self) -> StepCost:
+        """What the recorded step costs, where that is not what an eager one costs."""
+        assert self.graph is not None
+        with forked(), trial(self.buffers), OperationCounter() as counter:
+            self.graph(*self.batches.first)
+        return self.parts.processes.broadcast(counter.cost)
 
     def compile(self) -> None:
         """Compile the recorded step.

@@ -111,6 +111,8 @@ class Recorder:
                     warnings.warn(f"fit: takes eager steps, since {failure}.", stacklevel=user_level())
                 return False
             state.step_kind = "recorded"
+            if objective.is_read:
+                state.cost = objective.recorded_cost()
         graph = objective.graph
         assert graph is not None
         # Seconds that it saves from now on to compile all operations, or only the large ones.

@@ -363,12 +363,8 @@ class Schedule:
             self.save()
 
     def finish(self, compare: bool) -> tuple[str, Estimate]:
-        """Keep the initial or the trained point; returns ``"start"`` or ``"flow"``, and its ELBO.
-
-        Args:
-            compare: Whether to choose the point with the higher ELBO on fresh draws, from the same noise and
-                mini-batches; otherwise the current one is kept.
-        """
+        """Keep the initial or the trained point: that with the higher ELBO on fresh draws, or without ``compare`` the
+        current one. Returns ``"start"`` or ``"flow"``, and its ELBO."""
         state = self.trainer.state
         if state.kept:
             assert state.final_estimate is not None
@@ -386,10 +382,15 @@ class Schedule:
         return kept, best
 
     def _compare(self) -> tuple[str, Estimate]:
-        """Keep the initial or the trained point, which is the current one."""
+        """Keep the initial or the trained point, which is the current one; without a second look at the initial one
+        where an earlier one tells, since estimates may take as long as a cycle."""
         state = self.trainer.state
         seed = self._draw_seed()
-        trained = self.objective.estimate(seed)
+        trained, earlier = self.objective.estimate(seed), state.initial_estimate
+        assert earlier is not None
+        clear = self.settings.clear_errors * math.hypot(trained.error, earlier.error)
+        if trained.mean - earlier.mean > clear and not self.objective.subsampled:
+            return "flow", trained
         self.trainer.restore(state.initial_point)
         initial = self.objective.estimate(seed)
         if not self.objective.prefers(trained, initial):

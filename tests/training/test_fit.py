@@ -23,7 +23,7 @@ from pyro_flows.importance.weights import gap_of
 from pyro_flows.training.batches import Batches
 from pyro_flows.training.checkpoint import Checkpoint
 from pyro_flows.training.cycles import ScheduleSettings
-from pyro_flows.training.estimates import EstimateSettings
+from pyro_flows.training.estimates import Estimate, EstimateSettings
 from pyro_flows.training.interrupts import Interrupts
 from pyro_flows.training.monitor import Monitor
 from pyro_flows.training.objective import Objective
@@ -300,6 +300,25 @@ def test_ctrl_c_keeps_the_best_so_far() -> None:
     result = fit(model, AutoNormal(model), (Y,), num_particles=1, compile=False, seed=0, progress=False)
     assert result.reason == "interrupted" and math.isfinite(result.elbo)
     assert result.elbo > result.start_elbo
+
+
+@pytest.mark.parametrize("clear_errors", [10.0, 1e9])
+def test_the_initial_guide_is_not_estimated_again_where_the_gain_is_clear(
+    clear_errors: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, estimate = 0, Objective.estimate
+
+    def counted(objective: Objective, seed: int | None = None) -> Estimate:
+        nonlocal calls
+        calls += 1
+        return estimate(objective, seed)
+
+    monkeypatch.setattr(Objective, "estimate", counted)
+    settings = FitSettings(schedule=ScheduleSettings(clear_errors=clear_errors))
+    guide = AutoNormal(conjugate)
+    result = fit(conjugate, guide, (Y,), num_steps=50, learning_rate=0.05, seed=0, progress=False, settings=settings)
+    assert result.kept == "flow" and result.elbo > result.start_elbo + 10.0 * result.elbo_se
+    assert calls == (3 if clear_errors == 10.0 else 4)  # before, after the cycle, and in the end
 
 
 def test_a_callback_sees_every_cycle_and_can_stop() -> None:
