@@ -48,7 +48,7 @@ class LinearPredictorSettings:
         max_others: Largest number of other coordinates: of more, a normal for all together is as good, and sooner.
     """
 
-    max_dim: int = 128
+    max_dim: int = 256
     max_predictors: int = 256
     max_others: int = 32
 

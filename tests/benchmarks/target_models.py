@@ -248,6 +248,26 @@ def returns(days: int, seed: int) -> Tensor:
     return torch.stack(found)
 
 
+def local_linear_trend(y: Tensor) -> None:
+    """A level that follows a slope that walks, non-centered, by a loop; as in structural time series."""
+    scales = pyro.sample("scales", dist.HalfNormal(torch.tensor([1.0, 0.1])).to_event(1))
+    sd = pyro.sample("sd", dist.HalfNormal(1.0))
+    noise = pyro.sample("noise", dist.Normal(0.0, 1.0).expand([len(y), 2]).to_event(2))
+    level = slope = torch.tensor(0.0)
+    levels = []
+    for t in range(len(y)):
+        slope = slope + scales[1] * noise[t, 1]
+        level = level + slope + scales[0] * noise[t, 0]
+        levels.append(level)
+    pyro.sample("y", dist.Normal(torch.stack(levels), sd).to_event(1), obs=y)
+
+
+def trend_rows(days: int, seed: int) -> Tensor:
+    """A trend of a standard deviation of 0.05 a day in the slope, seen with noise of 1."""
+    noise = torch.randn(2, days, generator=Generator().manual_seed(seed))
+    return (0.05 * noise[0]).cumsum(0).cumsum(0) + noise[1]
+
+
 def random_walk(y: Tensor, times: list[int]) -> None:
     """Brownian motion with unknown scales, of which some steps are not observed; 30 steps."""
     innovation = pyro.sample("innovation", dist.LogNormal(0.0, 2.0))
@@ -442,6 +462,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "volatility, 100 days (2)": lambda: Target(volatility, (returns(100, 2),), 0.05, 60),
     "volatility, 100 days, a site a day (2)": lambda: Target(volatility_walk, (returns(100, 2),), 0.05, 60),
     "volatility, 2500 days (3)": lambda: Target(volatility, (returns(2500, 3),), 1.0, 300, large=True),
+    "local linear trend, 100 days (25)": lambda: Target(local_linear_trend, (trend_rows(100, 25),), 0.05, 60),
     "Gaussian process, regression (4)": lambda: Target(gp_regression, gp_rows("normal", 4), 0.05, 60),
     "Gaussian process, classes (5)": lambda: Target(gp_classification, gp_rows("bernoulli", 5), 0.05, 60),
     "Gaussian process, counts (6)": lambda: Target(gp_counts, gp_rows("poisson", 6), 0.05, 60),
