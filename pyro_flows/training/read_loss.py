@@ -52,11 +52,12 @@ def read_loss(objective: Objective, num_particles: int) -> Callable[..., Tensor]
 
     Returns:
         The loss, a function of the model's arguments; None where the model has no such chain or few operations, and
-        where a step takes a part of the data, scales the model or trains it.
+        where a step takes a part of the data, has another loss, scales the model or trains it.
     """
     guide, batches = objective.guide, objective.batches
-    is_plain = not (objective.subsampled or objective.trains_model or objective.enumerates or objective.parts.plate)
-    if not is_plain or objective.inverse_temperature != 1.0 or not isinstance(guide, AutoFlowGuide):
+    is_partial = objective.subsampled or objective.trains_model or objective.enumerates or objective.parts.plate
+    is_elbo = objective.kind == "elbo" and objective.inverse_temperature == 1.0
+    if is_partial or not is_elbo or not isinstance(guide, AutoFlowGuide):
         return None
     posterior = guide.posterior
     if posterior.joint is None or len(posterior.local):
@@ -69,8 +70,11 @@ def read_loss(objective: Objective, num_particles: int) -> Callable[..., Tensor]
         with seeded(0), pyro.validation_enabled(False):
             recorder.scored(recorder.points[0].split(layout.sizes))
 
-    with OperationCounter() as counter:
-        run_model()
+    try:
+        with OperationCounter() as counter:
+            run_model()
+    except Exception:  # a model may raise anything at unlikely values, or where the guide draws some latents only
+        return None
     if counter.cost.operations <= SETTINGS.min_operations:
         return None
     read = read_state_chain(recorder)

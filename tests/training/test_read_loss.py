@@ -15,12 +15,14 @@ from torch import Tensor
 from pyro_flows import AutoFlowGuide, fit
 from pyro_flows.compiled.parameters import trial
 from pyro_flows.compiled.unread import tensor_loss
+from pyro_flows.models.recorded_run import RunRecorder
 from pyro_flows.training import EstimateSettings, FitSettings, TrainerSettings
 from pyro_flows.training import read_loss as read_losses
 from pyro_flows.training.batches import Batches
 from pyro_flows.training.objective import Objective
 from pyro_flows.training.read_loss import read_loss
 from pyro_flows.training.trainer import Trainer
+from pyro_flows.training.weighted_objective import WeightedObjective, WeightedSettings
 
 T = 60
 RETURNS = torch.randn(T, generator=torch.Generator().manual_seed(0))
@@ -116,6 +118,23 @@ def test_loss_and_gradient_are_those_of_the_model(model: Callable[..., None]) ->
 @pytest.mark.parametrize("model", [short, without_chain, trained, of_days_that_are_scaled])
 def test_other_models_are_run(model: Callable[..., None]) -> None:
     assert read_loss(objective_of(model), 2) is None
+
+
+def test_another_loss_has_its_own_step() -> None:
+    elbo = objective_of(volatility)
+    forward_kl = WeightedObjective(
+        "forward_kl", elbo.model, elbo.guide, elbo.batches, EstimateSettings(), WeightedSettings()
+    )
+    assert read_loss(forward_kl, 2) is None
+
+
+def test_a_model_that_refuses_a_run_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise ValueError("unlikely")
+
+    objective = objective_of(volatility)
+    monkeypatch.setattr(RunRecorder, "scored", refuse)
+    assert read_loss(objective, 2) is None
 
 
 def test_steps_of_fit_do_not_run_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
