@@ -52,6 +52,16 @@ def abilities(y: Tensor) -> None:
     pyro.sample("y", dist.Bernoulli(logits=logits).to_event(2), obs=y)
 
 
+def a_site_a_day(y: Tensor) -> None:
+    """An autoregression with a latent coefficient, whose states are sites, and observations in the loop."""
+    lag = pyro.sample("lag", dist.Normal(0.8, 0.1))
+    h = pyro.sample("h_0", dist.Normal(0.0, 1.0))
+    for t in range(len(y)):
+        if t:
+            h = pyro.sample(f"h_{t}", dist.Normal(lag * h, 0.5))
+        pyro.sample(f"y_{t}", dist.Normal(h, 1.0), obs=y[t])
+
+
 def trained(module: nn.Module) -> list[nn.Parameter]:
     """All parameters but those that a warm start sets and training leaves as they are."""
     return [parameter for parameter in module.parameters() if not isinstance(parameter, FixedParameter)]

@@ -18,7 +18,7 @@ from pyro_flows import AutoFlowGuide
 from pyro_flows.models.log_joint import LogJoint
 from pyro_flows.starts import leaves as starts
 from pyro_flows.transforms import ChainHead, LeafPreconditioner
-from tests.common import abilities
+from tests.common import a_site_a_day, abilities
 
 COUNT = 220
 X = torch.linspace(-1.0, 1.0, COUNT)
@@ -189,15 +189,6 @@ def test_many_free_latents_have_no_products(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_site_of_few_coordinates_is_no_leaf() -> None:
     """Of more than two hundred sites of one coordinate the first was, and the chain that they are was not seen."""
-
-    def sites(y: Tensor) -> None:
-        lag = pyro.sample("lag", dist.Normal(0.8, 0.1))
-        h = pyro.sample("h_0", dist.Normal(0.0, 1.0))
-        for t in range(len(y)):
-            if t:
-                h = pyro.sample(f"h_{t}", dist.Normal(lag * h, 0.5))
-            pyro.sample(f"y_{t}", dist.Normal(h, 1.0), obs=y[t])
-
-    block = AutoFlowGuide(sites).setup(X).posterior.only_block
+    block = AutoFlowGuide(a_site_a_day).setup(X).posterior.only_block
     assert block.layout.num_leaves == 0 and block.layout.names[0] == "lag"
     assert isinstance(block.flow.head, ChainHead)

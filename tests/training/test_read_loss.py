@@ -23,6 +23,7 @@ from pyro_flows.training.objective import Objective
 from pyro_flows.training.read_loss import read_loss
 from pyro_flows.training.trainer import Trainer
 from pyro_flows.training.weighted_objective import WeightedObjective, WeightedSettings
+from tests.common import a_site_a_day
 
 T = 60
 RETURNS = torch.randn(T, generator=torch.Generator().manual_seed(0))
@@ -44,16 +45,6 @@ def volatility(y: Tensor) -> None:
         h = phi * h + sigma * z[t]
         path.append(h)
     pyro.sample("y", dist.Normal(0.0, (0.5 * torch.stack(path)).exp()).to_event(1), obs=y)
-
-
-def day_by_day(y: Tensor) -> None:
-    """A site a day."""
-    phi = pyro.sample("phi", dist.Normal(0.8, 0.1))
-    h = pyro.sample("h_0", dist.Normal(0.0, 1.0))
-    for t in range(len(y)):
-        if t:
-            h = pyro.sample(f"h_{t}", dist.Normal(phi * h, 0.5))
-        pyro.sample(f"y_{t}", dist.Normal(h, 1.0), obs=y[t])
 
 
 def short(y: Tensor) -> None:
@@ -94,7 +85,7 @@ def objective_of(model: Callable[..., None]) -> Objective:
     return Objective(model, guide, Batches((RETURNS,), {}))
 
 
-@pytest.mark.parametrize("model", [volatility, day_by_day])
+@pytest.mark.parametrize("model", [volatility, a_site_a_day])
 def test_loss_and_gradient_are_those_of_the_model(model: Callable[..., None]) -> None:
     objective = objective_of(model)
     read = read_loss(objective, 3)
